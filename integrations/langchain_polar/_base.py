@@ -1,4 +1,4 @@
-"""What `PolarLLM` and `ChatPolar` share: settings, who a LangChain run is for, and its call of the engine.
+"""Common parts of `PolarLLM` and `ChatPolar`: settings, the caller of a LangChain run, its call of the engine.
 
 LangChain says who asks as `config={"metadata": …, "tags": …, "run_id": …}`; here that becomes tenant, tags and request
 id. The engine records every request in its own `finally`, also where a stream is closed or a task is cancelled; only a

@@ -179,7 +179,7 @@ class AnswerReader:
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def chunks(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
-        """What one piece of a streamed answer makes certain; the last one has usage and cost.
+        """Chunks that one piece of a streamed answer completes; the last one has usage and cost.
 
         Raises:
             IncompleteAnswerError: A call was cut off; after the last chunk.

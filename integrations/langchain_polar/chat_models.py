@@ -65,7 +65,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         return "polar-chat"
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """What agents check before they call; the window is filled in once the model is loaded."""
+        """Abilities that agents check before they call; the window is filled in once the model is loaded."""
         profile: ModelProfile = {
             "open_weights": True,
             "text_inputs": True,

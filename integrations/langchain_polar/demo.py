@@ -49,7 +49,7 @@ class Question:
     tier: str
     text: str
     given: str = ""
-    """What stands before it in the prompt, as a retriever or a form would put it there."""
+    """Text before it in the prompt, as from a retriever or a form."""
 
     @property
     def prompt(self) -> str:

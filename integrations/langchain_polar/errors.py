@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class QuotaUsedUpError(langchain.ModelRateLimitError, RuntimeError):
-    """What `BudgetExceededError` is to LangChain: a quota that is used up, which hosted models report the same way.
+    """LangChain's form of `BudgetExceededError`: a quota that is used up, as hosted models report it.
 
     A RuntimeError, too: LangGraph's retry policy does not read `is_retryable`, and leaves that class alone.
     """

@@ -129,7 +129,7 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
         return self._engine().encode(text)
 
     def to_payload(self) -> dict[str, Any]:
-        """What events say of this model; unlike `metadata` it loads nothing: events fire on event loops."""
+        """Facts of this model for events; unlike `metadata` it loads nothing: events fire on event loops."""
         names = ("compute", "temperature", "top_p", "top_k", "max_tokens", "seed")
         return {
             "class_name": self.class_name(),

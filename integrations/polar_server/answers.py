@@ -33,7 +33,7 @@ Ask = tuple["Prompt", "RequestOptions"]
 
 
 class Computes(Protocol):
-    """What answers prompts: a `PolarModel`, or what stands before it."""
+    """Answers prompts: a `PolarModel`, or a stand-in before it."""
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """As `PolarModel.stream`."""
@@ -132,7 +132,7 @@ class Answer:
         return True
 
     async def pieces(self, patience: float | None = None) -> list[tuple[int, Chunk]]:
-        """What has arrived since the last call, with the index of its choice; waits until there is something.
+        """Pieces that have arrived since the last call, with the index of their choice; waits for at least one.
 
         Nothing is ever held up by a slow reader: what it has not read yet is kept, which is at most the answer.
 

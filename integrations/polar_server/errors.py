@@ -87,7 +87,7 @@ class ClientLeftError(ApiError):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What the client gets for an error of the engine, of the sink, or of nobody's making."""
+    """The HTTP answer to an error of the engine, of the sink, or an unexpected one."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BudgetExceededError):

@@ -1,4 +1,4 @@
-"""What the endpoints of one server share: the model, its sink, the answers it owes, and the rules of a call."""
+"""State that the endpoints of one server share: model, sink, open answers, and the rules of a call."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Server:
         )
 
     def rules(self, exchange: Exchange) -> Rules:
-        """What the caller of an exchange may do."""
+        """The rules for the caller of an exchange."""
         return Rules(
             catalog=self.catalog,
             caller=self.caller(exchange),

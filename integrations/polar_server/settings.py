@@ -1,4 +1,4 @@
-"""What a server is told when it is built."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def is_open(host: str, require_keys: bool | None, what: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `build` needs besides defaults.
+    """Settings for `build`.
 
     Attributes:
         engine: The model to serve, with its policy, router and sink.
         name: Id of the model at `/v1/models`; None = the name it was loaded by.
         max_body: Longest request body that is read. Unit: bytes.
-        max_choices: Most answers of one call: `n` times its prompts.
+        max_choices: Maximum number of answers of one call: `n` times its prompts.
         timeout: Longest time of one answer; None = any. Unit: seconds.
         usage_always: Send `usage` at the end of every stream, asked for or not.
         strict: Refuse fields that the API does not know, rather than count them.

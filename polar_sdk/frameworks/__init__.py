@@ -1,1 +1,1 @@
-"""What the model classes of frameworks share: settings, costs, tools and schemas. Knows no framework."""
+"""Common parts of the model classes of frameworks: settings, costs, tools and schemas. Knows no framework."""

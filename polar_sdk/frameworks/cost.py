@@ -70,7 +70,7 @@ class PolarCall:
     flops: int
     """Executed. Unit: FLOPs."""
     identity_flops: int
-    """What full depth would have executed. Unit: FLOPs."""
+    """Executed at full depth. Unit: FLOPs."""
     cost: Decimal | None
     """Exact; None where no price is known."""
     currency: str | None

@@ -1,4 +1,4 @@
-"""What form an answer has: free text, calls of tools, JSON by a schema, or either of the last two.
+"""The form of an answer: free text, calls of tools, JSON by a schema, or either of the last two.
 
 Frameworks say it in OpenAI's words, `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`; the engine
 takes a schema or a grammar, and the prompt says what to write. Knows no framework.
@@ -62,7 +62,7 @@ class AnswerForm:
         return roles
 
     def options(self) -> RequestOptions:
-        """What the engine is to enforce."""
+        """Options that make the engine enforce the form."""
         if self.use is None:
             return {} if self.schema is None else {**_FREE, "schema": self.schema}
         if self.schema is None:
@@ -72,7 +72,7 @@ class AnswerForm:
         return {**_FREE, "schema": {"anyOf": options, **{key: value for key, value in shared.items() if value}}}
 
     def reader(self) -> CallReader:
-        """What reads the answer."""
+        """A reader of the answer."""
         return CallReader(self.use)
 
     @staticmethod

@@ -42,7 +42,7 @@ _PER_CALL: Final = (
 """Settings that are options of the engine by the same name, but for `json_schema`, there `schema`."""
 _OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink")
 _ENGINE_SETTINGS: Final = (*LoadOptions.__annotations__, *_OBJECT_SETTINGS)
-"""What belongs to `engine=`, besides the model."""
+"""Settings that belong to `engine=`, besides the model."""
 _TOOL_OPTIONS: Final = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 _loading = renewed_in_child(threading.RLock())
 """Held while an engine is loaded, so that threads that start together load it once."""
@@ -95,7 +95,7 @@ class ModelSettings(BaseModel):
     ledger: str | None = AUTO_LEDGER
     """`"auto"`, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None = Field(default=None, exclude=True, repr=False)
-    """Where usage records go, instead of a ledger."""
+    """Takes usage records in place of a ledger."""
     tracing: bool = False
     """Set usage and cost of each answer on OpenTelemetry's current span; needs the extra `tracing`."""
     policy: Policy | str | Path | None = None

@@ -172,7 +172,7 @@ def turn_text(text: str, calls: Sequence[tuple[str, Any]]) -> str:
 
 
 def result_text(name: str | None, text: str, *, failed: bool = False) -> str:
-    """What a tool returned, as a user's message says it: chat templates without tools know no other role for it."""
+    """A tool's result as a user's message: chat templates without tools know no other role for it."""
     return f"{'Error' if failed else 'Result'} of {name or 'the tool'}: {text}"
 
 
@@ -186,7 +186,7 @@ def instructed(messages: Sequence[Mapping[str, str]], instructions: str) -> Role
 
 
 def schema_instructions(schema: Mapping[str, Any]) -> str:
-    """What a prompt says of a schema that the answer must match."""
+    """The prompt's part on a schema that the answer must match."""
     fields = schema.get("properties")
     described = "\n".join(
         f"- {name}: {' '.join(str(part['description']).split())}"
@@ -236,7 +236,7 @@ def _alternatives(part: Mapping[str, Any], root: Mapping[str, Any], depth: int) 
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> Any:
-    """What a local reference names; None where it names nothing."""
+    """The target of a local reference; None where it has none."""
     part: Any = root
     for name in reference.removeprefix("#").strip("/").split("/"):
         key = name.replace("~1", "/").replace("~0", "~")
@@ -276,7 +276,7 @@ class CallReader:
         self._heads = () if use is None else tuple(_head(tool.name) for tool in use.tools)
         self._undecided = ""
         self._head = ""
-        """What was read of a call before its arguments."""
+        """The part of a call before its arguments."""
         self._depth = 0
         self._quoted = self._escaped = False
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EVENT: Final = "polar.answer"
 """Name of the event that a span has per answer, with the attributes of that answer alone."""
 _COST_CURRENCY: Final = "USD"
-"""What OpenInference and Langfuse take costs to be in; a cost in another currency is in `polar.cost` alone."""
+"""Currency of costs for OpenInference and Langfuse; a cost in another one is in `polar.cost` alone."""
 _totals: Final[WeakKeyDictionary[Any, CostTotals]] = WeakKeyDictionary()
 """Sums of the answers that a span has seen."""
 _adding: Final = renewed_in_child(threading.Lock())
@@ -76,7 +76,7 @@ def _recording() -> Span | None:
 
 
 def _names(record: UsageRecord) -> dict[str, Any]:
-    """What cannot be added up."""
+    """Attributes that cannot be added up."""
     return {
         "gen_ai.provider.name": "polar",
         "gen_ai.request.model": record.model,

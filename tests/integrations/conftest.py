@@ -62,7 +62,7 @@ def priced(priced_sink: ListSink) -> PolarModel:
 
 
 class FrameworkContract:
-    """What every framework promises of answers that are left, and of the event loop while one is computed."""
+    """The contract of every framework on answers that are left, and on the event loop while one is computed."""
 
     def __init__(self, sink: Any) -> None:
         self._sink = sink

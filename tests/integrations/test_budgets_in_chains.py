@@ -76,7 +76,7 @@ def _stored(budgets: Any, tenant: str = "acme") -> list[Any]:
 
 
 def _one_step(engine: PolarModel, compute: str = "premium") -> Decimal:
-    """What the first step of the agent executes. Unit: CU."""
+    """Compute of the agent's first step. Unit: CU."""
     chat = ChatPolar(engine=engine, max_tokens=MOST, tenant="probe", compute=compute).bind_tools([weather])
     return Decimal(chat.invoke("Weather in Köln?").response_metadata["polar"]["flops"]).scaleb(-12)
 

@@ -46,7 +46,7 @@ class TestUnit(_Suite, ChatModelUnitTests):
 
 
 def _reply(prompt: Any) -> str:
-    """What a capable model would answer to the questions of the suite."""
+    """Answers of a capable model to the questions of the suite."""
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     for words, answer in _ANSWERS.items():
         if words in question:
@@ -64,7 +64,7 @@ _ANSWERS = {
 
 
 class _Tools(_Suite):
-    """What both engines are asked to do; media are all that the suite may skip."""
+    """Features that both engines are asked for; media are all that the suite may skip."""
 
     @property
     def supports_json_mode(self) -> bool:

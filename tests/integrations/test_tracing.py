@@ -1,4 +1,4 @@
-"""What traces are told of an answer: attributes of OpenTelemetry's current span, and LangSmith's costs."""
+"""Answers in traces: attributes of OpenTelemetry's current span, and LangSmith's costs."""
 
 from __future__ import annotations
 

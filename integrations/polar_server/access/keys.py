@@ -58,7 +58,7 @@ class Key(Protocol):
 
     @property
     def scopes(self) -> Sequence[str]:
-        """What it opens."""
+        """Its scopes."""
         ...
 
     @property
@@ -97,7 +97,7 @@ class Key(Protocol):
 
 
 class AccountStore(Protocol):
-    """What a tenant may know of itself; see `polar_billing.access.accounts`. Takes as long as a database does."""
+    """A tenant's view of itself; see `polar_billing.access.accounts`. Takes as long as a database does."""
 
     def usage(
         self,
@@ -119,7 +119,7 @@ class AccountStore(Protocol):
 
 
 class KeyStore(Protocol):
-    """Where keys are kept."""
+    """Keeps API keys."""
 
     def find(self, key_id: str) -> Key | None:
         """The key of an id, active or not; may take as long as a database does."""
@@ -148,7 +148,7 @@ class Access:
 
 
 def find_installed(group: str, *arguments: Any) -> Any | None:
-    """What an installed distribution registered under an entry point, called; None where none did, or cannot run.
+    """Call what an installed distribution registered under an entry point; None where none did, or it cannot run.
 
     Args:
         group: Of the entry point, whose name is `default`.

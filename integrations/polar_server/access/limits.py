@@ -35,7 +35,7 @@ _log: Final = logging.getLogger("polar_server")
 
 
 class Verdict(Protocol):
-    """What a call is told; see `polar_billing.access.rates.Verdict`."""
+    """The decision on a call; see `polar_billing.access.rates.Verdict`."""
 
     @property
     def refused(self) -> str | None:
@@ -49,12 +49,12 @@ class Verdict(Protocol):
 
     @property
     def left(self) -> Mapping[str, tuple[float, float]]:
-        """What is left by `requests` and `tokens`, and in how many seconds it is full."""
+        """Rest of `requests` and `tokens`, and the seconds until each is full."""
         ...
 
 
 class RateStore(Protocol):
-    """What knows how much keys have used; see `polar_billing.access.rates.Rates`. Called by one thread at a time."""
+    """The store of keys' use; see `polar_billing.access.rates.Rates`. Called by one thread at a time."""
 
     def update(
         self, asking: Sequence[Key], used: Sequence[tuple[Key, int]], running: Mapping[str, int]

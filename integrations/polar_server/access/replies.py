@@ -1,4 +1,4 @@
-"""Where replies to repeated requests are kept: by whoever registers a store, or in this process."""
+"""Stores of replies to repeated requests: the contract, and one for a single process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAX_KEPT_BYTES: Final = 64 * 2**20
 
 
 class ReplyStore(Protocol):
-    """Where replies are kept; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does.
+    """Keeps replies; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does.
 
     Whoever is told `claimed` calls `keep` or `give_up` afterwards.
     """

@@ -42,7 +42,7 @@ IDLE_CONNECTION_S: Final = 75
 """Longer than what balancers in front keep a connection, so that they close it first."""
 _STARTS: Final = 4
 _LAST_WORDS_S: Final = 10.0
-"""What a replica has, after its answers, to store records and close."""
+"""Time of a replica, after its answers, to store records and close."""
 _AFFINE_HEADERS: Final = (b"authorization", b"x-session-id")
 
 
@@ -101,7 +101,7 @@ class AffinityRouter(ConsistentHashRouter):  # type: ignore[misc]  # of an untyp
 
 
 def affinity_of(headers: Mapping[bytes, bytes]) -> str | None:
-    """What calls have in common that belong together; None where they say nothing."""
+    """The common mark of calls that belong together; None where they have none."""
     said = [headers[name] for name in _AFFINE_HEADERS if name in headers]
     return hashlib.sha256(b"\0".join(said)).hexdigest() if said else None
 
@@ -162,7 +162,7 @@ def _bound(launch: Launch, replicas: Replicas) -> Application:
 
 
 def config(launch: Launch, replicas: Replicas, *, port: int) -> dict[str, Any]:
-    """What `serve deploy` and a RayService's `serveConfigV2` take.
+    """The configuration for `serve deploy` and for a RayService's `serveConfigV2`.
 
     Proxies there listen on every node, so every caller comes from the network, and replicas ask for keys.
 

@@ -49,7 +49,7 @@ class PlainServer(uvicorn.Server):
 
     @property
     def url(self) -> str:
-        """Where it listens; once it has started."""
+        """The URL, once the server has started."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -80,7 +80,7 @@ class UvicornServer(PlainServer):
             self._loop.call_soon_threadsafe(self.end)
 
     def end(self) -> None:
-        """What a signal does; in the event loop."""
+        """Act on a signal, in the event loop."""
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._end())
         else:

@@ -127,7 +127,7 @@ class Quote:
         return [self._server.tiers.bound(prompt, **options) for prompt, options in asks]
 
     def _offer(self, model: str, bounds: Sequence[UsageBound]) -> dict[str, Any]:
-        """What all choices use at most together, and cost."""
+        """The maximum that all choices use and cost together."""
         prices = [self._server.sink.quote(bound)[0] for bound in bounds]
         offers = [bound.offers[0] for bound in bounds]
         flops = sum(offer.flops_bound for offer in offers)

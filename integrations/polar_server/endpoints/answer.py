@@ -54,7 +54,7 @@ class Writer(Protocol):
         ...
 
     def failure(self, error: BaseException) -> list[bytes]:
-        """The last events of a stream that broke off."""
+        """The last events of a stream that was interrupted."""
         ...
 
 

@@ -113,13 +113,13 @@ def key_of(headers: Mapping[str, str]) -> str | None:
 
 
 def _fingerprint(path: str, body: Mapping[str, Any]) -> str:
-    """What tells a repeated call from another one, whatever the order of its fields."""
+    """Hash of a call, whatever the order of its fields."""
     text = json.dumps([path, body], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _refusal(state: str) -> ApiError:
-    """What a call is told whose key is taken: `other` or `running`."""
+    """The refusal of a call whose key is taken: `other` or `running`."""
     if state == "other":
         message = "this Idempotency-Key belongs to a call with another body; make a new key for every call."
         return ApiError(message, status=409, code="idempotency_key_reused", headers={"x-should-retry": "false"})

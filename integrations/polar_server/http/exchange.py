@@ -30,19 +30,19 @@ _SAFE_ID: Final = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 @dataclass
 class Exchange:
-    """What the server knows of one call while it answers it."""
+    """One call while it is answered."""
 
     method: str
     path: str
     headers: Mapping[str, str]
-    """Of the request; the last one of a name counts."""
+    """Headers of the request; the last one of a name counts."""
     request_id: str = field(default_factory=new_request_id)
     """Ours; of a call that computes, its id in the ledger."""
     started_ns: int = field(default_factory=time.perf_counter_ns)
     answer_headers: dict[str, str] = field(default_factory=dict)
     """Headers of the answer, whichever it becomes."""
     status: int | None = None
-    """Of the answer, once it began."""
+    """Status of the answer, once it began."""
     key: Key | None = None
     """The API key of the call, where the server asks for one."""
     facts: dict[str, Any] = field(default_factory=dict)

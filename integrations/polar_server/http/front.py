@@ -1,4 +1,4 @@
-"""What every call passes first and last: the headers of its answer, and its errors as JSON."""
+"""Middleware around every call: API key, headers of its answer, and errors as JSON."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _PATHS: Final = frozenset(
         "/version",
     }
 )
-"""What the log and the metrics name; other paths are strangers' text."""
+"""Paths that the log and the metrics name; others are text of strangers."""
 _RECEIPTS: Final = "/v1/polar/receipts"
 _OPEN: Final = frozenset({"/health", "/ready"})
-"""What is answered without a key."""
+"""Paths that need no key."""
 PAGES: Final = "/polar"
-"""Where the operations page is."""
+"""Path of the operations page."""
 _SCOPES: Final = {
     "/metrics": "metrics",
     "/v1/polar/usage": "usage:read",
     _RECEIPTS: "usage:read",
     PAGES: "dashboard",
 }
-"""What a key must open for a path; any other needs `infer`."""
+"""Scopes by path; any other path needs `infer`."""
 
 
 def _route(path: str) -> str:
@@ -57,11 +57,11 @@ def _route(path: str) -> str:
 
 
 class Fronted(Protocol):
-    """What is behind: a model that is served, or the operations page alone."""
+    """The server behind: of a model, or of the operations page alone."""
 
     @property
     def guard(self) -> KeyGuard | None:
-        """What asks for an API key; None where anybody may ask."""
+        """Checks API keys; None where anybody may ask."""
         ...
 
     def called(self, path: str, status: int) -> None:

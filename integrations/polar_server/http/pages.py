@@ -47,11 +47,11 @@ _KEPT_S: Final = 86_400
 
 
 class PageAnswer(Protocol):
-    """What to send."""
+    """A page, or a file of it, to send."""
 
     @property
     def status(self) -> int:
-        """Of HTTP."""
+        """HTTP status."""
         ...
 
     @property
@@ -74,7 +74,7 @@ class PageStore(Protocol):
     """The operations page; see `polar_billing.dashboard.page`. Takes as long as a database does."""
 
     def answer(self, path: str, live: Any = ...) -> PageAnswer:
-        """What a `GET` of a path below `/polar/` gets; `live` is a look at the engine, where there is one."""
+        """The answer to a `GET` below `/polar/`; `live` is a look at the engine, where there is one."""
         ...
 
     def check(self) -> None:
@@ -86,7 +86,7 @@ class LiveSource(Protocol):
     """An engine that can be looked at."""
 
     def look(self) -> Any:
-        """What it does now."""
+        """The engine at this moment."""
         ...
 
 
@@ -110,7 +110,7 @@ def find_pages(url: str | None, zone: str = "UTC") -> PageStore:
 
 
 def page_routes(pages: PageStore, guard: KeyGuard | None, live: LiveSource | None) -> list[Route]:
-    """Where the page is: at `/polar/`, and `/polar` leads there."""
+    """Routes of the page: `/polar/`, and `/polar` leads there."""
     return [
         Route(PAGES, _to_the_page, methods=["GET"]),
         Route(f"{PAGES}/{{path:path}}", _Pages(pages, guard, live), methods=["GET"]),
@@ -140,7 +140,7 @@ async def _to_the_page(request: Request) -> Response:
 
 
 class _Alone:
-    """What the front needs to know where there is no engine."""
+    """Stands for the server where there is no engine."""
 
     def __init__(self, guard: KeyGuard | None) -> None:
         self.guard = guard

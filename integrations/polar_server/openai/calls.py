@@ -1,4 +1,4 @@
-"""What all endpoints that answer have in common: fields, the options they stand for, and who asks.
+"""Common parts of the endpoints that answer: fields, the options they stand for, and who asks.
 
 A call becomes choices of the engine. Defaults are the engine's: greedy, and 256 tokens. Knows no HTTP.
 """
@@ -66,7 +66,7 @@ class Call:
     logprobs: int | None
     """How many alternatives to report per token; None = no log-probabilities at all."""
     echo: Sequence[str | Sequence[int]] = ()
-    """What each choice of a text completion repeats before its answer, text or token ids; empty = nothing."""
+    """Prompts that the choices of a text completion repeat, text or token ids; empty = none."""
     only_echo: bool = False
     """Whether the answer itself is not shown: the prompt was to be scored."""
     form: AnswerForm = field(default_factory=AnswerForm)
@@ -74,7 +74,7 @@ class Call:
     format_param: str = "response_format"
     """The field that asks for JSON by a schema."""
     repeated: Mapping[str, Any] = field(default_factory=dict)
-    """What the answer says of its call, where the API repeats it."""
+    """Fields that the answer repeats, where the API wants that."""
 
     @property
     def form_param(self) -> str:
@@ -92,7 +92,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a server allows every call."""
+    """The limits of every call."""
 
     catalog: Catalog
     caller: Caller
@@ -117,7 +117,7 @@ class CallBody(Body):
     tags: Labels = Field(default_factory=dict)
 
     def call(self, rules: Rules) -> Call:
-        """What the body asks of the engine.
+        """The call of the engine that the body asks for.
 
         Raises:
             ApiError: It asks for what does not exist or cannot be served.
@@ -136,7 +136,7 @@ class ChoicesBody(CallBody):
 
     @property
     def hook(self) -> Steering | None:
-        """What the body does to logits."""
+        """The body's changes of logits."""
         if not (self.logit_bias or self.presence_penalty or self.frequency_penalty):
             return None
         return Steering(self.logit_bias, self.presence_penalty, self.frequency_penalty)

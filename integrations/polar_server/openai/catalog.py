@@ -1,4 +1,4 @@
-"""What is for sale: one id per model and tier, and what each promises.
+"""The models on offer: one id per model and tier, and the promise of each.
 
 `NAME` is the model with its default tier, `NAME:economy` and the like name one. Knows a policy and a router, no HTTP.
 """

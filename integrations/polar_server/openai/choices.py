@@ -26,7 +26,7 @@ _DONE: Final = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Turn:
-    """What one choice says in the end."""
+    """The whole of one choice."""
 
     text: str
     calls: Sequence[dict[str, Any]]
@@ -38,7 +38,7 @@ class Shape(Protocol):
     """How the answers of an endpoint look."""
 
     prefix: str
-    """Of an answer's id."""
+    """Prefix of an answer's id."""
     whole: str
     """`object` of a whole answer."""
     piece: str
@@ -118,7 +118,7 @@ class ChoiceWriter:
         return prompt_entries(self._facts.token_bytes, generation.prompt_ids, generation.prompt_logprobs or ())
 
     def _echoed(self, index: int) -> str:
-        """What a choice repeats of its prompt."""
+        """The part of the prompt that a choice repeats."""
         if not self._call.echo:
             return ""
         prompt = self._call.echo[index]
@@ -148,7 +148,7 @@ class ChoiceWriter:
         return frames
 
     def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """What a piece adds to its choice: text, calls, and the log-probabilities of what is shown."""
+        """Additions of a piece to its choice: text, calls, and the log-probabilities of what is shown."""
         reader, ended = self._readers[index], chunk.generation is not None
         text, calls = reader.read(chunk.text)
         if ended:
@@ -166,7 +166,7 @@ class ChoiceWriter:
         return [*([self._event(last)] if self._call.include_usage else []), _DONE]
 
     def failure(self, error: BaseException) -> list[bytes]:
-        """The last event of a stream that broke off."""
+        """The last event of a stream that was interrupted."""
         return [b"data: " + packed_json(api_error(error).body) + b"\n\n"]
 
     def _event(self, rest: dict[str, Any]) -> bytes:
@@ -210,7 +210,7 @@ class ChoiceReader:
         return self._reader.text
 
     def read(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """What a piece adds: text, and pieces of calls; the first of a call has its id and name and no arguments."""
+        """Read a piece: text, and pieces of calls; the first of a call has its id and name and no arguments."""
         said, calls = "", []
         for piece in self._reader.push(text):
             if isinstance(piece, str):

@@ -1,4 +1,4 @@
-"""What is known of an answer besides its text: its id, what computes it, tokens, compute and money.
+"""Facts of an answer besides its text: id, model, tokens, compute and money.
 
 The same for every endpoint, which only spell it differently. Knows no HTTP.
 """
@@ -59,13 +59,13 @@ class Facts:
 
     @property
     def fingerprint(self) -> str:
-        """What computed the answer: engine, weights and program."""
+        """Engine, weights and program of the answer."""
         offer = self.answer.choices[0].offer
         program = hashlib.sha256(b"" if offer is None else offer.program.encode()).hexdigest()[:8]
         return f"polar-{engine_version(self.engine.dtype)}-{self.engine.fingerprint[:12]}-{program}"
 
     def headers(self) -> dict[str, str]:
-        """What is known of an answer that is admitted; from here on, the call has the id of its first choice."""
+        """Headers of an admitted answer; from here on, the call has the id of its first choice."""
         offer, bound = self.answer.choices[0].offer, self.answer.choices[0].bound
         if offer is None or bound is None:
             return {}
@@ -78,7 +78,7 @@ class Facts:
         return headers
 
     def closing_headers(self) -> dict[str, str]:
-        """What is known only when the answer is whole: times, and the price."""
+        """Headers of a whole answer: times, and the price."""
         headers = {}
         if (record := self.answer.choices[0].record) is not None:
             parts = {"queue": record.queue_ns, "prefill": record.prefill_ns, "decode": record.decode_ns}

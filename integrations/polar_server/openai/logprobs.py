@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from polar_sdk import TokenLogprobs
 
 _LEAST: Final = -9999.0
-"""What stands for −inf, which JSON cannot say."""
+"""Stands for −inf, which JSON cannot express."""
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -69,7 +69,7 @@ class Entry:
     offset: int
 
     def after(self, characters: int) -> Entry:
-        """The same behind another text."""
+        """The same after another text."""
         return Entry(self.wire, self.offset + characters)
 
 
@@ -79,7 +79,7 @@ class _Waiting:
 
     logprobs: TokenLogprobs
     before: bytes
-    """What the tokens before it left of a character, which this one goes on with or breaks off."""
+    """The incomplete character before it, which this token continues or interrupts."""
     raw: bytes
     start: int
     end: int

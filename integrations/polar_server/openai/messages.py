@@ -75,7 +75,7 @@ def _message(message: Any, where: str, called: dict[str, str]) -> dict[str, str]
 
 
 def _turn(message: Mapping[str, Any], where: str, called: dict[str, str]) -> str:
-    """What a message says; of the assistant's, with the calls that it made."""
+    """The text of a message; the assistant's with the calls that it made."""
     content = message.get("content")
     if message.get("role") != "assistant":
         if message.get("tool_calls"):
@@ -101,7 +101,7 @@ def _calls(value: Any, where: str, called: dict[str, str]) -> list[tuple[str, An
             raise unsupported(f"{here}.type", f"a call of type {shown(call['type'])}: only functions are called.")
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
-            raise invalid(here, f"{shown(call)} is no call; it needs id, type and function.")
+            raise invalid(here, f"{shown(call)} is not a call; it needs id, type and function.")
         calls.append(read_call_of(call.get("id"), function, here, called, id_name="id", within="function."))
     return calls
 
@@ -137,7 +137,7 @@ def _result(message: Mapping[str, Any], where: str, called: Mapping[str, str]) -
 
 
 def read_result(call_id: Any, said: str, where: str, called: Mapping[str, str]) -> dict[str, str]:
-    """What a tool returned, as a message.
+    """A tool's result, as a message.
 
     Args:
         call_id: Which call it answers.

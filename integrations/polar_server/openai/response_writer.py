@@ -77,7 +77,7 @@ class ResponseWriter:
         return [self._event(f"response.{self._status}", response=self._response(self._status, closed=True))]
 
     def failure(self, error: BaseException) -> list[bytes]:
-        """The last events of a stream that broke off."""
+        """The last events of a stream that was interrupted."""
         known = api_error(error)
         said = {"code": known.code, "message": str(known), "param": known.param}
         failed = self._response("failed") | {"error": {"code": "server_error", "message": str(known)}}

@@ -29,7 +29,7 @@ _LOGPROBS: Final = "message.output_text.logprobs"
 _PARTS: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _STORED: Final = "item_reference"
 _INCLUDED: Final = (_LOGPROBS, "reasoning.encrypted_content")
-"""What may be asked for; there is no reasoning that the second could be of."""
+"""Values of `include`; the second is accepted, though there is no reasoning."""
 _Text = Annotated[str, Text()]
 
 
@@ -108,7 +108,7 @@ class ResponseBody(TurnBody):
             raise unsupported("stream_options", f"{shown(options)}: usage always comes, and obfuscation never.")
 
     def _repeated(self, answer_format: Mapping[str, Any]) -> dict[str, Any]:
-        """What an answer says of its call."""
+        """Fields of the call that its answer repeats."""
         return {
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,

@@ -118,14 +118,14 @@ def _tool(tool: Any, where: str, *, nested: bool) -> dict[str, Any]:
         raise invalid(within, "it must be an object with name, description and parameters.")
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise invalid(f"{within}.name", f"{shown(name)} is no name; use 1 to 64 letters, digits, _ and -.")
+        raise invalid(f"{within}.name", f"{shown(name)} is not a valid name; use 1 to 64 letters, digits, _ and -.")
     about = function.get("description")
     if about is not None:
         _DESCRIPTION.check(f"{within}.description", about)
     if not isinstance(strict := function.get("strict"), bool | None):
         raise invalid(f"{within}.strict", f"{shown(strict)} is neither true nor false.")
     if parameters is not None and not isinstance(parameters, dict):
-        raise invalid(f"{within}.parameters", f"{shown(parameters)} is no JSON schema of an object.")
+        raise invalid(f"{within}.parameters", f"{shown(parameters)} is not a JSON schema of an object.")
     if parameters and parameters.get("type", "object") != "object":
         raise invalid(f"{within}.parameters", f"its type is {shown(parameters['type'])}; arguments are an object.")
     read = {"name": name, "description": about or "", "parameters": parameters or {}}

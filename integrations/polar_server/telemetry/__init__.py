@@ -1,1 +1,1 @@
-"""What the server did and does: metrics, traces, and the state of the engine."""
+"""Metrics, traces, and the state of the engine."""

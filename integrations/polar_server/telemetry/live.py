@@ -56,11 +56,11 @@ class Look:
     draining: bool
     """Whether the server ends."""
     router: str
-    """What chooses programs."""
+    """The router, in words."""
     void: str | None
     """Why the router's certificate does not hold; None where it does, or where there is none."""
     tiers: tuple[TierLook, ...]
-    """What its certificate promises."""
+    """Tiers with a promise of its certificate."""
 
 
 class LiveEngine:
@@ -86,7 +86,7 @@ class LiveEngine:
         self._counted: deque[tuple[float, int]] = deque()
 
     def look(self) -> Look:
-        """What it does now."""
+        """The engine at this moment."""
         scheduler, pool = self._engine.scheduler, self._engine.decoder.pool
         waiting = scheduler.waiting
         due, being_answered = self._sink.due, self._answers.request_ids()  # in this order: none is missed

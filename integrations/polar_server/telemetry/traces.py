@@ -34,7 +34,7 @@ _PARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[
 _MAX_STATE: Final = 512
 """Longest `tracestate` that W3C asks everybody to pass on. Unit: characters."""
 _OPERATIONS: Final = {"/v1/completions": "text_completion"}
-"""What the GenAI conventions call a call; any other is `chat`."""
+"""Names of calls in the GenAI conventions; any other call is `chat`."""
 _ASKED: Final = {
     "max_tokens": "gen_ai.request.max_tokens",
     "temperature": "gen_ai.request.temperature",
@@ -50,7 +50,7 @@ def trace_headers() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """Where spans and metrics go.
+    """Destination of spans and metrics.
 
     Attributes:
         spans: None = OpenTelemetry's global provider.
@@ -186,7 +186,7 @@ class _Spans:
         )
 
     def headers(self, span: Span | None) -> dict[str, str]:
-        """What continues the trace under a span."""
+        """Headers that continue the trace under a span."""
         headers: dict[str, str] = {}
         if span is not None:
             self._format.inject(headers, self._trace.set_span_in_context(span))

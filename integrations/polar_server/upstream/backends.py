@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes a tier.
+    """The upstreams of a tier.
 
     Attributes:
         tier: Its name.

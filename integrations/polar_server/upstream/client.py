@@ -207,7 +207,7 @@ async def _relay(base: str, answer: httpx2.Response, news: SimpleQueue[News]) ->
 
 
 def _lost(base: str) -> UpstreamError:
-    return UpstreamError(f"{base} broke its answer off; what it sent is billed.", code="upstream_lost")
+    return UpstreamError(f"{base} interrupted its answer; what it sent is billed.", code="upstream_lost")
 
 
 def _models(content: bytes) -> list[dict[str, Any]]:

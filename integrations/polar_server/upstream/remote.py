@@ -52,12 +52,12 @@ class _Progress:
     pieces: int = 0
     finish: str | None = None
     reported: TokenUsage | None = None
-    """What the upstream said last."""
+    """The upstream's last figures."""
     opened_ns: int = 0
     first_ns: int = 0
     """When the first piece came, by the monotonic clock; 0 = none has."""
     lost: BaseException | None = None
-    """What ended the request from outside, such as a hold that was lost."""
+    """The outside event that ended the request, such as a lost hold."""
     marked: int = 0
     """Pieces at the last mark."""
     marked_ns: int = field(default_factory=time.perf_counter_ns)
@@ -102,7 +102,7 @@ def stream(engine: PolarModel, backends: Mapping[str, Backend], request: Request
         As the engine: the last chunk carries the generation, whose record is stored by then.
 
     Raises:
-        UpstreamError: No upstream took the request, or it broke off.
+        UpstreamError: No upstream took the request, or it was interrupted.
         PolarError: As `polar_sdk.PolarModel.stream`.
     """
     sink, cost = engine.sink, engine.decoder.cost
@@ -222,7 +222,7 @@ class _Answer:
         self._progress.lost = error
 
     def _next(self, stream: Stream) -> News | None:
-        """What arrives next; None once the caller wants nothing more.
+        """The next news; None once the caller wants nothing more.
 
         Raises:
             RequestTimeoutError: The time is up.

@@ -60,7 +60,7 @@ class Tiers:
         return Backend(tier, program, tuple(place_of(url, self._client) for url in urls), self._client)
 
     def programs(self) -> dict[str, Program]:
-        """What the tiers with upstreams run."""
+        """Programs of the tiers with upstreams."""
         return {tier: backend.program for tier, backend in self.backends.items()}
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:

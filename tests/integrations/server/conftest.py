@@ -78,7 +78,7 @@ class Served:
         self.base_url = f"{self.url}/v1"
 
     def signal(self) -> None:
-        """What SIGTERM does."""
+        """Act as on SIGTERM."""
         self.uvicorn.handle_exit(15, None)
 
     def close(self) -> None:

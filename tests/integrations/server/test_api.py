@@ -1,4 +1,4 @@
-"""What each endpoint answers, and what it refuses: with a status, a code and the field at fault."""
+"""Answers and refusals of each endpoint: status, code and the field at fault."""
 
 from __future__ import annotations
 
@@ -208,6 +208,13 @@ def test_a_bad_field_of_a_text_completion_is_refused(
     status, _, body = served.call("POST", "/v1/completions", {"model": "tiny", "prompt": "a", **fields})
     assert (status, body["error"]["param"]) == (400, param)
     assert sink.records == []
+
+
+@pytest.mark.parametrize("names", [("temperature", "n"), ("n", "temperature")])
+def test_of_two_faults_the_first_in_the_body_is_named(served: Served, names: tuple[str, str]) -> None:
+    wrong = dict.fromkeys(names, 9000)
+    _, _, body = served.call("POST", "/v1/chat/completions", {**wrong, **chat_body()})
+    assert body["error"]["param"] == names[0]
 
 
 def test_a_prompt_that_does_not_fit_has_the_code_that_clients_match(served: Served) -> None:

@@ -1,21 +1,20 @@
-"""Clients that leave: compute stops within a token, and what ran is recorded, to the FLOP.
-
-`POLAR_TEST_DISCONNECTS` sets how many random moments are tried.
-"""
+"""Clients that leave and servers that end: compute stops within a token, and what ran is recorded, to the FLOP."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import socket
 import threading
+import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from polar_sdk import Program
+from polar_sdk.testing import tiny_model
 from polar_server.answers import Answer
 from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from polar_sdk import PolarModel, UsageRecord
     from polar_server.upstream.tiers import Tiers
     from tests.integrations.server.conftest import Served
-
-TRIALS = int(os.environ.get("POLAR_TEST_DISCONNECTS", "12"))
 
 
 def executed(served: Served, record: UsageRecord) -> int:
@@ -74,13 +71,14 @@ def tokens_at_leave(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return noted
 
 
+@pytest.mark.parametrize("trials", [4, pytest.param(150, marks=pytest.mark.long)])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_at_a_random_moment_is_billed_what_ran(
-    serve: Callable[..., Served], sink: RecordingSink, tokens_at_leave: list[int], stream: bool
+    serve: Callable[..., Served], sink: RecordingSink, tokens_at_leave: list[int], stream: bool, trials: int
 ) -> None:
     served = serve()
     chance = random.Random(5)
-    for trial in range(TRIALS):
+    for trial in range(trials):
         wanted = chance.randrange(0, 24)  # 0: it leaves at once, whatever the server does then
         with send_request(served, endless(served, stream=stream, program="0-5")) as connection:
             if stream:
@@ -110,8 +108,6 @@ def read_events(connection: socket.socket, count: int) -> None:
 
 def wait_for_tokens(served: Served, count: int) -> None:
     """Wait until the one running job has so many tokens."""
-    import time
-
     deadline = time.monotonic() + WAIT_S
     while computed(served.server.engine) < count:
         assert time.monotonic() < deadline
@@ -132,8 +128,6 @@ def test_a_client_that_leaves_before_admission_costs_nothing(serve: Callable[...
 
 def until_left(served: Served) -> None:
     """Wait until the server has noticed that its one client left."""
-    import time
-
     deadline = time.monotonic() + WAIT_S
     while not all(answer._cancel.is_set() for answer in served.server.answers._open):
         assert time.monotonic() < deadline
@@ -142,10 +136,6 @@ def until_left(served: Served) -> None:
 
 def test_a_client_that_leaves_while_queued_costs_nothing(serve: Callable[..., Served], sink: RecordingSink) -> None:
     """Every row is taken, so the last request waits."""
-    from dataclasses import replace
-
-    from polar_sdk.testing import tiny_model
-
     engine = tiny_model(sink=sink, context_window=4096)
     engine.scheduler.limits = replace(engine.scheduler.limits, max_rows=1)
     served = serve(engine=engine)
@@ -175,10 +165,6 @@ def test_a_client_that_leaves_while_queued_costs_nothing(serve: Callable[..., Se
 def test_a_client_that_leaves_in_prefill_stops_it_after_a_piece(
     serve: Callable[..., Served], sink: RecordingSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
-    from polar_sdk.testing import tiny_model
-
     engine = tiny_model(sink=sink, context_window=4096)
     engine.scheduler.limits = replace(engine.scheduler.limits, prefill_alone=512, prefill_beside=512)
     served = serve(engine=engine)
@@ -213,3 +199,73 @@ def test_one_reader_that_is_slow_holds_up_nobody(serve: Callable[..., Served], s
             received = b""
             while b"[DONE]" not in received:
                 received += connection.recv(65_536)
+
+
+def test_answers_that_run_finish_and_new_ones_are_refused(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    served = serve(drain=20.0)
+    sink.gate.clear()
+    found: dict[str, Any] = {}
+    asking = threading.Thread(target=lambda: found.update(served.chat(max_tokens=5)))
+    asking.start()
+    assert sink.asked.acquire()
+    served.signal()
+    waited_for = served.connect()
+    while not served.server.answers.draining:
+        pass
+    waited_for.request("GET", "/ready")
+    assert waited_for.getresponse().status == 503
+    status, headers, body = served.call("POST", "/v1/chat/completions", chat_body())
+    assert (status, body["error"]["code"], headers["retry-after"]) == (503, "shutting_down", "1")
+    sink.gate.set()
+    asking.join()
+    served.thread.join()
+    assert found["usage"]["completion_tokens"] == 5
+    assert [record.outcome for record in sink.records] == ["completed"]
+    waited_for.close()
+
+
+def test_what_outlasts_the_drain_is_stopped_and_recorded(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    served = serve(drain=0.05)
+    streams = [send_request(served, endless(served, stream=True, max_tokens=3_000)) for _ in range(3)]
+    for connection in streams:
+        read_events(connection, 3)
+    served.signal()
+    served.thread.join()
+    assert [record.outcome for record in sink.records] == ["cancelled"] * 3
+    assert not served.server.sink.due
+    for connection in streams:
+        rest = b""
+        while part := connection.recv(65_536):
+            rest += part
+        connection.close()
+        last = [line for line in rest.split(b"\n") if line.startswith(b"data: ")][-1]
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+        assert b"[DONE]" not in rest
+
+
+def test_a_second_signal_ends_at_once(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    served = serve(drain=3_600.0)
+    connection = send_request(served, endless(served, stream=True, max_tokens=3_000))
+    read_events(connection, 3)
+    served.signal()
+    served.signal()
+    served.thread.join()
+    assert [record.outcome for record in sink.records] == ["cancelled"]
+    connection.close()
+
+
+def test_the_spool_is_flushed_last(serve: Callable[..., Served]) -> None:
+    class Closing(RecordingSink):
+        closed_after = -1
+
+        def close(self) -> None:
+            self.closed_after = len(self.records)
+
+    sink = Closing()
+    served = serve(sink=sink, drain=0.0)
+    connection = send_request(served, endless(served, stream=True))
+    read_events(connection, 2)
+    served.signal()
+    served.thread.join()
+    assert sink.closed_after == 1
+    connection.close()

@@ -37,16 +37,16 @@ _ANSWERS = {
 
 
 def _reply(prompt: Any) -> str:
-    """What a capable model would answer to the questions of the suite."""
+    """Answers of a capable model to the questions of the suite."""
     question = str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
     return next((answer for words, answer in _ANSWERS.items() if words in question), "A short answer.")
 
 
 class _Suite(ChatModelIntegrationTests):
-    """What both engines are asked to do."""
+    """Features that both engines are asked for."""
 
     url: ClassVar[str]
-    """Of the server; made for each class."""
+    """URL of the server; made for each class."""
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:

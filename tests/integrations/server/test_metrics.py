@@ -1,4 +1,4 @@
-"""What `/metrics` and the log say: figures of the records, names that dashboards know, and nobody's words."""
+"""`/metrics` and the log: figures of the records, names that dashboards know, and nobody's words."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ CALL = call_text("weather", {"city": "Köln", "days": 3})
 BOTH = CALL + "\n" + call_text("now", {})
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 _NEW = ("id", "created_at", "call_id", "polar", "item_id")
-"""What differs between two answers to the same call."""
+"""Fields that differ between two answers to the same call."""
 
 
 @pytest.fixture

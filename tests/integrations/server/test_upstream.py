@@ -333,7 +333,7 @@ def test_backends_that_cannot_be(serve: Callable[..., Served], backends: dict[st
 def test_a_program_that_no_plain_model_runs(serve: Callable[..., Served], tiny: PolarModel) -> None:
     policy = Policy.model_validate({"protected": [0], "tiers": {"economy": {"program": "0 1x2 3-5"}}})
     engine = PolarModel(tiny.loaded, policy=policy, sink=ListSink())
-    with pytest.raises(ExportError, match="visits layer 1 2 times"):
+    with pytest.raises(ExportError, match="layer 1"):
         serve(engine=engine, backends={"economy": ["http://127.0.0.1:1"]})
 
 
