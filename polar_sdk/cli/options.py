@@ -68,7 +68,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the options of `with_model` say."""
+    """The options of `with_model`."""
 
     model: dict[str, Any]
     """Arguments of `load_model`."""

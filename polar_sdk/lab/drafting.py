@@ -46,7 +46,7 @@ _ASKED: Final = 2000
 """Questions that the model asks itself where none are given."""
 _QUESTION_TOKENS: Final = 96
 _TOP_P: Final = 0.95
-"""Of sampled questions: without the least likely tokens, of which a small model makes nonsense."""
+"""`top_p` of sampled questions: without the least likely tokens, of which a small model makes nonsense."""
 _HELD_OUT: Final = 10
 """One answer of so many is held out to see how often the head is right."""
 _GUESSES: Final = 4
@@ -78,7 +78,7 @@ class DraftOptions(BaseModel, frozen=True, extra="forbid"):
     epochs: int = Field(default=6, ge=1)
     """How often it sees each answer."""
     seed: int = Field(default=0, ge=0)
-    """Of the questions, and of training."""
+    """Seed of the questions, and of training."""
 
 
 def train_draft_head(
@@ -152,7 +152,7 @@ class _Maker:
             model=self.model.name,
             fingerprint=self.model.fingerprint,
             answers=len(others),
-            tokens=sum(map(_answer_tokens, others)),
+            tokens=sum(len(answer.continuations[0]) for answer in others),
             data=data,
             options={name: value for name, value in self.options.model_dump().items() if value is not None},
             right=right,
@@ -214,7 +214,7 @@ class _Maker:
         return _Places(torch.cat(states), torch.cat(following))
 
     def _asked(self, count: int) -> list[str]:
-        """What the model asks itself, each question once."""
+        """Questions that the model asks itself, each once."""
         start = PromptEncoder(self.model.loaded.tokenizer).message_start()
         if not start:
             raise DataError(
@@ -260,7 +260,7 @@ class _Places(NamedTuple):
     """Places of answers, after which tokens are guessed."""
 
     states: Tensor
-    """Of the token at each place, (N, E)."""
+    """State of the token at each place, (N, E)."""
     following: Tensor
     """The token after it, which is known, and those after that, (N, 1 + guesses); where the answer has ended, -1."""
 
@@ -284,7 +284,7 @@ class _Training:
         self._values = {name: value.to(self._device) for name, value in _fresh(width, options).items()}
         self._rows = decoder.head_rows(self._tokens).float()
         self._numbers = torch.full((decoder.vocab + 1,), len(tokens), device=self._device)
-        """Of each token, its place among those that can be guessed, or after the last of them."""
+        """Place of each token among those that can be guessed, or after the last of them."""
         self._numbers[self._tokens] = torch.arange(len(tokens), device=self._device)
         self._numbers[_NONE] = _IGNORED
         for value in self._values.values():
@@ -354,11 +354,11 @@ class _Training:
 
 
 _IGNORED: Final = -100
-"""What stands for no token in a loss."""
+"""Stands for no token in a loss."""
 
 
 def _fresh(width: int, options: DraftOptions) -> dict[str, Tensor]:
-    """Where training starts: with the state before, moved a little."""
+    """The start of training: the state before, moved a little."""
     dice = torch.Generator().manual_seed(options.seed)
 
     def drawn(*shape: int, spread: float = 0.02) -> Tensor:
@@ -379,10 +379,6 @@ def _frequent(answers: Iterable[Question], count: int) -> Tensor:
     """The tokens most frequent in answers, at most so many, in rising order."""
     said = Counter(token for answer in answers for token in answer.continuations[0])
     return torch.tensor(sorted(token for token, _ in said.most_common(count)))
-
-
-def _answer_tokens(answer: Question) -> int:
-    return len(answer.continuations[0])
 
 
 def _stored(value: Tensor) -> torch.dtype:

@@ -18,9 +18,9 @@ class Written(NamedTuple):
 
     prompt: str
     answer: str
-    """What answers it; empty for a message, which has no one right summary."""
+    """The right answer; empty for a message, which has no one right summary."""
     depth: float
-    """Where in the text the asked fact stands, from 0 (first) to 1 (last)."""
+    """Position of the asked fact in the text, from 0 (first) to 1 (last)."""
 
 
 def _words(text: str) -> tuple[str, ...]:

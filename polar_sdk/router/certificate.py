@@ -30,7 +30,7 @@ from polar_sdk.router.exact_tests import (
 )
 
 Loss = Literal["differs", "harms", "drops", "strict"]
-"""What counts as lost.
+"""The ways to count a prompt as lost.
 
 `differs`: the answer differs from identity's: another choice, or in text fewer than three quarters of the tokens that
 identity would choose (`lab.rewards.measure.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
@@ -42,12 +42,12 @@ LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 
 
 class TierPromise(NamedTuple):
-    """What a tier is to promise."""
+    """A tier's promise as asked for."""
 
     alpha: float
     """Maximum share of prompts lost."""
     loss: Loss = "differs"
-    """What counts as lost."""
+    """The way that losses are counted."""
     strict: float | None = None
     """Maximum share of texts that lose more than 5 % of their tokens; None promises nothing about that."""
 
@@ -79,7 +79,7 @@ class Counts(BaseModel):
         return self.lost[counted][index], self.gained[index] if counted == "drops" else 0
 
     def p_value(self, index: int, alpha: float, delta: float, loss: Loss) -> float:
-        """Of "more than α is lost at the θ of this index"."""
+        """p-value of "more than α is lost at the θ of this index"."""
         lost, gained = self.pair(index, loss)
         if self._counted(loss) == "drops":
             return paired_loss_p(lost, gained, self.n, alpha, delta)
@@ -101,7 +101,7 @@ class Counts(BaseModel):
             )
 
     def _counted(self, loss: Loss) -> Loss:
-        """What was counted for a loss: without right answers, an answer that differs counts as a drop."""
+        """Counts for a loss: without right answers, an answer that differs counts as a drop."""
         counted: Loss = "differs" if loss == "drops" and "drops" not in self.lost else loss
         if counted not in self.lost:
             raise CertificateError(f"loss {loss!r} was not counted; calibrate on prompts with answers.")
@@ -125,7 +125,7 @@ class _Frozen(BaseModel):
 
 
 class Subject(_Frozen):
-    """What a certificate holds for; a promise is void if one of these differs from what would run."""
+    """The subject of a certificate; a promise is void if one of these differs from what would run."""
 
     model: str
     """Fingerprint of the base model."""
@@ -183,13 +183,13 @@ class Promise(_Frozen):
     theta: float = Field(ge=0)
     """The accepted θ that saves most; 0 = always identity."""
     strict: StrictPromise | None = None
-    """What is promised about texts beside it."""
+    """The promise about texts beside it."""
     worst: WorstClass | None = None
     """None where no classes were counted."""
 
     @property
     def asked(self) -> TierPromise:
-        """What was asked for."""
+        """The promise as asked for."""
         return TierPromise(self.alpha, self.loss, None if self.strict is None else self.strict.alpha)
 
     @property
@@ -225,12 +225,12 @@ class Certificate(_Frozen):
     thetas: tuple[float, ...] = Field(min_length=1)
     """The fixed sequence, ascending from 0."""
     kinds: dict[str, Counts] = Field(min_length=1)
-    """What was counted at each θ, by kind of prompt: `choice`, `prompt`, `answer`."""
+    """Counts at each θ, by kind of prompt: `choice`, `prompt`, `answer`."""
     saved: tuple[float, ...]
     """Share of identity's FLOPs saved at each θ, after those of the router."""
     tiers: dict[str, Promise] = Field(default_factory=dict)
     classes: dict[str, Counts] = Field(default_factory=dict)
-    """What was counted in each class of prompts that has enough of them."""
+    """Counts in each class of prompts that has enough of them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

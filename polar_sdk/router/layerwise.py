@@ -45,7 +45,7 @@ class LayerwiseRouter(LearnedRouter):
         return tuple(self.facts.training["free_layers"])
 
     def log_probabilities(self, outputs: Tensor) -> Tensor:
-        """Of each action of each free layer, (…, L, 3)."""
+        """Log-probability of each action of each free layer, (…, L, 3)."""
         return outputs.reshape(*outputs.shape[:-1], len(self.free), len(ACTIONS)).log_softmax(-1)
 
     def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:

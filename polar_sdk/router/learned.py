@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class RouterFacts(BaseModel):
-    """What is stored about a learned router, besides its weights."""
+    """Stored facts about a learned router, besides its weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -137,7 +137,7 @@ class LearnedRouter(Router):
 
     @property
     def subject(self) -> Subject:
-        """What would run: the hashes that a certificate must match. Bridges may have been replaced since."""
+        """Hashes of what would run, which a certificate must match. Bridges may have been replaced since."""
         bridges = hash_maps(self.reader.decoder, self.programs)
         assert self._subject is not None
         if bridges == self._subject.bridges:

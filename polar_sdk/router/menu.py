@@ -39,7 +39,7 @@ _LEAST: Final = 1e-3
 
 @dataclass(frozen=True)
 class Pricing:
-    """What the programs of a menu cost, by the length of the prompt.
+    """Costs of the programs of a menu, by the length of the prompt.
 
     Attributes:
         programs: Identity first.
@@ -61,7 +61,7 @@ class Pricing:
         return torch.tensor([self._at(length if self.own_length else NOMINAL_PROMPT) for length in lengths])
 
     def favour(self, lengths: Sequence[int]) -> Tensor:
-        """What a loss under each program after identity counts at these lengths, (P, M − 1); 1 at 128 tokens."""
+        """Weight of a loss under each program after identity at these lengths, (P, M − 1); 1 at 128 tokens."""
         own, nominal = 1 - self.costs(lengths)[:, 1:], 1 - torch.tensor(self._at(NOMINAL_PROMPT))[1:]
         saving = (own > 0) & (nominal > 0)
         return torch.where(saving, nominal / own.clamp(min=1e-6), 1.0).clamp(*_FAVOUR)

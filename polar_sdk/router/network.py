@@ -105,7 +105,7 @@ class Familiar:
 
     @classmethod
     def around(cls, seen: Tensor, held_out: Tensor, network: Network, seed: int = 0) -> Self:
-        """What is like some prompts.
+        """Find what is like some prompts.
 
         Args:
             seen: Features that the centres are made from, (P, F).

@@ -1,4 +1,4 @@
-"""What calibration measured of a router's tiers, read from `router.json` alone: no weights, no tensors, no model.
+"""Savings of a router's tiers as calibration measured them, from `router.json` alone: no weights, tensors or model.
 
 For whoever prices tiers. The figures are those of the certificate, and about prompts like those of its calibration.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredTiers:
-    """What a certificate says about the tiers of one model."""
+    """Figures of a certificate about the tiers of one model."""
 
     router: str
     """SHA-256 of the router's weights, hexadecimal."""

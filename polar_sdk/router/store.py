@@ -46,12 +46,12 @@ class _Host(Protocol):
 
 
 def saved_policy_path(fingerprint: str) -> Path:
-    """Where `polar lab scan --save` keeps the user's policy for a model."""
+    """File of the user's policy for a model, which `polar lab scan --save` writes."""
     return cache_folder() / "policies" / f"{fingerprint}.json"
 
 
 def saved_router_path(fingerprint: str) -> Path:
-    """Where `polar lab train` keeps the user's router for a model."""
+    """Folder of the user's router for a model, which `polar lab train` writes."""
     return cache_folder() / "routers" / fingerprint
 
 

@@ -35,7 +35,7 @@ TIER_ALPHAS: Final[dict[str, TierPromise]] = {
     "standard": TierPromise(0.05),
     "premium": TierPromise(0.02),
 }
-"""What the tiers promise by default."""
+"""The default promises of the tiers."""
 
 
 def certify(
@@ -69,7 +69,7 @@ def certify(
 
 @dataclass(frozen=True, eq=False)
 class DialWalk:
-    """What a router does with P prompts at each of K values of θ.
+    """Losses and FLOPs of a router on P prompts at each of K values of θ.
 
     Attributes:
         router: Bound to its model.

@@ -50,7 +50,7 @@ _FRONTIER_POINTS: Final = 25
 
 @dataclass(frozen=True)
 class Subjects:
-    """What is evaluated on one set.
+    """A router and its rivals on one set.
 
     Attributes:
         router: Bound to the model.

@@ -203,7 +203,8 @@ class Judge:
 
     def _timings(self, tasks: Sequence[Task], points: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts."""
-        prompts = [_prompt_of(task.item) for task in tasks]
+        items = [task.item for task in tasks]
+        prompts = [item.question if isinstance(item, ChoiceItem) else item.prompt for item in items]
         systems = {"identity": 0.0, **{f"router ({name})": theta for name, theta in points.items()}}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
         for done, prompt in enumerate(prompts):
@@ -251,7 +252,3 @@ def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:
         if task.item.task is not None:
             classes.setdefault(f"{name}/{task.item.task}", []).append(row)
     return classes
-
-
-def _prompt_of(item: Item) -> str:
-    return item.question if isinstance(item, ChoiceItem) else item.prompt

@@ -1,4 +1,4 @@
-"""What an evaluation found, as data, and in words: did routing per prompt earn anything, and what to run if not.
+"""Findings of an evaluation, as data and in words: whether routing per prompt earns anything, and what to run if not.
 
 Shares are fractions of 1; an interval is a value with the ends of its 95 % confidence interval. Saves as JSON; measures
 and draws nothing.
@@ -31,9 +31,9 @@ class Saved(BaseModel, frozen=True):
     """Share of identity's FLOPs saved; router, head and bridges are counted on the system's side."""
 
     prefill: float
-    """Of the layers over the prompts, the router included."""
+    """Share of the layers over the prompts, the router included."""
     decode: float
-    """Of everything after the prompts: answers or choices, and the head."""
+    """Share of everything after the prompts: answers or choices, and the head."""
     total: float
 
 
@@ -97,7 +97,7 @@ class ClassResult(BaseModel, frozen=True):
     program: str
     """The most used one."""
     program_share: float
-    """Of the prompts that run it."""
+    """Share of the prompts that run it."""
     shuffled: Comparison
     static: Comparison
     static_program: str
@@ -105,7 +105,7 @@ class ClassResult(BaseModel, frozen=True):
 
     @property
     def outcome(self) -> Literal["identity", "static", "routed"]:
-        """What should serve this class: full depth, a program without a router, or a choice per prompt that earns it.
+        """The best server of this class: full depth, a program without a router, or a choice per prompt that earns it.
 
         `routed` only where the router beats both the shuffled router and the static program at p < 0.01.
         """
@@ -230,7 +230,7 @@ def _whole(result: SetResult) -> Iterator[str]:
 
 
 def _instead(result: SetResult) -> str:
-    """What to run where the router earns nothing."""
+    """Advice where the router earns nothing."""
     program, share = next(iter(result.main.programs.items()))
     if share >= _NEARLY_ALL:
         return f"It is in effect a static program already: {program} for {share:.0%} of these prompts."
@@ -256,19 +256,16 @@ def _classes(classes: Sequence[ClassResult]) -> Iterator[str]:
         routed = [result for result in here if result.outcome == "routed"]
         static = [result for result in here if result.outcome == "static"]
         identity = [result for result in here if result.outcome == "identity"]
+        named = f": {', '.join(result.name for result in routed)}" if routed else ""
         yield (
             f"{point}: reading the prompt beats both the shuffled router and the best static program at p < 0.01 in "
-            f"{len(routed)} of {len(here)} classes{_named(routed)}."
+            f"{len(routed)} of {len(here)} classes{named}."
         )
         if static:
             served = ", ".join(f"{result.name} ({_served(result)})" for result in static)
             yield f"{point}: a static program is as good within {served}."
         if identity:
             yield f"{point}: full depth for all of {', '.join(result.name for result in identity)}."
-
-
-def _named(classes: Sequence[ClassResult]) -> str:
-    return f": {', '.join(result.name for result in classes)}" if classes else ""
 
 
 def _served(result: ClassResult) -> str:

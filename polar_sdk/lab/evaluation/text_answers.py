@@ -1,4 +1,4 @@
-"""What a router does to answers in text, tier by tier: tokens kept, teacher-forced, and answers written freely.
+"""Effect of a router on answers in text, by tier: tokens kept, teacher-forced, and answers written freely.
 
 *Kept* are tokens of identity's answer that the tier's program would choose too, given what stands before them. The
 noise floor beside it is identity's own: its answer was written token by token, and scored again in one pass. A sample
@@ -105,7 +105,7 @@ class TextRun(NamedTuple):
     floor: Sequence[PromptOutcome]
     """Identity against itself."""
     lengths: Sequence[int]
-    """Of the prompts. Unit: tokens."""
+    """Lengths of the prompts. Unit: tokens."""
     classes: Sequence[str]
 
     def figures(self, rows: Sequence[int]) -> TextFigures:

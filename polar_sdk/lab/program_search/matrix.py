@@ -197,7 +197,7 @@ def measured_matrix(
     write_tokens: int | None = 64,
     stage: str = "programs",
 ) -> RewardMatrix:
-    """What every program does on every task.
+    """Measure every program on every task.
 
     Args:
         measurer: Of the model.

@@ -1,1 +1,1 @@
-"""What a program does on a prompt, measured once and kept."""
+"""Rewards: the effect of a program on a prompt, measured once and kept."""

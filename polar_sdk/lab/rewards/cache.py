@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS facts (
 
 
 def cache_path(fingerprint: str, dtype: str) -> Path:
-    """Where rewards of a model are kept: in the cache folder, see `POLAR_CACHE`."""
+    """The file of a model's rewards, in the cache folder; see `POLAR_CACHE`."""
     return cache_folder() / "rewards" / f"{fingerprint[:24]}-{dtype}-{engine_version(dtype)}.{_LAYOUT}.sqlite3"
 
 

@@ -213,7 +213,7 @@ def _per_character(score: Score, characters: Sequence[int]) -> list[float]:
 
 
 def _flops(task: Task, program: Program, cost: CostModel) -> int:
-    """Of packed scoring of the choices after their prompt, or of a request that gives the answer."""
+    """FLOPs of packed scoring of the choices after their prompt, or of a request that gives the answer."""
     prompt = len(task.question.prompt)
     if not isinstance(task.item, ChoiceItem):
         return cost.request(program, prompt, len(task.question.continuations[0])).total

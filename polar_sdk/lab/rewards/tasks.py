@@ -56,7 +56,7 @@ class Task:
 
     @property
     def kind(self) -> PromptKind:
-        """What the item is."""
+        """The kind of the item."""
         if isinstance(self.item, ChoiceItem):
             return "choice"
         return "answer" if isinstance(self.item, AnswerItem) else "prompt"

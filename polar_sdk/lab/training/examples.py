@@ -1,4 +1,4 @@
-"""What a router learns from: the features of prompts, and what every program of a menu did on them.
+"""Examples that a router learns from: features of prompts, and the outcome of every program of a menu on them.
 
 Pure tensors, taken from a `RewardMatrix`. Knows no model.
 """

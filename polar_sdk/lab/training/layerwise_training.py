@@ -59,7 +59,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class LayerwiseTask:
-    """What to learn.
+    """The problem to learn.
 
     Attributes:
         features: (P, F) of all prompts.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 Target = Literal["agreement", "gap"]
-"""What the value head predicts: whether nothing is lost, or the margin under the program."""
+"""Target of the value head: whether nothing is lost, or the margin under the program."""
 
 
 class MenuSettings(BaseModel, frozen=True, extra="forbid"):
@@ -57,7 +57,7 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     prices: tuple[float, float] = (2.0, 30.0)
     """Range of the price of a lost prompt, in full FLOPs of a prompt, for the policy gradient."""
     temperature: float = Field(default=0.05, gt=0)
-    """Of the stochastic decision whose expected utility the policy gradient increases."""
+    """Temperature of the stochastic decision whose expected utility the policy gradient increases."""
     risks: tuple[float, ...] = Field(default=(0.02, 0.05, 0.1), min_length=1)
     """Shares of lost prompts at which the deployed decision is judged."""
     least: float = Field(default=0.5, gt=0, lt=1)
@@ -254,7 +254,7 @@ def _utility(network: Network, dev: Examples, order: Sequence[int], settings: Me
 
 
 class Frontier(NamedTuple):
-    """What a menu router does on some prompts along its dial."""
+    """Losses and savings of a menu router on some prompts along its dial."""
 
     thetas: tuple[float, ...]
     lost: Tensor

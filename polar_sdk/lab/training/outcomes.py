@@ -1,4 +1,4 @@
-"""What programs do on prompts: known from a reward matrix, or measured on a model; and which prompts may be judged.
+"""Outcomes of programs on prompts, from a reward matrix or measured on a model; and which prompts may be judged.
 
 Measurements are kept in the cache of rewards.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class PromptOutcome(NamedTuple):
-    """What one program does on one prompt."""
+    """Outcome of one program on one prompt."""
 
     agree: bool
     share: float
@@ -148,7 +148,7 @@ _ID_DIGITS: Final = 8
 
 
 def id_prefixes(ids: Iterable[str]) -> str:
-    """What a router remembers of the prompts with these ids, so that it is not judged on them."""
+    """Starts of these ids, by which a router remembers prompts so that it is not judged on them."""
     return "".join(sorted(item_id[:_ID_DIGITS] for item_id in ids))
 
 
@@ -207,7 +207,7 @@ class Bench:
     def matrix(
         self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True, split: Split = "test"
     ) -> RewardMatrix:
-        """What every one of the programs, identity first, does on every task.
+        """Measure each of the programs, identity first, on every task.
 
         Args:
             tasks: At least one.

@@ -206,18 +206,18 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_runs(cache: Pat
 
 def test_what_it_cannot_be_trained_on_is_refused(cache: Path) -> None:
     model = _model()
-    with pytest.raises(DraftHeadError, match=r"option answer_tokens: Input should be greater than or equal to 4"):
+    with pytest.raises(DraftHeadError, match="answer_tokens"):
         lab.train_draft_head(model, answer_tokens=1)
-    with pytest.raises(DraftHeadError, match=r"option depth: Extra inputs are not permitted"):
+    with pytest.raises(DraftHeadError, match="depth"):
         lab.train_draft_head(model, depth=1)
-    with pytest.raises(DataError, match="choice questions alone"):
+    with pytest.raises(DataError):
         lab.train_draft_head(model, [lab.ChoiceItem(question="?", choices=("a", "b"), answer=0)])
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = None
     plain = PolarModel.from_hf(tiny_llama(), tokenizer, ledger=None, compile=False)
-    with pytest.raises(DataError, match="no prompt leaves room for an answer of 20 tokens"):
+    with pytest.raises(DataError, match="20 tokens"):
         lab.train_draft_head(model, [lab.PromptItem(prompt="a" * 600)], answer_tokens=20)
-    with pytest.raises(DataError, match="has no chat template by which it could ask itself questions"):
+    with pytest.raises(DataError, match="chat template"):
         lab.train_draft_head(plain)
     assert not saved_head_path(model.fingerprint).exists()
 

@@ -26,10 +26,12 @@ from polar_sdk.lab.items import (
     data_hash,
     distinct_items,
     item_id,
+    long_items,
     normalised,
     read_items,
     split_of,
 )
+from polar_sdk.lab.synthetic_prompts import messages, notes, passages
 
 if TYPE_CHECKING:
     import random
@@ -133,21 +135,25 @@ def test_all_three_forms_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"question": "q", "choices": ["only"], "answer": 0}', "at least 2 choices \\(got 1\\)"),
-        ('{"question": "q", "choices": ["a", "b"]}', "answer: Field required"),
-        (
-            '{"question": "q", "choices": ["a", "b"], "answer": "a"}',
-            "'a' is not the index of a choice; write the index",
-        ),
-        ('{"prompt": "p", "answer": 4}', "answer: Input should be a valid string"),
-        ('{"answer": "4"}', "prompt: Field required"),
+        ("", "no prompt"),
+        ("nonsense", r"data\.jsonl:1: .*JSON"),
+        ("[1]", r"data\.jsonl:1: line"),
+        ('{"prompt": " "}', r"data\.jsonl:1: prompt"),
+        ('{"answer": "4"}', r"data\.jsonl:1: prompt"),
+        ('{"prompt": "p", "answer": 4}', r"data\.jsonl:1: answer"),
+        ('{"question": "q", "choices": ["only"], "answer": 0}', r"data\.jsonl:1: .*2 choices"),
+        ('{"question": "q", "choices": ["a", "b"]}', r"data\.jsonl:1: answer"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": "a"}', r"data\.jsonl:1: .*'a'"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"data\.jsonl:1: .*2 is not an index of 2"),
     ],
 )
-def test_lines_that_have_none_of_the_forms(line: str, says: str, tmp_path: Path) -> None:
+def test_a_line_without_a_valid_form_is_named(line: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text(line)
     with pytest.raises(DataError, match=says):
         read_items(file)
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        read_items(tmp_path / "none.jsonl")
 
 
 def test_a_file_of_copies_is_told_from_a_file_of_one(tmp_path: Path) -> None:
@@ -155,8 +161,8 @@ def test_a_file_of_copies_is_told_from_a_file_of_one(tmp_path: Path) -> None:
     file.write_text('{"prompt": "p"}\n' * 3)
     with pytest.raises(DataError, match=r"all 3 prompts of data file .* are copies of one"):
         read_items(file)
-    file.write_text('{"prompt": "p"}\n')
-    assert read_items(file) == [PromptItem(prompt="p")]
+    file.write_text('{"prompt": "p"}\n{"prompt": "p "}\n\n{"prompt": "q"}\n{"prompt": "r"}\n')
+    assert [item.prompt for item in read_items(file, limit=2) if isinstance(item, PromptItem)] == ["p", "q"]
 
 
 def test_a_task_is_read_and_is_no_part_of_what_is_asked(tmp_path: Path) -> None:
@@ -200,3 +206,57 @@ def test_the_prompts_of_the_package() -> None:
     items = builtin_items()
     assert distinct_items(items) == items  # no near duplicates among them
     assert all(isinstance(item, PromptItem) for item in items)
+
+
+# -- long prompts made from a grammar -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
+def test_the_asked_fact_stands_at_its_depth(depth: float) -> None:
+    for text in notes(20, seed=1, facts=(9, 21), depth=depth):
+        lines = text.prompt.split("\n")
+        facts = [line for line in lines[1:] if line and not line.endswith("?")]
+        asked = lines[-1]
+        subject = next(word for word in reversed(asked.rstrip("?").split()) if word[0].isupper())
+        holding = [place for place, line in enumerate(facts) if text.answer in line and f" {subject}" in line]
+        assert round(depth * (len(facts) - 1)) in holding
+        assert abs(text.depth - depth) < 1 / len(facts)
+
+
+def test_a_question_has_one_answer_in_its_passages() -> None:
+    for text in passages(60, seed=2):
+        question = text.prompt.rsplit("Question: ", 1)[1]
+        place = next(word for word in question.rstrip("?").split()[1:] if word[0].isupper())
+        (passage,) = (part for part in text.prompt.split("\n\n") if f"] {place} is" in part)
+        assert text.answer in passage
+
+
+def test_a_seed_repeats_its_prompts_and_another_gives_others() -> None:
+    for make in (notes, passages, messages):
+        assert make(5, seed=3) == make(5, seed=3)
+        assert make(5, seed=3)[:2] == make(2, seed=3)
+        assert not {text.prompt for text in make(5, seed=3)} & {text.prompt for text in make(5, seed=4)}
+
+
+def test_long_items_are_no_near_duplicates_of_each_other_and_name_their_kind() -> None:
+    items = long_items(100)
+    assert len(distinct_items(items)) == len(items) == 300
+    assert {item.task for item in items} == {"notes", "retrieval", "message"}
+    assert all(isinstance(item, AnswerItem) == (item.task != "message") for item in items)
+
+
+def test_a_passage_stands_before_its_question_and_kind_is_another_word_for_task(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"passage": "Bees make honey. ", "question": "What do bees make?", "answer": "honey", "kind": "passages"},
+        {"passage": "Rain is wet.", "prompt": "Is rain wet?", "task": "facts"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    first, second = read_items(path)
+    assert isinstance(first, AnswerItem)
+    assert first.prompt == "Bees make honey.\n\nQuestion: What do bees make?"
+    assert (first.task, second.task) == ("passages", "facts")
+    assert isinstance(second, PromptItem)
+    path.write_text('{"passage": "x"}', encoding="utf-8")
+    with pytest.raises(DataError, match="prompt"):
+        read_items(path)

@@ -125,6 +125,7 @@ def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> 
         assert result.exit_code == 2 and expected in result.output, result.output
 
 
+@pytest.mark.long
 def test_the_script_makes_an_artifact(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,7 @@ def router(model: PolarModel) -> MenuRouter:
 
 @pytest.fixture
 def certified(router: MenuRouter) -> MenuRouter:
-    """Of 500 prompts none, 5, 18 and 120 are lost at the four θ."""
+    """None, 5, 18 and 120 of 500 prompts are lost at the four θ."""
     certificate = Certificate(
         subject=router.subject,
         data="d",

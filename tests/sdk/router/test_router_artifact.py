@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError
+from polar_sdk.errors import RouterDamagedError, RouterError
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import IdentityRouter, Route, Router, StaticRouter
@@ -82,55 +82,37 @@ def test_a_router_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
         save_router(Own(), tmp_path)
 
 
-def test_altered_weights_are_found(folder: Path) -> None:
+def alter_weights(folder: Path) -> None:
     path = folder / "router.safetensors"
     tensors = load_file(path)
-    tensors["bias.0"] = tensors["bias.0"] + 1
-    save_file(tensors, path)
-    with pytest.raises(RouterDamagedError, match="its weights are not the ones it was saved with"):
+    save_file({**tensors, "bias.0": tensors["bias.0"] + 1}, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        alter_weights,
+        lambda folder: edit(folder, lambda facts: facts["programs"].append("0-1")),
+        lambda folder: edit(folder, lambda facts: facts["certificate"]["tiers"]["standard"].update(theta=0.6)),
+        lambda folder: edit(folder, lambda facts: facts["certificate"]["subject"].update(router="0" * 64)),
+        lambda folder: (folder / "router.json").write_bytes((folder / "router.json").read_bytes()[:40]),
+        lambda folder: (folder / "router.safetensors").write_bytes(b"cut"),
+        lambda folder: (folder / "router.safetensors").unlink(),
+    ],
+    ids=["weights", "menu", "loosened promise", "certificate of other weights", "json cut", "weights cut", "missing"],
+)
+def test_a_router_that_was_altered_is_refused(folder: Path, damage: Callable[[Path], object]) -> None:
+    damage(folder)
+    with pytest.raises(RouterDamagedError):
         load_router(folder)
 
 
-def test_an_altered_menu_is_found(folder: Path) -> None:
-    edit(folder, lambda facts: facts["programs"].append("0-1"))
-    with pytest.raises(RouterDamagedError, match="its programs are not the ones"):
-        load_router(folder)
-
-
-def test_a_loosened_promise_is_found(folder: Path) -> None:
-    edit(folder, lambda facts: facts["certificate"]["tiers"]["standard"].update(theta=0.6))
-    with pytest.raises(RouterDamagedError, match="does not follow from the counts"):
-        load_router(folder)
-
-
-def test_a_certificate_of_other_weights_is_found(folder: Path) -> None:
-    edit(folder, lambda facts: facts["certificate"]["subject"].update(router="0" * 64))
-    with pytest.raises(RouterDamagedError, match="belongs to other weights"):
-        load_router(folder)
-
-
-@pytest.mark.parametrize("name", ["router.json", "router.safetensors"])
-def test_a_file_cut_short_is_found(folder: Path, name: str) -> None:
-    path = folder / name
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(RouterDamagedError, match=f"is damaged: {name}"):
-        load_router(folder)
-
-
-def test_a_missing_file_is_told(folder: Path, tmp_path: Path) -> None:
-    (folder / "router.safetensors").unlink()
-    with pytest.raises(RouterDamagedError, match=r"router\.safetensors"):
-        load_router(folder)
-    with pytest.raises(RouterError, match="there is no router in folder"):
+def test_where_there_is_no_router(tmp_path: Path) -> None:
+    with pytest.raises(RouterError, match="nowhere"):
         load_router(tmp_path / "nowhere")
 
 
 def test_features_that_the_weights_were_not_trained_on_are_refused(folder: Path) -> None:
     edit(folder, lambda facts: facts["facts"].update(features="ending"))
-    with pytest.raises(RouterDamagedError, match=r"take 49 numbers, but 'ending' features of this model are 97: .*"):
+    with pytest.raises(RouterDamagedError, match=r"49 numbers.* 97"):
         tiny_model(router=folder)
-
-
-def test_a_router_of_another_model_is_refused(folder: Path) -> None:
-    with pytest.raises(RouterModelError, match=r"was trained for model tiny .* Load that model, or train"):
-        tiny_model(seed=5, router=folder)
