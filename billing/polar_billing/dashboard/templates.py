@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.dashboard import charts
 from polar_billing.reports import text
-from polar_billing.reports.depth import WORDS, read_layers
+from polar_billing.reports.depth import WORDS, layers_of_record
 from polar_billing.reports.html import new_environment, read_template, ticks
 from polar_billing.reports.text import unit_for
 from polar_billing.values.money import exact_sum
@@ -118,13 +118,12 @@ class Templates:
     def receipt(self, found: Receipt, zone: str) -> str:
         """The page of one request."""
         record = found.stored.record
-        visits = record.visits
         return self._environment.get_template("receipt.html.jinja").render(
             base="../",
             found=found,
             rows=list(_rows(found.receipt)),
             facts=list(_facts(record, zone)),
-            layers=read_layers(record.program, max(len(visits.prefill), len(visits.decode))),
+            layers=layers_of_record(record),
             **_times(zone),
         )
 

@@ -15,10 +15,10 @@ import json
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, multiply
+from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, multiply, product
 from polar_billing.reports.csv import write_rows
 from polar_billing.statements.lines import USAGE_KINDS
-from polar_billing.values.money import from_scaled, plain, to_scaled
+from polar_billing.values.money import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -92,12 +92,8 @@ def focus_rows(statements: Iterable[StatementOfPeriod], *, provider: str = "PoLa
 
 def focus_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as CSV. A text that a spreadsheet would run as a formula has an apostrophe in front."""
-    return write_rows([*COLUMNS, *OWN_COLUMNS], (_written(row) for row in rows))
-
-
-def _written(row: Mapping[str, Any]) -> dict[str, Any]:
-    times = {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in TIMES}
-    return {**row, **times}
+    written = ({**row, **{name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in TIMES}} for row in rows)
+    return write_rows([*COLUMNS, *OWN_COLUMNS], written)
 
 
 def _common(of_period: StatementOfPeriod, provider: str) -> dict[str, Any]:
@@ -126,7 +122,7 @@ def _span(name: str, since: datetime, until: datetime) -> dict[str, datetime]:
 
 def _line(line: StatementLine, book: PriceBook) -> dict[str, Any]:
     category = _CATEGORIES[line.kind]
-    description = _description(line)
+    description = ", ".join([line.item, *([f"tier {line.tier}"] if line.tier else []), *filter(None, [line.note])])
     named: dict[str, Any] = {
         **_span("ChargePeriod", line.since, line.until),
         "ChargeClass": None if line.corrects is None else "Correction",
@@ -142,11 +138,6 @@ def _line(line: StatementLine, book: PriceBook) -> dict[str, Any]:
     if category != "Usage":
         return {**_other(category, description, line.amount, line.kind), **named}
     return {**_usage(line, book), **named}
-
-
-def _description(line: StatementLine) -> str:
-    parts = [line.item, *([f"tier {line.tier}"] if line.tier else []), *([line.note] if line.note else [])]
-    return ", ".join(parts)
 
 
 def _other(category: str, description: str, amount: Decimal, kind: str) -> dict[str, Any]:
@@ -168,7 +159,7 @@ def _usage(line: StatementLine, book: PriceBook) -> dict[str, Any]:
     plain_rate = None if is_fee else list_price(line, book)
     listed = price if plain_rate is None else plain_rate
     unit, meter = ("Billing Periods", "Flat fee") if is_fee else _unit_and_meter(line)
-    sku = _id("polar", line.item if is_fee else meter, line.tier or "by hand")
+    sku = "/".join(("polar", line.item if is_fee else meter, line.tier or "by hand"))
     return {
         "BilledCost": line.amount,
         "EffectiveCost": line.amount,
@@ -176,9 +167,9 @@ def _usage(line: StatementLine, book: PriceBook) -> dict[str, Any]:
         "ChargeFrequency": "Recurring" if is_fee else "Usage-Based",
         "ConsumedQuantity": quantity,
         "ConsumedUnit": unit,
-        "ContractedCost": product(quantity, price),
+        "ContractedCost": _cost(quantity, price),
         "ContractedUnitPrice": price,
-        "ListCost": product(quantity, listed),
+        "ListCost": _cost(quantity, listed),
         "ListUnitPrice": listed,
         "PricingCategory": "Standard",
         "PricingCurrencyContractedUnitPrice": price,
@@ -188,9 +179,14 @@ def _usage(line: StatementLine, book: PriceBook) -> dict[str, Any]:
         "PricingUnit": unit,
         "SkuId": sku,
         "SkuMeter": meter,
-        "SkuPriceId": _id(sku, unit, line.item, plain(listed), book.currency),
+        "SkuPriceId": "/".join((sku, unit, line.item, plain(listed), book.currency)),
         "SkuPriceDetails": json.dumps({"x_Item": line.item, "x_Tier": line.tier, "x_Unit": line.unit}),
     }
+
+
+def _cost(quantity: Decimal, price: Decimal) -> Decimal:
+    """Their product without trailing zeros."""
+    return Decimal(plain(product(quantity, price)))
 
 
 def _unit_and_meter(line: StatementLine) -> tuple[str, str]:
@@ -201,10 +197,6 @@ def _unit_and_meter(line: StatementLine) -> tuple[str, str]:
 def _item_of(line: StatementLine) -> str:
     """The name of what is counted, without the band or the outcome that a line is about."""
     return line.item.partition(" (")[0]
-
-
-def _id(*parts: str) -> str:
-    return "/".join(parts)
 
 
 def list_price(line: StatementLine, book: PriceBook) -> Decimal | None:
@@ -219,9 +211,3 @@ def list_price(line: StatementLine, book: PriceBook) -> Decimal | None:
     multiplier = Decimal(1) if line.kind == "pool" else entry.multiplier(line.tier)
     price = dict(zip((item.name for item in ITEMS.values()), entry.rates, strict=True))[_item_of(line)]
     return None if price is None or multiplier is None else multiply(price, multiplier)
-
-
-def product(quantity: Decimal, price: Decimal) -> Decimal:
-    """A quantity times a unit price, exactly, whatever the decimal context of the thread."""
-    scaled = to_scaled(quantity, UNIT_PRICE_SCALE) * to_scaled(price, UNIT_PRICE_SCALE)
-    return Decimal(plain(from_scaled(scaled, COST_DECIMALS)))

@@ -65,6 +65,12 @@ UNIT_PRICE_SCALE: Final = STORED_SCALE + 6
 """Decimals of price × multiplier."""
 
 
+def product(quantity: Decimal, unit_price: Decimal) -> Decimal:
+    """A quantity times a unit price, exactly, whatever the decimal context of the thread."""
+    scaled = to_scaled(quantity, UNIT_PRICE_SCALE) * to_scaled(unit_price, UNIT_PRICE_SCALE)
+    return from_scaled(scaled, 2 * UNIT_PRICE_SCALE)
+
+
 @dataclass(frozen=True)
 class ChargeLine:
     """One charged quantity: `quantity × unit_price = amount`, exactly."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from polar_billing.reports import Part
 from polar_billing.reports.totals import LayerVisits
 from polar_sdk.errors import ProgramError
 from polar_sdk.programs.program import Program
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from polar_billing.reports.totals import UsageTotals
+    from polar_sdk.usage import UsageRecord
 
 Kind = Literal["run", "skipped", "looped", "bridged", "filled"]
 KINDS: Final[tuple[Kind, ...]] = ("run", "skipped", "looped", "bridged", "filled")
@@ -28,11 +28,7 @@ WORDS: Final[dict[Kind, str]] = {
 _MAX_PROGRAMS: Final = 6
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class LayerState(_Part):
+class LayerState(Part):
     """One layer of the model in a program."""
 
     layer: int
@@ -41,7 +37,7 @@ class LayerState(_Part):
     """Visits by one token that takes the whole program."""
 
 
-class ProgramUse(_Part):
+class ProgramUse(Part):
     """One program, and how many requests ran it."""
 
     program: str
@@ -50,7 +46,7 @@ class ProgramUse(_Part):
     """Empty where the text is not a valid program."""
 
 
-class DepthPanel(_Part):
+class DepthPanel(Part):
     """The visits of one tier of one model. Unit: visits per layer, index = layer."""
 
     model: str
@@ -97,6 +93,12 @@ def read_layers(text: str, depth: int) -> tuple[LayerState, ...]:
         return layers_of(Program.parse(text), depth) if text and depth else ()
     except ProgramError:
         return ()
+
+
+def layers_of_record(record: UsageRecord) -> tuple[LayerState, ...]:
+    """The layers of a record's program; empty where no layer ran."""
+    visits = record.visits
+    return read_layers(record.program, max(map(len, (visits.prefill, visits.prefill_filled, visits.decode))))
 
 
 def depth_of(tier: str | None, groups: Iterable[UsageTotals]) -> tuple[DepthPanel, ...]:

@@ -14,12 +14,11 @@ from decimal import Decimal
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.errors import QueryError
 from polar_billing.metering.energy import Interval, read_energy_log
 from polar_billing.prices.rating import COMPUTE
-from polar_billing.values.money import divide_half_even, from_scaled, plain, read_bounded, to_scaled
+from polar_billing.reports import Part
+from polar_billing.values.money import divide_half_even, from_scaled, plain, quotient, read_bounded, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,11 +38,7 @@ _PER_KWH: Final = 3_600_000
 _SECOND: Final = timedelta(seconds=1)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class EnergyBasis(_Part):
+class EnergyBasis(Part):
     """The stated efficiency, or the measured log, and the carbon of the grid."""
 
     flops_per_joule: Decimal | None = None
@@ -79,7 +74,7 @@ class EnergyBasis(_Part):
         return divide_half_even(microjoules * grams, _PER_KWH * 10**_SCALE)
 
 
-class EnergyShare(_Part):
+class EnergyShare(Part):
     """The energy of one tier or tenant."""
 
     tenant: str | None
@@ -88,7 +83,7 @@ class EnergyShare(_Part):
     carbon_grams: Decimal | None
 
 
-class EnergyReport(_Part):
+class EnergyReport(Part):
     """The energy of a report's usage; the sums over tiers, and over tenants, are the total."""
 
     basis: Literal["measured", "modelled"]
@@ -109,7 +104,7 @@ class EnergyReport(_Part):
     @property
     def kwh(self) -> Decimal:
         """The total. Unit: kWh, 6 decimals."""
-        return from_scaled(divide_half_even(to_scaled(self.joules, _DECIMALS), _PER_KWH), _DECIMALS)
+        return quotient(to_scaled(self.joules, _DECIMALS), _PER_KWH, _DECIMALS)
 
     @property
     def said(self) -> str:
@@ -184,7 +179,7 @@ def energy_report(basis: EnergyBasis, summary: Summary, period: Period) -> Energ
         total, covered = _measured(basis.intervals, period.since, period.until)
         if not covered:
             raise QueryError(f"{basis.source} has nothing of {period.label}.", hint="Name a log of that time.")
-        seconds = from_scaled(divide_half_even(covered // timedelta(microseconds=1), 10**3), 3)
+        seconds = quotient(covered // timedelta(microseconds=1), 10**3, 3)
     carbon = basis.carbon_ug(total)
 
     def shares(members: Sequence[tuple[str | None, str | None, Figures]]) -> tuple[EnergyShare, ...]:

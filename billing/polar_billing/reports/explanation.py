@@ -12,7 +12,6 @@ import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy import func, select
 
 from polar_billing.errors import QueryError
@@ -20,15 +19,16 @@ from polar_billing.ledger.append import find_known
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.records import StoredUsage
 from polar_billing.ledger.schema import pruned_table, statement_table, usage_table
-from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, rate, rate_of
+from polar_billing.prices.rating import ITEMS, product, rate, rate_of
 from polar_billing.proof.receipts import can_be_stored, make_receipt
-from polar_billing.reports.depth import LayerState, read_layers
+from polar_billing.reports import Part
+from polar_billing.reports.depth import LayerState, layers_of_record
 from polar_billing.reports.formula import Formula, work_out
 from polar_billing.statements.audit import conditions_of, lines_of_usage, rated_in
 from polar_billing.statements.issued import find_statement
 from polar_billing.statements.period_usage import charged_flops
 from polar_billing.statements.statement import StatementLine
-from polar_billing.values.money import EXACT_SCALE, exact_sum, from_scaled, to_scaled
+from polar_billing.values.money import EXACT_SCALE, exact_sum, from_scaled
 from polar_sdk.errors import ProgramError
 from polar_sdk.reading import shown
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
-    from polar_billing.prices.rating import ChargeLine
     from polar_billing.statements.issued import IssuedStatement
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.usage import UsageRecord
@@ -49,11 +48,7 @@ _STATEMENT_ID: Final = re.compile(r"st-[0-9a-f]{24}")
 _MILLION: Final = 10**6
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class PriceStep(_Part):
+class PriceStep(Part):
     """One charged item: `quantity × unit_price = exact`, where `unit_price = price × multiplier`."""
 
     item: str
@@ -68,7 +63,7 @@ class PriceStep(_Part):
     """Before rounding."""
 
 
-class RequestExplanation(_Part):
+class RequestExplanation(Part):
     """One request, from its facts to its cost."""
 
     kind: Literal["request"] = "request"
@@ -98,7 +93,7 @@ class RequestExplanation(_Part):
     receipt: dict[str, Any]
 
 
-class Charged(_Part):
+class Charged(Part):
     """One usage record of a line."""
 
     seq: int
@@ -108,7 +103,7 @@ class Charged(_Part):
     tokens_output: int
 
 
-class LineExplanation(_Part):
+class LineExplanation(Part):
     """One line of an issued statement, from its amount to the usage records."""
 
     kind: Literal["line"] = "line"
@@ -152,7 +147,7 @@ def explain_request(
     source: str | None = None,
     costs: Callable[[UsageRecord], CostModel | str] = lambda _: "no sizes of the model were given",
 ) -> RequestExplanation:
-    """Explain what a request cost.
+    """Explain the cost of a request.
 
     Args:
         ledger: Where it is.
@@ -185,7 +180,7 @@ def explain_request(
         source=stored.source,
         seq=stored.seq,
         usage=record.model_dump(mode="json"),
-        layers=_layers(record),
+        layers=layers_of_record(record),
         formula=formula,
         no_formula=why,
         price_book=book.id,
@@ -226,11 +221,6 @@ def _identity(connection: Connection, request_id: str, tenant: str | None, sourc
     return (*found.pop(), request_id)
 
 
-def _layers(record: UsageRecord) -> tuple[LayerState, ...]:
-    visits = record.visits
-    return read_layers(record.program, max(map(len, (visits.prefill, visits.prefill_filled, visits.decode))))
-
-
 def _formula(record: UsageRecord, costs: Callable[[UsageRecord], CostModel | str]) -> tuple[Formula | None, str | None]:
     if not record.program:
         return None, "nothing was executed: the answer came from a cache"
@@ -255,19 +245,16 @@ def _prices(record: UsageRecord, book: PriceBook) -> tuple[PriceStep, ...]:
     }
     lines = rate(record, book, counterfactuals=False).lines
     return tuple(
-        _step(line, price, charged_by.multiplier) for line, price in zip(lines, rates.values(), strict=bool(lines))
-    )
-
-
-def _step(line: ChargeLine, price: Decimal, multiplier: Decimal) -> PriceStep:
-    return PriceStep(
-        item=line.item.name,
-        quantity=line.quantity,
-        unit=line.item.unit,
-        price=price,
-        multiplier=multiplier,
-        unit_price=line.unit_price,
-        exact=from_scaled(line.exact, EXACT_SCALE),
+        PriceStep(
+            item=line.item.name,
+            quantity=line.quantity,
+            unit=line.item.unit,
+            price=price,
+            multiplier=charged_by.multiplier,
+            unit_price=line.unit_price,
+            exact=from_scaled(line.exact, EXACT_SCALE),
+        )
+        for line, price in zip(lines, rates.values(), strict=bool(lines))
     )
 
 
@@ -349,10 +336,7 @@ def _issued_line(connection: Connection, name: str, tenant: str | None) -> tuple
 
 
 def _exact(line: StatementLine) -> Decimal | None:
-    if line.quantity is None or line.unit_price is None:
-        return None
-    wide = UNIT_PRICE_SCALE  # the finest of the factors, a price times a multiplier
-    return from_scaled(to_scaled(line.quantity, wide) * to_scaled(line.unit_price, wide), 2 * wide)
+    return None if line.quantity is None or line.unit_price is None else product(line.quantity, line.unit_price)
 
 
 def _counted(line: StatementLine, counts: Sequence[int]) -> Decimal | None:

@@ -11,8 +11,9 @@ from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import computed_field
 
+from polar_billing.reports import Part
 from polar_sdk.programs.cost import pieces, size
 from polar_sdk.programs.program import Program
 
@@ -22,19 +23,17 @@ if TYPE_CHECKING:
     from polar_sdk.programs.cost import CostModel, Piece, Share
     from polar_sdk.usage import UsageRecord
 
-Part = Literal["prompt", "answer", "head", "router"]
+Stage = Literal["prompt", "answer", "head", "router"]
 
 LAYERS: Final = "layers, products"
 ATTENTION: Final = "layers, attention"
 LEFT: Final = "keys and values alone"
 
 
-class Term(BaseModel):
+class Term(Part):
     """One product of the sum."""
 
-    model_config = ConfigDict(frozen=True)
-
-    part: Part
+    part: Stage
     what: str
     how: str
     """The quantity as a product: visits × tokens, or visits × tokens × keys."""
@@ -50,10 +49,8 @@ class Term(BaseModel):
         return self.quantity * self.flops_each
 
 
-class Formula(BaseModel):
+class Formula(Part):
     """The FLOPs that an answer needed as products, beside what the usage record says."""
-
-    model_config = ConfigDict(frozen=True)
 
     terms: tuple[Term, ...]
     total: int
@@ -72,15 +69,15 @@ class _Sum:
     """Collects visits of the same kind."""
 
     def __init__(self) -> None:
-        self._visits: dict[tuple[Part, str, str, int], Counter[tuple[int, ...]]] = {}
+        self._visits: dict[tuple[Stage, str, str, int], Counter[tuple[int, ...]]] = {}
 
-    def add(self, part: Part, what: str, unit: str, flops_each: int, *factors: int) -> None:
+    def add(self, part: Stage, what: str, unit: str, flops_each: int, *factors: int) -> None:
         """Count one visit of that many tokens, or of tokens × keys."""
         if prod(factors) and flops_each:
             self._visits.setdefault((part, what, unit, flops_each), Counter())[factors] += 1
 
     def terms(self) -> Iterator[Term]:
-        order: tuple[Part, ...] = ("prompt", "answer", "head", "router")
+        order: tuple[Stage, ...] = ("prompt", "answer", "head", "router")
         for part in order:
             for (own, what, unit, each), visits in self._visits.items():
                 if own == part:

@@ -11,12 +11,19 @@ from array import array
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.errors import QueryError
 from polar_billing.prices.rating import COMPUTE
+from polar_billing.reports import Part
 from polar_billing.values.canonical import to_microseconds
-from polar_billing.values.money import STORED_SCALE, divide_half_even, exact_sum, from_scaled, read_bounded, to_scaled
+from polar_billing.values.money import (
+    STORED_SCALE,
+    divide_half_even,
+    exact_difference,
+    from_scaled,
+    quotient,
+    read_bounded,
+    to_scaled,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,10 +37,8 @@ _MAX_PRICE: Final = 10**6
 _MAX_RATE: Final = 10**9
 
 
-class Hardware(BaseModel):
+class Hardware(Part):
     """The stated price and throughput of a device."""
-
-    model_config = ConfigDict(frozen=True)
 
     per_device_hour: Decimal
     """Unit: currency units."""
@@ -41,10 +46,8 @@ class Hardware(BaseModel):
     """Throughput of one device, prompt and answer together; None to take it from the recorded times."""
 
 
-class Margin(BaseModel):
+class Margin(Part):
     """A charge less the cost of its compute."""
-
-    model_config = ConfigDict(frozen=True)
 
     tenant: str | None
     """None over all tenants."""
@@ -57,10 +60,8 @@ class Margin(BaseModel):
     """`charge - cost`."""
 
 
-class HardwareReport(BaseModel):
+class HardwareReport(Part):
     """The cost of the hardware beside the charges. Amounts: the report's currency."""
-
-    model_config = ConfigDict(frozen=True)
 
     per_device_hour: Decimal
     tokens: int
@@ -164,18 +165,18 @@ def hardware_report(hardware: Hardware, busy: BusyTime, summary: Summary) -> Har
     def money(numerator: int, denominator: int) -> Decimal:
         """A part of the price of one device-nanosecond, in the report's decimals."""
         step = int(10 ** (STORED_SCALE - decimals))
-        return from_scaled(divide_half_even(numerator * price, denominator * _NS_PER_HOUR * step), decimals)
+        return quotient(numerator * price, denominator * _NS_PER_HOUR * step, decimals)
 
     whole = to_scaled(figures.compute_units, COMPUTE.decimals)
 
     def margin(part: Figures, tenant: str | None, tier: str | None) -> Margin:
         flops = to_scaled(part.compute_units, COMPUTE.decimals)
         cost = money(device_ns * flops, whole) if whole else from_scaled(0, decimals)
-        left = None if part.charge is None else exact_sum((part.charge, cost.copy_negate()), decimals)
+        left = None if part.charge is None else exact_difference(part.charge, cost, decimals)
         return Margin(tenant=tenant, tier=tier, charge=part.charge, cost=cost, margin=left)
 
     cost, charge = money(device_ns, 1), figures.charge
-    left = None if charge is None else exact_sum((charge, cost.copy_negate()), decimals)
+    left = None if charge is None else exact_difference(charge, cost, decimals)
     per_token = None if not charge or not tokens else (to_scaled(charge, decimals), tokens)
     return HardwareReport(
         per_device_hour=hardware.per_device_hour,
@@ -183,14 +184,14 @@ def hardware_report(hardware: Hardware, busy: BusyTime, summary: Summary) -> Har
         tokens_per_second=stated if stated is not None else _rate(tokens * 10**9, device_ns),
         measured="recorded" if stated is None else "stated",
         devices=() if stated is not None else busy.devices,
-        device_seconds=from_scaled(divide_half_even(device_ns, 10**6), 3),
+        device_seconds=quotient(device_ns, 10**6, 3),
         cost=cost,
         margin=left,
-        margin_share=_share(left, charge, decimals),
+        margin_share=None
+        if left is None or not charge
+        else quotient(to_scaled(left, decimals) * 10**6, to_scaled(charge, decimals), 6),
         cost_per_million_tokens=money(device_ns * 10**6, tokens) if tokens else from_scaled(0, decimals),
-        charge_per_million_tokens=None
-        if per_token is None
-        else from_scaled(divide_half_even(per_token[0] * 10**6, per_token[1]), decimals),
+        charge_per_million_tokens=None if per_token is None else quotient(per_token[0] * 10**6, per_token[1], decimals),
         break_even_tokens_per_second=None
         if per_token is None
         else _rate(price * per_token[1], per_token[0] * int(10 ** (STORED_SCALE - decimals)) * 3_600),
@@ -199,11 +200,5 @@ def hardware_report(hardware: Hardware, busy: BusyTime, summary: Summary) -> Har
     )
 
 
-def _share(part: Decimal | None, whole: Decimal | None, decimals: int) -> Decimal | None:
-    if part is None or not whole:
-        return None
-    return from_scaled(divide_half_even(to_scaled(part, decimals) * 10**6, to_scaled(whole, decimals)), 6)
-
-
 def _rate(numerator: int, denominator: int) -> Decimal:
-    return from_scaled(divide_half_even(numerator * 10**_RATE_DECIMALS, denominator), _RATE_DECIMALS)
+    return quotient(numerator * 10**_RATE_DECIMALS, denominator, _RATE_DECIMALS)

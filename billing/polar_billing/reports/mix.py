@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.errors import QueryError
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE, Counts, charge_lines
+from polar_billing.reports import Part
 from polar_billing.statements.promises import evaluated_tiers
-from polar_billing.values.money import EXACT_SCALE, divide_half_even, from_scaled, plain, to_scaled
+from polar_billing.values.money import EXACT_SCALE, divide_half_even, plain, quotient, to_scaled
 from polar_sdk.reading import Unreadable, parse_decimal, shown
 
 if TYPE_CHECKING:
@@ -38,10 +37,8 @@ _PERCENT: Final = 100 * 10**_MAX_DECIMALS
 """A whole in hundredths of a percent."""
 
 
-class TierSaving(BaseModel):
+class TierSaving(Part):
     """The measured saving of a tier."""
-
-    model_config = ConfigDict(frozen=True)
 
     tier: str
     saved: Decimal
@@ -50,10 +47,8 @@ class TierSaving(BaseModel):
     """The place of the measurement, in words."""
 
 
-class Mix(BaseModel):
+class Mix(Part):
     """The share of the requests that takes each tier."""
-
-    model_config = ConfigDict(frozen=True)
 
     shares: dict[str, Decimal]
     """Tier → percent; they add up to 100. From the cheapest tier up."""
@@ -201,7 +196,7 @@ class MixBasis:
         for key, (book, entry) in self.entries.items():
             exact[key[0]] += sum(_parts(mix, savings, book, entry, self.counts[key]))
         step = _PERCENT * int(10 ** (EXACT_SCALE - decimals))
-        return {tenant: from_scaled(divide_half_even(amount, step), decimals) for tenant, amount in exact.items()}
+        return {tenant: quotient(amount, step, decimals) for tenant, amount in exact.items()}
 
     def compute_units(self, mix: Mix, savings: Savings) -> Decimal:
         """The compute that a mix would have executed. Unit: CU."""

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.errors import QueryError
+from polar_billing.reports import Part
 from polar_billing.reports.summary import percentile
-from polar_billing.values.money import divide_half_even, from_scaled, to_scaled
+from polar_billing.values.money import quotient, to_scaled
 from polar_sdk.reading import shown
 from polar_sdk.usage import Outcome
 
@@ -33,19 +32,15 @@ _MAX_MS: Final = 10**7
 _PERCENT: Final = 100 * 10**6
 
 
-class Miss(BaseModel):
+class Miss(Part):
     """One completed request that took longer than promised."""
-
-    model_config = ConfigDict(frozen=True)
 
     request_id: str
     latency_ns: int
 
 
-class PromiseReport(BaseModel):
+class PromiseReport(Part):
     """One tier of one tenant beside its promise."""
-
-    model_config = ConfigDict(frozen=True)
 
     tenant: str
     tier: str
@@ -147,7 +142,7 @@ def _report(promise: _Promise, kept: _Kept, charge: Decimal | None, decimals: in
     percent = promise.credit_percent
     credit = None
     if not held and charge is not None and percent is not None:
-        credit = from_scaled(divide_half_even(to_scaled(charge, decimals) * to_scaled(percent, 6), _PERCENT), decimals)
+        credit = quotient(to_scaled(charge, decimals) * to_scaled(percent, 6), _PERCENT, decimals)
     return PromiseReport(
         tenant=promise.tenant,
         tier=promise.tier,

@@ -10,12 +10,11 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.errors import QueryError
 from polar_billing.ledger.rollups import SUM_DIMENSIONS, sum_of
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE
+from polar_billing.reports import Part
 from polar_billing.reports.totals import Rater, UsageSums, accumulate, only_currency
 from polar_billing.values.canonical import EPOCH
 from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, round_half_even
@@ -39,10 +38,8 @@ Group = tuple[str | None, ...]
 """The values of the dimensions that usage is grouped by."""
 
 
-class UsageRow(BaseModel):
+class UsageRow(Part):
     """The usage of one group."""
-
-    model_config = ConfigDict(frozen=True)
 
     group: dict[str, str | None]
     """Dimension → value; None for requests without one: a program named by hand has no tier."""

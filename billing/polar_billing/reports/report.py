@@ -12,9 +12,8 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
+from polar_billing.reports import Part
 from polar_billing.reports.energy import EnergyReport, energy_report
 from polar_billing.reports.hardware import BusyTime, HardwareReport, hardware_report
 from polar_billing.reports.mix import MixBasis
@@ -59,19 +58,15 @@ class Questions:
     """Tier → promised 95th percentile of latency, for tiers whose plan says nothing, or instead of it. Unit: ms."""
 
 
-class PriceBookUsed(BaseModel):
+class PriceBookUsed(Part):
     """A book that rated something in the report."""
-
-    model_config = ConfigDict(frozen=True)
 
     id: str
     content_hash: str
 
 
-class Report(BaseModel):
+class Report(Part):
     """The usage and charges of one period."""
-
-    model_config = ConfigDict(frozen=True)
 
     format: str = "polar-report-1"
     generated_at: datetime

@@ -11,13 +11,12 @@ from decimal import Decimal
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.prices.entries import tier_order
-from polar_billing.prices.rating import COMPUTE, UNIT_PRICE_SCALE
+from polar_billing.prices.rating import COMPUTE, product
+from polar_billing.reports import Part
 from polar_billing.reports.depth import DepthPanel, depth_of
 from polar_billing.statements.statement import Statement
-from polar_billing.values.money import EXACT_SCALE, divide_half_even, exact_sum, from_scaled, round_lines, to_scaled
+from polar_billing.values.money import EXACT_SCALE, divide_half_even, exact_sum, from_scaled, quotient, round_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -28,11 +27,7 @@ _SHARE_DECIMALS: Final = 6
 _Number = TypeVar("_Number", int, float)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Figures(_Part):
+class Figures(Part):
     """Usage and charges of a group of requests, and what others would have charged. Amounts: the report's currency."""
 
     requests: int
@@ -79,7 +74,7 @@ class Figures(_Part):
     """Reason → requests without a price; they are in no amount."""
 
 
-class ReportLine(_Part):
+class ReportLine(Part):
     """One line of a tenant's statement."""
 
     tier: str | None
@@ -94,11 +89,10 @@ class ReportLine(_Part):
     @property
     def exact(self) -> Decimal:
         """`quantity × unit_price`, before rounding."""
-        wide = UNIT_PRICE_SCALE
-        return from_scaled(to_scaled(self.quantity, wide) * to_scaled(self.unit_price, wide), 2 * wide)
+        return product(self.quantity, self.unit_price)
 
 
-class TierReport(_Part):
+class TierReport(Part):
     """One tier of one tenant."""
 
     tier: str | None
@@ -107,7 +101,7 @@ class TierReport(_Part):
     depth: tuple[DepthPanel, ...]
 
 
-class TenantReport(_Part):
+class TenantReport(Part):
     """One tenant: `sum(line.amount) + rounding == total`."""
 
     tenant: str
@@ -168,9 +162,7 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
 
 
 def _money(exact: int, decimals: int, *, per: int = 1) -> Decimal | None:
-    if per == 0:
-        return None
-    return from_scaled(divide_half_even(exact, per * int(10 ** (EXACT_SCALE - decimals))), decimals)
+    return quotient(exact, per * int(10 ** (EXACT_SCALE - decimals)), decimals) if per else None
 
 
 def _summed(exact: Iterable[int], decimals: int) -> Decimal:
@@ -180,9 +172,7 @@ def _summed(exact: Iterable[int], decimals: int) -> Decimal:
 
 
 def _share(part: int, whole: int) -> Decimal | None:
-    if whole == 0:
-        return None
-    return from_scaled(divide_half_even(part * int(10**_SHARE_DECIMALS), whole), _SHARE_DECIMALS)
+    return quotient(part * 10**_SHARE_DECIMALS, whole, _SHARE_DECIMALS) if whole else None
 
 
 def percentile(ordered: Sequence[_Number], percent: int) -> _Number | None:

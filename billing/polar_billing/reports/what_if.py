@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from polar_billing.prices.rating import COMPUTE
+from polar_billing.reports import Part
 from polar_billing.reports.mix import check_mixes
 from polar_billing.values.money import (
     EXACT_SCALE,
-    divide_half_even,
+    exact_difference,
     exact_sum,
     from_scaled,
     plain,
+    quotient,
     round_half_even,
     to_scaled,
 )
@@ -34,11 +34,7 @@ if TYPE_CHECKING:
     from polar_billing.reports.totals import UsageTotals
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class TenantOutcome(_Part):
+class TenantOutcome(Part):
     """One tenant's charge in a scenario."""
 
     tenant: str
@@ -48,7 +44,7 @@ class TenantOutcome(_Part):
     """Less what was charged; None where currencies differ."""
 
 
-class Scenario(_Part):
+class Scenario(Part):
     """The recorded usage under one price book and one mix of tiers."""
 
     price_book: str
@@ -72,7 +68,7 @@ class Scenario(_Part):
     tenants: tuple[TenantOutcome, ...]
 
 
-class TokenPricing(_Part):
+class TokenPricing(Part):
     """One tenant under compute-based and under per-token prices."""
 
     tenant: str
@@ -93,7 +89,7 @@ class TokenPricing(_Part):
         return "pays less per compute" if self.difference > 0 else "pays more per compute"
 
 
-class WhatIf(_Part):
+class WhatIf(Part):
     """The scenarios, with all that was assumed."""
 
     scenarios: tuple[Scenario, ...]
@@ -140,7 +136,7 @@ class Charged:
         fine = max(decimals, summary.decimals)
 
         def difference(other: Decimal | None, charged: Decimal) -> Decimal | None:
-            return exact_sum((other, charged.copy_negate()), fine) if same_currency and other is not None else None
+            return exact_difference(other, charged, fine) if same_currency and other is not None else None
 
         charge = exact_sum(amounts.values(), decimals) if amounts else None
         cost = self._hardware_cost(compute_units) if same_currency else None
@@ -155,10 +151,10 @@ class Charged:
             difference=difference(charge, summary.total),
             per_1000_requests=None
             if charge is None or rated < 1
-            else from_scaled(divide_half_even(to_scaled(charge, decimals) * 1_000, rated), decimals),
+            else quotient(to_scaled(charge, decimals) * 1_000, rated, decimals),
             unrated=unrated,
             hardware_cost=cost,
-            margin=None if cost is None or charge is None else exact_sum((charge, cost.copy_negate()), fine),
+            margin=None if cost is None or charge is None else exact_difference(charge, cost, fine),
             tenants=tuple(
                 TenantOutcome(tenant=each.tenant, charge=amount, difference=difference(amount, each.total))
                 for each in summary.tenants
@@ -173,7 +169,7 @@ class Charged:
         if self.hardware is None or not executed:
             return None
         cost = to_scaled(self.hardware.cost, decimals) * to_scaled(units, COMPUTE.decimals)
-        return from_scaled(divide_half_even(cost, executed), decimals)
+        return quotient(cost, executed, decimals)
 
 
 def what_if(
@@ -238,14 +234,13 @@ def token_pricing(summary: Summary) -> tuple[TokenPricing, ...]:
     by_token = sum(to_scaled(token, decimals) for _, _, token in both)
 
     def row(tenant: str, compute: Decimal, token: Decimal) -> TokenPricing:
-        units = divide_half_even(to_scaled(token, decimals) * charged, by_token) if by_token else 0
-        equal = from_scaled(units, decimals)
+        equal = quotient(to_scaled(token, decimals) * charged, by_token or 1, decimals)
         return TokenPricing(
             tenant=tenant,
             per_compute=compute,
             per_token=token,
             at_equal_revenue=equal,
-            difference=exact_sum((equal, compute.copy_negate()), decimals),
+            difference=exact_difference(equal, compute, decimals),
         )
 
     return tuple(row(*each) for each in both)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
@@ -31,12 +32,11 @@ from polar_billing.statements.statement import (
     statement_id,
     usage_by_tier,
 )
-from polar_billing.values.money import EXACT_SCALE, from_scaled, to_scaled
+from polar_billing.values.money import EXACT_SCALE, exact_difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
-    from decimal import Decimal
 
     from sqlalchemy import Connection
 
@@ -223,7 +223,7 @@ def _minus(quantity: Decimal | None, former: Decimal | None) -> Decimal | None:
     """A difference of quantities, exact whatever the decimal context of the thread."""
     if quantity is None and former is None:
         return None
-    return from_scaled(to_scaled(quantity or 0, EXACT_SCALE) - to_scaled(former or 0, EXACT_SCALE), EXACT_SCALE)
+    return exact_difference(quantity or Decimal(0), former or Decimal(0), EXACT_SCALE)
 
 
 def _count_late(connection: Connection, statement: Statement, seqs: SeqRange) -> int:

@@ -25,7 +25,7 @@ from polar_billing.statements.draft import Basis, compute_statement, draft_state
 from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.lines import bounds
 from polar_billing.statements.period_usage import SeqRange, last_seq
-from polar_billing.values.money import exact_sum
+from polar_billing.values.money import exact_difference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -193,7 +193,7 @@ def _reprice(connection: Connection, tenant: str, period: Period, other_book: Pr
         charged=charged.total,
         other_price_book=other_book.id,
         other=other.total,
-        difference=exact_sum((other.total, charged.total.copy_negate()), decimals),
+        difference=exact_difference(other.total, charged.total, decimals),
         unrated=charged.unrated,
         other_unrated=other.unrated,
     )

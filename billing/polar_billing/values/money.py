@@ -165,10 +165,10 @@ def round_half_even(units: int, from_decimals: int, to_decimals: int) -> int:
 
 def divide_half_even(numerator: int, denominator: int) -> int:
     """Divide integers to the nearest one, halves to the even neighbour; the denominator is positive."""
-    quotient, rest = divmod(numerator, denominator)  # floors, so 0 <= rest < denominator for a negative numerator too
-    if 2 * rest > denominator or (2 * rest == denominator and quotient % 2):
-        quotient += 1
-    return quotient
+    whole, rest = divmod(numerator, denominator)  # floors, so 0 <= rest < denominator for a negative numerator too
+    if 2 * rest > denominator or (2 * rest == denominator and whole % 2):
+        whole += 1
+    return whole
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,16 @@ def round_lines(exact: Sequence[int], decimals: int) -> RoundedLines:
 def exact_sum(amounts: Iterable[Decimal], decimals: int) -> Decimal:
     """Add amounts of that many decimals, exactly, whatever the decimal context of the thread."""
     return from_scaled(sum(to_scaled(amount, decimals) for amount in amounts), decimals)
+
+
+def exact_difference(amount: Decimal, less: Decimal, decimals: int) -> Decimal:
+    """Subtract an amount from another, as `exact_sum` adds them."""
+    return exact_sum((amount, less.copy_negate()), decimals)
+
+
+def quotient(numerator: int, denominator: int, decimals: int) -> Decimal:
+    """Divide a count of 10^-decimals units; rounded to them once, half to even."""
+    return from_scaled(divide_half_even(numerator, denominator), decimals)
 
 
 def plain(value: Decimal) -> str:

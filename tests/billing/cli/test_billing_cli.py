@@ -56,19 +56,23 @@ def test_an_empty_ledger_is_said_in_words(tmp_path: Path, polar: Callable[..., R
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *("price show", "budget show", "budget holds", "budget recheck", "verify", "receipt r1", "migrate"),
+def test_a_misspelt_ledger_is_not_made_by_looking_into_it(tmp_path: Path, polar: Callable[..., Result]) -> None:
+    for command in (
+        *(
+            "price show",
+            "budget show",
+            "budget holds",
+            "budget recheck",
+            "verify",
+            "receipt r1",
+            "migrate",
+            "explain r",
+        ),
         *("statement --tenant acme", "statement --tenant acme --month 2026-10", "prune --before 2026-01-01 --yes"),
         *("prune --before 2026-01-01 --yes --tenant acme", "credit-note st-1 1 --tenant a --reason b --reference c"),
-    ],
-)
-def test_a_misspelt_ledger_is_not_made_by_looking_into_it(
-    tmp_path: Path, command: str, polar: Callable[..., Result]
-) -> None:
-    result = polar(*command.split())
-    assert result.output if result.exception is None else isinstance(result.exception, PolarError)
+    ):
+        result = polar(*command.split())
+        assert result.output if result.exception is None else isinstance(result.exception, PolarError), command
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,9 +151,9 @@ def test_files_are_written_and_named_on_standard_error(tmp_path: Path, polar: Ca
 
 @pytest.mark.usefixtures("filled")
 def test_other_prices_rate_the_same_usage_again(tmp_path: Path, polar: Callable[..., Result]) -> None:
-    prices = tmp_path / "dear.toml"
+    prices = tmp_path / "expensive.toml"
     prices.write_text(
-        'id = "dear"\ncurrency = "JPY"\n[[prices]]\neffective_from = 2026-01-01\nper_request = 7\n'
+        'id = "expensive"\ncurrency = "JPY"\n[[prices]]\neffective_from = 2026-01-01\nper_request = 7\n'
         "untiered = 1\ntiers = {economy = 1, standard = 2}\n"
     )
     report = json.loads(polar("report", "--prices", str(prices), "--json").stdout)
@@ -182,7 +186,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert result.stdout == ""
 
 
-def test_a_file_that_is_no_ledger_is_told(tmp_path: Path, polar: Callable[..., Result]) -> None:
+def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, polar: Callable[..., Result]) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("no database at all\n" * 100)
     result = polar("usage", "--ledger", str(file))
@@ -195,24 +199,6 @@ def test_currencies_are_chosen_by_the_reader(filled: Ledger, polar: Callable[...
     Meter(filled, prices=euros).emit(usage_record("euros"))
     assert isinstance(polar("report").exception, CurrencyMixError)
     assert json.loads(polar("report", "--currency", "EUR", "--json").stdout)["figures"]["requests"] == 1
-
-
-def test_help_shows_an_example(polar: Callable[..., Result]) -> None:
-    for command in ("usage", "report"):
-        result = polar(command, "--help")
-        assert result.exit_code == 0
-        assert f"Example: polar {command}" in result.output
-
-
-def test_names_are_text_in_the_terminal_too(ledger: Ledger, polar: Callable[..., Result]) -> None:
-    for tenant in ("[red]", "[/]", ":smile:", "\x1b[2Jclear"):
-        Meter(ledger).emit(usage_record().model_copy(update={"tenant": tenant}))  # as earlier versions took it
-    for command in ("usage", "report", "usage --requests"):
-        text = polar(*command.split()).output
-        assert "[red]" in text
-        assert "[/]" in text
-        assert ":smile:" in text
-        assert "\x1b" not in text
 
 
 def test_a_narrow_terminal_costs_no_digit(filled: Ledger) -> None:
@@ -258,14 +244,9 @@ tiers = { economy = 1, standard = 1, premium = 1, exact = 1 }
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--mix standard=70,economy=31", "adds up to 101 %"),
-        ("--mix standard=100", "nothing was measured of tier 'standard' for model 000000000000…; measured: exact."),
-        ("--mix-from e.json", "--mix-from was given without a mix"),
-        ("--mix exact=100 --mix-from missing.json", "'missing.json' cannot be read"),
-        ("--device-hour -1", "--device-hour '-1' is out of range"),
-        ("--device-hour x", "amount 'x' is not a number"),
-        ("--tokens-per-second 40", "--tokens-per-second was given without a price"),
-        ("--device-hour 1 --tokens-per-second 0", "--tokens-per-second '0' is out of range"),
+        ("--mix standard=100", "'standard'"),
+        ("--mix-from e.json", "--mix-from"),
+        ("--tokens-per-second 40", "--tokens-per-second"),
         ("--what-if missing.toml", "missing.toml"),
     ],
 )

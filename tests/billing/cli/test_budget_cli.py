@@ -153,16 +153,14 @@ def test_recheck_finds_what_is_wrong(filled: Budgets, polar: Callable[..., Resul
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ("set acme nothing CU", BudgetError, "limit 'nothing' is not a number"),
-        ("set acme inf CU", BudgetError, "limit inf is not finite"),
-        ("set acme 5 usd", BudgetError, "Did you mean 'USD'?"),
-        ("set acme 5 EUR", CurrencyMixError, "price book 'polar-example' is in USD"),
-        ("set acme 5 CU --window year", BudgetError, "window 'year' is unknown"),
-        ("set acme 5 CU --over-budget warn", BudgetError, "over_budget 'warn' is unknown"),
-        ("set acme 5 CU --zone Mars/Olympus", PeriodError, "time zone 'Mars/Olympus' is unknown"),
-        ("set acme 5 CU --user ann --key k", BudgetError, "several of --project, --user and --key"),
+        ("set acme nothing CU", BudgetError, "'nothing'"),
+        ("set acme 5 usd", BudgetError, "'USD'"),
+        ("set acme 5 EUR", CurrencyMixError, "USD"),
+        ("set acme 5 CU --over-budget warn", BudgetError, "'warn'"),
+        ("set acme 5 CU --zone Mars/Olympus", PeriodError, "'Mars/Olympus'"),
+        ("set acme 5 CU --user ann --key k", BudgetError, "--key"),
         ("set acme 5 CU --prices no.toml", PriceBookError, "no.toml"),
-        ("close acme CU", BudgetError, "tenant 'acme' has no budget in CU per month of the level tenant"),
+        ("close acme CU", BudgetError, "'acme'"),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     ("table", "change", "command"),
     [
         ("polar_usage", "started_at = 9223372036854775807", "usage --requests"),
-        ("polar_usage", "visits_prefill = '01'", "usage --requests"),
         ("polar_usage", "visits_prefill = '01'", "explain r"),
         ("polar_receipt", "cost = 'NaN of money'", "report"),
         ("polar_receipt", "price_book_hash = x'00'", "usage --requests"),

@@ -5,7 +5,6 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
-import pytest
 
 from polar_billing.exports.cloud_events import batch_text, event_schema
 from polar_billing.ledger.records import ALL_TENANTS, Selection
@@ -80,9 +79,10 @@ def test_energy_is_marked_as_modelled(billed: Ledger) -> None:
     assert any(event["data"]["flops_drafts"] for event in made)
 
 
-@pytest.mark.parametrize("tenant", ["=1+1", '"},{"', "<script>", "ü €"])
-def test_names_are_kept_as_they_are(ledger: Ledger, tenant: str) -> None:
+def test_names_are_kept_as_they_are(ledger: Ledger) -> None:
+    tenants = ["=1+1", '"},{"', "<script>", "ü €"]
     with Meter(ledger) as meter:
-        meter.emit(usage_record("r", tenant=tenant, tags={"k": tenant}))
-    (event,) = events(ledger, Selection(tenant))
-    assert (event["subject"], event["data"]["tags"]) == (tenant, {"k": tenant})
+        for tenant in tenants:
+            meter.emit(usage_record("r", tenant=tenant, tags={"k": tenant}))
+    made = events(ledger, Selection(ALL_TENANTS))
+    assert [(event["subject"], event["data"]["tags"]) for event in made] == [(name, {"k": name}) for name in tenants]

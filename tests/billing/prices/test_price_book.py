@@ -64,7 +64,7 @@ def test_prices_keep_their_digits_under_any_decimal_context() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "said"),
     [
         (ENTRY, "id: field required; currency: field required"),
         (HEAD, "prices: field required"),
@@ -101,12 +101,12 @@ def test_prices_keep_their_digits_under_any_decimal_context() -> None:
         ("id = ", "is not valid TOML"),
     ],
 )
-def test_a_wrong_book_is_told_with_file_key_and_value(text: str, told: str) -> None:
+def test_a_wrong_book_is_refused_with_file_key_and_value(text: str, said: str) -> None:
     with pytest.raises(PriceBookError) as caught:
         PriceBook.from_toml(text, name="mine.toml")
     message = str(caught.value)
     assert message.startswith("price book 'mine.toml'")
-    assert told in message
+    assert said in message
     assert "\n" not in message
     assert caught.value.exit_code == 2
 

@@ -60,7 +60,7 @@ def test_books_without_plans_keep_the_hash_of_their_first_release() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "said"),
     [
         (BANDS + "[{up_to = 5, unit_price = 1}]", "the last band has an end"),
         (BANDS + "[{unit_price = 1}, {unit_price = 2}]", "a band before the last has no up_to"),
@@ -93,10 +93,10 @@ def test_books_without_plans_keep_the_hash_of_their_first_release() -> None:
         (CREDIT.replace("= 5", "= -5"), "amount = '-5'"),
     ],
 )
-def test_a_wrong_plan_is_told(part: str, told: str) -> None:
+def test_a_wrong_plan_is_refused(part: str, said: str) -> None:
     with pytest.raises(PriceBookError) as caught:
         book(part)
-    assert told in str(caught.value)
+    assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""What a meter charges by: a book that is named, those in force in the ledger, the example book; by the time of use."""
+"""The book that a meter charges by: a named one, those in force in the ledger, the example; by the time of use."""
 
 from __future__ import annotations
 

@@ -146,30 +146,14 @@ def test_one_tenant_needs_no_comparison_of_tenants(ledger: Ledger, report: Repor
     assert "globex" not in html
 
 
-def test_a_report_of_thirty_tenants_stays_one_page_of_sane_size(ledger: Ledger) -> None:
-    meter = Meter(ledger)
-    for n in range(30):
-        meter.emit(usage_record(tenant=f"tenant-{n:02d}", tier="economy"))
-    html = report_html(build_report(ledger))
-    assert html.count('class="statement') == 30
-    assert len(html) < 500_000
-
-
 def test_empty_and_unrated_reports_render(ledger: Ledger) -> None:
     assert "There is no usage in this period." in report_html(build_report(ledger))
     Meter(ledger).emit(usage_record(tier="gold", outcome=Outcome.CACHED))
     html = report_html(build_report(ledger))
     assert 'id="charges"' not in html
-    assert "1 request unrated" in html
-
-
-def test_one_record_makes_a_page(ledger: Ledger) -> None:
-    Meter(ledger).emit(usage_record(tier="economy", path=(0, 1, 4, 5)))
-    html = report_html(build_report(ledger))
-    page = Page(html)
-    assert page.open == []
     assert 'id="tenants"' not in html
-    assert "1 request" in html
+    assert "1 request unrated" in html
+    assert Page(html).open == []
 
 
 def test_only_cancelled_streams_make_a_page_without_latencies(ledger: Ledger) -> None:
@@ -217,7 +201,7 @@ def test_every_sortable_table_has_one_body_of_whole_rows(report: Report) -> None
             assert len(re.findall(r"<t[hd][ >]", row)) == names - 1 or len(re.findall(r"<t[hd][ >]", row)) == names
 
 
-def test_a_missing_extra_is_told() -> None:
+def test_a_missing_extra_is_refused() -> None:
     script = """
 import sys
 sys.modules["jinja2"] = None

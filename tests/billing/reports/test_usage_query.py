@@ -65,7 +65,7 @@ def test_groups_by_every_dimension(ledger: Ledger) -> None:
     assert groups("outcome") == [("cached",), ("completed",)]
     assert groups("source", "tenant", "model") == [("polar", "acme", "test-model")]
     assert groups() == [()]
-    with pytest.raises(QueryError, match="usage cannot be grouped by 'colour'"):
+    with pytest.raises(QueryError, match="'colour'"):
         groups("colour")
 
 
@@ -99,7 +99,7 @@ def test_currencies_are_never_added(ledger: Ledger, book: PriceBook) -> None:
     euros = PriceBook.from_document(book.document.replace('"USD"', '"EUR"'))
     Meter(ledger).emit(usage_record("dollars"))
     Meter(ledger, prices=euros).emit(usage_record("euros"))
-    with pytest.raises(CurrencyMixError, match="charged in EUR and USD, which cannot be added"):
+    with pytest.raises(CurrencyMixError, match="EUR and USD"):
         usage_rows(ledger, EVERYTHING)
     (row,) = usage_rows(ledger, EVERYTHING, currency="EUR")
     assert (row.requests, row.currency) == (1, "EUR")

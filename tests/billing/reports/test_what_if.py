@@ -1,4 +1,4 @@
-"""What would have been: other books, other mixes, per-token prices and hardware, each checked by hand or by sum."""
+"""Other books, other mixes, per-token prices and hardware, each checked by hand or by sum."""
 
 from __future__ import annotations
 
@@ -111,6 +111,7 @@ def test_another_book_may_have_another_currency_and_lack_a_tier(filled: Ledger) 
     assert report.what_if is not None
     (scenario,) = report.what_if.scenarios
     assert (scenario.currency, scenario.charge, scenario.unrated) == ("EUR", Decimal(6), 1)
+    assert scenario.per_1000_requests == Decimal(2000)  # of the three requests with a price
     assert [outcome.charge for outcome in scenario.tenants] == [Decimal(3), Decimal(3)]
     assert {scenario.difference, scenario.hardware_cost, scenario.margin} == {None}
     assert "6.000000 EUR" in report_html(report)
@@ -241,17 +242,17 @@ def test_usage_without_a_price_has_no_scenarios(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("standard", "is not TIER=PERCENT"),
-        ("standard=", "is not TIER=PERCENT"),
-        ("=5", "is not TIER=PERCENT"),
-        ("standard=70", "adds up to 70 %, not to 100 %"),
-        ("standard=70,economy=40", "adds up to 110 %"),
-        ("standard=50,standard=50", "has tier 'standard' twice"),
-        ("standard=-5,economy=105", "more than 0 and at most 100"),
-        ("standard=0,economy=100", "more than 0 and at most 100"),
-        ("standard=33.333,economy=66.667", "at most 2 decimals"),
-        ("standard=nan,economy=1", "more than 0"),
-        ("standard=x,economy=1", "standard=70,economy=30"),
+        ("standard", "TIER=PERCENT"),
+        ("standard=", "TIER=PERCENT"),
+        ("=5", "TIER=PERCENT"),
+        ("standard=70", "70 %"),
+        ("standard=70,economy=40", "110 %"),
+        ("standard=50,standard=50", "'standard' twice"),
+        ("standard=-5,economy=105", "'-5'"),
+        ("standard=0,economy=100", "'0'"),
+        ("standard=33.333,economy=66.667", "'33.333'"),
+        ("standard=nan,economy=1", "'nan'"),
+        ("standard=x,economy=1", "'x'"),
     ],
 )
 def test_a_wrong_mix_is_one_clear_line(text: str, said: str) -> None:
@@ -264,12 +265,11 @@ def test_a_wrong_mix_is_one_clear_line(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("price", "rate_text", "said"),
     [
-        ("0", None, "--device-hour '0' is out of range"),
-        ("-1", None, "--device-hour '-1' is out of range"),
-        ("1", "0", "--tokens-per-second '0' is out of range"),
-        ("1", "1e-9", "--tokens-per-second '1e-9' is out of range"),
-        ("1e9", None, "--device-hour '1e9' is out of range"),
-        (None, "4", "without a price of the device"),
+        ("0", None, "--device-hour '0'"),
+        ("-1", None, "--device-hour '-1'"),
+        ("1e9", None, "--device-hour '1e9'"),
+        ("1", "1e-9", "--tokens-per-second '1e-9'"),
+        (None, "4", "--device-hour"),
     ],
 )
 def test_wrong_hardware_is_one_clear_line(price: str | None, rate_text: str | None, said: str) -> None:
@@ -279,16 +279,16 @@ def test_wrong_hardware_is_one_clear_line(price: str | None, rate_text: str | No
 
 
 def test_a_tier_without_measurement_or_price_is_named(filled: Ledger) -> None:
-    with pytest.raises(QueryError, match="nothing was measured of tier 'gold'"):
+    with pytest.raises(QueryError, match="'gold'"):
         asked(filled, mixes=(read_mix("gold=100"),))
     only = book(BOOK.replace(", exact = 1.5", ""))
-    with pytest.raises(QueryError, match="price book 'round' of 2026-01-01 has no price for tier 'exact'"):
+    with pytest.raises(QueryError, match=r"'round' .* 'exact'"):
         asked(filled, mixes=(read_mix("exact=100"),), books=(only,))
 
 
 def test_times_must_be_known_for_a_throughput(ledger: Ledger) -> None:
     Meter(ledger).emit(usage_record(prefill_ns=0, decode_ns=0))
-    with pytest.raises(QueryError, match="no recorded times"):
+    with pytest.raises(QueryError, match="--tokens-per-second"):
         asked(ledger, hardware=Hardware(per_device_hour=Decimal(1), tokens_per_second=None))
 
 

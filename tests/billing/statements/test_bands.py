@@ -43,10 +43,10 @@ def test_graduated_cost_is_monotone(bands: list[tuple[int | None, int]], points:
 
 @given(bands=band_lists(), quantity=quantities)
 def test_graduated_cost_is_continuous_also_where_bands_meet(bands: list[tuple[int | None, int]], quantity: int) -> None:
-    dearest = max(price for _, price in bands)
+    highest = max(price for _, price in bands)
     for point in [quantity, *(bound for bound, _ in bands if bound is not None)]:
         step = cost(point + 1, bands) - cost(point, bands)
-        assert 0 <= step <= dearest  # one more unit never costs more than one unit
+        assert 0 <= step <= highest  # one more unit never costs more than one unit
         assert step in {price for _, price in bands}
 
 

@@ -1,4 +1,4 @@
-"""What drafts executed beyond what answers needed is charged where the price book says so, and nowhere else."""
+"""Compute of drafts beyond what answers needed is charged where the price book says so, and nowhere else."""
 
 from __future__ import annotations
 

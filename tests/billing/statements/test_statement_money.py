@@ -1,12 +1,7 @@
-"""Charges of the smallest unit, in five currencies of 0, 2 and 3 decimals: nothing is lost or made.
-
-`POLAR_TEST_CHARGES=1000000` takes a million of them from the meter to the books, on each store; a few thousand by
-default.
-"""
+"""Charges of the smallest unit, in currencies of 0, 2 and 3 decimals: nothing is lost or made."""
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING
@@ -26,7 +21,7 @@ from polar_billing.statements.issue import issue_statement
 from polar_billing.statements.lines import PeriodUsage, Use, phases_of
 from polar_billing.statements.statement import rounded_lines
 from polar_billing.testing import usage_record
-from polar_billing.values.money import EXACT_SCALE, currency_decimals, exact_sum, from_scaled, round_lines
+from polar_billing.values.money import currency_decimals, exact_sum, from_scaled, round_lines
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
@@ -35,8 +30,7 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageRecord
 
 MILLION = 10**6
-CHARGES = int(os.environ.get("POLAR_TEST_CHARGES", "5000"))
-CURRENCIES = ["JPY", "USD", "EUR", "KWD", "BHD"]
+CURRENCIES = ["JPY", "USD", "KWD"]
 PERIOD = Period.month("2026-11")
 
 
@@ -60,8 +54,8 @@ def batches_of(tenant: str, count: int) -> Iterator[list[UsageRecord]]:
 
 
 @pytest.mark.parametrize("store", ["sqlite-file", "postgresql"], indirect=True)
-def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger) -> None:
-    part = CHARGES // len(CURRENCIES)
+@pytest.mark.parametrize("part", [1_000, pytest.param(300_000, marks=[pytest.mark.long, pytest.mark.timeout(3_600)])])
+def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger, part: int) -> None:
     for currency in CURRENCIES:  # one tenant for each
         unit = from_scaled(1, currency_decimals(currency))
         meter = Meter(store, prices=book(currency, unit), sync=True)
@@ -76,16 +70,6 @@ def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger)
         (row,) = usage_rows(store, Selection(currency), by=["tenant"])
         assert (row.cost, row.currency) == (unit * part, currency)
     assert verify_ledger(store).findings == []  # every statement follows from its usage, with residue 0
-
-
-@pytest.mark.parametrize("currency", CURRENCIES)
-def test_a_million_lines_of_the_smallest_unit_have_residue_0(currency: str) -> None:
-    decimals = currency_decimals(currency)
-    smallest = 10 ** (EXACT_SCALE - decimals)
-    part = MILLION // len(CURRENCIES)
-    rounded = round_lines([smallest] * part, decimals)
-    assert rounded.residue == 0
-    assert rounded.total == from_scaled(part, decimals) == exact_sum(rounded.amounts, decimals)
 
 
 @pytest.mark.parametrize("currency", CURRENCIES)
@@ -104,7 +88,7 @@ def test_a_million_charges_on_a_statement_sum_to_their_exact_sum(currency: str, 
     assert exact_sum((*parts.amounts, parts.residue), decimals) == parts.total == total
 
 
-def test_the_ledger_books_five_currencies_to_the_last_unit() -> None:
+def test_the_ledger_books_every_currency_to_the_last_unit() -> None:
     with Ledger("sqlite://") as ledger, ledger.transaction() as connection:
         for currency in CURRENCIES:
             unit = from_scaled(1, currency_decimals(currency))

@@ -1,8 +1,9 @@
-"""What is added up first and rated then is what is rated one by one."""
+"""Sums that are rated give what rating one by one gives."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pytest
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.reports import tier_totals as bulk
+from polar_billing.reports import tier_totals
 from polar_billing.reports.tier_totals import totals_by_tier
 from polar_billing.reports.totals import Rater, UsageTotals, accumulate
 from polar_billing.testing import usage_record
@@ -63,7 +64,7 @@ tiers = { standard = 2.0 }
 """
 
 
-def one_by_one(ledger: Ledger, selection: Selection, rater: Rater) -> dict[bulk.Key, UsageTotals]:
+def one_by_one(ledger: Ledger, selection: Selection, rater: Rater) -> dict[tier_totals.Key, UsageTotals]:
     return accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
 
 
@@ -92,40 +93,38 @@ def fill(ledger: Ledger) -> None:
         meter.emit(usage_record("nothing", visits=VisitUsage(), program=""))
 
 
-@pytest.mark.parametrize("instead", [None, OTHER, BOOK])
-@pytest.mark.parametrize("period", [Period(), Period(BEGIN + timedelta(days=5), BEGIN + timedelta(days=25))])
-def test_sums_are_those_of_rating_one_by_one(
-    store: Ledger, monkeypatch: pytest.MonkeyPatch, instead: str | None, period: Period
-) -> None:
+def test_sums_are_those_of_rating_one_by_one(store: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(store)
-    monkeypatch.setattr(bulk, "_MAX_WAITING", 3)
-    other = None if instead is None else PriceBook.from_toml(instead)
-    raters = [Rater(store.price_books, instead=other) for _ in range(2)]
-    selection = Selection(ALL_TENANTS, period)
-    expected = one_by_one(store, selection, raters[0])
-    found = totals_by_tier(store, selection, raters[1])
-    for totals in (*expected.values(), *found.values()):
-        totals.latencies_ns.sort()
-    assert found == expected
-    assert raters[0].used.keys() == raters[1].used.keys()
+    monkeypatch.setattr(tier_totals, "_MAX_WAITING", 3)
+    periods = (Period(), Period(BEGIN + timedelta(days=5), BEGIN + timedelta(days=25)))
+    for instead, period in product((None, OTHER, BOOK), periods):
+        other = None if instead is None else PriceBook.from_toml(instead)
+        raters = [Rater(store.price_books, instead=other) for _ in range(2)]
+        selection = Selection(ALL_TENANTS, period)
+        expected = one_by_one(store, selection, raters[0])
+        found = totals_by_tier(store, selection, raters[1])
+        for totals in (*expected.values(), *found.values()):
+            totals.latencies_ns.sort()
+        assert found == expected
+        assert raters[0].used.keys() == raters[1].used.keys()
 
 
 def test_they_are_added_up_first(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(ledger)
-    monkeypatch.setattr(bulk, "_one_by_one", lambda *_: pytest.fail("one by one"))
+    monkeypatch.setattr(tier_totals, "_one_by_one", lambda *_: pytest.fail("one by one"))
     assert totals_by_tier(ledger, Selection("acme"), Rater(ledger.price_books))
     other = PriceBook.from_toml(OTHER)
     assert totals_by_tier(ledger, Selection("acme"), Rater(ledger.price_books, instead=other))
 
 
 def test_a_request_that_costs_too_much_is_unrated_alone(ledger: Ledger) -> None:
-    dear = PriceBook.from_toml(OTHER.replace("per_compute_unit = 0.1", "per_compute_unit = 9000"))
+    expensive = PriceBook.from_toml(OTHER.replace("per_compute_unit = 0.1", "per_compute_unit = 9000"))
     with Meter(ledger) as meter:
         meter.emit(usage_record("small"))
         meter.emit(usage_record("large", prompt=40_000_000))
     selection = Selection("acme")
-    found = totals_by_tier(ledger, selection, Rater(ledger.price_books, instead=dear))
-    assert found == one_by_one(ledger, selection, Rater(ledger.price_books, instead=dear))
+    found = totals_by_tier(ledger, selection, Rater(ledger.price_books, instead=expensive))
+    assert found == one_by_one(ledger, selection, Rater(ledger.price_books, instead=expensive))
     assert found["acme", "standard"].rated == 1
 
 
