@@ -6,7 +6,7 @@ that the router serves in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk import PolarModel, lab
@@ -51,7 +51,7 @@ class Bridging:
         )
         decoder = model.decoder
         bridges = {segment: bridge.to(decoder.dtype, decoder.device) for segment, bridge in exact.bridges.items()}
-        replace(exact, tensors=stored(bridges, "exact"), dtype=model.dtype).save(out)
+        MapSet(exact.facts.model_copy(update={"dtype": model.dtype}), stored(bridges, "exact")).save(out)
         return out
 
     def _heal(self, out: Path, items: Sequence[Item], segments: str, **options: Any) -> MapSet:

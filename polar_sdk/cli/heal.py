@@ -93,7 +93,7 @@ def heal(
         print_line("note: the same command goes on where it stopped.", err=True)
         raise
     if as_json:
-        typer.echo(json.dumps(_facts(made, out), indent=2))
+        typer.echo(json.dumps({"out": str(out), "bytes": made.bytes, **made.facts.model_dump(mode="json")}, indent=2))
     else:
         _show(made, out)
 
@@ -105,30 +105,18 @@ def _name_and_value(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _facts(maps: MapSet, out: Path) -> dict[str, object]:
-    return {
-        "out": str(out),
-        "bytes": maps.bytes,
-        "model": maps.model,
-        "fingerprint": maps.fingerprint,
-        "data": maps.data,
-        "segments": [record.model_dump() for record in maps.records],
-        "training": maps.training,
-    }
-
-
 def _show(maps: MapSet, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layers", "form", "FLOPs per token", f"{_ERRORS[maps.kind]}, held out")
-    for record in maps.records:
+    table = Table("layers", "form", "FLOPs per token", f"{_ERRORS[maps.facts.kind]}, held out")
+    for record in maps.facts.segments:
         error = "–" if record.error is None else f"{record.error:.3f}"
         table.add_row(f"{record.first}-{record.last}", record.form, f"{record.flops_per_token:,}", error)
     console = Console()
     console.print(table)
     console.print(f"made for: {'; '.join(program.text for program in maps.programs)}", markup=False, soft_wrap=True)
-    for row in maps.training.get("held_out", ()):
+    for row in maps.facts.training.get("held_out", ()):
         losses = f"{row['closed_form']:.4f} before training, {row['trained']:.4f} after it"
         kept = "kept" if row["kept"] else "not kept"
         console.print(f"{row['program']}: held-out loss {losses} ({kept})", markup=False, soft_wrap=True)

@@ -2,8 +2,8 @@
 from .drafting import DraftOptions as DraftOptions
 from .drafting import train_draft_head as train_draft_head
 from .evaluation.results import Evaluation as Evaluation
-from .healing.options import BridgeOptions as BridgeOptions
-from .healing.options import FillOptions as FillOptions
+from .healing.method import BridgeOptions as BridgeOptions
+from .healing.method import FillOptions as FillOptions
 from .items import AnswerItem as AnswerItem
 from .items import ChoiceItem as ChoiceItem
 from .items import Item as Item

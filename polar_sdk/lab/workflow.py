@@ -13,7 +13,7 @@ from polar_sdk.errors import DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.healing.heal import Healer
-from polar_sdk.lab.healing.options import BridgeOptions, FillOptions
+from polar_sdk.lab.healing.method import BridgeOptions, FillOptions
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
@@ -213,7 +213,7 @@ def _obtain(model: PolarModel, router: Router | str | Path | None) -> Router | N
 
 def _save(router: LearnedRouter, folder: Path, maps: Iterable[MapSet]) -> None:
     """Write a router, and those bridges and fills that its programs use."""
-    sets = {each.kind: each for each in maps}
+    sets = {each.facts.kind: each for each in maps}
     static = [Program.parse(row["program"]) for row in router.facts.training.get("static", ())]
     programs = [*router.programs, *static]
     used: dict[MapKind, set[Segment]] = {

@@ -47,7 +47,8 @@ def stored_costs(name: str, fingerprint: str, router: Path | None = None) -> Cos
     known: dict[MapKind, dict[Segment, int]] = {"bridge": {}, "fill": {}}
     for folder in (*([] if router is None else [router]), *router_folders(fingerprint)):
         for found in _maps(folder, fingerprint):
-            known[found.kind] = {each.segment: each.flops_per_token for each in found.records} | known[found.kind]
+            own = {each.segment: each.flops_per_token for each in found.facts.segments}
+            known[found.facts.kind] = own | known[found.facts.kind]
     return cost.with_bridges(known["bridge"]).with_fills(known["fill"])
 
 
@@ -56,5 +57,5 @@ def _maps(router: Path, fingerprint: str) -> Iterator[MapSet]:
     for folder in map_folders(router):
         with suppress(MapError):
             found = MapSet.load(folder)
-            if found.fingerprint == fingerprint:
+            if found.facts.fingerprint == fingerprint:
                 yield found

@@ -8,7 +8,7 @@ fitted.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -69,46 +69,41 @@ class MapRecord(BaseModel, frozen=True, extra="forbid"):
         return cls(first=segment[0], last=segment[1], form=form, flops_per_token=fitted.flops, error=error)
 
 
-class _File(BaseModel, frozen=True, extra="forbid"):
-    format: str
+class MapFacts(BaseModel, frozen=True, extra="forbid"):
+    """How maps came to be."""
+
     kind: MapKind
+    """Of all of them."""
     model: str
     fingerprint: str
+    """Of the model."""
     dtype: str
+    """Of the weights that the states came from."""
     storage: Storage
     segments: tuple[MapRecord, ...]
     data: str
+    """Hash of the data."""
     training: dict[str, Any]
+    """Prompts, settings, the programs that the maps were made for, and losses where they were trained."""
+
+
+class _File(MapFacts):
+    format: str
     sha256: str
     """Of the tensor file."""
 
 
 @dataclass(frozen=True, eq=False)
 class MapSet:
-    """Bridges or fills of one model, and how they came to be.
+    """Bridges or fills of one model.
 
     Attributes:
-        kind: Of all of them.
+        facts: How they came to be.
         tensors: The maps as they are stored; see `stored`.
-        storage: How.
-        records: Facts about each.
-        model: Name of the model.
-        fingerprint: Of the model.
-        dtype: Of the weights that the states came from.
-        data: Hash of the data.
-        training: How they were made: prompts, settings, the programs that they were made for, and losses where they
-            were trained.
     """
 
-    kind: MapKind
+    facts: MapFacts
     tensors: Mapping[str, Tensor]
-    storage: Storage
-    records: tuple[MapRecord, ...]
-    model: str
-    fingerprint: str
-    dtype: str
-    data: str
-    training: dict[str, Any]
 
     @cached_property
     def maps(self) -> dict[Segment, Map]:
@@ -117,7 +112,7 @@ class MapSet:
         Raises:
             ValueError: A tensor is missing, shapes do not form a map, or a value is not finite.
         """
-        return {record.segment: self._map(f"{record.first}-{record.last}.") for record in self.records}
+        return {record.segment: self._map(f"{record.first}-{record.last}.") for record in self.facts.segments}
 
     @cached_property
     def bridges(self) -> dict[Segment, Bridge]:
@@ -136,7 +131,7 @@ class MapSet:
         Raises:
             ProgramSyntaxError: One does not parse.
         """
-        return tuple(Program.parse(str(text)) for text in self.training.get("programs", ()))
+        return tuple(Program.parse(str(text)) for text in self.facts.training.get("programs", ()))
 
     @property
     def bytes(self) -> int:
@@ -150,10 +145,10 @@ class MapSet:
 
     def only(self, segments: Set[Segment]) -> MapSet:
         """The same set with these segments alone."""
-        records = tuple(record for record in self.records if record.segment in segments)
+        records = tuple(record for record in self.facts.segments if record.segment in segments)
         names = {f"{record.first}-{record.last}" for record in records}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.partition(".")[0] in names}
-        return replace(self, tensors=tensors, records=records)
+        return MapSet(self.facts.model_copy(update={"segments": records}), tensors)
 
     def check_model(self, name: str, fingerprint: str) -> None:
         """Refuse a model that these maps were not fitted on.
@@ -161,11 +156,12 @@ class MapSet:
         Raises:
             MapModelError: The fingerprints differ.
         """
-        if self.fingerprint != fingerprint:
+        facts = self.facts
+        if facts.fingerprint != fingerprint:
             raise MapModelError(
-                f"the {self.kind}s were fitted for model {self.model} ({self.fingerprint[:12]}…), but this model is "
+                f"the {facts.kind}s were fitted for model {facts.model} ({facts.fingerprint[:12]}…), but this model is "
                 f"{name} ({fingerprint[:12]}…).",
-                hint=f"Fit {self.kind}s for it with `polar lab heal`.",
+                hint=f"Fit {facts.kind}s for it with `polar lab heal`.",
             )
 
     def place_on(self, loaded: LoadedModel) -> None:
@@ -176,17 +172,17 @@ class MapSet:
             MapError: A segment or a size is not this model's.
         """
         self.check_model(loaded.name, loaded.fingerprint)
-        decoder, lowest = loaded.decoder, 0 if self.kind == "bridge" else 1
-        family = decoder.family
+        decoder, kind = loaded.decoder, self.facts.kind
+        family, lowest = decoder.family, int(kind == "fill")
         for (first, last), each in self.maps.items():
-            named = f"{self.kind} {first}-{last}"
+            named = f"{kind} {first}-{last}"
             if not lowest <= first <= last < decoder.depth:
                 raise MapError(
                     f"{named} does not fit a model of {decoder.depth} layers; it needs some of {lowest} to "
                     f"{decoder.depth - 1}."
                 )
             written = (last - first + 1, 2, family.kv_heads, family.head_dim)
-            sizes = (family.hidden, *(written if self.kind == "fill" else (family.hidden,)))
+            sizes = (family.hidden, *(written if kind == "fill" else (family.hidden,)))
             if (own := (each.width, *each.bias.shape)) != sizes:
                 raise MapError(f"{named} has sizes {own}, not the model's {sizes}; fit it with `polar lab heal`.")
         there = decoder.dtype, decoder.device
@@ -198,8 +194,7 @@ class MapSet:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         data = save_tensors({name: tensor.contiguous() for name, tensor in self.tensors.items()})
-        facts = {name: getattr(self, name) for name in _File.model_fields if hasattr(self, name)}
-        file = _File(format=_FORMAT, segments=self.records, sha256=hashlib.sha256(data).hexdigest(), **facts)
+        file = _File(format=_FORMAT, sha256=hashlib.sha256(data).hexdigest(), **dict(self.facts))
         (target / _TENSORS).write_bytes(data)
         (target / _JSON).write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return target
@@ -226,9 +221,9 @@ class MapSet:
             raise _damaged(source, f"{_JSON} has format {file.format!r}, not {_FORMAT!r}")
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise _damaged(source, f"{_TENSORS} is not the file that {_JSON} describes")
-        facts = {name: getattr(file, name) for name in ("kind", "storage", "model", "fingerprint", "dtype", "data")}
+        facts = MapFacts(**file.model_dump(exclude={"format", "sha256"}))
         try:
-            made = cls(tensors=load_tensors(data), records=file.segments, training=file.training, **facts)
+            made = cls(facts, load_tensors(data))
             _ = made.maps, made.programs
         except ProgramSyntaxError as error:
             raise _damaged(source, f"{_JSON}: {error}") from error
@@ -240,7 +235,7 @@ class MapSet:
         names = [name for name in self.tensors if name.startswith(prefix) and not name.endswith(_SCALE)]
         try:
             parts = {name.removeprefix(prefix): self._read(name) for name in names}
-            made = _CLASSES[self.kind].of(parts)
+            made = _CLASSES[self.facts.kind].of(parts)
         except KeyError as error:
             raise ValueError(f"{prefix}{error.args[0].removeprefix(prefix)} is missing") from error
         except ValueError as error:
@@ -253,7 +248,7 @@ class MapSet:
         tensor = self.tensors[name]
         if tensor.dtype == torch.int8:
             return tensor.float() * self.tensors[f"{name}{_SCALE}"]
-        return tensor if self.storage == "exact" else tensor.float()
+        return tensor if self.facts.storage == "exact" else tensor.float()
 
 
 def stored(maps: Mapping[Segment, Map], storage: Storage) -> dict[str, Tensor]:

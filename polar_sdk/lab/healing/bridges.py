@@ -21,13 +21,13 @@ from polar_sdk.lab.healing.ridge import RidgeSums
 from polar_sdk.programs.program import Program, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.maps import Map
-    from polar_sdk.lab.healing.options import BridgeOptions
+    from polar_sdk.lab.healing.method import BridgeOptions
     from polar_sdk.lab.healing.packs import Pack
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.programs.cost import Segment
@@ -72,14 +72,12 @@ class BridgeMethod(Method):
         on_progress("fitting bridges", done, total)
         for group in groups:
             with torch.inference_mode():
-                states = _States(decoder, packs)
-                for segment in group:
-                    before, after = states.to(segment)
+                for segment, before, after in _crossings(decoder, packs, group):
                     if segment not in fitted:
                         pairs = zip(before, after, (pack.later for pack in packs), strict=True)
                         bridge = bridge_between(pairs, self.options.ridge, self.options.rank)
                         fitted[segment] = bridge.to(decoder.dtype, decoder.device)
-                    states.cross(segment, fitted[segment])
+                    put(decoder, {segment: fitted[segment]})
                     done += 1
                     on_progress("fitting bridges", done, total)
         # Clones, since training cannot compute derivatives of tensors made in inference mode.
@@ -91,20 +89,13 @@ class BridgeMethod(Method):
         """See `Method.errors`."""
         errors: dict[Segment, float] = {}
         packs = make_packs(decoder, tasks, FIT_TOKENS)
+        put(decoder, made.maps)
         with torch.inference_mode():
             for group in groups:
-                states = _States(decoder, packs)
-                for segment in group:
-                    before, after = states.to(segment)
-                    crossed = states.cross(segment, made.maps[segment])
-                    skip, ours = (
-                        sum(
-                            float((state[pack.later].float() - target[pack.later].float()).square().sum())
-                            for state, target, pack in zip(states_, after, packs, strict=True)
-                        )
-                        for states_ in (before, crossed)
-                    )
-                    errors.setdefault(segment, ours / skip if skip else float("nan"))
+                for segment, before, after in _crossings(decoder, packs, group):
+                    crossed = _run(decoder, packs, before, [Step(*segment, bridge=True)])
+                    skip = _distance(packs, before, after)
+                    errors.setdefault(segment, _distance(packs, crossed, after) / skip if skip else float("nan"))
         return errors
 
     def program(self, group: Group) -> Program:
@@ -135,7 +126,8 @@ def bridge_between(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], strength: flo
         if sums is None:
             sums = RidgeSums(before.shape[-1], [before.shape[-1]], before.device)
         inputs, moves = before.float(), after.float() - before.float()
-        sums.add(inputs[later], [moves[later]])
+        sums.add_inputs(inputs[later])
+        sums.add_outputs(0, inputs[later], moves[later])
         first = first + moves[~later].sum(0)
         firsts += int((~later).sum())
     assert sums is not None
@@ -143,31 +135,31 @@ def bridge_between(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], strength: flo
     return Bridge(found.weight, found.bias, first / max(firsts, 1))
 
 
-class _States:
-    """States of all packs, along the program (`ours`) and at full depth (`theirs`), each after one layer."""
+def _crossings(
+    decoder: Decoder, packs: Sequence[Pack], group: Group
+) -> Iterator[tuple[Segment, list[Tensor], list[Tensor]]]:
+    """For each segment, the states of all packs before it along the program, and after it at full depth.
 
-    def __init__(self, decoder: Decoder, packs: Sequence[Pack]) -> None:
-        self._decoder, self._packs = decoder, packs
-        self._ours = self._theirs = [pack.packed.embedded for pack in packs]
-        self._ours_at = self._theirs_at = 0
+    When the next segment is asked for, the program crosses this one by the bridge that the decoder has by then.
+    """
+    ours = theirs = [pack.packed.embedded for pack in packs]
+    at = 0
+    for first, last in group:
+        between = layers(at, first)
+        before = _run(decoder, packs, ours, between)
+        theirs = before if ours is theirs else _run(decoder, packs, theirs, between)
+        theirs = _run(decoder, packs, theirs, layers(first, last + 1))
+        yield (first, last), before, theirs
+        ours, at = _run(decoder, packs, before, [Step(first, last, bridge=True)]), last + 1
 
-    def to(self, segment: Segment) -> tuple[list[Tensor], list[Tensor]]:
-        """Advance `ours` to the start of the segment and `theirs` to its end."""
-        first, last = segment
-        shared = self._ours is self._theirs
-        self._ours = self._run(self._ours, layers(self._ours_at, first))
-        if shared:
-            self._theirs, self._theirs_at = self._ours, first
-        self._theirs = self._run(self._theirs, layers(self._theirs_at, last + 1))
-        self._ours_at, self._theirs_at = first, last + 1
-        return self._ours, self._theirs
 
-    def cross(self, segment: Segment, bridge: Map) -> list[Tensor]:
-        """Carry `ours` over the segment by a bridge."""
-        put(self._decoder, {segment: bridge})
-        self._ours = self._run(self._ours, [Step(*segment, bridge=True)])
-        self._ours_at = segment[1] + 1
-        return self._ours
+def _run(decoder: Decoder, packs: Sequence[Pack], states: list[Tensor], steps: Sequence[Step]) -> list[Tensor]:
+    return [pack.run(decoder, x, steps) for pack, x in zip(packs, states, strict=True)]
 
-    def _run(self, states: list[Tensor], steps: list[Step]) -> list[Tensor]:
-        return [pack.run(self._decoder, x, steps) for pack, x in zip(self._packs, states, strict=True)]
+
+def _distance(packs: Sequence[Pack], states: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Squared error of states, without position 0."""
+    return sum(
+        float((x[pack.later].float() - target[pack.later].float()).square().sum())
+        for pack, x, target in zip(packs, states, targets, strict=True)
+    )

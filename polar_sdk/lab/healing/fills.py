@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.maps import Map
-    from polar_sdk.lab.healing.options import FillOptions
+    from polar_sdk.lab.healing.method import FillOptions
     from polar_sdk.lab.healing.packs import Pack
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.programs.cost import Segment

@@ -7,7 +7,7 @@ map is fitted is known to its method.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,14 +17,13 @@ from polar_sdk.errors import MapError
 from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.healing.bridges import BridgeMethod
 from polar_sdk.lab.healing.fills import FillMethod
-from polar_sdk.lab.healing.method import TRAIN_TOKENS, segments_of
-from polar_sdk.lab.healing.options import BridgeOptions, FillOptions
+from polar_sdk.lab.healing.method import TRAIN_TOKENS, BridgeOptions, FillOptions, segments_of
 from polar_sdk.lab.healing.packs import make_packs, trainable_copy
 from polar_sdk.lab.healing.training import CHECKPOINT, MapTrainer
 from polar_sdk.lab.items import ChoiceItem, builtin_items, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
-from polar_sdk.router.map_set import MapRecord, MapSet, stored
+from polar_sdk.router.map_set import MapFacts, MapRecord, MapSet, stored
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -107,23 +106,23 @@ class Healer:
             run_key(self.model.fingerprint, self.model.dtype, programs, data, options),
         )
         if options.distil:
-            fitted, facts = self._distil(decoder, lots, groups, fitted, dtype, checkpoint)
-            training |= facts
-        made = MapSet(
+            fitted, measured = self._distil(decoder, lots, groups, fitted, dtype, checkpoint)
+            training |= measured
+        facts = MapFacts(
             kind=method.kind,
-            tensors=stored(fitted, options.storage),
-            storage=options.storage,
-            records=tuple(MapRecord.of(segment, each, None) for segment, each in fitted.items()),
             model=self.model.name,
             fingerprint=self.model.fingerprint,
             dtype=self.model.dtype,
+            storage=options.storage,
+            segments=tuple(MapRecord.of(segment, each, None) for segment, each in fitted.items()),
             data=data,
             training=training,
         )
+        made = MapSet(facts, stored(fitted, options.storage))
         if lots.held_out:
             errors = method.errors(decoder, lots.held_out, groups, made)
-            records = (MapRecord.of(segment, each, errors[segment]) for segment, each in fitted.items())
-            made = replace(made, records=tuple(records))
+            records = tuple(MapRecord.of(segment, each, errors[segment]) for segment, each in fitted.items())
+            made = MapSet(facts.model_copy(update={"segments": records}), made.tensors)
         if self.out is not None:
             made.save(self.out)
             checkpoint.clear([CHECKPOINT])
@@ -198,4 +197,4 @@ class Healer:
 
 def _provenance(start: MapSet) -> dict[str, Any]:
     """How maps were made that another run starts from: their facts, without what was measured."""
-    return {name: fact for name, fact in start.training.items() if name not in _MEASURED}
+    return {name: fact for name, fact in start.facts.training.items() if name not in _MEASURED}

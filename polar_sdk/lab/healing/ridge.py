@@ -35,28 +35,21 @@ class RidgeSums:
 
     def __init__(self, width: int, outputs: Sequence[int], device: torch.device) -> None:
         exact = {"dtype": torch.float64 if device.type != "mps" else torch.float32, "device": device}
-        self.count = 0
-        """Pairs added so far."""
+        self._count = 0
         self._inputs = torch.zeros(width, **exact)  # type: ignore[call-overload]
         self._gram = torch.zeros(width, width, **exact)  # type: ignore[call-overload]
         self._outputs = [torch.zeros(size, **exact) for size in outputs]  # type: ignore[call-overload]
         self._cross = [torch.zeros(width, size, **exact) for size in outputs]  # type: ignore[call-overload]
 
-    def add(self, inputs: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Add N pairs: inputs (N, E), and each set of outputs (N, O)."""
-        self.add_inputs(inputs)
-        for place, values in enumerate(outputs):
-            self.add_outputs(place, inputs, values)
-
     def add_inputs(self, inputs: Tensor) -> None:
-        """Add the inputs of N pairs; each set of their outputs follows."""
+        """Add the inputs (N, E) of N pairs; each set of their outputs follows."""
         inputs = inputs.float()
-        self.count += len(inputs)
+        self._count += len(inputs)
         self._inputs += inputs.sum(0)
         self._gram += inputs.T @ inputs
 
     def add_outputs(self, place: int, inputs: Tensor, outputs: Tensor) -> None:
-        """Add one set of the outputs of pairs whose inputs were added."""
+        """Add one set of outputs, (N, O), of pairs whose inputs were added."""
         outputs = outputs.float()
         self._outputs[place] += outputs.sum(0)
         self._cross[place] += inputs.float().T @ outputs
@@ -70,7 +63,7 @@ class RidgeSums:
                 map's. None = full.
             sets: Which; by default all.
         """
-        count = max(self.count, 1)
+        count = max(self._count, 1)
         input_mean, mean = self._inputs / count, torch.cat(self._outputs[sets]) / count
         gram = self._gram - count * torch.outer(input_mean, input_mean)
         cross = torch.cat(self._cross[sets], 1) - count * torch.outer(input_mean, mean)

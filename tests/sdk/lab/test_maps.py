@@ -13,18 +13,15 @@ from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.cli.main import app
-from polar_sdk.engine.forward import next_logits
-from polar_sdk.engine.hashes import hash_maps
 from polar_sdk.engine.maps import Bridge
-from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import score_programs, states_after
 from polar_sdk.errors import DataError, MapDamagedError, MapError, MapModelError, MissingMapError
 from polar_sdk.lab.healing.bridges import BridgeMethod, bridge_between
 from polar_sdk.lab.healing.fills import FillMethod, candidates
 from polar_sdk.lab.healing.heal import Healer
 from polar_sdk.lab.healing.loss import LossWeights, Predictions, choice_scores, loss_of, slots_of
-from polar_sdk.lab.healing.options import BridgeOptions, FillOptions
-from polar_sdk.lab.healing.packs import make_packs, trainable_copy
+from polar_sdk.lab.healing.method import BridgeOptions, FillOptions
+from polar_sdk.lab.healing.packs import make_packs
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer
@@ -97,8 +94,8 @@ def digests(maps: MapSet) -> dict[tuple[int, int], str]:
 
 def errors(maps: MapSet) -> list[float]:
     """The errors on held-out prompts, in order."""
-    found = [record.error for record in maps.records if record.error is not None]
-    assert len(found) == len(maps.records)
+    found = [record.error for record in maps.facts.segments if record.error is not None]
+    assert len(found) == len(maps.facts.segments)
     return found
 
 
@@ -135,7 +132,7 @@ def test_a_low_rank_map_is_the_best_of_its_rank_on_what_it_saw() -> None:
 
 def test_bridges_come_nearer_to_the_segment_than_a_skip_and_correct_earlier_ones(model: PolarModel, fit: Fit) -> None:
     made = fit(model, BRIDGES, "1-2,4;2-4")
-    assert [record.segment for record in made.records] == [(1, 2), (4, 4), (2, 4)]
+    assert [record.segment for record in made.facts.segments] == [(1, 2), (4, 4), (2, 4)]
     assert max(errors(made)) < 0.9
     assert model.loaded.decoder.bridges == {}  # fitting leaves the model alone
     assert digests(made)[4, 4] != digests(fit(model, BRIDGES, "4"))[4, 4]
@@ -154,8 +151,12 @@ def test_maps_of_lower_rank_and_without_hidden_units_miss_more(model: PolarModel
     made.append(fit(model, FILLS, "3", units=24, storage="float16"))
     shares = [errors(each)[0] for each in made]
     assert shares == sorted(set(shares), reverse=True)
-    assert [each.records[0].form for each in made] == ["rank 2", "rank 12", "full rank", "full rank, 24 units"]
-    assert made[0].records[0].flops_per_token < made[2].records[0].flops_per_token < made[3].records[0].flops_per_token
+    assert [each.facts.segments[0].form for each in made] == ["rank 2", "rank 12", "full rank", "full rank, 24 units"]
+    assert (
+        made[0].facts.segments[0].flops_per_token
+        < made[2].facts.segments[0].flops_per_token
+        < made[3].facts.segments[0].flops_per_token
+    )
     other = fit(model, FILLS, "3", units=24, storage="float16", seed=1).fills[3, 5]
     assert not torch.equal(made[3].fills[3, 5].hidden[0], other.hidden[0])
 
@@ -255,7 +256,7 @@ def test_maps_are_the_same_before_they_were_stored_and_after(
 ) -> None:
     made = fit(model, kind, out=tmp_path / "maps", **options)
     read = MapSet.load(tmp_path / "maps")
-    assert (read.records, read.data, read.training) == (made.records, made.data, made.training)
+    assert read.facts == made.facts
     assert digests(read) == digests(made)
     assert read.bytes == made.bytes
     segment = kind.segment
@@ -291,12 +292,12 @@ def test_maps_of_another_model_and_of_other_sizes_are_refused(kind: Kind, model:
         tiny_model(seed=1).use_maps(made)
     for first, last in ((5, 6), (0, 0)) if kind is FILLS else ((5, 6),):
         moved = {name.replace("4-5", f"{first}-{last}"): tensor for name, tensor in made.tensors.items()}
-        record = made.records[0].model_copy(update={"first": first, "last": last})
+        record = made.facts.segments[0].model_copy(update={"first": first, "last": last})
         with pytest.raises(MapError, match=f"{first}-{last}"):
-            model.use_maps(replace(made, tensors=moved, records=(record,)))
+            model.use_maps(MapSet(made.facts.model_copy(update={"segments": (record,)}), moved))
     wide = PolarModel.from_hf(tiny_llama(hidden_size=64), tiny_tokenizer(), ledger=None, compile=False)
     with pytest.raises(MapError, match="64"):
-        wide.use_maps(replace(made, fingerprint=wide.fingerprint))
+        wide.use_maps(MapSet(made.facts.model_copy(update={"fingerprint": wide.fingerprint}), made.tensors))
 
 
 @both
@@ -333,7 +334,7 @@ def test_damaged_files_are_named_on_one_line(kind: Kind, model: PolarModel, tmp_
         ]
     for change in changes:
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
-        replace(made, tensors=changed).save(folder)
+        MapSet(made.facts, changed).save(folder)
         check("4-5")
     made.save(folder)
     facts = json.loads((folder / "maps.json").read_text())
@@ -350,50 +351,6 @@ def test_damaged_files_are_named_on_one_line(kind: Kind, model: PolarModel, tmp_
 
 
 # Serving
-
-
-@pytest.mark.parametrize("rank", [None, 5])
-@both
-def test_metered_flops_are_those_that_the_counter_counts(
-    kind: Kind, rank: int | None, model: PolarModel, fit: Fit
-) -> None:
-    model.use_maps(fit(model, kind, rank=rank))
-    decoder, program = model.loaded.decoder, Program.parse(kind.program)
-    row = Row(decoder, program)
-    row.prompt = 4
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        next_logits(decoder, [row], [[1, 2, 3, 4]])
-        next_logits(decoder, [row], [[5]])
-    assert row.work.flops().total == counter.get_total_flops()
-    assert row.work.flops().total == decoder.cost.request(program, 4, 2).total
-
-
-def test_packs_run_as_the_engine_runs(model: PolarModel, mixed_items: list[Item], fit: Fit) -> None:
-    """Hidden states that bridges are fitted on are those that a request has."""
-    model.use_maps(fit(model, BRIDGES))
-    decoder, program = model.loaded.decoder, Program.parse(BRIDGES.program)
-    tasks = make_tasks(model, mixed_items, RewardCache(), answer_tokens=5)
-    pack = make_packs(decoder, tasks[:3], 4096)[0]
-    with torch.inference_mode():
-        states = pack.run(trainable_copy(decoder), pack.packed.embedded, program.steps)
-        at = 0
-        for task in tasks[:3]:
-            tokens = [*task.question.prompt, *task.question.continuations[0]]
-            at += len(tokens)
-            logits = next_logits(decoder, [Row(decoder, program)], [tokens])
-            assert torch.allclose(decoder.head(states[at - 1 : at]), logits, atol=1e-4)
-
-
-def test_kept_starts_of_prompts_are_not_those_of_other_bridges(model: PolarModel, fit: Fit) -> None:
-    """The same program with another map gives other keys and values; pages of the old ones must not be lent."""
-    program, prompt = "0 [1-2] 3-5", "a prompt of more than one page of keys and values, " * 4
-    model.use_maps(fit(model, BRIDGES, "1-2"))
-    model.generate(prompt, program=program, max_tokens=2)
-    assert model.generate(prompt, program=program, max_tokens=2).usage.tokens.cached > 0
-    model.use_maps(fit(model, BRIDGES, "1-2", rank=1))
-    assert model.generate(prompt, program=program, max_tokens=2).usage.tokens.cached == 0
-    assert hash_maps(model.loaded.decoder, [Program.parse(program)])
-    assert hash_maps(model.loaded.decoder, [Program.identity(DEPTH)]) == ""
 
 
 def test_what_fills_spare_of_a_choice_question_is_what_is_not_executed(model: PolarModel, fit: Fit) -> None:
@@ -438,8 +395,8 @@ def test_training_comes_nearer_to_full_depth_and_is_kept_where_it_does(
     kind: Kind, model: PolarModel, texts: list[Item], fit: Fit
 ) -> None:
     made, closed = (fit(model, kind, distil=steps, rate=5e-4) for steps in (24, 0))
-    assert len(made.training["losses"]) == 24
-    rows = made.training["held_out"]
+    assert len(made.facts.training["losses"]) == 24
+    rows = made.facts.training["held_out"]
     assert any(row["trained"] < 0.98 * row["closed_form"] for row in rows)
     kept = {segment for row in rows for segment in _used(row["program"]) if row["kept"]}
     lost = {segment for row in rows for segment in _used(row["program"]) if not row["kept"]}
@@ -459,14 +416,14 @@ def _used(text: str) -> tuple[tuple[int, int], ...]:
 @both
 def test_training_that_does_harm_is_not_kept(kind: Kind, model: PolarModel, fit: Fit) -> None:
     made = fit(model, kind, distil=4, rate=50.0)
-    assert not any(row["kept"] for row in made.training["held_out"])
+    assert not any(row["kept"] for row in made.facts.training["held_out"])
     assert digests(made) == digests(fit(model, kind))
 
 
 def test_hidden_units_train_on(model: PolarModel, fit: Fit) -> None:
     drawn, learned = (fit(model, FILLS, "2", units=24, distil=steps, storage="float16") for steps in (0, 24))
-    assert learned.training["losses"][-1] < 0.9 * learned.training["losses"][0]
-    assert learned.training["held_out"][0]["kept"]
+    assert learned.facts.training["losses"][-1] < 0.9 * learned.facts.training["losses"][0]
+    assert learned.facts.training["held_out"][0]["kept"]
     assert not torch.equal(drawn.fills[2, 5].hidden[0], learned.fills[2, 5].hidden[0])
 
 
@@ -495,7 +452,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
     assert (tmp_path / "checkpoints" / "maps.safetensors").is_file()
     again = fit(model, kind, out=tmp_path, on_progress=note, **options)
     assert steps == [8, 9, 10, 11, 12]
-    assert again.training["losses"] == whole.training["losses"]
+    assert again.facts.training["losses"] == whole.facts.training["losses"]
     assert digests(again) == digests(whole)
     assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(Stop):
@@ -511,14 +468,14 @@ def test_fitting_goes_on_from_maps_that_are_there(kind: Kind, model: PolarModel,
     first = fit(model, kind, "4-5", out=tmp_path / "first", rank=4, **exact)
     start = {"start": str(tmp_path / "first"), **exact}
     more = fit(model, kind, "2-3" + (";" if kind is BRIDGES else ",") + "4-5", **start)
-    assert [record.form for record in more.records] == ["full rank", "rank 4"]
+    assert [record.form for record in more.facts.segments] == ["full rank", "rank 4"]
     assert digests(more)[4, 5] == digests(first)[4, 5]
     assert digests(more)[2, 3] == digests(fit(model, kind, "2-3", **exact))[2, 3]
     trained = fit(model, kind, "4-5", distil=24, rate=5e-4, **start)
-    assert trained.training["held_out"][0]["kept"]
+    assert trained.facts.training["held_out"][0]["kept"]
     assert digests(trained)[4, 5] != digests(first)[4, 5]
-    assert trained.training["start"]["programs"] == first.training["programs"]
-    assert str(tmp_path) not in json.dumps(trained.training)  # it is published with the router
+    assert trained.facts.training["start"]["programs"] == first.facts.training["programs"]
+    assert str(tmp_path) not in json.dumps(trained.facts.training)  # it is published with the router
     with pytest.raises(MapModelError):
         fit(tiny_model(seed=1, policy=Policy.permissive()), kind, **start)
 
@@ -531,7 +488,7 @@ def test_labels_change_the_training_only_where_they_are_asked_for(model: PolarMo
 
     def train(items: list[Item], labels: float) -> list[float]:
         options = BridgeOptions(distil=3, labels=labels, answer_tokens=4)
-        losses: list[float] = Healer(model, options, items, "2").run().training["losses"]
+        losses: list[float] = Healer(model, options, items, "2").run().facts.training["losses"]
         return losses
 
     assert train(mixed_items, 0.0) == train(turned, 0.0)
@@ -589,14 +546,14 @@ def test_training_by_products_of_bfloat16_takes_the_same_way(
     losses = []
     for pays in (False, True):
         monkeypatch.setattr("polar_sdk.lab.healing.training._halves_pay", lambda _, pays=pays: pays)
-        losses.append(fit(model, FILLS, distil=24, rate=5e-4).training["losses"])
+        losses.append(fit(model, FILLS, distil=24, rate=5e-4).facts.training["losses"])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def test_the_last_tokens_of_a_prompt_are_not_filled_in_training(model: PolarModel, fit: Fit) -> None:
     """The more of a prompt runs, the less there is to learn, and where all of it runs, nothing."""
-    first = [fit(model, FILLS, "2", distil=1, tail=tail).training["losses"][0] for tail in (1, 12)]
+    first = [fit(model, FILLS, "2", distil=1, tail=tail).facts.training["losses"][0] for tail in (1, 12)]
     assert first[1] < 0.9 * first[0]
     with pytest.raises(MapError, match="1000"):
         fit(model, FILLS, "2", distil=1, tail=1000)
@@ -610,7 +567,7 @@ def test_states_that_do_not_fit_in_memory_are_computed_again(
     kept = fit(model, kind, distil=12)
     monkeypatch.setattr("polar_sdk.lab.healing.training._MAX_KEPT", 20_000)
     again = fit(model, kind, distil=12)
-    assert again.training["losses"] == kept.training["losses"]
+    assert again.facts.training["losses"] == kept.facts.training["losses"]
     assert digests(again) == digests(kept)
 
 
