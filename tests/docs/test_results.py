@@ -94,7 +94,7 @@ class TestRecorder:
 
     def test_a_comparison_is_the_median_of_the_ratios_of_rounds(self, tmp_path: Path) -> None:
         calls: list[str] = []
-        runs = {"ours": iter([9.0, 2.0, 6.0, 4.0]), "theirs": iter([9.0, 4.0, 2.0, 4.0])}
+        runs = {"ours": iter([9.0, 2.0, 6.0, 8.0]), "theirs": iter([9.0, 4.0, 2.0, 4.0])}
 
         def run(name: str) -> float:
             calls.append(name)
@@ -103,9 +103,9 @@ class TestRecorder:
         ours, theirs = alternate(3, partial(run, "ours"), partial(run, "theirs"))
         assert calls == ["ours", "theirs"] * 4
         recorder = Recorder("engine", tmp_path)
-        assert recorder.compare("speed", ours, theirs, "tokens/s", peer="them") == 1.0
+        assert recorder.compare("speed", ours, theirs, "tokens/s", peer="them") == 2.0
         (figure,) = recorder.figures
-        assert (figure.value, figure.low, figure.high, figure.peer_value, figure.ratio) == (4.0, 2.0, 6.0, 4.0, 1.0)
+        assert (figure.value, figure.low, figure.high, figure.peer_value, figure.ratio) == (6.0, 2.0, 8.0, 4.0, 2.0)
 
     def test_another_model_or_kernel_has_a_file_of_its_own(self, tmp_path: Path) -> None:
         recorder = Recorder("engine", tmp_path, model="org/Tiny_Model-0.5B")
