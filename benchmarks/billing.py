@@ -39,6 +39,7 @@ from polar_billing import (
     usage_rows,
     verify_ledger,
 )
+from polar_billing.budgets.settlement import settle
 from polar_billing.ledger.records import Entry
 from polar_billing.testing import usage_record
 
@@ -86,7 +87,7 @@ def ingest(ledger: Ledger, count: int) -> tuple[float, float]:
     """
     waiting = entries(records(count), PriceBook.example())
     ledger.check()
-    return _timed(count, lambda start: ledger.append_many(waiting[start : start + BATCH]))
+    return _timed(count, lambda start: ledger.append_many(waiting[start : start + BATCH], settle))
 
 
 def emitting(ledger: Ledger, count: int) -> tuple[float, float]:
@@ -232,7 +233,7 @@ PAUSES: Final = (0.0, 0.002, 0.02, 0.05)
 
 def measure_metering(bench: Bench) -> None:
     """Cost of metering to a request on the caller's thread, one request right after the other and at a slow pace."""
-    for durability, requests in (("spool", 2_000), ("commit", 200), ("sync", 200)):
+    for durability, requests in (("spool", 2_000), ("commit", 200)):
         took = metering(str(bench.folder / f"{durability}.sqlite3"), durability, requests, 0.002)
         name = f'check + emit, `durability="{durability}"`'
         goal = 0.2 if durability == "spool" else None
@@ -259,7 +260,7 @@ def measure_query(bench: Bench) -> None:
         for first in range(0, events, BATCH):
             waiting = entries(records(BATCH, first=first, step=timedelta(days=DAYS) / events), book)
             begun = time.perf_counter()
-            ledger.append_many(waiting)
+            ledger.append_many(waiting, settle)
             seconds += time.perf_counter() - begun
         size = f"{events:,} requests in the ledger"
         bench.recorder.add_rounds(

@@ -53,7 +53,6 @@ PEER_NAMES: Final = {
     "transformers_batching": "transformers serve --continuous-batching",
     "llamacpp": "llama.cpp's server",
 }
-RACE: Final = "4x16x50"
 CHAOS_S: Final = 60
 FUZZED: Final = 500
 """Calls of each kind."""
@@ -72,7 +71,7 @@ def tested(*arguments: str, **environment: str) -> tuple[int, str]:
 
 def raced(recorder: Recorder) -> None:
     """Four processes × 16 threads that race for 40% of what they ask for, on both stores."""
-    _, said = tested("-s", "tests/billing/budgets/test_budget_races.py", "-k", "three_levels", POLAR_TEST_RACE=RACE)
+    _, said = tested("-s", "tests/billing/budgets/test_budget_races.py", "-k", "three_levels", "-m", "long")
     ends = [(int(over), int(wrong)) for over, wrong in re.findall(r"(\d+) budgets overspent, (\d+) refused", said)]
     rate = re.search(r"postgresql: .* (\d+)/s", said)
     if len(ends) < 2 or rate is None:

@@ -90,7 +90,7 @@ def main() -> None:
     if chromium is None:
         sys.exit("there is no Chromium; apt-get install chromium")
     with TemporaryDirectory() as folder, Ledger(f"{folder}/ledger.sqlite3") as ledger:
-        Meter(ledger, sync=True).emit_many(usage())
+        Meter(ledger).emit_many(usage())
         dashboard = Dashboard(ledger, clock=lambda: NOW)
 
         def answer(route: Any) -> None:

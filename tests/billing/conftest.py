@@ -14,7 +14,7 @@ from sqlalchemy import create_engine, inspect, make_url, text
 
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.prices.book import PriceBook
-from polar_billing.prices.rating import rate
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -182,6 +182,6 @@ def put(book: PriceBook) -> Callable[[Ledger, UsageRecord], StoredUsage]:
     """Store a record as the meter does."""
 
     def store_it(ledger: Ledger, record: UsageRecord) -> StoredUsage:
-        return ledger.append(record, source="test", book=book, rating=rate(record, book))
+        return store_record(ledger, record, book, "test")
 
     return store_it

@@ -40,7 +40,6 @@ from polar_billing import (
     issued_statements,
     lines_of_usage,
     post,
-    rate,
     recheck,
     report_csv,
     report_html,
@@ -55,6 +54,7 @@ from polar_billing.ledger.records import INTERRUPTED_TAG
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import Offer, UsageBound
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -168,11 +168,11 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Ledger.check": "takes and returns nothing",
     "Ledger.check_exists": "takes and returns nothing",
     "Ledger.close": "takes and returns nothing",
-    "Ledger.complete_usage": "takes and returns nothing",
     "Ledger.price_books": "prices; no tenant's data",
     "Ledger.find_books": "prices; no tenant's data",
     "Ledger.price_choices": "prices; no tenant's data",
     "Ledger.stored_version": "the schema's version",
+    "Ledger.wrong_version": "the schema's version",
     "Ledger.unprepared": "a bare connection, for the operator's programs",
     "Ledger.snapshot": "a bare connection, for the operator's programs",
     "Ledger.transaction": "a bare connection, for the operator's programs",
@@ -209,12 +209,12 @@ def read(world: World) -> None:
             assert VICTIM not in repr(sums).replace(repr(tenant), "")
 
 
-@case("Ledger.append", "Ledger.append_many", "Meter", "Meter.emit", "Meter.emit_many", "open_meter")
+@case("Ledger.append_many", "Ledger.store", "Meter", "Meter.emit", "Meter.emit_many", "open_meter")
 def store_under_the_victims_ids(world: World) -> None:
     for tenant in (ATTACKER, *filter(str.strip, LOOKALIKES)):
         for request_id in ("acme-0", "running"):
             record = usage_record(request_id, tenant=tenant, tags={"user": "ann"}, started_at=AT)
-            stored = world.ledger.append(record, source="polar", book=world.book, rating=rate(record, world.book))
+            stored = store_record(world.ledger, record, world.book)
             assert stored.record.tenant == record.tenant != VICTIM
             assert SECRET not in repr(world.meter.emit(record))
             assert SECRET not in repr(world.meter.emit_many([record]))

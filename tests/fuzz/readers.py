@@ -215,7 +215,7 @@ class Spools(Texts):
         from polar_billing.metering.spool import Spool
         from polar_billing.testing import usage_record
 
-        meter = Meter("sqlite://", durability="sync")
+        meter = Meter("sqlite://")
         spool = Spool(self.folder / "made")
         segment = spool.segment()
         segment.append([meter.entry(usage_record(f"r{n}", tags={"team": "a"})) for n in range(3)])
@@ -310,7 +310,7 @@ class Ledgers(Reader):
         path = self.folder / "made.sqlite3"
         for file in self.folder.glob("made*"):
             file.unlink()
-        with Meter(Ledger(str(path)), durability="sync") as meter:
+        with Meter(Ledger(str(path))) as meter:
             budgets = Budgets(meter.ledger)
             budgets.set(Budget("acme", 1))  # type: ignore[arg-type]
             for n in range(4):

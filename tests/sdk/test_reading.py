@@ -78,7 +78,7 @@ def spool_line(tmp: Path) -> bytes:
 
     spool = Spool(tmp / "spool")
     segment = spool.segment()
-    with Meter(f"sqlite:///{tmp / 'x.sqlite3'}", prices=PriceBook.example(), durability="sync") as meter:
+    with Meter(f"sqlite:///{tmp / 'x.sqlite3'}", prices=PriceBook.example()) as meter:
         segment.append([meter.entry(usage_record("a"))])
     return spool.keep(segment).read_bytes()
 

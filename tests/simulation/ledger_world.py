@@ -25,7 +25,7 @@ from sqlalchemy import create_engine
 from polar_billing.budgets.budget import Budget, OverBudget
 from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
 from polar_billing.errors import ConflictError, StoreError
-from polar_billing.ledger import hooks
+from polar_billing.ledger import pending_writers
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
@@ -116,7 +116,7 @@ class Plan:
         count = iter(range(10_000))
         earlier: list[Use] = []
         for _ in range(draw.choice([1, 2, 2, 3])):
-            durability = draw.choice(["commit", "commit", "spool", "spool", "sync"])
+            durability = draw.choice(["commit", "spool"])
             callers = []
             for _ in range(draw.choice([1, 1, 2])):
                 uses = [_use(draw, earlier, f"r{next(count)}") for _ in range(draw.choice([1, 1, 2, 3]))]
@@ -204,7 +204,7 @@ class LedgerWorld:
             Exception: Something of the product failed in a way that it does not promise.
         """
         World.now_in, Disk.now_in, Database.now_in = self.world, self.disk, self.database
-        hooks._pending.clear()  # of earlier schedules
+        pending_writers._pending.clear()  # of earlier schedules
         try:
             host = self.world.start_process(slot=9)
             main = self.world.spawn(host, self._supervise, "host")

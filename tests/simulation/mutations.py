@@ -28,13 +28,23 @@ class Mutation:
 
 
 def _settle_twice() -> AbstractContextManager[object]:
-    from polar_billing.ledger import hooks
+    from polar_billing.budgets.settlement import settle
+    from polar_billing.metering import spool, writer
 
-    return patch.object(hooks, "on_stored", hooks.on_stored * 2)
+    def twice(connection: Any, entries: Any) -> None:
+        settle(connection, entries)
+        settle(connection, entries)
+
+    @contextmanager
+    def applied() -> Iterator[None]:
+        with patch.object(writer, "settle", twice), patch.object(spool, "settle", twice):
+            yield
+
+    return applied()
 
 
 def _forget_to_flush() -> AbstractContextManager[object]:
-    from polar_billing.metering.segment import Segment
+    from polar_billing.metering.spool_file import Segment
 
     return patch.object(Segment, "sync", lambda self: None)
 
@@ -99,12 +109,13 @@ def _commit_without_flushing() -> AbstractContextManager[object]:
 
 
 def _delete_before_storing() -> AbstractContextManager[object]:
+    from polar_billing.budgets.settlement import settle
     from polar_billing.metering import spool, writer
 
     def stored(ledger: Any, own: Any, file: Any) -> None:
         entries = file.entries(ledger.find_books)
         file.remove()
-        spool.store(ledger, own, entries)
+        ledger.store(entries, settle)
 
     @contextmanager
     def applied() -> Iterator[None]:

@@ -43,7 +43,7 @@ from polar_billing.budgets.leases import Lease, Leases
 from polar_billing.budgets.offers import Refusal, Standing
 from polar_billing.budgets.settlement import free, with_budgets
 from polar_billing.errors import BillingError, BudgetError, CurrencyMixError, StoreError
-from polar_billing.ledger import chain, hooks
+from polar_billing.ledger import chain, pending_writers
 from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.connection import lock_counts
 from polar_billing.ledger.ledger import Ledger
@@ -215,10 +215,10 @@ class Budgets:
         return granted.offer
 
     def _hold(self, ask: Ask, lease: Lease | None = None) -> Granted | Refusal:
-        lags = hooks.lags(self.ledger.identity)
+        lags = pending_writers.lags(self.ledger.identity)
         answer = self._call(ask.bound.tenant, wanted := _Wanted(ask, lease))
         if lags and isinstance(answer, Refusal):  # what this process has stored since may have freed enough
-            hooks.drain(self.ledger.identity)
+            pending_writers.drain(self.ledger.identity)
             answer = self._call(ask.bound.tenant, wanted)
         self._unanswered.discard(ask.identity)
         if isinstance(answer, BillingError):

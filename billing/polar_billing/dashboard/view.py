@@ -19,6 +19,7 @@ from polar_billing.dashboard.programs import Heat, heat_of
 from polar_billing.ledger.append import joined
 from polar_billing.ledger.records import ALL_TENANTS, Selection, conditions, from_row
 from polar_billing.ledger.schema import usage_table
+from polar_billing.metering.spool import recover_abandoned
 from polar_billing.proof.receipts import ReceiptCheck, check_receipt, make_receipt
 from polar_billing.proof.verify import MALFORMED
 from polar_billing.values.periods import Period, Window
@@ -119,7 +120,7 @@ class Looks:
         now = datetime.now(UTC) if self._clock is None else self._clock()
         today, lately = Period.containing(now, Window.DAY, zone), Period(now - _LATELY, None, zone)
         spool = spool_health(self._ledger)  # first: what is stored meanwhile is at worst counted in both
-        self._ledger.complete_usage()
+        recover_abandoned(self._ledger)
         with self._ledger.snapshot() as connection:
             return View(
                 at=now,

@@ -1,4 +1,4 @@
-"""Store usage records and their receipts inside an open write transaction: once each, linked, rolled up.
+"""Store usage records, their receipts and price books inside an open write transaction: once each, linked, rolled up.
 
 The order is what makes it safe with several writers: first the heads of the tenants' chains are locked, then stored
 requests are looked up (as usage, or as the proof that retention left of them), then rows are written. Opens no
@@ -11,11 +11,10 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import bindparam, literal, select, text, union_all
+from sqlalchemy import bindparam, insert, literal, select, text, union_all
 
 from polar_billing.errors import ConflictError
-from polar_billing.ledger import chain, hooks
-from polar_billing.ledger.books import missing_books, store_books
+from polar_billing.ledger import chain
 from polar_billing.ledger.connection import Among, insert_rows
 from polar_billing.ledger.records import (
     INTERRUPTED_TAG,
@@ -27,16 +26,27 @@ from polar_billing.ledger.records import (
     to_raw,
 )
 from polar_billing.ledger.rollups import add_to_rollups
-from polar_billing.ledger.schema import NO_TENANT, pruned_table, receipt_table, subject_of, usage_table
+from polar_billing.ledger.schema import (
+    NO_TENANT,
+    price_book_table,
+    pruned_table,
+    receipt_table,
+    subject_of,
+    usage_table,
+)
 from polar_billing.values.canonical import to_microseconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy import Connection, Row, Select, Table
 
     from polar_billing.ledger.records import Entry, Identity
+    from polar_billing.prices.book import PriceBook
 
+    Settle = Callable[[Connection, Sequence[Entry]], None]
+    """Called in the transaction that stored new records, after their rows were written, with the heads of the chains of
+    their tenants locked; if it raises, the records are rolled back as well."""
     Known = dict[Identity, tuple[str, StoredUsage | PrunedUsage]]
     """Identity → content hash and what is stored; what is not stored is missing."""
 
@@ -122,6 +132,7 @@ _ANY_PRUNED: Final = select(pruned_table.c.seq).limit(1)
 _LAST_ON_SQLITE: Final = text("SELECT seq FROM sqlite_sequence WHERE name = 'polar_usage'")
 _NEXT_ON_POSTGRES: Final = text("SELECT array_agg(nextval('polar_usage_seq_seq')) FROM generate_series(1, :count)")
 
+_STORED_BOOKS: Final = Among(select(price_book_table.c.hash), price_book_table.c.hash)
 _STORED: Final = union_all(
     *(
         select(literal(1)).where(
@@ -139,13 +150,14 @@ _RECEIPT_NAME: Final = str(receipt_table.name)
 
 
 def store_entries(
-    connection: Connection, entries: Sequence[Entry], *, as_new: bool
+    connection: Connection, entries: Sequence[Entry], settle: Settle, *, as_new: bool
 ) -> list[StoredUsage | ConflictError]:
     """Store what is not stored yet; see `Ledger.append_many`.
 
     Args:
         connection: An open write transaction.
         entries: In the order to store them in.
+        settle: Called with those that were new.
         as_new: Insert first: retrying the rare duplicate is cheaper than checking every record.
 
     Raises:
@@ -164,6 +176,7 @@ def store_entries(
         store_books(connection, {digest: book for digest, book in books.items() if digest in used}, heads)
         for (identity, entry), stored in zip(fresh.items(), _write(connection, heads, [*fresh.values()]), strict=True):
             known[identity] = (entry.content_hash, stored)
+        settle(connection, [*fresh.values()])
     return [_answer(entry, *known[entry.identity]) for entry in entries]
 
 
@@ -187,8 +200,6 @@ def _write(connection: Connection, heads: dict[str, chain.Head], entries: Sequen
     insert_rows(connection, receipt_table, receipts)
     chain.append_links(connection, list(map(_link, usage, receipts)), heads)
     add_to_rollups(connection, zip(usage, receipts, strict=True))
-    for hook in hooks.on_stored:
-        hook(connection, entries)
     return [
         StoredUsage(seq, entry.source, entry.record, now, entry.book.content_hash, entry.cost, entry.unrated)
         for seq, entry in zip(numbers, entries, strict=True)
@@ -208,3 +219,25 @@ def _numbers(connection: Connection, count: int) -> Sequence[int]:
         return numbers
     last = connection.execute(_LAST_ON_SQLITE).scalar() or 0
     return range(last + 1, last + 1 + count)
+
+
+def missing_books(connection: Connection, books: Mapping[str, PriceBook]) -> dict[str, PriceBook]:
+    """Those of some books, by content hash, that are not stored yet."""
+    stored = set(_STORED_BOOKS.run(connection, books).scalars()) if books else set()
+    return {digest: book for digest, book in books.items() if digest not in stored}
+
+
+def store_books(
+    connection: Connection, books: Mapping[str, PriceBook], heads: dict[str, chain.Head] | None = None
+) -> None:
+    """Store books as they are, by content hash, unless they are stored already.
+
+    Args:
+        connection: A write transaction.
+        books: By content hash.
+        heads: As for `chain.append_links`.
+    """
+    for digest, book in missing_books(connection, books).items():
+        values = {"hash": digest, "id": book.id, "document": book.document, "stored_at": datetime.now(UTC)}
+        connection.execute(insert(price_book_table).values(values))
+        chain.link(connection, price_book_table, digest, heads)

@@ -8,19 +8,19 @@ whom a book charges (`prices.in_force`).
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy import func, insert, select
 
 from polar_billing.ledger import chain
-from polar_billing.ledger.connection import Among
+from polar_billing.ledger.append import store_books
 from polar_billing.ledger.schema import NO_TENANT, in_force_table, price_book_table, receipt_table, usage_table
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.in_force import Choice, say_changed
 from polar_billing.prices.revisions import check_revision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+    from collections.abc import Iterable, MutableMapping, Sequence
     from contextlib import AbstractContextManager
 
     from sqlalchemy import Connection
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 class _Ledger(Protocol):
     def transaction(self) -> AbstractContextManager[Connection]: ...
-
-
-_STORED: Final = Among(select(price_book_table.c.hash), price_book_table.c.hash)
-"""Built once: building a statement costs more than running it."""
 
 
 def add_book(ledger: _Ledger, book: PriceBook, *, for_all: bool = False, now: datetime | None = None) -> bool:
@@ -114,28 +110,6 @@ def books_in_force(connection: Connection) -> dict[str, PriceBook]:
     """The revision of every book that is in force, by id: put in force last, or else the last that rated something."""
     stored = {book.id: book for book in read_books(connection).values()}
     return stored | {choice.book.id: choice.book for choice in read_choices(connection, {})}
-
-
-def missing_books(connection: Connection, books: Mapping[str, PriceBook]) -> dict[str, PriceBook]:
-    """Those of some books, by content hash, that are not stored yet."""
-    stored = set(_STORED.run(connection, books).scalars()) if books else set()
-    return {digest: book for digest, book in books.items() if digest not in stored}
-
-
-def store_books(
-    connection: Connection, books: Mapping[str, PriceBook], heads: dict[str, chain.Head] | None = None
-) -> None:
-    """Store books as they are, by content hash, unless they are stored already.
-
-    Args:
-        connection: A write transaction.
-        books: By content hash.
-        heads: As for `chain.append_links`.
-    """
-    for digest, book in missing_books(connection, books).items():
-        values = {"hash": digest, "id": book.id, "document": book.document, "stored_at": datetime.now(UTC)}
-        connection.execute(insert(price_book_table).values(values))
-        chain.link(connection, price_book_table, digest, heads)
 
 
 def _last_use(connection: Connection, book_id: str) -> datetime | None:

@@ -1,11 +1,11 @@
 """The ledger on SQL: SQLite by default, PostgreSQL by URL, the same code for both.
 
-Stores facts and receipts; knows nothing of how prices are applied or reports made, nor of how records reach it: what
-others do when it is read or written is in `hooks`.
+Stores facts and receipts; knows nothing of how prices are applied or reports made, nor of how records reach it.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 from contextlib import closing, contextmanager, suppress
@@ -16,8 +16,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from sqlalchemy import Connection, func, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoundError, StoreReadOnlyError
-from polar_billing.ledger import hooks
+from polar_billing.errors import (
+    BillingError,
+    ConflictError,
+    RecordRefusedError,
+    SchemaVersionError,
+    StoreNotFoundError,
+    StoreReadOnlyError,
+)
 from polar_billing.ledger.append import is_recorded, is_stored, joined, store_entries
 from polar_billing.ledger.books import read_books, read_choices
 from polar_billing.ledger.connection import PATIENCE_S, Database
@@ -30,8 +36,9 @@ from polar_billing.ledger.location import (
     sqlite_file,
     translate,
 )
+from polar_billing.ledger.pending_writers import drain
 from polar_billing.ledger.raw_usage import raw_usage_query
-from polar_billing.ledger.records import Entry, Selection, conditions, from_row
+from polar_billing.ledger.records import conditions, from_row
 from polar_billing.ledger.rollups import read_sums
 from polar_billing.ledger.schema import (
     FIRST_VERSION,
@@ -43,19 +50,19 @@ from polar_billing.ledger.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Sequence
+    from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 
     from sqlalchemy import URL, Row, Select
 
+    from polar_billing.ledger.append import Settle
     from polar_billing.ledger.raw_usage import RawUsage
-    from polar_billing.ledger.records import Identity, StoredUsage
+    from polar_billing.ledger.records import Entry, Identity, Selection, StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.in_force import Choice
-    from polar_billing.prices.rating import Rating
-    from polar_sdk.usage import UsageRecord
 
 
+_log: Final = logging.getLogger("polar_billing")
 _MIN_FREE_BYTES: Final = 4 * 2**20
 """Below this much free disk a ledger file counts as full: a record takes some 2 kB, but the write-ahead log
 and its checkpoint need room as well, and other programs write too."""
@@ -68,7 +75,7 @@ _SCHEMA_LOCK: Final = 0x506F4C6172  # "PoLar"; any number that only this package
 class Ledger:
     """An append-only ledger of usage in a SQL database. Safe to call from several threads.
 
-    * `append` is durable when it returns, and idempotent by (tenant, source, request id).
+    * `store` is durable when it returns, and idempotent by (tenant, source, request id).
     * Nothing stored is ever changed or deleted, except by retention, which keeps its proof.
     * Constructing a ledger opens and creates nothing; reading one that does not exist yet finds it empty.
 
@@ -113,43 +120,68 @@ class Ledger:
             if free < _MIN_FREE_BYTES:
                 raise disk_full(self.url, free, _MIN_FREE_BYTES)
 
-    def append(self, record: UsageRecord, *, source: str, book: PriceBook, rating: Rating) -> StoredUsage:
-        """Store one record with its receipt.
+    def store(
+        self, entries: Sequence[Entry], settle: Settle, *, told: Container[int] = ()
+    ) -> list[StoredUsage | BillingError]:
+        """Store many records with their receipts; one that cannot be stored keeps no other out.
+
+        A record whose request id another one has taken is stored, and charged, under a new id.
+
+        Args:
+            entries: The records.
+            settle: As for `append_many`.
+            told: Indices of those whose callers wait, and are told of a conflict instead.
 
         Returns:
-            The stored record; for a replay the one stored the first time, with the receipt of that time.
+            For each entry what is stored, or why it is not: a conflict, or content that the database does not take.
 
         Raises:
-            ConflictError: The same (tenant, source, request id) is stored with other content.
-            StoreError: It could not be stored; then nothing was.
+            StoreError: The store cannot take records now.
         """
-        (stored,) = self.append_many([Entry(record, source, book, rating.cost, rating.unrated)])
-        if isinstance(stored, ConflictError):
-            raise stored
-        return stored
+        answers = self._store_each(entries, settle)
+        taken = [n for n, answer in enumerate(answers) if isinstance(answer, ConflictError) and n not in told]
+        renamed = [entries[n].renamed() for n in taken]
+        for n, entry, answer in zip(taken, renamed, self._store_each(renamed, settle), strict=True):
+            answers[n] = answer
+            record, new_id = entries[n].record, entry.record.request_id
+            _log.warning(
+                "request id %r of tenant %r was used again; stored as %r", record.request_id, record.tenant, new_id
+            )
+        for entry, answer in zip(entries, answers, strict=True):
+            if isinstance(answer, BillingError):
+                _log.error("the ledger refused request %r of tenant %r", entry.record.request_id, entry.record.tenant)
+        return answers
 
-    def append_many(self, entries: Sequence[Entry]) -> list[StoredUsage | ConflictError]:
+    def _store_each(self, entries: Sequence[Entry], settle: Settle) -> list[StoredUsage | BillingError]:
+        try:
+            return [*self.append_many(entries, settle)]
+        except RecordRefusedError as error:  # because of one of them; the others are still to be stored
+            return [error] if len(entries) == 1 else [self._store_each([entry], settle)[0] for entry in entries]
+
+    def append_many(self, entries: Sequence[Entry], settle: Settle) -> list[StoredUsage | ConflictError]:
         """Store many records with their receipts in one transaction, in order.
 
+        Args:
+            entries: The records.
+            settle: Settles what was held for those that were new; see `append.Settle`.
+
         Returns:
-            For each entry what `append` would return, or the conflict that `append` would raise; one that conflicts
-            stores nothing and keeps none of the others out.
+            For each entry what is stored, that of the first time for a replay; or the conflict with another record
+            that has its request id, which stores nothing and keeps none of the others out.
 
         Raises:
             StoreError: The store cannot take them; then nothing was stored.
         """
         if not entries:
             return []
-        with suppress(IntegrityError):
-            return self._append_many(entries, as_new=True)
+        # Records are taken to be new. Where a key says that one is not, all are stored again, with a lookup of each.
+        with suppress(IntegrityError), self._writing() as connection:
+            return store_entries(connection, entries, settle, as_new=True)
         try:
-            return self._append_many(entries, as_new=False)
+            with self._writing() as connection:
+                return store_entries(connection, entries, settle, as_new=False)
         except IntegrityError as error:
             raise translate(error.orig, self.url) from error
-
-    def _append_many(self, entries: Sequence[Entry], *, as_new: bool) -> list[StoredUsage | ConflictError]:
-        with self._writing() as connection:
-            return store_entries(connection, entries, as_new=as_new)
 
     @contextmanager
     def _writing(self, patience_s: float | None = None) -> Iterator[Connection]:
@@ -170,7 +202,7 @@ class Ledger:
             StoreError: The ledger cannot be written; nothing of the block was stored.
         """
         if after_usage:
-            hooks.drain(self.identity)
+            drain(self.identity)
         with self._writing(patience_s) as connection:
             yield connection
 
@@ -183,7 +215,7 @@ class Ledger:
         Raises:
             StoreError: The ledger cannot be read.
         """
-        hooks.drain(self.identity)
+        drain(self.identity)
         if not self._has_tables():
             with Ledger("sqlite://") as empty, empty.transaction() as connection:
                 yield connection
@@ -202,7 +234,7 @@ class Ledger:
             newest: Only this many of the latest, latest first.
             as_stored: In the order it was stored instead; what is stored later then comes last.
         """
-        self.complete_usage()
+        drain(self.identity)
         if not self._has_tables():
             return
         period, usage = selection.period, usage_table.c
@@ -222,16 +254,10 @@ class Ledger:
 
     def raw_usage(self, selection: Selection) -> Iterator[RawUsage]:
         """Read what reports add up, in no order, from one state of the store; the selection's tags are ignored."""
-        self.complete_usage()
+        drain(self.identity)
         if self._has_tables():
             with closing(self._rows(raw_usage_query(selection))) as rows:
                 yield from rows  # type: ignore[misc]  # in the order of its fields
-
-    def complete_usage(self) -> None:
-        """Bring in what others still hold for this ledger, before a `snapshot` in which usage is read."""
-        hooks.drain(self.identity)
-        for hook in hooks.before_usage_is_read:
-            hook(self)
 
     def _rows(self, query: Select[Any]) -> Generator[Row[Any], None, None]:
         with self._database.reading() as connection:
@@ -252,14 +278,14 @@ class Ledger:
             hourly: Keep hours apart.
             rollups: False to add it all up from usage.
         """
-        self.complete_usage()
+        drain(self.identity)
         if self._has_tables():
             with self._database.reading() as connection:
                 yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)
 
     def price_books(self) -> dict[str, PriceBook]:
         """Every book that ever rated a record, by content hash."""
-        hooks.drain(self.identity)
+        drain(self.identity)
         return self.find_books(None)
 
     def find_books(self, hashes: Iterable[str] | None) -> dict[str, PriceBook]:
@@ -404,7 +430,7 @@ class Ledger:
         Raises:
             StoreError: The ledger cannot be written.
         """
-        hooks.drain(self.identity)
+        drain(self.identity)
         with self._database.writing() as connection:
             yield connection
 

@@ -29,17 +29,17 @@ import atexit
 import os
 import threading
 import time
+from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.errors import BillingError, StoreError, id_in_use
+from polar_billing.budgets.settlement import settle
+from polar_billing.errors import StoreError, id_in_use
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
 from polar_billing.ledger.records import Entry
 from polar_billing.ledger.source import source_named
-from polar_billing.metering.claims import Claims
-from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.in_force import Prices
@@ -67,7 +67,10 @@ GATHER_S: Final = 0.005
 _CHECK_EVERY_S: Final = 1.0
 """A ledger that took records within this time is not tried again before a request. Unit: seconds."""
 
-Durability = Literal["commit", "spool", "sync"]
+_REMEMBERED_IDS: Final = 10_000
+"""Ids that were served; older ones are in the ledger by then, as a rule."""
+
+Durability = Literal["commit", "spool"]
 
 
 class Meter(UsageSink):
@@ -82,7 +85,6 @@ class Meter(UsageSink):
         source: Who meters, one name for all replicas of a service; request ids are unique per (tenant, source). None
             for the name in `POLAR_SOURCE`, or else `polar`.
         durability: What has happened when `emit` returns; see the top of this module.
-        sync: Short for `durability="sync"`.
         spool_limit: Records that may wait in the spool, while the ledger does not answer, before `check` refuses
             requests; 0 to refuse them at once.
         marks: Whether answers that run are marked in the spool; False to lose those of a process that is killed.
@@ -95,17 +97,15 @@ class Meter(UsageSink):
         prices: PriceBook | str | Path | None = None,
         source: str | None = None,
         durability: Durability = "commit",
-        sync: bool = False,
         spool_limit: int = SPOOL_LIMIT,
         marks: bool = True,
     ) -> None:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.source = source_named(source)
         self._budgets = Budgets(self.ledger)
-        self._claims = Claims()
+        self._ids = _RequestIds()
         self._waits = durability != "spool"
-        asynchronous = durability != "sync" and not sync
-        self._writer = Writer(self.ledger, gather_s=0.0 if self._waits else GATHER_S) if asynchronous else None
+        self._writer = Writer(self.ledger, gather_s=0.0 if self._waits else GATHER_S)
         self._spool_limit = spool_limit
         self._marks = marks
         self._checked_at = float("-inf")
@@ -133,26 +133,24 @@ class Meter(UsageSink):
             StoreError: The ledger is missing, read-only, full or damaged, or does not answer and the spool is full.
         """
         writer, now = self._writer, time.monotonic()
-        succeeded_at = self._checked_at if writer is None else max(self._checked_at, writer.succeeded_at)
-        if writer is not None and writer.failure is None and now - succeeded_at < _CHECK_EVERY_S:
+        if writer.failure is None and now - max(self._checked_at, writer.succeeded_at) < _CHECK_EVERY_S:
             return
         with suppress(StoreError):  # the check of the ledger below raises, or tolerates it
             _ = self.price_book
-        if writer is None:
-            self.ledger.check()
-            return
         if writer.failure is not None and now - writer.failed_at < _CHECK_EVERY_S:
-            self._tolerate(writer, writer.failure)
+            self._tolerate(writer.failure)
             return
         try:
             self.ledger.check()
         except StoreError as error:
             writer.failed(error)
-            self._tolerate(writer, error)
+            self._tolerate(error)
         else:
             self._checked_at = now
 
-    def _tolerate(self, writer: Writer, error: StoreError) -> None:
+    def _tolerate(self, error: StoreError) -> None:
+        """Raise an error of the ledger, unless records can wait in the spool until it passes."""
+        writer = self._writer
         if not error.retryable or not writer.has_spool or writer.kept_records >= self._spool_limit:
             raise error
 
@@ -171,12 +169,12 @@ class Meter(UsageSink):
         """
         if bound.id_is_new:
             return self._reserve(bound)
-        self._claims.claim(bound.tenant, bound.request_id)
+        self._ids.claim(bound.tenant, bound.request_id)
         try:
             self._look_up(bound)
             return self._reserve(bound)
         except BaseException:
-            self._claims.give_up(bound.tenant, bound.request_id)
+            self._ids.give_up(bound.tenant, bound.request_id)
             raise
 
     def _reserve(self, bound: UsageBound) -> int:
@@ -186,9 +184,7 @@ class Meter(UsageSink):
         try:
             stored = self.ledger.is_stored((bound.tenant, self.source, bound.request_id))
         except StoreError as error:
-            if self._writer is None:
-                raise
-            self._tolerate(self._writer, error)  # its record waits in the spool, and is never lost
+            self._tolerate(error)  # its record waits in the spool, and is never lost
             return
         if stored:
             raise id_in_use(bound.tenant, bound.request_id, "was served before")
@@ -225,7 +221,7 @@ class Meter(UsageSink):
 
     def release(self, tenant: str, request_id: str) -> None:
         """Give back what is held for a request that never began, its id included."""
-        self._claims.give_up(tenant, request_id)
+        self._ids.give_up(tenant, request_id)
         self._budgets.release(tenant, request_id, source=self.source)
 
     def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
@@ -235,15 +231,15 @@ class Meter(UsageSink):
     @property
     def wants_marks(self) -> bool:
         """Whether there is a spool to mark requests in that run."""
-        return self._marks and self._writer is not None and self._writer.has_spool
+        return self._marks and self._writer.has_spool
 
     def mark(self, record: UsageRecord) -> None:
-        """Note what a request that still runs has used, in a line of the spool; see `metering.marks`.
+        """Note what a request that still runs has used, in a line of the spool; see `interim_usage`.
 
         Raises:
             StoreError: The spool cannot be written; the mark before holds.
         """
-        if self._writer is not None and self.wants_marks:
+        if self.wants_marks:
             try:
                 self._writer.mark(self.entry(record))
             except StoreError:
@@ -297,7 +293,7 @@ class Meter(UsageSink):
         Raises:
             StoreError: The ledger could not take them; then none is stored, and none is in the spool.
         """
-        return self.ledger.append_many([self.entry(record) for record in records])
+        return self.ledger.append_many([self.entry(record) for record in records], settle)
 
     def entry(self, record: UsageRecord) -> Entry:
         """A record with what its receipt says, as the ledger takes it."""
@@ -316,7 +312,7 @@ class Meter(UsageSink):
         try:
             return self._prices.of(record.tenant, record.started_at), None
         except StoreError as error:
-            if not error.retryable or self._writer is None or not self._writer.has_spool:
+            if not error.retryable or not self._writer.has_spool:
                 raise
             return PriceBook.example(), f"the price books in force could not be read ({type(error).__name__})"
 
@@ -324,13 +320,8 @@ class Meter(UsageSink):
         """Store one record; None if it is still on its way."""
         self._budgets.forget(entry.identity)
         # What was reserved has computed already: it is charged, under another id if need be.
-        reserved = self._claims.served(entry.record.tenant, entry.record.request_id)
+        reserved = self._ids.served(entry.record.tenant, entry.record.request_id)
         told = self._waits and not reserved
-        if self._writer is None:
-            (stored,) = store(self.ledger, None, [entry], told={0} if told else ())
-            if isinstance(stored, BillingError):
-                raise stored
-            return stored
         (ticket,), safe = self._writer.submit([entry], told=told)
         kept = ticket.result() if self._waits or not safe else None
         self._writer.end_marks(entry.identity)
@@ -338,8 +329,7 @@ class Meter(UsageSink):
 
     def flush(self) -> None:
         """Return when every record emitted so far is in the ledger, or kept in the spool."""
-        if self._writer is not None:
-            self._writer.drain()
+        self._writer.drain()
 
     def recover(self) -> None:
         """Store now what waits in the spool, including that of processes that have ended.
@@ -347,13 +337,12 @@ class Meter(UsageSink):
         Raises:
             StoreError: The ledger cannot take it; nothing is lost.
         """
-        if self._writer is not None:
-            self._writer.recover()
+        self._writer.recover()
 
     @property
     def spool(self) -> SpoolStatus | None:
         """What waits in the spool of this ledger; None if it has none."""
-        return None if self._writer is None else self._writer.status()
+        return self._writer.status()
 
     def _older_book(self, content_hash: str) -> PriceBook:
         if content_hash not in self._older_books:
@@ -362,8 +351,7 @@ class Meter(UsageSink):
 
     def close(self) -> None:
         """Store what is on its way and release the ledger's connections; using the meter again opens new ones."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
         self._budgets.stop()
         self.ledger.close()
 
@@ -372,6 +360,55 @@ class Meter(UsageSink):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _RequestIds:
+    """Ids of callers that this process serves or served last. Safe in several threads and after a fork.
+
+    What it has forgotten, or what another process serves, is for the ledger to say.
+    """
+
+    def __init__(self) -> None:
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._serving: set[tuple[str, str]] = set()
+        self._served: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def claim(self, tenant: str, request_id: str) -> None:
+        """Claim an id for a request that is about to run.
+
+        Raises:
+            ConflictError: Another request has it, or had it.
+        """
+        if self._process != os.getpid():
+            self._start_anew()  # the parent's requests are its own
+        request = (tenant, request_id)
+        with self._lock:
+            if request in self._serving:
+                raise id_in_use(tenant, request_id, "is being served")
+            if request in self._served:
+                raise id_in_use(tenant, request_id, "was served before")
+            self._serving.add(request)
+
+    def give_up(self, tenant: str, request_id: str) -> None:
+        """Forget the claim of a request that never began."""
+        with self._lock:
+            self._serving.discard((tenant, request_id))
+
+    def served(self, tenant: str, request_id: str) -> bool:
+        """Note that a request has its record; False if it had claimed nothing."""
+        request = (tenant, request_id)
+        if request not in self._serving:  # as most requests, whose ids are new; the set is safe to ask without the lock
+            return request in self._served
+        with self._lock:
+            self._serving.discard(request)
+            self._served[request] = None
+            if len(self._served) > _REMEMBERED_IDS:
+                self._served.popitem(last=False)
+        return True
 
 
 def _entry(record: UsageRecord, source: str, book: PriceBook, cost: Decimal | None, unrated: str | None) -> Entry:

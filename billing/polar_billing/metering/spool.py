@@ -10,7 +10,7 @@ One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest,
 cut off was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (that of
 a newer version, say), is kept aside in a file `*.damaged`, and the others are stored. Records that the ledger refuses
 for their content are kept in `rejected.jsonl`. What requests that still run have used is in a file of its own, see
-`marks`. Knows no threads and no SQL.
+`interim_usage`. Knows no threads and no SQL.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Final
 
 from platformdirs import user_data_path
 
-from polar_billing.errors import BillingError, ConflictError, RecordRefusedError, StoreError
+from polar_billing.budgets.settlement import settle
+from polar_billing.errors import BillingError, StoreError
 from polar_billing.ledger.location import sqlite_file
-from polar_billing.metering.marks import Marks, last_marks
-from polar_billing.metering.segment import Segment, entry_json
-from polar_billing.metering.spool_file import Unfinished, checked_line, count_damaged
+from polar_billing.metering.interim_usage import InterimUsage, last_marks
+from polar_billing.metering.spool_file import Segment, Unfinished, count_damaged, line_of
 from polar_sdk.usage import new_request_id
 
 try:
@@ -38,13 +38,12 @@ except ImportError:  # Windows: without such locks a file in use cannot be told 
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sqlalchemy import URL
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Entry, Identity, StoredUsage
-    from polar_sdk.usage import UsageRecord
 
 
 SPOOL_VARIABLE: Final = "POLAR_SPOOL"
@@ -106,17 +105,14 @@ class Spool:
         self._name = ""
         self._lock: int | None = None
         self._count = 0
-        self._free: list[Segment] = []
-        self._marks: Marks | None = None
+        self._interim: InterimUsage | None = None
 
     def segment(self) -> Segment:
-        """An empty file to append to.
+        """A new file to append to.
 
         Raises:
             OSError: The folder cannot be created or written.
         """
-        if self._free:
-            return self._free.pop()
         self._take_name()
         self._count += 1
         return Segment(self.folder / f"{self._name}-{self._count}.jsonl")
@@ -127,26 +123,21 @@ class Spool:
             self._name, self._count = f"{os.getpid()}-{new_request_id()[-12:]}", 0  # never a name used before
             self._lock = _lock(self.folder / f"{self._name}.lock")
 
-    def marks(self) -> Marks:
+    def interim(self) -> InterimUsage:
         """The file for marks.
 
         Raises:
             OSError: The folder cannot be created or written.
         """
-        if self._marks is None:
+        if self._interim is None:
             self._take_name()
-            self._marks = Marks(self.folder / f"{self._name}{_MARKS}")
-        return self._marks
+            self._interim = InterimUsage(self.folder / f"{self._name}{_MARKS}")
+        return self._interim
 
     def end_marks(self, identity: Identity) -> None:
         """A request has its record, so that its marks no longer count."""
-        if self._marks is not None:
-            self._marks.end(identity)
-
-    def reuse(self, segment: Segment) -> None:
-        """Take back a file whose records are stored."""
-        segment.clear()
-        self._free.append(segment)
+        if self._interim is not None:
+            self._interim.end(identity)
 
     def keep(self, segment: Segment) -> Path:
         """Leave a file on the disk, flushed, for later."""
@@ -154,16 +145,15 @@ class Spool:
         segment.close()
         return segment.path
 
-    def close(self, current: Iterable[Segment] = ()) -> None:
-        """Remove this process's empty files and release the others."""
-        for segment in (*self._free, *current):
+    def close(self, segments: Iterable[Segment] = ()) -> None:
+        """Close this process's files, of which empty ones are removed."""
+        for segment in segments:
             segment.close()
             if segment.records == 0:
                 segment.path.unlink(missing_ok=True)
-        self._free.clear()
-        if self._marks is not None:
-            self._marks.close()
-            self._marks = None
+        if self._interim is not None:
+            self._interim.close()
+            self._interim = None
         if self._lock is not None:
             os.close(self._lock)
             (self.folder / f"{self._name}.lock").unlink(missing_ok=True)
@@ -171,21 +161,30 @@ class Spool:
         with suppress(OSError):  # others have files there
             self.folder.rmdir()
 
-    def abandon(self, current: Segment | None) -> None:
+    def abandon(self, segments: Iterable[Segment]) -> None:
         """Close what a forked child inherited; the parent keeps using it, and keeps its lock."""
-        for segment in (*self._free, *([] if current is None else [current])):
+        for segment in segments:
             segment.close()
-        if self._marks is not None:
-            self._marks.abandon()
+        if self._interim is not None:
+            self._interim.abandon()
         if self._lock is not None:
             os.close(self._lock)
 
-    def reject(self, entries: Iterable[Entry]) -> None:
-        """Keep records that the ledger refused for their content, flushed to the disk."""
-        lines = b"".join(checked_line(entry_json(entry)) for entry in entries)
+    def reject(self, entries: Sequence[Entry], answers: Sequence[StoredUsage | BillingError]) -> None:
+        """Keep those of some records that the ledger refused, flushed to the disk.
+
+        Args:
+            entries: The records.
+            answers: Of `Ledger.store` to each.
+
+        Raises:
+            StoreError: They cannot be kept; the records stay where they are, and are refused once more later.
+        """
+        pairs = zip(entries, answers, strict=True)
+        lines = [line_of(entry) for entry, answer in pairs if isinstance(answer, BillingError)]
         if lines:
-            with (self.folder / _REJECTED).open("ab") as file:
-                file.write(lines)
+            with _written(self.folder), (self.folder / _REJECTED).open("ab") as file:
+                file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -234,41 +233,8 @@ def _count_lines(path: Path) -> int:
         return 0
 
 
-def store(
-    ledger: Ledger, spool: Spool | None, entries: list[Entry], *, told: Container[int] = ()
-) -> list[StoredUsage | BillingError]:
-    """Store records; those the ledger refuses for their content are set aside and keep no others out.
-
-    A record whose request id another one has taken is stored, and charged, under a new id.
-
-    Args:
-        ledger: Where to.
-        spool: Keeps what is refused.
-        entries: The records.
-        told: Indices of those whose caller waits, and is told of the conflict instead.
-
-    Raises:
-        StoreError: The ledger cannot take records now.
-    """
-    answers = _store(ledger, entries)
-    taken = [n for n, answer in enumerate(answers) if isinstance(answer, ConflictError) and n not in told]
-    renamed = [entries[n].renamed() for n in taken]
-    for n, entry, answer in zip(taken, renamed, _store(ledger, renamed), strict=True):
-        answers[n] = answer
-        former, now = entries[n].record, entry.record
-        _log.warning("request id %r of tenant %r was used again; stored as %r", *_names(former), now.request_id)
-    pairs = zip(entries, answers, strict=True)
-    refused = [entry for entry, answer in pairs if isinstance(answer, BillingError)]
-    for entry in refused:
-        _log.error("the ledger refused request %r of tenant %r", entry.record.request_id, entry.record.tenant)
-    if spool is not None and refused:
-        with _translated(spool.folder):  # the records stay where they are, and are refused once more later
-            spool.reject(refused)
-    return answers
-
-
 @contextmanager
-def _translated(folder: Path) -> Iterator[None]:
+def _written(folder: Path) -> Iterator[None]:
     try:
         yield
     except StoreError:  # the ledger's, which is an OSError, too, and says more
@@ -280,36 +246,19 @@ def _translated(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _names(record: UsageRecord) -> tuple[str, str]:
-    return record.request_id, record.tenant
-
-
-def _store(ledger: Ledger, entries: list[Entry]) -> list[StoredUsage | BillingError]:
-    try:
-        return list(ledger.append_many(entries))
-    except RecordRefusedError:  # because of one of them; the others are still to be stored
-        return [_store_one(ledger, entry) for entry in entries]
-
-
-def _store_one(ledger: Ledger, entry: Entry) -> StoredUsage | BillingError:
-    try:
-        return ledger.append_many([entry])[0]
-    except RecordRefusedError as error:
-        return error
-
-
 def store_file(ledger: Ledger, spool: Spool, file: Unfinished) -> None:
     """Store a file of the spool and delete it.
 
     Raises:
         StoreError: The ledger cannot take records now; the file stays.
     """
-    with _translated(spool.folder):
+    with _written(spool.folder):
         entries = file.entries(ledger.find_books)
         if file.path.suffix == _MARKS:
             entries = [mark.interrupted() for mark in last_marks(entries) if not ledger.is_recorded(mark)]
         for start in range(0, len(entries), BATCH):
-            store(ledger, spool, entries[start : start + BATCH])
+            batch = entries[start : start + BATCH]
+            spool.reject(batch, ledger.store(batch, settle))
         file.remove()
 
 

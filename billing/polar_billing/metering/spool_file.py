@@ -1,4 +1,4 @@
-"""A file of the spool that was left over: its lines, checked, and what becomes of those that cannot be read.
+"""A file of the spool: written line by line, and read when it was left over.
 
 A line is the first 16 hexadecimal digits of the SHA-256 of the rest, a space, and JSON: a record with its receipt, or a
 price book that records name by its hash. Whatever is wrong with one line, the others are read. Knows no threads and no
@@ -7,6 +7,7 @@ SQL.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -22,7 +23,7 @@ from polar_sdk.reading import Unreadable, parse_object
 from polar_sdk.usage import AS_STORED, UsageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 
@@ -32,9 +33,70 @@ _MAX_LINE: Final = 128 * 2**20
 """A price book is a line of its own. Unit: bytes."""
 
 
-def checked_line(content: bytes) -> bytes:
+def _checked_line(content: bytes) -> bytes:
     """A line with this content and its checksum."""
     return hashlib.sha256(content).hexdigest()[:_CHECKSUM].encode() + b" " + content + b"\n"
+
+
+class Segment:
+    """One file of the spool, open for appending."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = 0
+        self._books: set[str] = set()
+        self.size = 0
+        """Of what it holds. Unit: bytes."""
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def append(self, entries: Iterable[Entry]) -> None:
+        """Append records; when this returns, they survive the process.
+
+        Raises:
+            OSError: They could not be written; then none was.
+        """
+        books: dict[str, bytes] = {}
+        lines = []
+        for entry in entries:
+            lines.append(line_of(entry))
+            if (digest := entry.book.content_hash) not in self._books and digest not in books:
+                books[digest] = _checked_line(canonical_json({"book": entry.book.document}))
+        self._write(b"".join((*books.values(), *lines)))
+        self._books.update(books)
+        self.records += len(lines)
+
+    def _write(self, lines: bytes) -> None:
+        try:
+            written = os.write(self._fd, lines)
+            if written != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._fd, self.size)
+            raise
+        self.size += written
+
+    def clear(self) -> None:
+        """Forget the records: they are in the ledger."""
+        os.ftruncate(self._fd, 0)
+        self.size = self.records = 0
+        self._books.clear()
+
+    def sync(self) -> None:
+        """Flush to the disk itself, so that a power cut loses nothing either."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file and leave it."""
+        os.close(self._fd)
+
+
+def line_of(entry: Entry) -> bytes:
+    """A record's line: its receipt, and the record as it is hashed."""
+    cost = None if entry.cost is None else f"{entry.cost:f}"
+    receipt = canonical_json(
+        {"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated}
+    )
+    return _checked_line(receipt[:-1] + b',"record":' + entry.canonical + b"}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +151,7 @@ class Unfinished:
                 _log.error("a line of %s cannot be read (%r); it is set aside", self.path, error)
                 damaged.append(line)
                 if (document := read.books.get(str(values.get("by")))) is not None:
-                    book = checked_line(canonical_json({"book": document})).rstrip(b"\n")
+                    book = _checked_line(canonical_json({"book": document})).rstrip(b"\n")
                     damaged += [] if book in damaged else [book]  # without it nobody can tell what was charged
         if damaged:
             _write_aside(self.path.with_suffix(".damaged"), damaged)

@@ -16,9 +16,10 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from polar_billing.budgets.settlement import settle
 from polar_billing.errors import BillingError, StoreError
-from polar_billing.ledger.hooks import register_pending
-from polar_billing.metering.spool import BATCH, Spool, spool_folder, store, store_file
+from polar_billing.ledger.pending_writers import register_pending
+from polar_billing.metering.spool import BATCH, Spool, spool_folder, store_file
 from polar_billing.metering.spool_file import Unfinished
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Entry, Identity, StoredUsage
-    from polar_billing.metering.segment import Segment
     from polar_billing.metering.spool import SpoolStatus
+    from polar_billing.metering.spool_file import Segment
 
 
 _log: Final = logging.getLogger("polar_billing")
@@ -101,6 +102,8 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._spool = None if self._folder is None else Spool(self._folder)
         self._segment: Segment | None = None
+        self._free: list[Segment] = []
+        """Files whose records are stored."""
         self._kept: list[Path] = []
         self.kept_records = 0
         """Records of this process that wait in the spool."""
@@ -114,7 +117,7 @@ class Writer:
     def _restart_after_fork(self) -> None:
         if self._process != os.getpid():
             if self._spool is not None:
-                self._spool.abandon(self._segment)
+                self._spool.abandon(self._segments())
             self._start_anew()
 
     def submit(self, entries: list[Entry], *, told: bool = True) -> tuple[list[Ticket], bool]:
@@ -150,7 +153,7 @@ class Writer:
             return False
         try:
             if self._segment is None:
-                self._segment = self._spool.segment()
+                self._segment = self._free.pop() if self._free else self._spool.segment()
             self._segment.append(entries)
         except OSError as error:
             _log.warning("spool %s cannot be written (%s)", self._spool.folder, error)
@@ -166,8 +169,8 @@ class Writer:
         self._restart_after_fork()
         if self._spool is not None:
             with self._lock:
-                marks = self._spool.marks()
-            marks.write(entry)
+                interim = self._spool.interim()
+            interim.write(entry)
 
     def end_marks(self, identity: Identity) -> None:
         """A request has its record, so that its marks no longer count."""
@@ -217,13 +220,17 @@ class Writer:
             self._put_aside([ticket for ticket in tickets if not ticket.done], segment, error)
             return
         self.failure, self.succeeded_at = None, time.monotonic()
-        if segment is not None and self._spool is not None:
+        if segment is not None:
             with self._lock:
-                self._spool.reuse(segment)
+                segment.clear()
+                self._free.append(segment)
 
     def _commit(self, tickets: list[Ticket]) -> None:
         told = {n for n, ticket in enumerate(tickets) if ticket.told}
-        answers = store(self._ledger, self._spool, [ticket.entry for ticket in tickets], told=told)
+        entries = [ticket.entry for ticket in tickets]
+        answers = self._ledger.store(entries, settle, told=told)
+        if self._spool is not None:
+            self._spool.reject(entries, answers)
         for ticket, answer in zip(tickets, answers, strict=True):
             if isinstance(answer, BillingError):
                 ticket.error = answer
@@ -330,8 +337,12 @@ class Writer:
             except BillingError as error:
                 _log.warning("%d records stay in the spool (%s)", self.kept_records, error)
             if self._spool is not None:
-                self._spool.close([self._segment] if self._segment is not None else [])
-                self._segment = None
+                self._spool.close(self._segments())
+                self._segment, self._free = None, []
+
+    def _segments(self) -> list[Segment]:
+        """The open files, but for the one whose records are being stored."""
+        return self._free if self._segment is None else [self._segment, *self._free]
 
 
 def _drain_at_exit(reference: weakref.ref[Writer]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import QueryError
 from polar_billing.ledger.rollups import SUM_DIMENSIONS, sum_of
+from polar_billing.metering.spool import recover_abandoned
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE
 from polar_billing.reports import Part
@@ -73,7 +74,7 @@ def usage_rows(
     currency: str | None = None,
     rollups: bool = True,
 ) -> list[UsageRow]:
-    """Sum usage by group.
+    """Sum usage by group, what ended processes left in the spool included.
 
     Args:
         ledger: Where the usage is.
@@ -93,6 +94,7 @@ def usage_rows(
         StoreError: The ledger cannot be read.
     """
     readers = [_reader(dimension, selection) for dimension in by]
+    recover_abandoned(ledger)
     if prices is None:
         return _rows_of_receipts(ledger, selection, by, currency, rollups)
     rater = Rater(ledger.price_books, instead=prices, currency=currency)

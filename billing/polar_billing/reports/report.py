@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
+from polar_billing.metering.spool import recover_abandoned
 from polar_billing.reports import Part
 from polar_billing.reports.energy import EnergyReport, energy_report
 from polar_billing.reports.hardware import BusyTime, HardwareReport, hardware_report
@@ -116,7 +117,7 @@ def build_report(
     questions: Questions | None = None,
     now: datetime | None = None,
 ) -> Report:
-    """Build the report of a period.
+    """Build the report of a period, of what ended processes left in the spool as well.
 
     Args:
         ledger: Where the usage is.
@@ -133,6 +134,7 @@ def build_report(
     """
     selection = Selection(ALL_TENANTS) if selection is None else selection
     questions = Questions() if questions is None else questions
+    recover_abandoned(ledger)
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
     groups = totals_by_tier(ledger, selection, rater)
     tenants = tenants_of(groups, rater.decimals)

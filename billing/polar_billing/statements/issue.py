@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from polar_billing.errors import CurrencyMixError, PeriodError
 from polar_billing.ledger import chain
-from polar_billing.ledger.books import store_books
+from polar_billing.ledger.append import store_books
 from polar_billing.ledger.schema import NO_TENANT
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, check_kept, compute_statement, find_late_usage

@@ -13,6 +13,7 @@ from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.counters import Scope
 from polar_billing.budgets.holds import write_budget
 from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.settlement import settle
 from polar_billing.ledger import chain
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Entry
@@ -24,6 +25,7 @@ from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
 from tests.billing.conftest import ONE_DOLLAR_PER_CU
+from tests.billing.storing import store_record
 
 CU = 10**12
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
@@ -42,7 +44,7 @@ def reserve(budgets: Budgets, request_id: str, flops: int, tier: str = "standard
 def use(ledger: Ledger, request_id: str, flops: int, tier: str = "standard") -> None:
     work = FlopUsage(head=flops, total=flops)
     record = usage_record(request_id, tenant="acme", tags=ANN, started_at=NOON, flops=work, tier=tier)
-    ledger.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
+    store_record(ledger, record, BOOK)
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ def test_thousands_of_counters_are_rechecked_in_a_few_queries(store: Ledger) -> 
         work = FlopUsage(head=n, total=n)
         record = usage_record(f"r{n}", tags={"user": user}, started_at=NOON, flops=work)
         entries.append(Entry(record, "polar", BOOK, rate(record, BOOK).cost))
-    store.append_many(entries)
+    store.append_many(entries, settle)
     offers = (Offer(tier="standard", program="0-5", flops_bound=5),)
     bound = UsageBound(
         request_id="open",
@@ -231,6 +233,6 @@ def test_a_request_that_is_tried_again_later_settles_the_hold_of_the_first_attem
     reserve(budgets, "again", CU // 2)
     work = FlopUsage(head=CU // 4, total=CU // 4)
     record = usage_record("again", tenant="acme", tags=ANN, started_at=NOON + timedelta(minutes=5), flops=work)
-    store.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
+    store_record(store, record, BOOK)
     assert budgets.recheck_holds(ALL_TENANTS) == []
     assert verify_ledger(store).sound

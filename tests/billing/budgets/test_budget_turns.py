@@ -16,8 +16,9 @@ from sqlalchemy import text
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.ledger import hooks
+from polar_billing.budgets.settlement import settle
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import Entry
 from polar_billing.ledger.retention import prune
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.ledger.records import Entry
+    from polar_billing.ledger.append import Settle
 
 CU = 10**12
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
@@ -57,9 +58,14 @@ def reserve(budgets: Budgets, request_id: str) -> None:
     budgets.reserve(bound, BOOK, source="polar")
 
 
-def use(ledger: Ledger, request_id: str) -> None:
+def use(ledger: Ledger, request_id: str, *settling: Settle) -> None:
     record = usage_record(request_id, tenant="acme", started_at=NOON, flops=FlopUsage(head=CU, total=CU))
-    ledger.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
+
+    def settle_all(connection: Connection, entries: Sequence[Entry]) -> None:
+        for one in settling or [settle]:
+            one(connection, entries)
+
+    ledger.append_many([Entry(record, "polar", BOOK, rate(record, BOOK).cost)], settle_all)
 
 
 @contextmanager
@@ -102,20 +108,18 @@ def standing(budgets: Budgets) -> list[tuple[int, int]]:
     return [(one.spent // CU, one.held // CU) for one in budgets.standings("acme", NOON)]
 
 
-def test_others_decide_while_usage_is_written(budgets: Budgets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_decide_while_usage_is_written(budgets: Budgets) -> None:
     stop = Stop()
-    monkeypatch.setattr(hooks, "on_stored", [stop, *hooks.on_stored])  # before what it counts is settled
-    with beside(lambda: use(budgets.ledger, "stored")):
+    with beside(lambda: use(budgets.ledger, "stored", stop, settle)):  # before what it counts is settled
         assert stop.reached.wait(PATIENCE_S)
         reserve(budgets, "decided meanwhile")  # the first one: its counters are computed without what is on its way
         stop.go_on.set()
     assert standing(budgets) == [(1, 2), (1, 2)]
 
 
-def test_others_wait_once_it_is_settled(budgets: Budgets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_wait_once_it_is_settled(budgets: Budgets) -> None:
     stop = Stop()
-    monkeypatch.setattr(hooks, "on_stored", [*hooks.on_stored, stop])
-    with beside(lambda: use(budgets.ledger, "stored")):
+    with beside(lambda: use(budgets.ledger, "stored", settle, stop)):
         assert stop.reached.wait(PATIENCE_S)
         with beside(lambda: reserve(budgets, "decided after it")):
             wait_until_another_waits(budgets.ledger)
@@ -123,10 +127,9 @@ def test_others_wait_once_it_is_settled(budgets: Budgets, monkeypatch: pytest.Mo
     assert standing(budgets) == [(1, 2), (1, 2)]
 
 
-def test_a_first_budget_waits_for_usage_that_knows_of_none(store: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_budget_waits_for_usage_that_knows_of_none(store: Ledger) -> None:
     stop, budgets = Stop(), Budgets(store)
-    monkeypatch.setattr(hooks, "on_stored", [*hooks.on_stored, stop])
-    with beside(lambda: use(store, "stored")):
+    with beside(lambda: use(store, "stored", settle, stop)):
         assert stop.reached.wait(PATIENCE_S)
         with beside(lambda: budgets.set(Budget("acme", Decimal(10), "USD"), BOOK)) as setting:
             setting.join(0.2)

@@ -25,11 +25,11 @@ from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.ledger.schema import counter_table
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import BudgetExceededError, SinkError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ def bound(request_id: str, flops: int, *, at: datetime = NOON, **changes: Any) -
 
 def use(ledger: Ledger, request_id: str, flops: int, book: PriceBook = USD, **changes: Any) -> None:
     record = usage_record(request_id, flops=FlopUsage(head=flops, total=flops), **{"started_at": NOON, **changes})
-    ledger.append(record, source="polar", book=book, rating=rate(record, book))
+    store_record(ledger, record, book)
 
 
 @pytest.fixture

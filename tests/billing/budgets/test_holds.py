@@ -23,12 +23,12 @@ from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Identity
 from polar_billing.ledger.schema import hold_table
 from polar_billing.prices.book import PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
 from tests.billing.conftest import ONE_DOLLAR_PER_CU
+from tests.billing.storing import store_record
 
 CU = 10**12
 START = datetime(2026, 3, 28, 12, tzinfo=UTC)  # the day before clocks change in Berlin
@@ -60,7 +60,7 @@ def emit(ledger: Ledger, bound: UsageBound, flops: int) -> None:
         started_at=bound.at,
         flops=FlopUsage(head=flops, total=flops),
     )
-    ledger.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
+    store_record(ledger, record, BOOK)
 
 
 class Wanted(NamedTuple):

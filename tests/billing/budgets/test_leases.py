@@ -158,7 +158,7 @@ def test_a_request_whose_money_was_given_away_is_ended(world: World) -> None:
 def test_a_hold_that_somebody_else_settled_is_not_made_again(world: World) -> None:
     world.reserve("a")
     record = usage_record("a", flops=FlopUsage(head=CU, total=CU), started_at=NOON)
-    Meter(world.ledger, sync=True).emit(record)
+    Meter(world.ledger).emit(record)
     world.now += MINUTE
     world.mine.renew()
     (standing,) = world.mine.standings("acme", NOON)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def test_a_value_that_means_nothing_is_an_error_of_one_line(
     ledger_url: str, tmp_path: Path, table: str, change: str, command: str
 ) -> None:
-    with Meter(ledger_url, durability="sync") as meter:
+    with Meter(ledger_url) as meter:
         Budgets(meter.ledger).set(Budget("acme", Decimal(1)))
         meter.emit(usage_record("r", tenant="acme"))
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)) as stranger:
@@ -51,7 +51,7 @@ def test_a_value_that_means_nothing_is_an_error_of_one_line(
 
 
 def test_an_argument_that_is_no_text_is_an_error_of_one_line(ledger_url: str) -> None:
-    with Meter(ledger_url, durability="sync") as meter:
+    with Meter(ledger_url) as meter:
         meter.emit(usage_record("r"))
     result = CliRunner().invoke(app, ["usage", "--tenant", "acme\udce8", "--ledger", ledger_url])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

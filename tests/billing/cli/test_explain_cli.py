@@ -12,7 +12,6 @@ from typer.testing import Result
 from polar_billing.errors import QueryError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.statements.audit import usage_of_line
 from polar_billing.statements.issue import issue_statement
 from polar_billing.testing import usage_record
@@ -21,6 +20,7 @@ from polar_sdk.errors import ModelNotFoundError
 from polar_sdk.model import PolarModel
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 from polar_sdk.usage import Outcome
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ def issued(ledger: Ledger) -> IssuedStatement:
         record = usage_record(
             f"r{number}", tenant="globex", tier=tier, prompt=10 + number, outcome=outcome, started_at=OCTOBER
         )
-        ledger.append(record, source="test", book=PLANS, rating=rate(record, PLANS))
+        store_record(ledger, record, PLANS, "test")
     return issue_statement(ledger, "globex", Period.month("2026-10"))
 
 

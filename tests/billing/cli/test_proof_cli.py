@@ -34,7 +34,7 @@ OLD, NEW = datetime(2025, 12, 31, 23, 59, tzinfo=UTC), datetime(2026, 1, 1, tzin
 
 @pytest.fixture
 def filled(ledger: Ledger) -> Ledger:
-    with Meter(ledger, sync=True) as meter:
+    with Meter(ledger) as meter:
         for name, tenant, at in (("a", "acme", OLD), ("b", "acme", NEW), ("c", "globex", NEW)):
             meter.emit(usage_record(name, tenant=tenant, started_at=at))
     return ledger

@@ -14,11 +14,11 @@ from typer.testing import Result
 
 from polar_billing.errors import AmountError, PeriodError, PriceBookError, QueryError
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
 from polar_sdk.lab.evaluation.results import Evaluation, Saved, SetResult, SystemResult
 from polar_sdk.router.exact_tests import wilson
 from polar_sdk.usage import FlopUsage
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ def filled(ledger: Ledger) -> Ledger:
             flops=FlopUsage(head=9 * 10**16, total=9 * 10**16),
             started_at="2026-10-15T12:00:00Z",
         )
-        ledger.append(record, source="test", book=PLANS, rating=rate(record, PLANS))
+        store_record(ledger, record, PLANS, "test")
     return ledger
 
 

@@ -106,7 +106,7 @@ def charged(store: Ledger, period: Period) -> Any:
 
 @pytest.mark.parametrize(("seed", "zone"), [(1, "UTC"), (2, "Asia/Kathmandu")])
 def test_the_cost_of_a_day_is_that_of_the_report_to_the_last_digit(store: Ledger, seed: int, zone: str) -> None:
-    Meter(store, prices=PriceBook.from_toml(BOOK), sync=True).emit_many(records(seed))
+    Meter(store, prices=PriceBook.from_toml(BOOK)).emit_many(records(seed))
     day = Period.containing(NOON, Window.DAY, zone)
     report, summary = build_report(store, Selection(ALL_TENANTS, day)), charged(store, day)
     assert report.figures.requests < 60
@@ -127,7 +127,7 @@ def test_the_cost_of_a_day_is_that_of_the_report_to_the_last_digit(store: Ledger
 
 def test_a_change_of_prices_within_the_hour_is_seen(ledger: Ledger) -> None:
     """Two requests of one hour that differ in their time alone cost what each is charged by."""
-    meter = Meter(ledger, prices=PriceBook.from_toml(BOOK), sync=True)
+    meter = Meter(ledger, prices=PriceBook.from_toml(BOOK))
     before, after = (
         meter.emit(usage_record(started_at=NOON + timedelta(minutes=minutes), tier="standard")) for minutes in (17, 18)
     )
@@ -141,7 +141,7 @@ def test_a_change_of_prices_within_the_hour_is_seen(ledger: Ledger) -> None:
 
 def test_the_next_look_is_as_right_as_the_first(ledger: Ledger) -> None:
     """Also for the tenant that did nothing in between, and over midnight."""
-    meter, cost = Meter(ledger, prices=PriceBook.from_toml(BOOK), sync=True), Cost(Books())
+    meter, cost = Meter(ledger, prices=PriceBook.from_toml(BOOK)), Cost(Books())
 
     def look(day: Period) -> Any:
         with ledger.snapshot() as connection:
@@ -165,7 +165,7 @@ def test_every_currency_is_by_itself(ledger: Ledger) -> None:
     for currency in ("EUR", "USD"):
         text = f'id = "{currency}"\ncurrency = "{currency}"\n[[prices]]\neffective_from = 2026-01-01\n'
         book = PriceBook.from_toml(text + "per_request = 1\ntiers = { standard = 1 }")
-        Meter(ledger, prices=book, sync=True).emit(usage_record(f"r-{currency}"))
+        Meter(ledger, prices=book).emit(usage_record(f"r-{currency}"))
     with ledger.snapshot() as connection:
         found = Cost(Books()).of(connection, ALL_TENANTS, Period.containing(NOON, Window.DAY))
     assert [(charges.currency, charges.total) for charges in found] == [
@@ -184,7 +184,7 @@ def programs_ran(store: Ledger) -> None:
         "0-1 [2-3] 4-5": (1, 1, 0, 0, 1, 1),
     }
     texts |= {"0-3 (4-5)": visits, "what is this": visits}
-    meter = Meter(store, sync=True)
+    meter = Meter(store)
     for number in range(40):
         text = chance.choice(list(texts))
         meter.emit(
@@ -223,7 +223,7 @@ def test_the_programs_of_an_hour_are_those_of_the_report(store: Ledger) -> None:
 
 
 def test_the_latest_requests_are_those_of_the_ledger(store: Ledger) -> None:
-    Meter(store, sync=True).emit_many(records(5, 30))
+    Meter(store).emit_many(records(5, 30))
     with store.snapshot() as connection:
         found = latest_requests(connection, ALL_TENANTS, 20)
         of_one = latest_requests(connection, "acme", 3)
@@ -232,7 +232,7 @@ def test_the_latest_requests_are_those_of_the_ledger(store: Ledger) -> None:
 
 
 def test_a_receipt_is_checked(ledger: Ledger, unguarded: Callable[..., Any]) -> None:
-    Meter(ledger, sync=True).emit_many(records(6, 5))
+    Meter(ledger).emit_many(records(6, 5))
     with ledger.snapshot() as connection:
         found = receipt_of(connection, ALL_TENANTS, 2)
         assert found is not None
@@ -251,7 +251,7 @@ def test_a_receipt_is_checked(ledger: Ledger, unguarded: Callable[..., Any]) -> 
 
 
 def test_a_request_without_its_link_has_no_receipt(ledger: Ledger, unguarded: Callable[..., Any]) -> None:
-    Meter(ledger, sync=True).emit_many(records(6, 2))
+    Meter(ledger).emit_many(records(6, 2))
     with ledger.transaction() as connection, unguarded(connection):
         connection.execute(link_table.delete().where(link_table.c.subject == "usage", link_table.c.key == "1"))
     with ledger.snapshot() as connection:
@@ -291,14 +291,14 @@ def test_budgets_are_those_of_budget_show(ledger: Ledger) -> None:
     budgets = Budgets(ledger)
     budgets.set(Budget("acme", Decimal("0.5"), "CU", window="day"))  # type: ignore[arg-type]
     budgets.set(Budget("globex", Decimal(3), "USD"))
-    Meter(ledger, sync=True).emit(usage_record(started_at=datetime.now(UTC)))
+    Meter(ledger).emit(usage_record(started_at=datetime.now(UTC)))
     view = Looks(ledger).look("UTC", None)
     assert view.budgets == budgets.standings(ALL_TENANTS)
     assert view.budgets[0].spent > 0
 
 
 def test_health_counts_links_and_what_waits(ledger: Ledger) -> None:
-    Meter(ledger, sync=True).emit_many(records(8, 7))
+    Meter(ledger).emit_many(records(8, 7))
     ApiKeys(ledger).create("acme", "k")
     verification = verify_ledger(ledger)
     with ledger.snapshot() as connection:
@@ -318,7 +318,7 @@ def test_health_counts_links_and_what_waits(ledger: Ledger) -> None:
 
 def test_what_retention_deleted_still_counts_where_sums_do(ledger: Ledger) -> None:
     """As in `polar usage`: sums by hour outlive the facts."""
-    Meter(ledger, sync=True).emit_many(records(9))
+    Meter(ledger).emit_many(records(9))
     day = Period.containing(NOON, Window.DAY)
     before = charged(ledger, day)
     with ledger.transaction() as connection:

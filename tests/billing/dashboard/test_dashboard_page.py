@@ -105,7 +105,7 @@ def busy(ledger: Ledger, tenants: list[str], count: int = 120) -> None:
     for tenant in tenants:
         ids[tenant] = keys.create(tenant, tenant, expires_in=timedelta(days=9))[0].key_id
         budgets.set(Budget(tenant, Decimal("0.001"), "USD"))
-    Meter(ledger, sync=True).emit_many(
+    Meter(ledger).emit_many(
         usage_record(
             f"{tenants[number % len(tenants)][:100]}-{number}",
             tenant=tenants[number % len(tenants)],
@@ -205,7 +205,7 @@ def test_an_empty_ledger_makes_a_page_and_no_ledger(ledger: Ledger, tmp_path: Pa
 
 def test_only_cancelled_streams_make_a_page(ledger: Ledger) -> None:
     for number in range(3):
-        Meter(ledger, sync=True).emit(usage_record(f"r{number}", path=(0, 1, 4, 5), outcome=Outcome.CANCELLED))
+        Meter(ledger).emit(usage_record(f"r{number}", path=(0, 1, 4, 5), outcome=Outcome.CANCELLED))
     page = html(ledger)
     assert "3 cancelled" in section(page, "charges")
     assert "run skipped" in section(page, "programs")
@@ -215,7 +215,7 @@ def test_only_cancelled_streams_make_a_page(ledger: Ledger) -> None:
 def test_what_has_no_price_is_said_and_is_in_no_amount(ledger: Ledger) -> None:
     text = 'id = "later"\ncurrency = "USD"\n[[prices]]\neffective_from = 2027-01-01\nper_request = 1\n'
     book = PriceBook.from_toml(f"{text}tiers = {{ standard = 1 }}")
-    Meter(ledger, prices=book, sync=True).emit(usage_record())
+    Meter(ledger, prices=book).emit(usage_record())
     page = html(ledger)
     assert "1 request unrated , in no amount: price book 'later' has no price at 2026-11-15" in section(page, "charges")
     assert "nothing has a price" in words(page)
@@ -223,7 +223,7 @@ def test_what_has_no_price_is_said_and_is_in_no_amount(ledger: Ledger) -> None:
 
 
 def test_yesterday_is_not_today_and_a_zone_says_when_that_is(ledger: Ledger) -> None:
-    Meter(ledger, sync=True).emit(usage_record(started_at=NOW.replace(day=14, hour=23)))
+    Meter(ledger).emit(usage_record(started_at=NOW.replace(day=14, hour=23)))
     page = html(ledger)
     assert "There are no requests today." in section(page, "charges")
     assert "2026-11-14 23:30:00" in section(page, "requests")
@@ -258,7 +258,7 @@ def test_no_secret_is_on_the_page(ledger: Ledger) -> None:
 
 
 def test_a_changed_request_does_not_verify(ledger: Ledger, unguarded: Callable[..., Any]) -> None:
-    Meter(ledger, sync=True).emit(usage_record())
+    Meter(ledger).emit(usage_record())
     with ledger.transaction() as connection, unguarded(connection):
         connection.exec_driver_sql("UPDATE polar_usage SET tokens_output = 3")
     page = html(ledger, "requests/1")
@@ -267,7 +267,7 @@ def test_a_changed_request_does_not_verify(ledger: Ledger, unguarded: Callable[.
 
 
 def test_a_page_that_does_not_exist_is_404(ledger: Ledger) -> None:
-    Meter(ledger, sync=True).emit(usage_record())
+    Meter(ledger).emit(usage_record())
     page = dashboard(ledger)
     for number in ("", "0", "2", "x", str(9**30), "²"):
         assert page.answer(f"requests/{number}").status == 404
@@ -288,7 +288,7 @@ def test_a_page_is_rendered_once_for_many_readers(ledger: Ledger, monkeypatch: p
     monkeypatch.setattr("polar_billing.dashboard.page.time.monotonic", lambda: clock[0])
     page = dashboard(ledger)
     first = page.answer("").content
-    Meter(ledger, sync=True).emit(usage_record())
+    Meter(ledger).emit(usage_record())
     assert page.answer("").content is first
     clock[0] += FRESH_S
     assert 'class="verify"' in page.answer("").content.decode()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from polar_billing.budgets.settlement import settle
 from polar_billing.errors import ConflictError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Entry, Selection, StoredUsage
@@ -63,7 +64,7 @@ def test_permuted_repeated_and_rebatched_streams_give_the_same_content(
     found = set()
     for stream in (emitted, data.draw(st.permutations(repeated))):
         with Ledger("sqlite://") as ledger:
-            meter = Meter(ledger, sync=True)
+            meter = Meter(ledger)
             left = list(stream)
             while left:
                 size = data.draw(st.integers(min_value=1, max_value=len(left)))
@@ -87,7 +88,7 @@ def test_sums_by_hour_answer_as_usage_itself_does(
 ) -> None:
     assume(not any("none" in record.tags for record in emitted))  # or the rows by record would be split by it
     with Ledger("sqlite://") as ledger:
-        Meter(ledger, sync=True).emit_many(emitted)
+        Meter(ledger).emit_many(emitted)
         for period in (
             Period(zone=zone),
             Period(START + timedelta(minutes=cut), None, zone),
@@ -103,7 +104,7 @@ def test_sums_by_hour_answer_as_usage_itself_does(
 
 
 def test_a_conflict_keeps_none_of_the_others_out(store: Ledger) -> None:
-    meter = Meter(store, sync=True)
+    meter = Meter(store)
     meter.emit(usage_record("taken"))
     batch = [
         usage_record("a"),
@@ -118,12 +119,12 @@ def test_a_conflict_keeps_none_of_the_others_out(store: Ledger) -> None:
     assert isinstance(other, StoredUsage)
     assert isinstance(same, StoredUsage)
     assert sorted(one.record.request_id for one in store.read(EVERYTHING)) == ["a", "b", "taken"]
-    assert store.append_many([]) == []
+    assert store.append_many([], settle) == []
 
 
 def test_a_pruned_request_is_still_known(store: Ledger) -> None:
     assert isinstance(store, Ledger)
-    meter = Meter(store, sync=True)
+    meter = Meter(store)
     old, young = (
         usage_record("old", tags={"secret": "x"}),
         usage_record("young", started_at=datetime(2027, 1, 1, tzinfo=UTC)),

@@ -195,7 +195,7 @@ def test_a_locked_ledger_is_told_and_can_be_tried_again(
 ) -> None:
     monkeypatch.setattr(connection, "BUSY_TIMEOUT_MS", 50)
     with Ledger(str(file)) as ledger:
-        meter = Meter(ledger, sync=True)
+        meter = Meter(ledger)
         raw.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreLockedError) as caught:
             meter.emit(usage_record("second"))

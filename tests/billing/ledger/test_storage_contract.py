@@ -16,6 +16,7 @@ from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.errors import SinkError
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +93,7 @@ def test_a_replay_keeps_the_receipt_of_the_first_time(store: Ledger, put: Put, b
     first = put(store, record)
     dearer = book.model_copy(update={"id": "dearer"})
     dearer = PriceBook.model_validate(dearer.model_dump())
-    again = store.append(record, source="test", book=dearer, rating=rate(record, dearer))
+    again = store_record(store, record, dearer, "test")
     assert again == first
     assert set(store.price_books()) == {book.content_hash}
 
@@ -120,7 +121,7 @@ def test_ids_are_unique_per_tenant_and_source_only(store: Ledger, put: Put, book
     record = usage_record("same")
     put(store, record)
     put(store, usage_record("same", tenant="globex"))
-    store.append(record, source="elsewhere", book=book, rating=rate(record, book))
+    store_record(store, record, book, "elsewhere")
     assert len(list(store.read(EVERYTHING))) == 3
 
 

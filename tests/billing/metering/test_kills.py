@@ -3,15 +3,12 @@
 A worker meters requests and books a transaction beside each; it tells on standard output what was acknowledged. It is
 killed after a number of lines of Python executed inside the code that writes, a different number each time, so the
 kills sweep over every write point; then the next worker goes on with the same ledger, repeating what the killed one
-may not have finished.
-
-`POLAR_TEST_KILLS` sets how many workers are killed per store and way of writing; a few by default.
+may not have finished. A few are killed by default; many are `long`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -24,13 +21,12 @@ from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, balances
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
+from polar_billing.metering.spool import recover_abandoned
 from polar_billing.proof.verify import verify_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-KILLS = int(os.environ.get("POLAR_TEST_KILLS", "10"))
 
 NURSERY = """
 import json, os, signal, sys, threading
@@ -41,7 +37,7 @@ from polar_billing.metering.meter import Meter
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.testing import usage_record
 
-WRITERS = "append books canonical chain connection ledger meter postings records rollups segment spool writer"
+WRITERS = "append books canonical chain connection ledger meter postings records rollups spool spool_file writer"
 FILES = {f"{name}.py" for name in WRITERS.split()}
 passed = 0
 
@@ -120,17 +116,18 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     return make()
 
 
+@pytest.mark.parametrize("rounds", [3, pytest.param(56, marks=pytest.mark.long)])
 @pytest.mark.parametrize("durability", ["commit", "spool"])
-def test_kills_at_every_write_point(url: str, durability: str, nursery: Nursery) -> None:
+def test_kills_at_every_write_point(url: str, durability: str, rounds: int, nursery: Nursery) -> None:
     made, _ = nursery.run(url, durability, "first")  # which also makes the tables, and so passes more lines
     lines, _ = nursery.run(url, durability, "second")
     *acknowledged, last = made + lines
     points = int(0.9 * int(last.removeprefix("passed ")))  # runs differ a little; every one is to be killed
     assert points > 1_000
-    chosen = random.Random(f"{durability} {KILLS}")
+    chosen = random.Random(f"{durability} {rounds}")
     kills = 0
-    for round_ in range(KILLS):
-        until = 1 + int(points * (round_ + chosen.random()) / KILLS)
+    for round_ in range(rounds):
+        until = 1 + int(points * (round_ + chosen.random()) / rounds)
         lines, killed = nursery.run(url, durability, f"round-{round_}", until)
         kills += killed
         acknowledged += lines
@@ -138,14 +135,13 @@ def test_kills_at_every_write_point(url: str, durability: str, nursery: Nursery)
             again, killed = nursery.run(url, durability, f"round-{round_}")
             assert not killed
             acknowledged += again
-    assert kills >= KILLS * 0.9
-    print(f"{kills} of {KILLS} killed over {points} write points")
+    assert kills >= rounds * 0.9
     told = {line for line in acknowledged if not line.startswith("passed ")}
     with Meter(url) as meter:
         meter.recover()
         assert isinstance(meter.ledger, Ledger)
         stored = [one.record.request_id for one in meter.ledger.read(Selection(ALL_TENANTS))]
-        assert len(stored) == len(set(stored)) == (KILLS + 2) * 3
+        assert len(stored) == len(set(stored)) == (rounds + 2) * 3
         assert {f"used {name}" for name in stored} == {line for line in told if line.startswith("used ")}
         with meter.ledger.snapshot() as connection:
             assert verify_in(connection).findings == []
@@ -170,5 +166,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", script, url], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     with Ledger(url) as ledger:
+        recover_abandoned(ledger)
         found = [one.record.request_id for one in ledger.read(Selection(ALL_TENANTS))]
         assert sorted(found) == [f"last-{n}" for n in range(5)]

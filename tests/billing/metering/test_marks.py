@@ -21,11 +21,10 @@ from polar_billing.errors import StoreError, StoreLockedError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import INTERRUPTED_TAG, REUSED_TAG, Selection
 from polar_billing.ledger.retention import prune
-from polar_billing.metering.marks import Marks
+from polar_billing.metering.interim_usage import InterimUsage
 from polar_billing.metering.meter import Meter, open_meter
-from polar_billing.metering.segment import Segment
-from polar_billing.metering.spool import spool_folder
-from polar_billing.metering.spool_file import Unfinished
+from polar_billing.metering.spool import recover_abandoned, spool_folder
+from polar_billing.metering.spool_file import Segment, Unfinished
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
@@ -68,6 +67,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def stored(url: str) -> list[StoredUsage]:
     with Ledger(url) as ledger:
+        recover_abandoned(ledger)
         found = list(ledger.read(Selection("acme")))
         if found:
             assert verify_ledger(ledger).sound
@@ -155,9 +155,9 @@ meter.flush()
 def test_who_tries_again_gets_an_answer_and_both_are_billed(url: str) -> None:
     """Under the same id: before what was left over is stored, and after."""
     run_and_kill(url, 'meter.mark(mark_of("a", 64))')
-    with Meter(url, sync=True) as meter:  # which looks at no spool
+    with Meter(url) as meter:
         meter.reserve(bound_of("a", BEGUN.replace(hour=13)))
-        meter.emit(usage_record("a", output=7, started_at=BEGUN.replace(hour=13)))
+        meter.emit_many([usage_record("a", output=7, started_at=BEGUN.replace(hour=13))])  # which looks at no spool
     found = stored(url)
     assert [one.record.tokens.output for one in found] == [64, 7]
     run_and_kill(url, 'meter.mark(mark_of("b", 65))')
@@ -218,7 +218,7 @@ meter.emit(usage_record("a", output=100))
 """,
     )
 
-    def locked(self: Ledger, entries: object) -> None:
+    def locked(self: Ledger, entries: object, settle: object) -> None:
         raise StoreLockedError("locked.")
 
     with Meter(url) as meter, monkeypatch.context() as patched:
@@ -308,7 +308,7 @@ def test_a_meter_that_closes_leaves_no_marks(ledger_url: str) -> None:
 
 def test_a_file_that_grows_is_written_anew_with_what_still_runs(tmp_path: Path) -> None:
     meter, path = Meter("sqlite://"), tmp_path / "1-abc.marks"
-    marks = Marks(path, limit=20_000)
+    marks = InterimUsage(path, limit=20_000)
     sizes = []
     for output in range(200):
         marks.write(meter.entry(mark_of("long", output)))
@@ -383,7 +383,7 @@ def test_a_mark_is_one_append(ledger_url: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_marks_can_be_turned_off(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for meter in (Meter(ledger_url, marks=False), Meter(ledger_url, sync=True), Meter("sqlite://")):
+    for meter in (Meter(ledger_url, marks=False), Meter("sqlite://")):
         assert not meter.wants_marks
         meter.mark(mark_of("a", 64))
         meter.close()
@@ -398,7 +398,7 @@ def test_marks_can_be_turned_off(ledger_url: str, monkeypatch: pytest.MonkeyPatc
 
 def test_segments_and_marks_are_written_alike(tmp_path: Path) -> None:
     """A record with its receipt, and the book of the receipt once."""
-    meter, marks = Meter("sqlite://"), Marks(tmp_path / "a.marks")
+    meter, marks = Meter("sqlite://"), InterimUsage(tmp_path / "a.marks")
     segment = Segment(tmp_path / "a.jsonl")
     entries = [meter.entry(mark_of("a", output)) for output in (64, 128)]
     for entry in entries:

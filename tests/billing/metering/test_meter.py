@@ -18,6 +18,7 @@ from polar_billing.errors import ConflictError, PriceBookError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter, open_meter
+from polar_billing.metering.spool import recover_abandoned
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.reports.report import build_report
 from polar_billing.testing import usage_record
@@ -176,6 +177,7 @@ if child == 0:
 sys.exit(os.waitpid(child, 0)[1])
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    recover_abandoned(ledger)  # the child's, which ended without storing it
     found = {stored.record.request_id for stored in ledger.read(EVERYTHING)}
     assert found == {"parent before", "child", "parent after"}
 

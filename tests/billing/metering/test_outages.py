@@ -45,7 +45,7 @@ def test_a_clock_that_goes_back_while_metering_changes_no_order(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(append, "datetime", Back)
-    with Meter(ledger, sync=True) as meter:
+    with Meter(ledger) as meter:
         for n in range(4):  # service time goes back as well
             meter.emit(usage_record(f"r{n}", started_at=OVER - timedelta(days=n + 1)))
     stored = sorted(ledger.read(EVERYTHING), key=lambda one: one.seq)
@@ -58,7 +58,7 @@ def test_a_clock_that_goes_back_while_metering_changes_no_order(
 
 
 def test_a_clock_that_goes_back_issues_nothing_twice_or_too_early(ledger: Ledger) -> None:
-    with Meter(ledger, sync=True) as meter:
+    with Meter(ledger) as meter:
         for month in (11, 12):
             meter.emit(usage_record(f"r{month}", started_at=datetime(2026, month, 5, tzinfo=UTC)))
     november, december = Period.month("2026-11"), Period.month("2026-12")

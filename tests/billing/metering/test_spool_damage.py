@@ -14,7 +14,7 @@ from polar_billing.errors import StoreError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
-from polar_billing.metering.spool import Spool, warning_of
+from polar_billing.metering.spool import Spool, recover_abandoned, warning_of
 from polar_billing.prices.book import PriceBook
 from polar_billing.testing import usage_record
 
@@ -30,12 +30,13 @@ def line(content: bytes) -> bytes:
 
 def held(url: str) -> list[str]:
     with Ledger(url) as ledger:
+        recover_abandoned(ledger)
         return sorted(stored.record.request_id for stored in ledger.read(Selection(ALL_TENANTS)))
 
 
 def left_over(url: str, tmp_path: Path, *, known_book: bool) -> tuple[Path, list[bytes]]:
     """A spool file of a process that has ended, and its lines: the book, then the records `a` and `b`."""
-    meter = Meter(url, prices=PriceBook.example(), durability="sync")
+    meter = Meter(url, prices=PriceBook.example())
     if known_book:
         meter.emit(usage_record("stored"))
     spool = Spool(tmp_path / "ledger.sqlite3.spool")

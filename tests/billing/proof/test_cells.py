@@ -32,7 +32,7 @@ REQUESTS = 120
 @pytest.fixture
 def filled(store: Ledger) -> Ledger:
     """Requests of two tenants, a payment and a budget."""
-    meter = Meter(store, sync=True)
+    meter = Meter(store)
     meter.emit_many(
         usage_record(f"beef{n:04}", tenant=("acme", "globex")[n % 2], started_at=NOON) for n in range(REQUESTS)
     )

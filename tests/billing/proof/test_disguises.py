@@ -57,7 +57,7 @@ def filled(store: Ledger) -> Ledger:
     """Names, ids and references in hexadecimal digits."""
     add_book(store, PriceBook.example(), for_all=True)
     Budgets(store).set(Budget(TENANT, Decimal(5), "USD"))
-    Meter(store, sync=True).emit(usage_record("deadbeef00", tenant=TENANT, started_at=NOON, output=500))
+    Meter(store).emit(usage_record("deadbeef00", tenant=TENANT, started_at=NOON, output=500))
     issued = issue_statement(store, TENANT, Period.month("2026-10"), now=datetime(2026, 12, 1, tzinfo=UTC)).statement
     credit_note(store, TENANT, issued.id, issued.total, reason="sorry", reference="1007")
     assert verify_ledger(store).sound

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
+from polar_billing.budgets.settlement import settle
 from polar_billing.ledger.records import Entry
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
@@ -29,7 +30,7 @@ REQUESTS = {"largest": 3_000, **{f"tenant {n}": 1_000 for n in range(6)}}
 def test_the_memory_of_verify_is_bounded_by_the_largest_tenant(store: Ledger, book: PriceBook) -> None:
     for tenant, count in REQUESTS.items():
         records = (usage_record(f"r{n}", tenant=tenant, started_at=NOON + timedelta(minutes=n)) for n in range(count))
-        store.append_many([Entry(record, "polar", book, rate(record, book).cost, None) for record in records])
+        store.append_many([Entry(record, "polar", book, rate(record, book).cost, None) for record in records], settle)
         issue_statement(store, tenant, Period.month("2026-10"), now=NOON + timedelta(days=60))
     with store.snapshot() as connection:
         rows = connection.execute(text("SELECT * FROM polar_usage WHERE tenant = 'largest'")).all()

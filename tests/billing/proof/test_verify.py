@@ -41,7 +41,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger of two tenants with usage, pruned usage, transactions, a budget, statement and credit note; one file."""
     file = tmp_path_factory.mktemp("sound") / "ledger.sqlite3"
     with Ledger(str(file)) as ledger:
-        meter = Meter(ledger, sync=True)
+        meter = Meter(ledger)
         meter.emit_many(
             usage_record(f"r{n}", tenant=("acme", "globex")[n % 2], started_at=NOON + timedelta(days=n), output=n)
             for n in range(REQUESTS)
@@ -100,7 +100,7 @@ def test_a_sound_ledger_is_sound(sound: Path) -> None:
 def usage_only(tmp_path: Path) -> Path:
     """A ledger whose chains end with usage."""
     file = tmp_path / "usage.sqlite3"
-    with Meter(str(file), sync=True) as meter:
+    with Meter(str(file)) as meter:
         meter.emit_many(usage_record(f"r{n}", tenant="globex", started_at=NOON) for n in range(3))
     return file
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import text
 
+from polar_billing.budgets.settlement import settle
 from polar_billing.errors import QueryError
 from polar_billing.ledger.records import ALL_TENANTS, Entry, Selection
 from polar_billing.prices.book import PriceBook
@@ -78,7 +79,7 @@ def filled(ledger: Ledger) -> Ledger:
         )
         rating = rate(record, book)
         entries.append(Entry(record, "test", book, rating.cost, rating.unrated))
-    ledger.append_many(entries)
+    ledger.append_many(entries, settle)
     return ledger
 
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from polar_billing.errors import CurrencyMixError, QueryError
-from polar_billing.ledger import hooks
+from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
@@ -18,7 +18,7 @@ from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
-    from polar_billing.ledger.ledger import Ledger
+    from collections.abc import Callable, Iterator
 
 EVERYTHING = Selection(ALL_TENANTS)
 
@@ -114,8 +114,16 @@ def test_a_record_that_brings_in_its_book_while_usage_is_read(
     """The first of a ledger, for example: another process stores it between the books and the usage."""
     with Meter(ledger) as meter:
         meter.check()
-        late = [lambda _: meter.ledger.append_many([meter.entry(usage_record("late"))])]
-        monkeypatch.setattr(hooks, "before_usage_is_read", late)
+
+        def after_a_late_record(read: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+            def late(*arguments: Any, **named: Any) -> Iterator[Any]:
+                meter.emit_many([usage_record("late")])
+                return read(*arguments, **named)
+
+            return late
+
+        for name in ("read", "raw_usage", "usage_sums"):
+            monkeypatch.setattr(Ledger, name, after_a_late_record(getattr(Ledger, name)))
         if by == "report":
             assert build_report(ledger, EVERYTHING).figures.requests == 1
         else:

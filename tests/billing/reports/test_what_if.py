@@ -13,7 +13,6 @@ from rich.console import Console
 from polar_billing.errors import QueryError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.reports.hardware import BusyTime, Hardware, read_hardware
 from polar_billing.reports.html import report_html
 from polar_billing.reports.mix import TierSaving, evaluated_savings, read_mix
@@ -24,6 +23,7 @@ from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
 from polar_sdk.show.tables import show
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,7 +74,7 @@ def filled(ledger: Ledger) -> Ledger:
             prefill_ns=2 * 10**9,
             decode_ns=10**9,
         )
-        ledger.append(record, source="test", book=priced, rating=rate(record, priced))
+        store_record(ledger, record, priced, "test")
     return ledger
 
 
@@ -120,7 +120,7 @@ def test_another_book_may_have_another_currency_and_lack_a_tier(filled: Ledger) 
 
 def test_another_book_rates_what_is_in_the_chosen_currency(filled: Ledger) -> None:
     record, euros = usage_record("euro", tenant="euro", tier="standard"), book(BOOK.replace('"USD"', '"EUR"'))
-    filled.append(record, source="test", book=euros, rating=rate(record, euros))
+    store_record(filled, record, euros, "test")
     report = build_report(filled, currency="USD", questions=Questions(books=(book(OTHER),)))
     assert report.what_if is not None
     assert report.what_if.scenarios[0].charge == Decimal("7.5")

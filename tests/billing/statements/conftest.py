@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
 from polar_sdk.usage import FlopUsage
+from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,6 @@ def put() -> Callable[..., int]:
     ) -> int:
         flops = FlopUsage(head=units * 10**12, total=units * 10**12)
         record = usage_record(request_id, flops=flops, **{"tenant": "someone", **changes})
-        return ledger.append(record, source="test", book=book, rating=rate(record, book)).seq
+        return store_record(ledger, record, book, "test").seq
 
     return store_request

@@ -52,7 +52,7 @@ def served(request_id: str, compute_units: int, day: int = 5, month: int = 10, *
 
 @pytest.fixture
 def meter(store: Ledger) -> Meter:
-    return Meter(store, prices=EXPENSIVE, sync=True)
+    return Meter(store, prices=EXPENSIVE)
 
 
 def test_it_is_unrated_on_every_side(meter: Meter) -> None:
@@ -100,7 +100,7 @@ def test_late_ones_are_unrated_on_the_correction(meter: Meter) -> None:
 
 
 def test_the_commands_say_so(ledger: Ledger, ledger_url: str) -> None:
-    with Meter(ledger, prices=EXPENSIVE, sync=True) as meter:
+    with Meter(ledger, prices=EXPENSIVE) as meter:
         meter.emit(served("small", 1))
         meter.emit(served("larger", 10_000))
     for command in ("usage", "report", "statement --tenant acme --month 2026-10"):

@@ -58,7 +58,7 @@ def batches_of(tenant: str, count: int) -> Iterator[list[UsageRecord]]:
 def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger, part: int) -> None:
     for currency in CURRENCIES:  # one tenant for each
         unit = from_scaled(1, currency_decimals(currency))
-        meter = Meter(store, prices=book(currency, unit), sync=True)
+        meter = Meter(store, prices=book(currency, unit))
         for batch in batches_of(currency, part):
             assert {getattr(receipt, "cost", None) for receipt in meter.emit_many(batch)} == {unit}
         issued = issue_statement(store, currency, PERIOD, now=datetime(2026, 12, 2, tzinfo=UTC)).statement

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar_billing.budgets.settlement import settle
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Entry
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
@@ -56,7 +57,7 @@ def store_batches(ledger: Ledger, batches: Iterable[list[UsageRecord]]) -> None:
     for batch in batches:
         ratings = [(record, rate(record, PLANS)) for record in batch]
         entries = [Entry(record, "test", PLANS, rating.cost, rating.unrated) for record, rating in ratings]
-        assert not [receipt for receipt in ledger.append_many(entries) if isinstance(receipt, Exception)]
+        assert not [receipt for receipt in ledger.append_many(entries, settle) if isinstance(receipt, Exception)]
 
 
 def batched(data: st.DataObject, stream: list[UsageRecord]) -> list[list[UsageRecord]]:

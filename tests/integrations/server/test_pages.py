@@ -45,7 +45,7 @@ def page(ledger: Ledger) -> Dashboard:
 
 
 async def test_the_page_and_its_files_are_there(page: Dashboard, ledger: Ledger) -> None:
-    Meter(ledger, sync=True).emit(usage_record())
+    Meter(ledger).emit(usage_record())
     app = build_pages(page)
     answer = await get(app, "/polar/")
     assert answer.status_code == 200

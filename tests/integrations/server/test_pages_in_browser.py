@@ -48,7 +48,7 @@ def browser() -> Iterator[Any]:
 def served(serve: Callable[..., Served], ledger: Ledger) -> Served:
     """A server with something of everything on its page."""
     now = datetime.now(UTC)
-    keys, meter = ApiKeys(ledger), Meter(ledger, sync=True)
+    keys, meter = ApiKeys(ledger), Meter(ledger)
     keys.create("acme", "search", expires_in=timedelta(days=30))
     Budgets(ledger).set(Budget("acme", "0.01", "CU"))  # type: ignore[arg-type]  # text is checked there
     tenants, paths = ["acme", *HOSTILE], [(0, 1, 4, 5), (0, 1, 2, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)]
@@ -104,7 +104,7 @@ def test_new_requests_show_by_themselves_and_nothing_leaves_the_host(
 ) -> None:
     page, wrong = opened(browser, served)
     assert page.get_by_role("link", name="Verify").count() == 40
-    Meter(ledger, sync=True).emit(usage_record(tenant="newcomer", started_at=datetime.now(UTC)))
+    Meter(ledger).emit(usage_record(tenant="newcomer", started_at=datetime.now(UTC)))
     page.locator("#requests").get_by_text("newcomer").wait_for()
     page.locator("#charges").get_by_text("newcomer").wait_for()
     assert wrong == []
@@ -114,7 +114,7 @@ def test_it_can_be_paused(browser: Any, served: Served, ledger: Ledger) -> None:
     page, _ = opened(browser, served)
     page.get_by_role("button", name="Pause").click()
     page.get_by_text("Paused", exact=True).wait_for()
-    Meter(ledger, sync=True).emit(usage_record(tenant="newcomer", started_at=datetime.now(UTC)))
+    Meter(ledger).emit(usage_record(tenant="newcomer", started_at=datetime.now(UTC)))
     page.wait_for_timeout(3_000)
     assert page.get_by_text("newcomer").count() == 0
     page.get_by_role("button", name="Go on").click()
@@ -131,7 +131,7 @@ def test_a_receipt_is_verified_where_it_stands_and_the_verdict_stays(
     page.get_by_text("verified", exact=True).wait_for()
     assert "Verified." in page.locator("#heard").inner_text()
     assert page.evaluate("document.activeElement.id") == f"r{newest}"
-    Meter(ledger, sync=True).emit(usage_record(tenant="newcomer", started_at=datetime.now(UTC)))
+    Meter(ledger).emit(usage_record(tenant="newcomer", started_at=datetime.now(UTC)))
     page.locator("#requests").get_by_text("newcomer").wait_for()
     page.get_by_text("verified", exact=True).wait_for()
     assert page.evaluate("document.activeElement.id") == f"r{newest}"

@@ -118,7 +118,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(options: dict[str, Any
 
 def test_the_dashboard_shows_a_ledger_and_ends_on_sigterm(ledger_url: str) -> None:
     with Ledger(ledger_url) as ledger:
-        Meter(ledger, sync=True).emit(usage_record(tenant="initech", started_at=datetime.now(UTC)))
+        Meter(ledger).emit(usage_record(tenant="initech", started_at=datetime.now(UTC)))
     with serving("--port", "0", command="dashboard") as process:
         with urllib.request.urlopen(url_of(process), timeout=60) as answer:
             text = answer.read().decode()

@@ -209,7 +209,7 @@ class Chained:
     `tenant`. It holds integers, text and bytes only (no booleans, floats or database decimals), because its rows are
     hashed as the database returns them. Its parts are rows that never change once their row is linked. A column that a
     later schema adds to any of them comes last and is null in the rows that were there before, so that their digests
-    stay (`polar_billing.ledger.digests`).
+    stay (`polar_billing.ledger.chain`).
     """
 
     table: Table

@@ -1,9 +1,6 @@
-"""What others do when a ledger is read or written, so that the ledger need not know them.
+"""Writers that store records a moment after they accepted them: readers of the ledger in this process wait for them.
 
-* Writers that store records a moment after they accepted them: readers of the ledger in this process wait for them.
-* `before_usage_is_read` and `on_stored`: filled once, by `polar_billing` itself, for every ledger of the process.
-
-Imports nothing but the standard library, so that importing `polar_billing` stays quick. Knows neither spool nor budget.
+Knows no spool.
 """
 
 from __future__ import annotations
@@ -11,14 +8,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableSet, Sequence
-
-    from sqlalchemy import Connection
-
-    from polar_billing.ledger.records import Entry
+    from collections.abc import MutableSet
 
 
 class Pending(Protocol):
@@ -31,13 +24,6 @@ class Pending(Protocol):
     def drain(self) -> None:
         """Return when every record handed over so far is stored, or safe on the disk."""
 
-
-before_usage_is_read: Final[list[Callable[[Any], None]]] = []
-"""Called with a `Ledger` before its usage is read, outside any transaction."""
-
-on_stored: Final[list[Callable[[Connection, Sequence[Entry]], None]]] = []
-"""Called in the transaction that stored new records, after their rows were written, with the heads of their tenants'
-chains locked; if it raises, the records are rolled back as well."""
 
 _lock: Final = threading.Lock()
 _pending: Final[defaultdict[str, MutableSet[Pending]]] = defaultdict(weakref.WeakSet)

@@ -1,4 +1,4 @@
-"""Marks: what requests that still run have used so far, in a file of the spool that outlives their process.
+"""What requests that still run have used so far, in a file of the spool that outlives their process.
 
 The engine marks a long answer as it goes on. Each mark is a line of the file, one append, as a record would be if the
 answer ended there; it supersedes the request's earlier ones. When the request ends, its record counts and its marks do
@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.metering.segment import Segment
+from polar_billing.metering.spool_file import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,8 +26,8 @@ _LIMIT: Final = 2**20
 """Size at which the file is written anew. Unit: bytes."""
 
 
-class Marks:
-    """The file of one process, and the requests in it that still run. Safe in several threads.
+class InterimUsage:
+    """The file of marks of one process, and the requests in it that still run. Safe in several threads.
 
     Args:
         path: The file; it must not exist.
