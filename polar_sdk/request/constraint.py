@@ -10,13 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from polar_sdk.errors import GrammarError, InvalidRequestError
 from polar_sdk.reading import Unreadable, parse_json, shown
-
-if TYPE_CHECKING:
-    from polar_sdk.request.options import RequestOptions
 
 Schema = Mapping[str, Any] | str | type
 """A JSON schema: a mapping, JSON text, or a class whose schema pydantic knows; a class has its own fields only."""
@@ -43,8 +40,8 @@ _MAX_TEXT: Final = 1_000_000
 _MAX_CHOICES: Final = 10_000
 
 
-def grammar_text(options: RequestOptions) -> str | None:
-    """The grammar that the options ask for, or None.
+def grammar_text(options: Mapping[str, object]) -> str | None:
+    """The grammar that the options of a request ask for, or None.
 
     Raises:
         InvalidRequestError: More than one is given, or one of the wrong type.

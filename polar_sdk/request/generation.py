@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
 from polar_sdk.reading import Unreadable, parse_json
 from polar_sdk.request.recorder import Recorder
-from polar_sdk.serving.job import FinishReason, Job, Piece
+from polar_sdk.serving.delivery import Piece
+from polar_sdk.serving.job import FinishReason, Job
 from polar_sdk.serving.threads import AHEAD
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def stream(
         recorder.begin([job])
         model.scheduler.submit([job])
         last = Piece("", None, last=True)
-        for piece in job.pieces():
+        for piece in job.delivery.pieces():
             if piece.last:
                 last = piece
             else:

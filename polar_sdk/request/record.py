@@ -1,17 +1,33 @@
-"""The usage record of a job: of one that computes no more, or of one that runs, as far as it has come."""
+"""The usage record of a job, and its marks.
+
+While a long answer runs, its sink is told what it has used, in case the process is killed. The engine's thread says how
+far a job has come (`Job.tell_progress`), and goes on; another thread makes the record of that and hands it to the sink.
+If the sink is slow, only the last one waits. Knows no store.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from typing import TYPE_CHECKING, Literal
+from collections import deque
+from contextlib import suppress
+from contextvars import copy_context
+from queue import Empty
+from typing import TYPE_CHECKING, Final, Literal
 
 from polar_sdk.programs.program import Program
+from polar_sdk.serving.threads import Inbox
 from polar_sdk.usage import Outcome, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:
     from polar_sdk.serving.job import Job, Progress
     from polar_sdk.serving.loaded import LoadedModel
+    from polar_sdk.usage import UsageSink
 
+_log: Final = logging.getLogger(__name__)
+_IDLE_SECONDS: Final = 2.0
+"""The thread ends after this time without a mark."""
 _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
     Outcome.COMPLETED: None,
     Outcome.CANCELLED: "cancelled",
@@ -77,3 +93,58 @@ def _identity_flops(job: Job, progress: Progress, executed: int) -> int:
     identity = Program.identity(cost.depth)
     prompt, scored = len(job.request.tokens), job.request.prompt_logprobs is not None
     return cost.request(identity, prompt, work.decode_steps + 1, cached=progress.cached, scored=scored).total
+
+
+class Marker:
+    """Marks one job.
+
+    Args:
+        model: What runs it.
+        job: The job; from now on it says how far it has come.
+        sink: Where the marks go.
+    """
+
+    def __init__(self, model: LoadedModel, job: Job, sink: UsageSink) -> None:
+        self._model, self._job, self._sink = model, job, sink
+        self._latest: deque[Progress] = deque(maxlen=1)
+        self._marking = threading.Lock()
+        """Held while the sink is told, so that no mark comes after the record."""
+        self._ended = self._failed = False
+        self._context = copy_context()
+        """The caller's."""
+        job.on_progress = self.note
+
+    def note(self, progress: Progress) -> None:
+        """Mark that soon; waits for nothing."""
+        self._latest.append(progress)
+        with suppress(RuntimeError):  # no thread starts now: the next mark tries again
+            MARKS.put(self, _mark)
+
+    def end(self) -> None:
+        """The record comes next, and no mark after it."""
+        self._job.on_progress = None
+        with self._marking:
+            self._ended = True
+
+    def mark(self) -> None:
+        """Tell the sink the latest, if it does not know it yet."""
+        with self._marking:
+            if self._ended or not self._latest:
+                return
+            record = record_of(self._model, self._job, self._latest.pop(), Outcome.CANCELLED)
+            try:
+                self._context.run(self._sink.mark, record)
+            except Exception as error:  # any sink, any error: the answer goes on, and its record counts
+                if not self._failed:
+                    _log.warning("request %r could not be marked (%s)", record.request_id, error)
+                self._failed = True
+
+
+def _mark() -> None:
+    with suppress(Empty):
+        while True:
+            MARKS.take(_IDLE_SECONDS).mark()
+
+
+MARKS: Final[Inbox[Marker]] = Inbox("polar-mark")
+"""Jobs that have come further since they were marked."""

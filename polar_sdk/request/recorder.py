@@ -22,8 +22,7 @@ from weakref import WeakSet, ref
 
 from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.request.admission import admit
-from polar_sdk.request.marker import Marker
-from polar_sdk.request.record import record_of
+from polar_sdk.request.record import Marker, record_of
 from polar_sdk.serving.threads import Inbox, InternalThread
 from polar_sdk.usage import Outcome, Receipt
 
@@ -111,7 +110,7 @@ class Recorder:
         Raises:
             BaseException: What ended the job, where it did not finish.
         """
-        job.wait()
+        job.delivery.wait()
         with self._storing:
             if job.error is not None:
                 if isinstance(job.error, RequestTimeoutError):

@@ -11,14 +11,13 @@ weights.
 
 from __future__ import annotations
 
-import statistics
-from bisect import bisect_left
 from collections import OrderedDict, deque
 from itertools import accumulate, pairwise
 from operator import mul
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from polar_sdk.engine.draft_head import MAX_GUESSES
+from polar_sdk.serving.pass_costs import MAX_ROWS, PassCosts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 Speculate = Literal["auto", "off", "prompt"]
 MAX_DRAFT: Final = 11
 """Maximum number of tokens drafted at a time for one row."""
-MAX_ROWS: Final = 16
-"""Rows of one pass, drafts included, up to which drafts fill it."""
 LONGEST_MATCH: Final = 3
 """Number of tokens that must have stood in a row before, at best; else one fewer, and so on."""
 FREE_WASTE: Final = 8
@@ -56,18 +53,8 @@ _FIRST_WEIGHT: Final = 4.0
 """Number of tries that these count for; in a request, what earlier requests came to."""
 _FADING: Final = 0.97
 """What a try still counts when one more was made."""
-_MIN_MEASURED: Final = 3
-"""Passes of one row, and wider ones, without which nothing is known of a machine."""
-_LATELY: Final = 12
-"""Passes after which a narrow one is no measure of a wide one any more."""
-_WIDTHS: Final = 4
-"""Number of widths whose measurements are one point."""
-_PER_ROW: Final = 0.03
-"""What one more row is taken to add at least beyond the widest passes that were measured."""
 _CERTAIN_GAIN: Final = 2.5
 """What a draft from texts is to gain, in tokens for its time, so that nobody asks the draft head."""
-_GUESS: Final = 0.1
-"""What one guess of the draft head is taken to take, as a multiple of a pass of one row, before any was measured."""
 _MIN_JOINED: Final = 2
 """Number of tokens, the last guess among them, that must have stood in a row before, so that a text goes on from it."""
 _HEAD_BEFORE: Final = (3.0, 1.0)
@@ -399,86 +386,6 @@ def drafts_of(
     if speculate == "off" or (speculate == "auto" and seeded and not repeats):
         return None
     return Drafts(prompt, speculate)
-
-
-class PassCosts:
-    """How much longer a pass takes the more rows it has, beside one of one row, as measured lately.
-
-    A wide pass is compared with narrow ones of the same moment, since a busy machine is slow for both. What was
-    measured of widths near each other is one point, its median; from point to point it is taken to rise evenly.
-    """
-
-    def __init__(self) -> None:
-        self._ones: deque[tuple[int, float]] = deque(maxlen=5)
-        """Passes of one row: number of the pass, and its seconds at full depth."""
-        self._ratios: dict[int, deque[tuple[int, float]]] = {}
-        """Rows of a pass and what it took, by width: 2 to 4 rows, 5 to 8 and so on."""
-        self._took = _at_widths([(1, 1.0), (4, 1.15), (16, 1.9)])
-        """See `by_width`. Until something was measured: more than machines took on which this was tried."""
-        self._is_fitted = True
-        """Whether `_took` follows from all measurements: it is made when somebody drafts, as most do not."""
-        self._passes = 0
-        self._guess_ratios: deque[float] = deque(maxlen=31)
-
-    @property
-    def guess(self) -> float:
-        """What one guess of the draft head takes, as a multiple of a pass of one row."""
-        return statistics.median(self._guess_ratios) if len(self._guess_ratios) >= _MIN_MEASURED else _GUESS
-
-    def guessed(self, guesses: int, seconds: float) -> None:
-        """Note how long so many guesses took, one after another."""
-        lately = self._narrow_ones()
-        if guesses and len(lately) >= _MIN_MEASURED:
-            self._guess_ratios.append(seconds / guesses / statistics.median(lately))
-
-    def _narrow_ones(self) -> list[float]:
-        """Seconds of the passes of one row of late."""
-        return [one for number, one in self._ones if self._passes - number <= _LATELY]
-
-    def measured(self, rows: int, seconds: float) -> None:
-        """Note a pass; a program's seconds are those that full depth would have taken."""
-        self._passes += 1
-        if rows == 1:
-            self._ones.append((self._passes, seconds))
-            return
-        lately = self._narrow_ones()
-        if rows <= MAX_ROWS and len(lately) >= _MIN_MEASURED:
-            ratios = self._ratios.setdefault((rows - 1) // _WIDTHS, deque(maxlen=31))
-            ratios.append((rows, seconds / statistics.median(lately)))
-            self._is_fitted = False
-
-    def _fit(self) -> None:
-        self._is_fitted = True
-        measured = [ratios for _, ratios in sorted(self._ratios.items()) if len(ratios) >= _MIN_MEASURED]
-        points = [(1.0, 1.0)]
-        for ratios in measured:
-            rows, ratio = statistics.mean(rows for rows, _ in ratios), statistics.median(ratio for _, ratio in ratios)
-            points.append((rows, max(ratio, points[-1][1])))
-        if measured:
-            self._took = _at_widths(points)
-
-    def by_width(self) -> Sequence[float]:
-        """What passes of one row, two and so on take, up to `MAX_ROWS`, as multiples of one of one row."""
-        if not self._is_fitted:
-            self._fit()
-        return self._took
-
-    def gain(self, chances: Sequence[float]) -> float:
-        """How much faster a row comes alone by as many drafted tokens as pay, each kept with such a chance."""
-        kept = accumulate(chances, initial=1.0)
-        return max(tokens / took for tokens, took in zip(kept, self.by_width(), strict=False))
-
-
-def _at_widths(points: Sequence[tuple[float, float]]) -> list[float]:
-    """What passes of each width take, up to `MAX_ROWS`: even rises between points of rows and what they take."""
-    took = [1.0]
-    for rows in range(2, MAX_ROWS + 1):
-        place = bisect_left(points, (rows, 0.0))
-        ends = place == len(points)
-        (first, low), (last, high) = points[-2:] if ends else points[place - 1 : place + 1]
-        rise = (high - low) / (last - first)
-        took.append(high + (rows - last) * (max(rise, _PER_ROW * high) if ends else rise))
-    return took
 
 
 class Experience:

@@ -1,36 +1,35 @@
 """A job: one request on its way through the engine, from the queue to its last token.
 
-The scheduler's thread advances it; the caller's thread waits for pieces of text or for the end. Neither touches what
-belongs to the other: the caller only calls `cancel` and takes pieces. They share no lock, since a signal may stop the
-caller anywhere, and the scheduler serves others, too.
+The scheduler's thread advances it; the caller's thread takes pieces of its `delivery`, and calls `cancel`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, near_ties, read_logprobs
 from polar_sdk.engine.text import TextStream
-from polar_sdk.errors import InvalidRequestError, LogitsError, RequestTimeoutError
+from polar_sdk.errors import LogitsError, RequestTimeoutError
 from polar_sdk.programs.cost import CHUNK
+from polar_sdk.serving.delivery import Delivery, Piece
 from polar_sdk.serving.drafts import drafts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
     from polar_sdk.engine.draft_head import Guess
     from polar_sdk.engine.grammar import GrammarState
-    from polar_sdk.engine.row import Work
+    from polar_sdk.engine.work import Work
     from polar_sdk.programs.policy import LoopGuard
-    from polar_sdk.serving.drafts import Experience, OtherAnswers, PassCosts
+    from polar_sdk.serving.drafts import Experience, OtherAnswers
     from polar_sdk.serving.loaded import LoadedModel
+    from polar_sdk.serving.pass_costs import PassCosts
     from polar_sdk.serving.request import Request
 
 
@@ -40,15 +39,6 @@ SCORED_AT_ONCE: Final = 64
 MARK_TOKENS: Final = 64
 MARK_NS: Final = 1_000_000_000
 """A job that runs says how far it has come after so many tokens, or so long. Unit: nanoseconds."""
-
-
-class Piece(NamedTuple):
-    """Text that a token made certain, on its way to the caller."""
-
-    text: str
-    logprobs: tuple[TokenLogprobs, ...] | None
-    """Of that token; None where nobody asked for them."""
-    last: bool
 
 
 class Progress(NamedTuple):
@@ -68,17 +58,22 @@ class Progress(NamedTuple):
     """Of the last token."""
 
 
-class Host(Protocol):
-    """What computes jobs, as a job sees it."""
+@dataclass(slots=True)
+class Standing:
+    """Where a job stands with the scheduler."""
 
-    def wake(self) -> None:
-        """There is room for pieces again."""
-
-    def runs_here(self) -> bool:
-        """Whether the calling thread is the one that computes, and therefore cannot wait for a job."""
-
-    def forget(self, job: Job) -> None:
-        """The job has ended."""
+    arrived: bool = False
+    """Whether the scheduler's thread has taken it in."""
+    has_place: bool = False
+    """Whether it is among the jobs that run together."""
+    placed_at: int = 0
+    """Number of tokens that had run when the job was given its place."""
+    rounds_paused: int = 0
+    """Rounds in a row in which the reader had paused, for a job with a place."""
+    charged: int = 0
+    """FLOPs counted on its tenant's clock."""
+    behind: tuple[str, int] | None = None
+    """Id of the one request whose prompt it may wait for, and how many tokens of it it could take over then."""
 
 
 class Job:
@@ -92,9 +87,6 @@ class Job:
         on_end: Called by the scheduler's thread when nothing more will be computed.
     """
 
-    behind: tuple[str, int] | None = None
-    """Id of the one request whose prompt it may wait for, and how many tokens of it it could take over then."""
-
     def __init__(
         self,
         request: Request,
@@ -105,6 +97,7 @@ class Job:
         on_end: Callable[[Job], None] | None = None,
     ) -> None:
         self.request, self.model, decoder = request, model, model.decoder
+        self.standing, self.delivery = Standing(), Delivery(max_ahead)
         self.row = Row(decoder, request.program, guard, len(request.tokens))
         self.text = TextStream(model.tokenizer, request.stops)
         self.tokens: list[int] = []
@@ -130,39 +123,23 @@ class Job:
         self.kv_bytes = 0
         """Largest key and value storage. Unit: bytes."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
-        self.has_place = False
-        """Whether it is among the jobs that run together."""
-        self.placed_at = 0
-        """Number of tokens that had run when the job was given its place."""
-        self.rounds_paused = 0
-        """Rounds in a row in which the reader had paused, for a job with a place."""
         self.on_progress: Callable[[Progress], None] | None = None
         """Told now and then, by the scheduler's thread, how far the job has come; must not wait."""
         self._told_tokens = self._told_ns = self._told_flops = 0
         """How far it had come when it was told last."""
-        self.charged = 0
-        """FLOPs counted on its tenant's clock."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
-        self._max_ahead, self._on_end = max_ahead, on_end
-        self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
-        """At the end comes None."""
+        self._on_end = on_end
         self._shown = 0
         """Number of tokens whose pieces have been put out."""
-        self._done = False
-        self._ended = _closed_gate()
         self._cancelled = False
         self._revoked: BaseException | None = None
-        self.host: Host | None = None
-        """What computes it, if it was submitted: from then on it ends by itself or by `cancel`."""
-        self.arrived = False
-        """Whether the host's thread has taken it in."""
 
     # -- the caller's side ------------------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
         """True once nothing more will be computed."""
-        return self._done
+        return self.delivery.done
 
     @property
     def left(self) -> bool:
@@ -177,32 +154,9 @@ class Job:
         """Request the job to end with an error; it does so before its next token. Waits for nothing."""
         self._revoked = error
 
-    def pieces(self) -> Iterator[Piece]:
-        """One piece per token as it arrives, and one without a token where the job is cancelled, until it is done."""
-        while not (self.done and self._pieces.empty()):
-            if self._pieces.empty():
-                self._refuse_host()
-            piece = self._pieces.get()
-            if piece is None:
-                return
-            if self.host is not None and self._reaches_ahead(self._pieces.qsize() + 1):
-                self.host.wake()
-            yield piece
-
-    def wait(self) -> None:
-        """Wait until nothing more will be computed."""
-        if not self.done:
-            self._refuse_host()
-            with self._ended:  # a lock: an interrupted waiter harms no other one, nor who opens it
-                pass
-
-    def _refuse_host(self) -> None:
-        if self.host is not None and self.host.runs_here():
-            raise asked_by_engine()
-
     def disown(self) -> None:
         """In a forked child: the caller is in the parent, and so is the answer."""
-        self._pieces, self._ended = SimpleQueue(), _closed_gate()  # the old ones may be in use by the parent's threads
+        self.delivery.reset()
         self.cancel()
 
     def progress(self) -> Progress:
@@ -249,14 +203,6 @@ class Job:
     def max_length(self) -> int:
         """Number of tokens in the row if the answer is as long as it may be."""
         return len(self.request.tokens) + self.request.max_tokens
-
-    @property
-    def paused(self) -> bool:
-        """Whether the caller must take pieces before more are computed."""
-        return self._reaches_ahead(self._pieces.qsize())
-
-    def _reaches_ahead(self, pieces: int) -> bool:
-        return self._max_ahead is not None and pieces >= self._max_ahead
 
     def stop_if_due(self) -> None:
         """End the job if its caller has cancelled it, it was revoked, or its time is up."""
@@ -462,39 +408,19 @@ class Job:
         self.kv_bytes = max(self.kv_bytes, self.row.page_table.nbytes)
         self.row.page_table.release()
         self.row.end_replay()
-        self._put(piece, done=True)
+        self._put(piece, last=True)
         if self._on_end is not None:
             self._on_end(self)
 
-    def _put(self, text: str, *, done: bool = False) -> None:
+    def _put(self, text: str, *, last: bool = False) -> None:
         new = None if self.logprobs is None else tuple(self.logprobs[self._shown :])
         self._shown = len(self.tokens)
-        self._pieces.put(Piece(text, new, done))
-        if done:
-            if self.host is not None:
-                self.host.forget(self)
-            self._done = True
-            self._ended.release()
-            self._pieces.put(None)
-
-
-def _closed_gate() -> threading.Lock:
-    gate = threading.Lock()
-    gate.acquire()
-    return gate
+        self.delivery.put(Piece(text, new, last))
 
 
 def _start_grammar(request: Request) -> GrammarState | None:
     budget = request.max_tokens if request.fit_max_tokens else None
     return None if request.grammar is None else request.grammar.start(budget)
-
-
-def asked_by_engine() -> InvalidRequestError:
-    """The error of a hook that waits for the model which waits for the hook."""
-    return InvalidRequestError(
-        "a logits_hook asked the model that was running it, which would have waited for itself.",
-        hint="Ask before the request starts or after it ends, or ask another model.",
-    )
 
 
 def _unusable(job: Job, logit: float) -> LogitsError:

@@ -18,7 +18,8 @@ import torch
 from polar_sdk.engine.draft_head import MAX_GUESSES
 from polar_sdk.engine.forward import drafted_logits, next_logits
 from polar_sdk.engine.sampling import likeliest_tokens, near_ties
-from polar_sdk.serving.drafts import MAX_ROWS, Experience, Plan, spans
+from polar_sdk.serving.drafts import Experience, Plan, spans
+from polar_sdk.serving.pass_costs import MAX_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

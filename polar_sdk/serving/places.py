@@ -100,14 +100,14 @@ class Places:
 
     def remove(self, job: Job) -> None:
         """Take a job out; it keeps its pages."""
-        job.has_place = False
+        job.standing.has_place = False
         self.jobs.remove(job)
         del self._promised[job]
 
     def count_pauses(self) -> None:
         """A round begins: note whose reader has paused."""
         for job in self.jobs:
-            job.rounds_paused = job.rounds_paused + 1 if job.paused else 0
+            job.standing.rounds_paused = job.standing.rounds_paused + 1 if job.delivery.paused else 0
 
     def shares(self, jobs: Iterable[Job], max_rows: int, weights: Mapping[str, float]) -> dict[str, float]:
         """The largest part of rows or pages that each tenant holds with these jobs, for its weight."""
@@ -144,10 +144,10 @@ class Places:
     def _next_to_leave(
         self, job: Job, needed: Sequence[int], staying: Sequence[Job], max_rows: int, weights: Mapping[str, float]
     ) -> Job | None:
-        patience = 1 if all(other.paused for other in staying) else PATIENCE
-        paused = [other for other in staying if other.rounds_paused >= patience]
+        patience = 1 if all(other.delivery.paused for other in staying) else PATIENCE
+        paused = [other for other in staying if other.standing.rounds_paused >= patience]
         if paused:
-            return max(paused, key=lambda other: other.rounds_paused)
+            return max(paused, key=lambda other: other.standing.rounds_paused)
         tenant, clocks = job.request.tenant, self._clocks
         own = [other for other in staying if other.request.tenant == tenant]
         with_it = _share(len(own) + 1, self._promises(own, needed), max_rows, self._decoder.pool.sizes)
@@ -160,7 +160,7 @@ class Places:
         had_turn = [
             other
             for other in others
-            if other.row.length - other.placed_at >= TURN
+            if other.row.length - other.standing.placed_at >= TURN
             and shares[other.request.tenant] >= with_it - _ROUNDING
             and clocks[other.request.tenant] > clocks[tenant]
         ]
@@ -182,8 +182,8 @@ class Places:
             other.drop_pages()
             total = [count - freed for count, freed in zip(total, pages, strict=True)]
         self._prefixes.make_room(total)
-        job.placed_at, job.rounds_paused = max(job.row.length, job.row.ran), 0
-        job.has_place = True
+        job.standing.placed_at, job.standing.rounds_paused = max(job.row.length, job.row.ran), 0
+        job.standing.has_place = True
         self.jobs.append(job)
         self._promised[job] = needed
 
@@ -195,7 +195,7 @@ class Places:
         if job.row.replaying:
             job.row.note_replay()
         else:
-            job.cached = job.placed_at = cached
+            job.cached = job.standing.placed_at = cached
 
 
 def _share(rows: int, pages: Sequence[int], max_rows: int, sizes: Sequence[int]) -> float:
@@ -205,4 +205,4 @@ def _share(rows: int, pages: Sequence[int], max_rows: int, sizes: Sequence[int])
 
 def _loss(job: Job) -> tuple[bool, int]:
     """What it costs that this job gives way: nothing where its reader waits for no token, else tokens to run again."""
-    return (not job.paused, job.row.length)
+    return (not job.delivery.paused, job.row.length)

@@ -143,7 +143,7 @@ class FairQueue:
 
     def line_up(self, running: Iterable[Job]) -> None:
         """Put those that rest and whose reader keeps up at the head of their tenants' lines."""
-        ready = [job for job in self.resting if job not in self._in_line and not job.paused]
+        ready = [job for job in self.resting if job not in self._in_line and not job.delivery.paused]
         if not ready:
             return
         present = {job.request.tenant for job in running} | set(self._lines)

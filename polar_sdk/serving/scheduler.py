@@ -24,7 +24,7 @@ from weakref import WeakSet
 import torch
 
 from polar_sdk.errors import CacheMemoryError, QueueFullError
-from polar_sdk.serving.job import asked_by_engine
+from polar_sdk.serving.delivery import asked_by_engine
 from polar_sdk.serving.pace import Pace
 from polar_sdk.serving.passes import Passes, attempt
 from polar_sdk.serving.places import Limits, Places
@@ -130,23 +130,23 @@ class Scheduler:
             for loser in who_gives_room(waiting, jobs, self.limits.max_waiting, self.limits.weights):
                 loser.revoke(_gave_way(self.limits.max_waiting))
             for job in jobs:
-                job.host = self
+                job.delivery.begin(self, partial(self._open.pop, job, None))
                 self._open[job] = None
         self._arrivals.put(jobs, self._serve)
 
     def _waiting(self) -> list[Job]:
         """Jobs without a place, in the order in which they came; those that are about to end do not count."""
-        return [job for job in list(self._open) if not (job.has_place or job.left)]
+        return [job for job in list(self._open) if not (job.standing.has_place or job.left)]
 
     def settle(self, job: Job) -> None:
         """Wait until nothing more will be computed for a job that was cancelled, also where `submit` was cut off."""
-        if job.host is None or job.done:
+        if job.delivery.host is None or job.done:
             return
         try:
             self._arrivals.put([job], self._serve)
         except RuntimeError:  # no thread can be started, and none lives
             job.stop_if_due()
-        job.wait()
+        job.delivery.wait()
 
     # -- what a job asks --------------------------------------------------------------------------------------------
 
@@ -157,10 +157,6 @@ class Scheduler:
     def runs_here(self) -> bool:
         """See `Host`."""
         return threading.current_thread() is self._arrivals.thread
-
-    def forget(self, job: Job) -> None:
-        """See `Host`."""
-        self._open.pop(job, None)
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
@@ -194,12 +190,12 @@ class Scheduler:
                 jobs = self._arrivals.take(seconds)
                 seconds = 0.0
                 with self._round_lock:
-                    self._enter([job for job in jobs if not (job.arrived or job.done)])
+                    self._enter([job for job in jobs if not (job.standing.arrived or job.done)])
 
     def _enter(self, jobs: Sequence[Job]) -> None:
         """Put jobs into the queue."""
         for job in jobs:
-            job.arrived = True
+            job.standing.arrived = True
         self._queue.put(jobs, self._places.jobs)
 
     def _round(self) -> None:
@@ -220,7 +216,7 @@ class Scheduler:
     def _fail_all(self, error: BaseException) -> None:
         self._begin_anew()
         for job in list(self._open):
-            if job.arrived:
+            if job.standing.arrived:
                 job.fail(error)
 
     def _begin_anew(self) -> None:
@@ -254,7 +250,7 @@ class Scheduler:
         self._begin_anew()
         for job in list(self._open):
             job.disown()
-        self._open = {}
+        self._open.clear()
         self.prefixes.forget()
         self.decoder.restart_after_fork()
 
@@ -301,7 +297,7 @@ class Scheduler:
 
     def _run_passes(self) -> bool:
         """A pass over prompts, and one token for every row whose prompt has run and whose caller keeps up."""
-        jobs = [job for job in self._places.jobs if not job.paused]
+        jobs = [job for job in self._places.jobs if not job.delivery.paused]
         rows = self._passes.rows([job for job in jobs if job.decoding])
         tenants = {job.request.tenant: job for job in jobs}
         self._note_served(tenants)
@@ -369,9 +365,9 @@ class Scheduler:
             before = first.setdefault(alike, job)
             if before is job or row.page_table.blocks:
                 continue
-            if job.behind is None:
-                job.behind = (before.request.request_id, self.prefixes.gain(request, row, before.request))
-            name, gain = job.behind
+            if job.standing.behind is None:
+                job.standing.behind = (before.request.request_id, self.prefixes.gain(request, row, before.request))
+            name, gain = job.standing.behind
             if name == before.request.request_id and gain >= LEAST_SHARED:
                 gains[job] = gain
         return set(gains) if sum(gains.values()) >= _WORTH_A_PASS else set()
@@ -404,8 +400,8 @@ class Scheduler:
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""
         for job in jobs:
-            work = job.row.executed - job.charged
-            job.charged += work
+            work = job.row.executed - job.standing.charged
+            job.standing.charged += work
             if job.row.replaying:
                 self.replayed_flops += work
             self._queue.clocks.advance(job.request.tenant, work / self._weight(job))
@@ -445,17 +441,12 @@ _held_for_fork: Final[list[Scheduler]] = []
 
 
 def _hold_for_fork() -> None:
-    for scheduler in list(_LIVING):
-        _held_for_fork.append(scheduler)  # first: a signal may stop this anywhere, and what is held must be given back
-        if not scheduler.hold_for_fork():
-            _held_for_fork.remove(scheduler)
+    _held_for_fork.extend(scheduler for scheduler in list(_LIVING) if scheduler.hold_for_fork())
 
 
 def _go_on_after_fork() -> None:
     while _held_for_fork:
-        with suppress(RuntimeError):  # it was not held: a signal came first
-            _held_for_fork[-1].go_on_after_fork()
-        _held_for_fork.pop()
+        _held_for_fork.pop().go_on_after_fork()
 
 
 def _restart_after_fork() -> None:

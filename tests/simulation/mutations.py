@@ -159,7 +159,7 @@ def _forget_the_dropped() -> AbstractContextManager[object]:
 
 
 def _mark_after_the_record() -> AbstractContextManager[object]:
-    from polar_sdk.request.marker import Marker
+    from polar_sdk.request.record import Marker
 
     return patch.object(Marker, "end", lambda self: None)
 
@@ -179,13 +179,9 @@ def _forget_what_was_cached() -> AbstractContextManager[object]:
 
 
 def _miss_the_end() -> AbstractContextManager[object]:
-    from polar_sdk.serving import job
+    from polar_sdk.serving.delivery import Delivery
 
-    def wait(self: job.Job) -> None:
-        with job._closed_gate():
-            """It opens for nobody."""
-
-    return patch.object(job.Job, "wait", wait)
+    return patch.object(Delivery, "wait", lambda self: Delivery(None).wait())
 
 
 MUTATIONS: Final[dict[str, Mutation]] = {

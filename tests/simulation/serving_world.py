@@ -23,7 +23,7 @@ import torch
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.errors import QueueFullError, RequestTimeoutError, SinkError
 from polar_sdk.programs.policy import Policy
-from polar_sdk.request import marker, recorder
+from polar_sdk.request import record, recorder
 from polar_sdk.request.generation import answer, stream
 from polar_sdk.serving import job, passes
 from polar_sdk.serving import threads as product_threads
@@ -202,7 +202,7 @@ class ServingWorld:
         World.now_in = self.world
         self.world.faults = dict.fromkeys(self.plan.collects, gc.collect)
         late, recorder.LATE = recorder.LATE, Inbox("polar-record")  # type: ignore[misc]
-        marks, marker.MARKS = marker.MARKS, Inbox("polar-mark")  # type: ignore[misc]
+        marks, record.MARKS = record.MARKS, Inbox("polar-mark")  # type: ignore[misc]
         self.scheduler = Scheduler(self._model.decoder, self.plan.limits)
         self.loaded = replace(self._model.loaded, scheduler=self.scheduler)
         process = self.world.start_process(0)
@@ -225,7 +225,7 @@ class ServingWorld:
                 self.world.run(lambda: main.done)
         finally:
             self.world.end()
-            recorder.LATE, marker.MARKS = late, marks  # type: ignore[misc]
+            recorder.LATE, record.MARKS = late, marks  # type: ignore[misc]
             self._give_pages_back()
             World.now_in = None
 

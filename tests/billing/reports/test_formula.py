@@ -11,7 +11,7 @@ import pytest
 
 from polar_billing.reports.formula import Formula, work_out
 from polar_billing.testing import usage_record
-from polar_sdk.engine.row import Work
+from polar_sdk.engine.work import Work
 from polar_sdk.errors import ProgramDepthError
 from polar_sdk.programs.cost import CostModel, LayerCost, Piece, pieces
 from polar_sdk.programs.program import Program

@@ -12,7 +12,7 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import SinkError
 from polar_sdk.programs.program import Program
-from polar_sdk.request.marker import Marker
+from polar_sdk.request.record import Marker
 from polar_sdk.serving import job as jobs
 from polar_sdk.testing import tiny_model, tiny_tokenizer
 from polar_sdk.usage import ListSink, Outcome

@@ -151,7 +151,7 @@ def _watch(scheduler: Scheduler, ran: Counter[str]) -> None:
 
     def noted(jobs: Sequence[Job]) -> None:
         for job in jobs:
-            ran[job.request.request_id] += job.row.executed - job.charged
+            ran[job.request.request_id] += job.row.executed - job.standing.charged
         charge(jobs)
 
     scheduler._charge = noted  # type: ignore[method-assign]

@@ -24,8 +24,9 @@ from polar_sdk.engine.draft_head import Guess
 from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.forward import drafted_logits, next_logits
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.row import Row, Work
+from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampling
+from polar_sdk.engine.work import Work
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
 from polar_sdk.programs.policy import LoopGuard
@@ -33,18 +34,17 @@ from polar_sdk.programs.program import Program
 from polar_sdk.serving import drafts as drafts_module
 from polar_sdk.serving.drafts import (
     FREE_WASTE,
-    MAX_ROWS,
     WASTE_PER_TOKEN,
     Drafts,
     Experience,
     Hits,
     OtherAnswers,
-    PassCosts,
     Plan,
     Proposal,
     TokenIndex,
     drafts_of,
 )
+from polar_sdk.serving.pass_costs import MAX_ROWS, PassCosts
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_llama, tiny_policy, tiny_tokenizer
 
