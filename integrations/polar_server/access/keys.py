@@ -138,7 +138,7 @@ class Access:
         keys: API keys.
         replies: Answers to repeated requests; a `polar_server.replies.ReplyStore`.
         accounts: What tenants may know of themselves.
-        rates: The use of keys' limits; a `polar_server.limits.RateStore`.
+        rates: The use of keys' limits; an `access.limits.RateStore`.
     """
 
     keys: KeyStore

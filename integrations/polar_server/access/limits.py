@@ -12,20 +12,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol
 
+from polar_server.access.keys import find_access
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from polar_server.access.keys import Key
 
-_MINUTE: Final = 60.0
 _RENEW_S: Final = 7.5
 """How often a store hears of answers that run; it counts them for four times as long. Unit: seconds."""
 _RETRY_S: Final = 1.0
@@ -67,11 +65,11 @@ class Limits:
     """The limits of all keys; for the event loop alone.
 
     Args:
-        store: What decides; None = this process alone.
+        store: What decides; None = a ledger in memory, for this process alone.
     """
 
     def __init__(self, store: RateStore | None = None) -> None:
-        self._store: RateStore = store or MemoryRates()
+        self._given = store
         self._asking: list[tuple[Key, asyncio.Future[Verdict]]] = []
         self._used: list[tuple[Key, int]] = []
         self._running: Counter[str] = Counter()
@@ -79,6 +77,12 @@ class Limits:
         """Keys whose number of answers the store does not know yet."""
         self._work: asyncio.Task[None] | None = None
         self._renewing: asyncio.TimerHandle | None = None
+
+    @cached_property
+    def _store(self) -> RateStore:
+        """What decides, found when the first key has a limit."""
+        found: RateStore = self._given or find_access("sqlite://").rates
+        return found
 
     async def enter(self, key: Key) -> dict[str, str]:
         """Let a call in.
@@ -197,81 +201,3 @@ def _refusal(key: Key, verdict: Verdict, headers: dict[str, str]) -> ApiError:
     seconds = verdict.wait_s
     retry = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1_000))}
     return ApiError(message, status=429, code="rate_limit_exceeded", headers={**headers, **retry})
-
-
-# -- in one process ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Told:
-    refused: str | None
-    wait_s: float
-    left: Mapping[str, tuple[float, float]]
-
-
-@dataclass
-class _Bucket:
-    """What is left of an amount per minute."""
-
-    limit: int
-    at: float
-    left: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = float(self.limit)
-
-    def fill(self, now: float) -> None:
-        """Add what time has brought."""
-        self.left = min(self.limit, self.left + (now - self.at) * self.limit / _MINUTE)
-        self.at = now
-
-    def seconds_until(self, amount: float) -> float:
-        """Time until so much is there. Unit: seconds."""
-        return max(0.0, (amount - self.left) * _MINUTE / self.limit)
-
-
-class MemoryRates:
-    """The limits of one process, for a server whose keys are not in a ledger.
-
-    Args:
-        clock: Returns seconds that only rise.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._buckets: dict[str, tuple[dict[str, int], dict[str, _Bucket]]] = {}
-        self._lock = threading.Lock()
-
-    def update(
-        self, asking: Sequence[Key], used: Sequence[tuple[Key, int]], running: Mapping[str, int]
-    ) -> Sequence[Verdict]:
-        """As `RateStore`."""
-        with self._lock:
-            open_answers = Counter(running)
-            for key, tokens in used:
-                if "tokens" in (buckets := self._filled(key)):
-                    buckets["tokens"].left -= tokens
-            return [self._verdict(key, open_answers) for key in asking]
-
-    def _verdict(self, key: Key, running: Counter[str]) -> _Told:
-        buckets, refused, wait = self._filled(key), None, 0.0
-        for what, needed in (("requests", 1.0), ("tokens", 0.001)):
-            if refused is None and what in buckets and (wait := buckets[what].seconds_until(needed)) > 0:
-                refused = what
-        if key.parallel is not None and running[key.key_id] >= key.parallel:
-            refused, wait = "parallel", 1.0
-        if refused is None:
-            running[key.key_id] += 1
-            if "requests" in buckets:
-                buckets["requests"].left -= 1
-        left = {what: (bucket.left, bucket.seconds_until(bucket.limit)) for what, bucket in buckets.items()}
-        return _Told(refused, wait, left)
-
-    def _filled(self, key: Key) -> dict[str, _Bucket]:
-        limits, now = _limits(key), self._clock()
-        if self._buckets.get(key.key_id, (None,))[0] != limits:
-            self._buckets[key.key_id] = limits, {what: _Bucket(limit, now) for what, limit in limits.items()}
-        buckets = self._buckets[key.key_id][1]
-        for bucket in buckets.values():
-            bucket.fill(now)
-        return buckets
