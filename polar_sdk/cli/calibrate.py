@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar lab calibrate`."""
-    app.command(epilog="Example: polar lab calibrate --router router --data prompts.jsonl --tier economy=0.1")(
-        calibrate
-    )
-
-
 def calibrate(
     router: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     data: Annotated[

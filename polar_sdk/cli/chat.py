@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 _LEAVE = frozenset({"/exit", "/quit", "/bye"})
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar chat`."""
-    app.command(epilog="Example: polar chat --compute economy --system 'Answer in one sentence.'")(chat)
-
-
 @opt.with_model
 def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,

@@ -15,11 +15,6 @@ from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar lab drafts`."""
-    app.command(epilog="Example: polar lab drafts --data prompts.jsonl")(drafts)
-
-
 def drafts(
     data: Annotated[
         Path | None,

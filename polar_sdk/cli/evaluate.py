@@ -26,13 +26,6 @@ _WIDTH = 150
 """Width that a table of figures needs; a narrower terminal wraps its lines, so that nothing is lost."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar evaluate`."""
-    app.command(epilog="Example: polar evaluate --data questions.jsonl --compute economy --html evaluation.html")(
-        evaluate
-    )
-
-
 def evaluate(
     data: Annotated[
         list[Path] | None,

@@ -13,11 +13,6 @@ from polar_sdk.programs.program import Program
 from polar_sdk.show.lines import print_line
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar export`."""
-    app.command(epilog="Example: polar export --program '0-20 25-29' --out ./smaller")(export)
-
-
 def export(
     program: Annotated[str, typer.Option("--program", "-p", help="Layers to keep, each once, e.g. '0-20 25-29'.")],
     out: Annotated[Path, typer.Option(help="Folder to write; its parents are created.")],

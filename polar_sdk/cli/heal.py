@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 _ERRORS: dict[MapKind, str] = {"bridge": "error / error of a plain skip", "fill": "variance missed"}
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar lab heal`."""
-    app.command(epilog='Example: polar lab heal --segments "12-15,17-20" --out bridges --distil 200')(heal)
-
-
 def heal(
     out: Annotated[Path, typer.Option(help="Folder to write the bridges or fills to.")],
     segments: Annotated[

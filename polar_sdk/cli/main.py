@@ -13,15 +13,28 @@ import os
 import signal
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
 
-from polar_sdk.cli import calibrate, chat, drafts, evaluate, export, heal, models, run, scan, search, train
+from polar_sdk.cli import models
+from polar_sdk.cli.calibrate import calibrate
+from polar_sdk.cli.chat import chat
+from polar_sdk.cli.drafts import drafts
+from polar_sdk.cli.evaluate import evaluate
+from polar_sdk.cli.export import export
+from polar_sdk.cli.heal import heal
+from polar_sdk.cli.run import run
+from polar_sdk.cli.scan import scan
+from polar_sdk.cli.search import search
+from polar_sdk.cli.train import train
 from polar_sdk.errors import PolarError
 from polar_sdk.reading import shown
 from polar_sdk.show.lines import print_line, survive_encodings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _GROUP = "polar_sdk.commands"
 _INTERRUPTED = 130
@@ -73,6 +86,21 @@ laboratory = typer.Typer(
 )
 
 
+_EXAMPLES: Final[dict[Callable[..., None], str]] = {
+    run: "polar run 'What is the capital of France?' --compute economy --stream",
+    chat: "polar chat --compute economy --system 'Answer in one sentence.'",
+    evaluate: "polar evaluate --data questions.jsonl --compute economy --html evaluation.html",
+    export: "polar export --program '0-20 25-29' --out ./smaller",
+    scan: "polar lab scan --data prompts.jsonl --limit 64 --save",
+    heal: 'polar lab heal --segments "12-15,17-20" --out bridges --distil 200',
+    search: "polar lab search --data prompts.jsonl --budgets 0.9,0.8,0.7 --menu 12 --out menu.json",
+    train: "polar lab train --rewards menu.rewards.safetensors --kind menu --out router",
+    calibrate: "polar lab calibrate --router router --data prompts.jsonl --tier economy=0.1",
+    drafts: "polar lab drafts --data prompts.jsonl",
+}
+"""Every command with an example of its use; those of `polar lab` belong to the laboratory."""
+
+
 def _show_version(show: bool) -> None:
     if show:
         from polar_sdk import __version__
@@ -91,11 +119,11 @@ def polar(
 
 
 def _register_all() -> None:
-    for module in (run, chat, evaluate, export, models):
-        module.register(app)
-    for module in (scan, heal, search, train, calibrate, drafts):
-        module.register(laboratory)
+    for command, example in _EXAMPLES.items():
+        group = laboratory if example.startswith("polar lab ") else app
+        group.command(epilog=f"Example: {example}")(command)
     app.add_typer(laboratory)
+    app.add_typer(models.app)
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
         try:
             entry.load()(app)

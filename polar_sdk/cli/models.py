@@ -19,15 +19,10 @@ from polar_sdk.models.paths import models_folder
 from polar_sdk.models.store import Manifest, list_stored, remove_stored
 from polar_sdk.show.lines import print_line
 
-_models = typer.Typer(invoke_without_command=True, no_args_is_help=False)
+app = typer.Typer(name="models", invoke_without_command=True, no_args_is_help=False)
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar models` to the command `polar`."""
-    app.add_typer(_models, name="models")
-
-
-@_models.callback(epilog="Example: polar models --json")
+@app.callback(epilog="Example: polar models --json")
 def models(context: typer.Context, as_json: opt.AsJson = False) -> None:
     """List the aliases and the models converted into the cache, and whether their layers are compiled here."""
     if context.invoked_subcommand is not None:
@@ -39,7 +34,7 @@ def models(context: typer.Context, as_json: opt.AsJson = False) -> None:
         _print_table(rows)
 
 
-@_models.command(epilog="Example: polar models fetch smollm2-135m-instruct")
+@app.command(epilog="Example: polar models fetch smollm2-135m-instruct")
 def fetch(
     name: Annotated[str, typer.Argument(help="Alias, hub id or `.gguf` file.")] = DEFAULT_ALIAS,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
@@ -61,7 +56,7 @@ def fetch(
         print_line(f"{source.name} is ready: {_megabytes(size)} in {local.folder}")
 
 
-@_models.command("compile", epilog="Example: polar models compile --precision int4")
+@app.command("compile", epilog="Example: polar models compile --precision int4")
 def compile_layers(
     name: Annotated[str, typer.Argument(help="Alias, hub id, folder or `.gguf` file.")] = DEFAULT_ALIAS,
     device: opt.Device = "auto",
@@ -79,7 +74,7 @@ def compile_layers(
         print_line(f"warning: {failure} Answers will be slower until you fix that and run the command again.", err=True)
 
 
-@_models.command(epilog="Example: polar models remove smollm2-135m-instruct")
+@app.command(epilog="Example: polar models remove smollm2-135m-instruct")
 def remove(
     name: Annotated[str, typer.Argument(help="Alias, or name of a `.gguf` file that was converted.")],
     as_json: opt.AsJson = False,

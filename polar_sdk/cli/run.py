@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from polar_sdk.request.options import RequestOptions
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar run`."""
-    app.command(epilog="Example: polar run 'What is the capital of France?' --compute economy --stream")(run)
-
-
 @opt.with_model
 def run(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],

@@ -25,11 +25,6 @@ _COLOURS = ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red"))
 """Minimum fidelity of each colour."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar lab scan`."""
-    app.command(epilog="Example: polar lab scan --data prompts.jsonl --limit 64 --save")(scan)
-
-
 def scan(
     data: Annotated[
         Path | None,

@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from polar_sdk.lab.program_search.menu import Menu
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar lab search`."""
-    app.command(
-        epilog="Example: polar lab search --data prompts.jsonl --budgets 0.9,0.8,0.7 --menu 12 --out menu.json"
-    )(search)
-
-
 def search(
     out: Annotated[Path, typer.Option(help="Menu file to write; the rewards are written beside it.")],
     data: Annotated[

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
 
 
-def register(app: typer.Typer) -> None:
-    """Add `polar lab train`."""
-    app.command(epilog="Example: polar lab train --rewards menu.rewards.safetensors --kind menu --out router")(train)
-
-
 def train(
     rewards: Annotated[Path, typer.Option(help="Rewards file that `polar lab search` wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
