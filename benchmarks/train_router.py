@@ -22,10 +22,9 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.results import RESULTS, Recorder
-from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import record_router, record_seeds
 from benchmarks.router_texts import COMPARISONS, FITTED, PER_TASK, ROUTED, by_tier, record_depths, route_texts, texts
 from polar_sdk import PolarModel, lab
@@ -55,7 +54,7 @@ from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
 from polar_sdk.router.certificate import TierPromise
-from polar_sdk.router.map_set import MapSet
+from polar_sdk.router.map_set import MapSet, stored
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -166,24 +165,31 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges and the fills that are not fitted yet."""
+        chosen = self.options
         if healed := self._healed():
-            self.model.use_maps(Bridging(self.options, healed, self.folder, self.show).run(self.model))
-        fills, chosen = self.folder / "fills", self.options
-        if not (fills / "maps.json").is_file():
-            exact = PolarModel.from_pretrained(chosen.model, precision="fp32", ledger=None)  # trains twice as fast
-            with RewardCache(cache_path(exact.fingerprint, exact.dtype)) as cache:
-                lab.heal(
-                    exact,
-                    self.fitted,
-                    chosen.cuts,
-                    kind="fill",
-                    out=fills,
-                    cache=cache,
-                    on_progress=self.show,
-                    distil=chosen.distil,
-                    rate=chosen.fill_rate,
-                )
-        self.model.use_maps(fills)
+            tuned = {"distil": chosen.tune, "labels": chosen.labels, "choices": chosen.choices, "rate": chosen.rate}
+            self._fit("bridge", healed, chosen.segments, "bridges-float32", **tuned, seed=chosen.bridge_seed)
+            self.model.use_maps(self._bridges())
+        self._fit("fill", self.fitted, chosen.cuts, "fills", distil=chosen.distil, rate=chosen.fill_rate)
+        self.model.use_maps(self.folder / "fills")
+
+    def _fit(self, kind: Literal["bridge", "fill"], items: Sequence[Item], layers: str, out: str, **how: Any) -> None:
+        """Fit maps in float32, which processors without bfloat16 tiles multiply twice as fast."""
+        folder = self.folder / out
+        if (folder / "maps.json").is_file():
+            return
+        exact = PolarModel.from_pretrained(self.options.model, precision="fp32", ledger=None)
+        with RewardCache(cache_path(exact.fingerprint, exact.dtype)) as cache:
+            lab.heal(exact, items, layers, kind=kind, out=folder, cache=cache, on_progress=self.show, **how)
+
+    def _bridges(self) -> Path:
+        """Folder of the bridges in the precision that the router serves in."""
+        out, decoder = self.folder / "bridges", self.model.decoder
+        if not (out / "maps.json").is_file():
+            exact = MapSet.load(self.folder / "bridges-float32")
+            bridges = {segment: one.to(decoder.dtype, decoder.device) for segment, one in exact.bridges.items()}
+            MapSet(exact.facts.model_copy(update={"dtype": self.model.dtype}), stored(bridges, "exact")).save(out)
+        return out
 
     def search(self) -> RewardMatrix:
         """Search the menu, or take the one in the options; prompts in the cache are not measured again."""
