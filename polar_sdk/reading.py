@@ -1,9 +1,10 @@
 """The one front of every reader of JSON, TOML and decimal text: parsed within limits, or refused with a reason.
 
-Files come from strangers, and a parser alone answers a bomb with RecursionError, MemoryError or minutes of CPU. Here a
-text is measured before it is parsed: its bytes, how deep it nests, how many digits its numbers have, and how many parts
-its dotted keys have. What is beyond a limit or does not parse raises `Unreadable`, whose text says what was found and
-what the limit is, without a full stop; a reader turns it into its own error, which names the file and the fix.
+Files come from strangers. Python's parsers end a text that nests without end by RecursionError and read no integer of
+more than 4,300 digits; what they do not bound is limited here: bytes and dotted keys before they parse, the depth of
+what they made after it, so that whoever walks it may recurse. What is beyond a limit or does not parse raises
+`Unreadable`, whose text says what was found and what the limit is, without a full stop; a reader turns it into its own
+error, which names the file and the fix.
 
 Knows no file of the project, and only the standard library.
 """
@@ -35,18 +36,10 @@ MAX_KEY_PARTS: Final = 16
 _MAX_SHOWN: Final = 60
 """Characters of a value in a message."""
 
-_JSON_TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
-"""A string, whole or to the end of the text, or a bracket. Possessive, so that no text is read twice."""
-_TOML_TOKEN: Final = re.compile(
-    r'"""(?:[^"\\]++|\\.|"(?!""))*+(?:"{3,5})?'
-    r"|'''(?:[^']++|'(?!''))*+(?:'{3,5})?"
-    r'|"(?:[^"\\\n]++|\\.)*+"?'
-    r"|'[^'\n]*+'?"
-    r"|#[^\n]*+"
-    r"|[\[{]|[\]}]|\.|[A-Za-z0-9_+-]++|[ \t]++|[^\s]|\s",
-    re.DOTALL,
+_LONG_KEY: Final = re.compile(
+    rf"""(?<![\w.-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}"""
 )
-_TOML_DIGITS: Final = re.compile(rf"[0-9A-Fa-f_]{{{MAX_DIGITS + 1},}}")
+"""A dotted key of TOML with more parts than are read, over which `tomllib` takes seconds and gigabytes."""
 
 
 class Unreadable(ValueError):  # noqa: N818  (never leaves a reader; what does is the reader's own error)
@@ -117,14 +110,15 @@ def parse_json(content: bytes | str, *, max_bytes: int = MAX_BYTES, max_digits: 
     """
     check_size(content, max_bytes)
     text = _text(content)
-    if text.count("[") + text.count("{") > MAX_DEPTH:  # otherwise it cannot nest too deeply
-        _check_depth(text)
     try:
-        return json.loads(text, parse_int=_number(int, max_digits), parse_float=_number(float, max_digits))
+        value = json.loads(text, parse_int=_number(int, max_digits), parse_float=_number(float, max_digits))
     except json.JSONDecodeError as error:
         raise Unreadable(f"not valid JSON (line {error.lineno}: {error.msg})") from error
-    except RecursionError as error:  # called from deep within another program
-        raise Unreadable("nested too deeply for what is left of the stack") from error
+    except RecursionError as error:
+        raise Unreadable(f"nested more than {MAX_DEPTH} levels deep") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH:  # otherwise it cannot nest too deeply
+        _check_values(value)
+    return value
 
 
 def parse_object(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -154,13 +148,18 @@ def parse_toml(text: str, *, max_bytes: int = MAX_TOML_BYTES) -> dict[str, Any]:
         Unreadable: It is not TOML or beyond a limit.
     """
     check_size(text, max_bytes)
-    _check_toml(text)
+    if _LONG_KEY.search(text):
+        raise Unreadable(f"a dotted key has more than {MAX_KEY_PARTS} parts")
     try:
-        return tomllib.loads(text, parse_float=parse_decimal)
+        value = tomllib.loads(text, parse_float=parse_decimal)
     except Unreadable:
         raise
-    except (ValueError, RecursionError, OverflowError) as error:
+    except RecursionError as error:
+        raise Unreadable(f"nested more than {MAX_DEPTH} levels deep") from error
+    except (ValueError, OverflowError) as error:
         raise Unreadable(f"not valid TOML: {error}") from error
+    _check_values(value, MAX_DIGITS)
+    return value
 
 
 def parse_decimal(value: str | int | Decimal) -> Decimal:
@@ -197,36 +196,17 @@ def _text(content: bytes | str) -> str:
         raise Unreadable(f"not UTF-8 text (byte {error.start})") from error
 
 
-def _check_depth(text: str) -> None:
-    depth = 0
-    for token in _JSON_TOKEN.finditer(text):
-        first = text[token.start()]
-        depth = _deeper(depth, first)
-
-
-def _deeper(depth: int, bracket: str) -> int:
-    if bracket in "[{":
-        if depth == MAX_DEPTH:
+def _check_values(value: Any, max_digits: int | None = None) -> None:
+    """Refuse lists and mappings that are deeper in each other than is read, and integers with too many digits."""
+    level, depth = [value], 0
+    while level:
+        containers = [part for part in level if isinstance(part, dict | list)]
+        if max_digits is not None and any(type(part) is int and part.bit_length() > 4 * max_digits for part in level):
+            raise Unreadable(f"a number has more than {max_digits} digits")
+        if containers and depth == MAX_DEPTH:
             raise Unreadable(f"nested more than {MAX_DEPTH} levels deep")
-        return depth + 1
-    return depth - 1 if bracket in "]}" else depth
-
-
-def _check_toml(text: str) -> None:
-    """Depth, parts of dotted keys and digits, looked at before the parser does."""
-    depth = parts = 0
-    for token in _TOML_TOKEN.finditer(text):
-        word = token.group()
-        first = word[0]
-        depth = _deeper(depth, first)
-        if first == ".":
-            parts += 1
-            if parts >= MAX_KEY_PARTS:
-                raise Unreadable(f"a dotted key has more than {MAX_KEY_PARTS} parts")
-        elif first in "=,[]{}\n#":
-            parts = 0
-        if len(word) > MAX_DIGITS and first not in "\"'#" and _TOML_DIGITS.search(word):
-            raise Unreadable(f"number {shown(word)} has more than {MAX_DIGITS} digits")
+        level = [part for parts in containers for part in (parts.values() if isinstance(parts, dict) else parts)]
+        depth += 1
 
 
 def _number(kind: type[int | float], max_digits: int) -> Callable[[str], int | float]:
