@@ -1,4 +1,4 @@
-"""Routers: what maps a prompt to a program.
+"""Routers, which map a prompt to a program.
 
 Four kinds. `identity` (full depth) and `static` (one program for every prompt) need no training. `menu` predicts how
 well each of a few whole programs would do and takes the cheapest that is good enough; `policy` decides layer by layer

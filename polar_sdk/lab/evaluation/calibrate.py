@@ -91,7 +91,7 @@ class DialWalk:
         outcomes: Outcomes,
         on_progress: Progress = silent,
     ) -> DialWalk:
-        """DialWalk the router's dial."""
+        """Walk a router's dial over prompts whose outcomes are known."""
         dial, rows = router.facts.dial, range(len(outcomes))
         lengths = [len(tokens) for tokens in outcomes.matrix.tokens]
         lost: dict[Loss, list[list[int]]] = {loss: [] for loss in LOSSES}

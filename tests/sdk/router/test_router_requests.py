@@ -13,12 +13,14 @@ from polar_sdk.router.artifact import save_router
 from polar_sdk.router.base import StaticRouter
 from polar_sdk.router.store import saved_router_path
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
+from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from polar_sdk.router.menu import MenuRouter
+    from polar_sdk.usage import UsageBound
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,16 @@ def test_usage_names_the_router_its_tier_and_its_flops(certified: MenuRouter) ->
     assert (usage.router, usage.router_version, usage.tier) == ("menu", certified.version, "economy")
     assert usage.flops.router == certified.network.flops > 0
     assert usage.flops.total < usage.identity_flops
+
+
+def test_a_request_that_a_sink_downgrades_still_pays_for_its_router(certified: MenuRouter) -> None:
+    class Cheapest(ListSink):
+        def reserve(self, bound: UsageBound) -> int:
+            return len(bound.offers) - 1
+
+    usage = tiny_model(router=certified, sink=Cheapest()).generate("some text", max_tokens=2).usage
+    assert (usage.router, usage.program) == ("static", "0 3-5")
+    assert usage.flops.router == certified.network.flops
 
 
 @pytest.mark.parametrize("options", [{"prompt": "x" * 600}, {"temperature": -1.0}])
