@@ -1,4 +1,4 @@
-"""What a tenant may know of itself: its usage and spend, and its receipts. Of any other tenant it is told nothing.
+"""A tenant's view of itself: its usage and spend, and its receipts, and nothing of any other tenant.
 
 The figures are those of `polar usage`, the receipts those of `polar receipt`. Knows no HTTP.
 """
@@ -48,9 +48,9 @@ class Accounts:
         """Usage and spend of a tenant in a period, JSON-like.
 
         Args:
-            tenant: Whose.
-            by: What to group by, as in `polar usage --by`.
-            month: `YYYY-MM`; without it and the next two, the month that it is now.
+            tenant: The tenant.
+            by: Dimensions to group by, as in `polar usage --by`.
+            month: `YYYY-MM`; default without the next two: current month.
             since: First day or moment.
             until: First day or moment after it.
             zone: Time zone of days and months.

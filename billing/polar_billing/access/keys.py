@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
 SCOPES: Final = ("infer", "usage:read", "metrics", "dashboard")
-"""What a key may open: answers and models, its tenant's usage, the server's figures, and the operations page of all."""
+"""Scopes of keys: answers and models, its tenant's usage, the server's figures, and the operations page of all."""
 _ALPHABET: Final = "abcdefghijkmnpqrstuvwxyz23456789"
 _NAME: Final = re.compile(r"[^\s]{1,200}")
 _LIMITS: Final = ("max_tokens", "requests_per_minute", "tokens_per_minute", "parallel")
@@ -36,7 +36,7 @@ _LIMITS: Final = ("max_tokens", "requests_per_minute", "tokens_per_minute", "par
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
-    """What a key is bound to, and what it may do.
+    """An API key: its tenant, bounds and limits.
 
     Attributes:
         key_id: The public part.

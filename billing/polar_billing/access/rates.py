@@ -1,4 +1,4 @@
-"""What API keys have used of their limits, over all replicas: requests and tokens a minute, and answers at a time.
+"""Use of the limits of API keys, over all replicas: requests and tokens a minute, and answers at a time.
 
 A limit per minute is a bucket that holds a minute's worth and fills evenly. It is stored as the moment at which it is
 full again, so nobody fills it: to take an amount moves that moment on. Answers at a time are counted per replica, in a
@@ -41,7 +41,7 @@ _MOVE: Final = ("requests_full_at = excluded.requests_full_at", "tokens_full_at 
 
 
 class LimitedKey(Protocol):
-    """What matters here of an API key."""
+    """An API key, as far as its limits go."""
 
     @property
     def key_id(self) -> str:
@@ -66,7 +66,7 @@ class LimitedKey(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a call is told.
+    """The answer to a call.
 
     Attributes:
         refused: The limit that is reached: `requests`, `tokens` or `parallel`; None = it is let in.
@@ -81,7 +81,7 @@ class Verdict:
 
 @dataclass
 class _Bucket:
-    """What one limit per minute has left."""
+    """The bucket of one limit per minute."""
 
     limit: int
     full_at: int

@@ -31,8 +31,8 @@ from polar_billing.access.rates import Rates
 from polar_billing.errors import BillingError
 from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import source_named
 from polar_billing.ledger.schema import reply_table
-from polar_billing.ledger.source import source_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,18 +56,18 @@ class _Claim:
     """A claim of this process."""
 
     seq: int
-    """Of its row: another claim of the same key has another one."""
+    """Number of its row: another claim of the same key has another one."""
     tenant: str
     key_hash: str
     fingerprint: str
     answer: bytes | None = None
-    """What is to be kept; None while it is computed."""
+    """The answer to keep; None while it is computed."""
     answered_at: float = 0.0
     """When the answer was there. Unit: seconds of `time.monotonic`."""
 
     @property
     def place(self) -> tuple[str, str]:
-        """What is claimed."""
+        """The key that is claimed."""
         return self.tenant, self.key_hash
 
 
@@ -102,7 +102,7 @@ class Replies:
         """Start with no claims: at first, and in a forked child, whose parent renews its own."""
         self._process = os.getpid()
         self._lock = threading.Lock()
-        """Of the two below; held for moments only."""
+        """Guards the two below; held for moments only."""
         self._claims: dict[tuple[str, str], _Claim] = {}
         self._renewing: tuple[threading.Thread, threading.Event] | None = None
         """The thread that renews, and what ends it; None = there is none."""
@@ -305,7 +305,7 @@ def _of(claim: _Claim) -> tuple[Any, Any]:
 
 
 def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts, Rates]:
-    """What a ledger keeps for a server that found this function by its entry point.
+    """Open the stores of a ledger for a server, which finds this function by its entry point.
 
     Args:
         url: As for `Ledger`.

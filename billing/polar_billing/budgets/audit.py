@@ -142,7 +142,7 @@ _HOLDS_WITH_USAGE: Final = _holds_with_usage()
 
 
 def _differences(row: Row[Any], currencies: dict[str, str]) -> Iterator[str]:
-    """What a settled hold says other than the usage of its request, in words."""
+    """The differences between a settled hold and the usage of its request, in words."""
     book = row.book or row.book_once
     if book is None:
         yield "is settled, but the ledger holds no such request."

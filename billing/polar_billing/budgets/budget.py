@@ -30,7 +30,7 @@ _MAX_NAME: Final = 200
 
 
 class Level(StrEnum):
-    """Whose requests a budget covers."""
+    """The scope of a budget."""
 
     TENANT = "tenant"
     PROJECT = "project"
@@ -39,7 +39,7 @@ class Level(StrEnum):
 
 
 class OverBudget(StrEnum):
-    """What happens to a request that the budget has no room for."""
+    """The treatment of a request that the budget has no room for."""
 
     REFUSE = "refuse"
     SHALLOWER = "shallower"
@@ -123,7 +123,7 @@ class Budget:
 
     @property
     def who(self) -> str:
-        """Whose budget it is, in words."""
+        """The owner of the budget, in words."""
         whole = f"tenant {self.tenant!r}"
         return whole if self.level is Level.TENANT else f"{self.level} {self.name!r} of {whole}"
 

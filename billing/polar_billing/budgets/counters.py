@@ -1,4 +1,4 @@
-"""What is spent and held per budget and window: the counters, and how they are computed from what is stored.
+"""The counters: spent and held per budget and window, and how they are computed from the stored usage.
 
 A counter is a projection: held is the sum of the open holds of its window, spent the sum of its usage, held for or not,
 such as usage from before the tenant had a budget. Spent is summed from usage and receipts, which are in the hash chain;
@@ -35,7 +35,7 @@ from sqlalchemy.dialects.postgresql import JSON
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
 from polar_billing.budgets.offers import Standing
 from polar_billing.ledger.books import read_books
-from polar_billing.ledger.connection import Among
+from polar_billing.ledger.connection import KeyedQuery
 from polar_billing.ledger.schema import counter_table, hold_table, receipt_table, usage_table
 from polar_billing.values.money import STORED_SCALE
 from polar_billing.values.periods import Period
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection, Row, Select
 
 FULL: Final = 2**62
-"""Where a counter stops: far above any limit, and low enough that a sum never leaves the 64 bits of its column."""
+"""The maximum of a counter: far above any limit, and low enough that a sum never leaves the 64 bits of its column."""
 _MILLION: Final = 10**6
 _NAME_COLUMNS: Final = {
     Level.PROJECT: hold_table.c.project,
@@ -120,7 +120,7 @@ def _is_stored() -> ColumnElement[bool]:
 
 
 def _settled_cost() -> ColumnElement[Any]:
-    """What the settled hold of a request says that it cost."""
+    """The cost of a request, by its settled hold."""
     cost = select(func.max(type_coerce(hold_table.c.cost, BigInteger)))
     return cost.where(*_same_request(), hold_table.c.state == "settled").correlate(usage_table).scalar_subquery()
 
@@ -203,7 +203,7 @@ _RAISE: Final = (
     )
     .values(held=counter_table.c.held + _MORE)
 )
-_OF_TENANTS: Final = Among(select(counter_table).order_by(counter_table.c.seq), counter_table.c.tenant)
+_OF_TENANTS: Final = KeyedQuery(select(counter_table).order_by(counter_table.c.seq), counter_table.c.tenant)
 _TOUCHED: Final = _TOUCHED_ANY.where(
     counter_table.c.level.in_([*Level]), counter_table.c.name.in_(bindparam("names", expanding=True))
 )
@@ -243,7 +243,7 @@ class Scope:
 
 @dataclass
 class Change:
-    """What to add to a counter's spent, and what to take from its held. Unit: 10^-decimals of its unit."""
+    """Amounts to add to a counter's spent and to take from its held. Unit: 10^-decimals of its unit."""
 
     spent: int = 0
     freed: int = 0

@@ -23,7 +23,7 @@ from polar_billing.budgets.counters import Scope
 from polar_billing.budgets.offers import Cost, Refusal, choose, needed
 from polar_billing.errors import BillingError, ConflictError, CurrencyMixError, StoreError, id_in_use
 from polar_billing.ledger import chain
-from polar_billing.ledger.connection import Among
+from polar_billing.ledger.connection import KeyedQuery
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.prices.quote import charged_bound, quote
 from polar_billing.values.canonical import canonical_json, canonical_text
@@ -49,7 +49,7 @@ _BUDGETS_OF: Final = _BUDGETS.where(budget_table.c.tenant == bindparam("tenant")
 _BUDGETS_NAMED: Final = _BUDGETS_OF.where(
     budget_table.c.level.in_([*Level]), budget_table.c.name.in_(bindparam("names", expanding=True))
 )
-_HOLDS_OF: Final = Among(
+_HOLDS_OF: Final = KeyedQuery(
     select(hold_table)
     .where(hold_table.c.tenant == bindparam("of_tenant"), hold_table.c.source == bindparam("of_source"))
     .order_by(hold_table.c.attempt),
@@ -78,7 +78,7 @@ class HoldState(StrEnum):
 
 @dataclass(frozen=True)
 class Hold:
-    """What is held for one request, or was."""
+    """A hold for one request, open or resolved."""
 
     seq: int
     source: str
@@ -87,7 +87,7 @@ class Hold:
     """From 1; a request whose hold was released or expired may be tried again."""
     scope: Scope
     fingerprint: str
-    """Of the bound that it was made for."""
+    """Fingerprint of the bound that it was made for."""
     offer: int
     """Index of the offer that it was made for."""
     cost_bound: Decimal
@@ -271,7 +271,7 @@ class Granted:
 
 @dataclass(frozen=True)
 class Ask:
-    """What one request wants to have held."""
+    """A request for a hold."""
 
     bound: UsageBound
     offers: Mapping[int, Cost]
@@ -292,7 +292,7 @@ class Ask:
 
 
 Answer = Granted | Refusal | BillingError
-"""What becomes of an `Ask`; its error is that of this request alone."""
+"""The answer to an `Ask`; its error is that of this request alone."""
 _Window = tuple[Budget, Period]
 
 

@@ -71,14 +71,14 @@ _changes: Final = Changes()
 
 
 class _Wanted(NamedTuple):
-    """What a call wants held, and if it is not the first time, the lease that it had."""
+    """A call for a hold, and if it is not the first one, the lease that it had."""
 
     ask: Ask
     lease: Lease | None
 
 
 _Call = _Wanted | Identity
-"""What to hold, or whose hold to release."""
+"""A hold to make, or the request whose hold to release."""
 
 
 class Budgets:
@@ -165,7 +165,7 @@ class Budgets:
             return in_force(connection, _name_of(tenant))
 
     def standings(self, tenant: str | AllTenants, at: datetime | None = None) -> list[Standing]:
-        """What is spent, held and left of every budget in the window of `at`; None for now."""
+        """The standing of every budget in the window of `at`: spent, held and left; None for now."""
         with self.ledger.snapshot() as connection:
             return self.standings_in(connection, tenant, at)
 

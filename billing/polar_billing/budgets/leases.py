@@ -39,7 +39,7 @@ class Lease:
     bound: UsageBound
     offer: int
     cost: Cost
-    """Of that offer."""
+    """The maximum cost of that offer."""
     renewed_at: float
     """When it was last made or renewed. Unit: seconds of `time.monotonic`."""
     end: Callable[[Exception], None] | None = None

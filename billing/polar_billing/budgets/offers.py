@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an offer can use at most. Counts of 10^-12: of the currency, and of a compute unit (FLOPs)."""
+    """The maximum that an offer can use. Counts of 10^-12: of the currency, and of a compute unit (FLOPs)."""
 
     currency: str
     money: int | None
@@ -44,7 +44,7 @@ class Standing:
 
     @property
     def left(self) -> int:
-        """What is neither spent nor held; negative if the limit was lowered, or if usage came without a hold."""
+        """The amount neither spent nor held; negative if the limit was lowered, or if usage came without a hold."""
         return self.budget.limit_count - self.spent - self.held
 
 
@@ -89,7 +89,7 @@ class Refusal:
 
 
 def needed(cost: Cost, budget: Budget) -> int | None:
-    """What a cost takes from a budget, in its counts; None if that is not known.
+    """The amount that a cost takes from a budget, in its counts; None if that is not known.
 
     Raises:
         CurrencyMixError: Budget and price book are in different currencies.

@@ -17,7 +17,7 @@ from sqlalchemy import bindparam, select, update
 from polar_billing.budgets.budget import COMPUTE_UNIT, to_count
 from polar_billing.budgets.counters import Change, Scope, change, touched
 from polar_billing.budgets.holds import Hold, HoldState, latest_holds, resolve
-from polar_billing.ledger.connection import Among, lock_counts
+from polar_billing.ledger.connection import KeyedQuery, lock_counts
 from polar_billing.ledger.records import INTERRUPTED_TAG
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.values.money import STORED_SCALE, to_scaled
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _NOTHING: Final = Decimal(0)
 _WITH_BUDGETS: Final = select(budget_table.c.tenant).distinct()
-_AMONG_WITH_BUDGETS: Final = Among(_WITH_BUDGETS, budget_table.c.tenant)
+_WITH_BUDGETS_OF: Final = KeyedQuery(_WITH_BUDGETS, budget_table.c.tenant)
 
 Amounts = tuple[Scope, Decimal, int]
 """A scope, and the money and FLOPs that count in it."""
@@ -84,7 +84,7 @@ def _release_interrupted(connection: Connection, entries: Iterable[Entry]) -> li
 
 def with_budgets(connection: Connection, tenants: Collection[str] | None = None) -> set[str]:
     """The tenants, out of these or of all, that ever had a budget."""
-    rows = connection.execute(_WITH_BUDGETS) if tenants is None else _AMONG_WITH_BUDGETS.run(connection, tenants)
+    rows = connection.execute(_WITH_BUDGETS) if tenants is None else _WITH_BUDGETS_OF.run(connection, tenants)
     return set(rows.scalars())
 
 
@@ -98,7 +98,7 @@ def free(
 
 
 def _used(entry: Entry, hold: Hold | None) -> Amounts:
-    """What a record counts, by its own tags and time, and at the cost on its receipt."""
+    """A record's share of the counters, by its own tags and time, and at the cost on its receipt."""
     record = entry.record
     scope = Scope.of(record.tenant, record.tags, record.started_at, entry.book.currency)
     cost = entry.cost

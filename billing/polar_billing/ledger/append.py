@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, insert, literal, select, text, union_all
 
 from polar_billing.errors import ConflictError
 from polar_billing.ledger import chain
-from polar_billing.ledger.connection import Among, insert_rows
+from polar_billing.ledger.connection import KeyedQuery, insert_rows
 from polar_billing.ledger.records import (
     INTERRUPTED_TAG,
     REUSED_TAG,
@@ -103,7 +103,9 @@ def _groups_of(identities: Iterable[Identity]) -> dict[tuple[str, str], list[str
     return groups
 
 
-def _rows(connection: Connection, query: Among, groups: Mapping[tuple[str, str], Sequence[str]]) -> Iterator[Row[Any]]:
+def _rows(
+    connection: Connection, query: KeyedQuery, groups: Mapping[tuple[str, str], Sequence[str]]
+) -> Iterator[Row[Any]]:
     for (tenant, source), ids in groups.items():
         yield from query.run(connection, ids, of_tenant=tenant, of_source=source)
 
@@ -112,9 +114,9 @@ def _pruned(row: Row[Any]) -> PrunedUsage:
     return PrunedUsage(row.seq, row.source, row.stored_at, row.price_book_hash, row.cost, row.unrated)
 
 
-def _by_request(table: Table, query: Select[Any]) -> Among:
+def _by_request(table: Table, query: Select[Any]) -> KeyedQuery:
     of_group = (table.c.tenant == bindparam("of_tenant"), table.c.source == bindparam("of_source"))
-    return Among(query.where(*of_group), table.c.request_id)
+    return KeyedQuery(query.where(*of_group), table.c.request_id)
 
 
 def joined() -> Select[Any]:
@@ -132,7 +134,7 @@ _ANY_PRUNED: Final = select(pruned_table.c.seq).limit(1)
 _LAST_ON_SQLITE: Final = text("SELECT seq FROM sqlite_sequence WHERE name = 'polar_usage'")
 _NEXT_ON_POSTGRES: Final = text("SELECT array_agg(nextval('polar_usage_seq_seq')) FROM generate_series(1, :count)")
 
-_STORED_BOOKS: Final = Among(select(price_book_table.c.hash), price_book_table.c.hash)
+_STORED_BOOKS: Final = KeyedQuery(select(price_book_table.c.hash), price_book_table.c.hash)
 _STORED: Final = union_all(
     *(
         select(literal(1)).where(

@@ -1,4 +1,4 @@
-"""The hash chain of a tenant: what it covers, how a row becomes a link, and how a link is appended.
+"""The hash chain of a tenant: its rows, their digests, and how a link is appended.
 
 For every chained row there is one link: number n of its tenant, the digest of the row (with the rows of other
 tables that belong to it), the hash of link n−1, and its own hash over all of that. So no stored value can change,
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sqlalchemy import literal_column, select
 
-from polar_billing.ledger.connection import Among, insert_rows, upsert_rows
+from polar_billing.ledger.connection import KeyedQuery, insert_rows, upsert_rows
 from polar_billing.ledger.schema import CHAINED, head_table, link_table, metadata, subject_of
 from polar_billing.values.canonical import canonical_json
 
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 
 FIRST_PREVIOUS: Final = bytes(32)
-"""What the first link of a chain names as the previous hash."""
+"""The previous hash of a chain's first link."""
 
 _VERSION: Final = 1
-"""Of the rules of hashing, and the first number in all that is hashed."""
+"""Version of the rules of hashing: the first number in all that is hashed."""
 _PLAIN: Final = frozenset({int, str, type(None)})
 """Types that JSON tells apart by itself; integers of 64 bits."""
-_HEADS: Final = Among(select(head_table).order_by(head_table.c.tenant).with_for_update(), head_table.c.tenant)
+_HEADS: Final = KeyedQuery(select(head_table).order_by(head_table.c.tenant).with_for_update(), head_table.c.tenant)
 _MOVE_HEAD: Final = ("number = excluded.number", "hash = excluded.hash")
 _KEYS_BATCH: Final = 500
 """SQLite takes at least 999 parameters in one statement."""
@@ -86,7 +86,7 @@ def digest_of(subject: str, rows: Rows) -> bytes:
     """The digest of a row and its parts, whatever types the database returned.
 
     Args:
-        subject: What links call the table.
+        subject: The table's name in links.
         rows: The row, then its parts.
     """
     rows = list(rows)
@@ -156,8 +156,8 @@ def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str
 
     Args:
         connection: A write transaction in which the rows were inserted.
-        new: What to append.
-        heads: What `lock_heads` returned in this transaction for all their tenants; updated here. None to lock
+        new: The rows to append.
+        heads: The result of `lock_heads` in this transaction for all their tenants; updated here. None to lock
             them now.
     """
     heads = lock_heads(connection, {link.tenant for link in new}) if heads is None else heads

@@ -276,7 +276,7 @@ def lock_counts(connection: Connection, tenants: Iterable[str]) -> None:
         connection.execute(_LOCK_EACH, {"keys": keys})
 
 
-class Among:
+class KeyedQuery:
     """A query for the rows where a column of texts is one of those given, built once and run often.
 
     All texts travel as one parameter: thousands of parameters cost more than the query, and SQLite limits their

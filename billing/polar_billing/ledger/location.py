@@ -1,4 +1,4 @@
-"""Where the ledger is, and what is wrong when its database fails.
+"""The ledger's location, and the errors of its database.
 
 The ledger is named by the argument, else by `POLAR_LEDGER`, else it is a SQLite file in the user's data folder; what
 the user writes (a URL or a plain path) becomes a URL that this package supports. A failure of the database becomes the

@@ -1,4 +1,4 @@
-"""What goes into the ledger and what comes out of it: entries, stored usage, what retention leaves, selections.
+"""The records of the ledger: entries, stored and pruned usage, selections.
 
 Also the way of a usage record to one row of `polar_usage` and back, written out field by field rather than derived, so
 that a new field of the record cannot slip past the schema unnoticed; the round trip is tested over generated records.
@@ -8,6 +8,7 @@ Rows are trusted when read: they were validated when written and cannot change. 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from polar_billing.values.canonical import canonical_text, record_json, to_microseconds
 from polar_billing.values.money import to_units
 from polar_billing.values.periods import ALL_TIME, Period
-from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
+from polar_sdk.errors import InvalidRequestError
+from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage, flaw_of_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 Identity = tuple[str, str, str]
-"""Tenant, source, request id: the key a request is stored once under."""
+"""Tenant, source, request id: a request's unique key."""
 
 
 REUSED_TAG: Final = "polar.reused_id"
@@ -37,6 +39,33 @@ REUSED_TAG: Final = "polar.reused_id"
 
 INTERRUPTED_TAG: Final = "polar.interrupted"
 """Tag of a usage record of a request that was running when its process was killed: that request's id."""
+
+
+SOURCE_VARIABLE: Final = "POLAR_SOURCE"
+DEFAULT_SOURCE: Final = "polar"
+_MAX_SOURCE: Final = 200
+"""Unit: characters."""
+
+
+def source_named(name: str | None = None) -> str:
+    """A source, the name of the service that meters; None for the one that `POLAR_SOURCE` names, or else `polar`.
+
+    Request ids, and the keys of repeated requests, are unique per tenant and source. So the replicas of one service
+    have one name, and none of them stores, charges or answers again what another one did; services that make ids of
+    their own accord in one ledger have different names.
+
+    Raises:
+        InvalidRequestError: It is not a valid name.
+    """
+    found = name if name is not None else os.environ.get(SOURCE_VARIABLE) or DEFAULT_SOURCE
+    flaw = flaw_of_name(found)
+    if not 1 <= len(found) <= _MAX_SOURCE:
+        flaw = f"has {len(found)} characters; use 1 to {_MAX_SOURCE}"
+    if flaw is not None:
+        raise InvalidRequestError(
+            f"source {found[:40]!r} {flaw}.", hint=f"Set {SOURCE_VARIABLE} to the service's name."
+        )
+    return found
 
 
 class AllTenants:
@@ -74,13 +103,13 @@ class StoredUsage(NamedTuple):
     price_book_hash: str
     """The book that the receipt was made by."""
     cost: Decimal | None
-    """What the receipt said, 12 decimals; None where unrated. Unit: currency units of the book."""
+    """The cost on the receipt, 12 decimals; None where unrated. Unit: currency units of the book."""
     unrated: str | None
 
 
 @dataclass(frozen=True)
 class PrunedUsage:
-    """What retention leaves of a request: its number, its content hash and its receipt."""
+    """A request whose facts retention deleted: its number, its content hash and its receipt."""
 
     seq: int
     source: str
@@ -108,7 +137,7 @@ class Entry:
 
     @cached_property
     def identity(self) -> Identity:
-        """The key it is stored once under."""
+        """The unique key."""
         return (self.record.tenant, self.source, self.record.request_id)
 
     @cached_property

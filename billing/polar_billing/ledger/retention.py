@@ -33,7 +33,7 @@ _KEPT_OF_RECEIPT: Final = ("price_book_hash", "cost", "unrated")
 
 @dataclass(frozen=True)
 class Pruning:
-    """What one pruning deleted."""
+    """One pruning, and how much it deleted."""
 
     tenant: str
     before: datetime

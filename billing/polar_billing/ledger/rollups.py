@@ -1,6 +1,6 @@
 """Sums of usage by hour: kept up to date as usage is stored, recomputed from usage, and read for queries.
 
-One way of adding up serves the writer, `verify`, retention and migrations: everything is added in Python integers and
+One way of adding up serves the writer, `verify` and retention: everything is added in Python integers and
 kept as whole millions and a rest, so nothing overflows and nothing is rounded. A query reads the sums by hour where it
 can; hours that a period cuts, and hours in which the day changes in the given time zone, are added up from usage. The
 two agree, because both are integers of the same facts; `verify` checks one against the other. Knows no prices and no
@@ -52,7 +52,7 @@ _pick_receipt: Final = itemgetter(*(receipt_table.c.keys().index(name) for name 
 
 
 class RawUsage(NamedTuple):
-    """What sums are made of, of one request, as the database holds it: `_USAGE_COLUMNS` and `_RECEIPT_COLUMNS`."""
+    """One request's share of the sums, as the database holds it: `_USAGE_COLUMNS` and `_RECEIPT_COLUMNS`."""
 
     tenant: str
     source: str
@@ -164,7 +164,7 @@ def _joined(split: list[int]) -> Iterator[int]:
 
 
 def raw_usage(connection: Connection, *conditions: ColumnElement[bool]) -> Iterator[RawUsage]:
-    """Read what sums are made of, of usage with its receipt."""
+    """Read the shares that usage and its receipts have in the sums."""
     names = [f"polar_usage.{name}" for name in _USAGE_COLUMNS] + [f"polar_receipt.{name}" for name in _RECEIPT_COLUMNS]
     columns: list[ColumnElement[Any]] = [literal_column(name) for name in names]
     query = (
@@ -178,7 +178,7 @@ def raw_usage(connection: Connection, *conditions: ColumnElement[bool]) -> Itera
 
 
 SUM_DIMENSIONS: Final = frozenset({"tenant", "tier", "model", "source", "outcome", "day", "month"})
-"""What sums by hour can be grouped by."""
+"""Dimensions by which sums by hour can be grouped."""
 
 _KEYS_WITHOUT_HOUR: Final = tuple(name for name in ROLLUP_KEYS if name != "hour")
 

@@ -47,7 +47,7 @@ class EnergyCounter:
     """The largest value; None where it does not start again."""
 
     def used(self, before: int, now: int) -> int:
-        """What was used between two readings, of which the counter started again at most once."""
+        """The use between two readings, of which the counter started again at most once."""
         if now >= before or self.range_uj is None:
             return max(now - before, 0)
         return now + self.range_uj - before
@@ -55,7 +55,7 @@ class EnergyCounter:
 
 @dataclass(frozen=True)
 class Interval:
-    """What was measured between two moments."""
+    """The energy measured between two moments."""
 
     since: datetime
     until: datetime

@@ -1,4 +1,4 @@
-"""What requests that still run have used so far, in a file of the spool that outlives their process.
+"""Interim usage of running requests, in a file of the spool that outlives their process.
 
 The engine marks a long answer as it goes on. Each mark is a line of the file, one append, as a record would be if the
 answer ended there; it supersedes the request's earlier ones. When the request ends, its record counts and its marks do

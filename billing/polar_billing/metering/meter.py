@@ -38,8 +38,7 @@ from polar_billing.budgets.settlement import settle
 from polar_billing.errors import StoreError, id_in_use
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
-from polar_billing.ledger.records import Entry
-from polar_billing.ledger.source import source_named
+from polar_billing.ledger.records import Entry, source_named
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.in_force import Prices
@@ -155,7 +154,7 @@ class Meter(UsageSink):
             raise error
 
     def reserve(self, bound: UsageBound) -> int:
-        """Hold what a request may use at most, in every budget that covers it; see `Budgets.reserve`.
+        """Hold the maximum that a request may use, in every budget that covers it; see `Budgets.reserve`.
 
         An id that the caller chose is looked up first, among the requests of this meter and in the ledger.
 
@@ -341,7 +340,7 @@ class Meter(UsageSink):
 
     @property
     def spool(self) -> SpoolStatus | None:
-        """What waits in the spool of this ledger; None if it has none."""
+        """The state of this ledger's spool; None if it has none."""
         return self._writer.status()
 
     def _older_book(self, content_hash: str) -> PriceBook:
@@ -418,7 +417,7 @@ def _entry(record: UsageRecord, source: str, book: PriceBook, cost: Decimal | No
 
 
 def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str, Any]:
-    """What a request cost, JSON-like; the lines sum to the cost to the last of its 12 decimals."""
+    """The receipt of a request, JSON-like; the lines sum to the cost to the last of its 12 decimals."""
     rounded = rating.rounded
     lines = [
         _line(line.item.name, line.quantity, line.item.unit, line.unit_price, amount)
@@ -480,7 +479,7 @@ def open_meter(url: str | None = None) -> UsageSink:
 
     Raises:
         LedgerUrlError: The URL names no supported store.
-        InvalidRequestError: `POLAR_MARKS` is neither `on` nor `off`, or `POLAR_SOURCE` is no name.
+        InvalidRequestError: `POLAR_MARKS` is neither `on` nor `off`, or `POLAR_SOURCE` is not a valid name.
     """
     location, marks, source = resolve(url).render_as_string(hide_password=False), _marks_setting(), source_named()
     key = (location, os.environ.get(PRICE_BOOK_VARIABLE), marks, source)

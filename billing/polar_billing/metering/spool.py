@@ -58,7 +58,7 @@ _MARKS: Final = ".marks"
 
 
 def spool_folder(url: URL) -> Path | None:
-    """Where records of a ledger wait; None for a ledger in memory, which ends with its process anyway."""
+    """The folder of a ledger's spool; None for a ledger in memory, which ends with its process anyway."""
     named = os.environ.get(SPOOL_VARIABLE)
     file = sqlite_file(url)
     if fcntl is None or (file is None and url.get_backend_name() == "sqlite"):
@@ -71,7 +71,7 @@ def spool_folder(url: URL) -> Path | None:
 
 @dataclass(frozen=True)
 class SpoolStatus:
-    """What waits in a spool."""
+    """The state of a spool."""
 
     folder: Path
     waiting: int = 0
@@ -277,7 +277,7 @@ def recover_abandoned(ledger: Ledger) -> None:
 
 
 def warning_of(ledger: Ledger) -> str | None:
-    """What a reader of this ledger should know about its spool; None if nothing waits."""
+    """A warning for readers of this ledger about its spool; None if nothing waits."""
     folder = spool_folder(ledger.url)
     if folder is None or not folder.is_dir():
         return None

@@ -46,7 +46,7 @@ class Segment:
         self.records = 0
         self._books: set[str] = set()
         self.size = 0
-        """Of what it holds. Unit: bytes."""
+        """Size of its content. Unit: bytes."""
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def append(self, entries: Iterable[Entry]) -> None:
@@ -163,7 +163,7 @@ class Unfinished:
 
 
 def _values(line: bytes) -> dict[str, Any]:
-    """What a line says.
+    """The content of a line.
 
     Raises:
         Unreadable: Its checksum is wrong, or it is neither a record nor a price book.

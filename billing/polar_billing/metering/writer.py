@@ -44,7 +44,7 @@ class Ticket:
     entry: Entry
     lock: threading.Lock
     turn: threading.Condition
-    """Of the writer, notified after each commit."""
+    """The writer's condition, notified after each commit."""
     told: bool = True
     """Whether its caller is told if another record has taken its request id; else it is stored under a new one."""
     spooled: bool = False
@@ -291,7 +291,7 @@ class Writer:
         self.failure, self.failed_at = error, time.monotonic()
 
     def status(self) -> SpoolStatus | None:
-        """What waits in the spool; None without one."""
+        """The state of the spool; None without one."""
         self._restart_after_fork()
         return None if self._spool is None else self._spool.status()
 

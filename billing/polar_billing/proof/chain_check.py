@@ -148,7 +148,7 @@ def _keys_with_tenant(chained: Chained, key: Any) -> Select[Any]:
 
 
 def _place(connection: Connection, tenant: str, chained: Chained, key: object) -> int | None:
-    """Where a row without a number belongs: before the number of the next row of its table."""
+    """The place of a row without a number: before the number of the next row of its table."""
     if not isinstance(key, int):
         return None
     link = link_table.c

@@ -1,4 +1,4 @@
-"""Cells that are not of the type that their column declares, found before anything else of a ledger is believed.
+"""Find cells that are not of the type that their column declares, before anything else of a ledger is believed.
 
 SQLite keeps a value of any type in any column, and both databases keep moments that no calendar has. `well_typed`
 checks every cell against the schema's metadata, in SQL, so that no value of another type reaches Python. While it is
@@ -56,7 +56,7 @@ class WrongCell:
 
     table: str
     tenant: str
-    """Of its row; empty where the table knows none, or the row does not say."""
+    """The tenant of its row; empty where the table knows none, or the row does not say."""
     what: str
     """Names column, row and table."""
 

@@ -17,7 +17,7 @@ from polar_billing.errors import QueryError
 from polar_billing.ledger.append import find_known
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.chain import Head, Link, digest_of, hash_of, raw_rows
-from polar_billing.ledger.records import StoredUsage
+from polar_billing.ledger.records import StoredUsage, source_named
 from polar_billing.ledger.schema import (
     CHAINED,
     head_table,
@@ -27,7 +27,6 @@ from polar_billing.ledger.schema import (
     receipt_table,
     usage_table,
 )
-from polar_billing.ledger.source import source_named
 from polar_billing.proof.chain_check import ChainCheck
 from polar_billing.proof.column_types import well_typed
 from polar_billing.proof.verify import MALFORMED
@@ -44,19 +43,19 @@ FORMAT: Final = "polar-receipt-1"
 _SUBJECT: Final = "usage"
 _IDENTITY: Final = ("tenant", "source", "request_id")
 _TABLES: Final = (usage_table, receipt_table, pruned_table, price_book_table, link_table, head_table)
-"""What a receipt is checked against."""
+"""The tables that a receipt is checked against."""
 _LOST_WITH_FACTS: Final = "compute_units"
-"""What a receipt says and a pruned ledger no longer knows."""
+"""The field of a receipt that a pruned ledger no longer knows."""
 _MAX_SHOWN: Final = 100
 """Unit: characters."""
 
 
 @dataclass(frozen=True)
 class ReceiptCheck:
-    """What came of checking a receipt."""
+    """The result of checking a receipt."""
 
     wrong: str | None
-    """What does not agree with the ledger; None if nothing was found."""
+    """The first disagreement with the ledger; None if nothing was found."""
     unchecked: tuple[str, ...] = ()
     """Fields that the ledger can no longer check, because retention deleted the facts."""
 
@@ -205,7 +204,7 @@ def _shown(value: object) -> str:
 
 
 def _wrong_from(connection: Connection, tenant: str, number: int) -> str | None:
-    """What is wrong with the request's row, or with the chain from its link to the head."""
+    """The first fault of the request's row, or of the chain from its link to the head."""
     link = _link_at(connection, tenant, number)
     if hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
         return f"number {number} of the chain was changed."

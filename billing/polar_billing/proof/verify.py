@@ -52,7 +52,7 @@ _ROWS_BATCH: Final = 1_000
 _MILLION: Final = 10**6
 """Sums of a column are taken of its millions and of the rest, of which neither leaves 64 bits."""
 MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, PolarError, DataError)
-"""What is raised by stored values of the declared type that were changed into something they cannot mean."""
+"""Errors raised by stored values of the declared type that were changed into something they cannot mean."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Finding:
 
 @dataclass
 class Verification:
-    """What a walk over a ledger found."""
+    """The result of verifying a ledger."""
 
     links: int = 0
     """Links walked."""

@@ -177,7 +177,7 @@ class RoundedLines:
 
     amounts: tuple[Decimal, ...]
     residue: Decimal
-    """What the rounded lines miss of the total; its own line on the statement."""
+    """The difference of the rounded lines to the total; its own line on the statement."""
     total: Decimal
     """The exact sum of the lines, rounded once."""
 

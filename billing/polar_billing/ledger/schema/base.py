@@ -1,4 +1,4 @@
-"""What every table of the ledger shares: the metadata, exact column types, and the triggers that forbid changes.
+"""The shared parts of the ledger's tables: the metadata, exact column types, and the triggers that forbid changes.
 
 `Numeric` on SQLite goes through a binary float and returns other digits than were stored, so every column is an integer
 or a text underneath, on every database alike: amounts are scaled integers, moments are microseconds. Knows no table
@@ -114,11 +114,13 @@ def _parsed(text: str) -> Any:
 
 def _meaningless(text: str, wanted: str) -> StoreDamagedError:
     """The error of a text that this package cannot have written."""
-    return StoreDamagedError(f"the ledger holds {shown(text)}, which is no {wanted}.", hint="Run `polar verify`.")
+    return StoreDamagedError(
+        f"the ledger holds {shown(text)}, which is not a valid {wanted}.", hint="Run `polar verify`."
+    )
 
 
 SCHEMA_VERSION: Final = 9
-"""Of these tables; rises with every migration."""
+"""The version of these tables; it rises with every migration."""
 
 FIRST_VERSION: Final = 9
 """The version that migrations begin with. Those before it were drafts, whose ledgers are refused."""
@@ -218,7 +220,7 @@ class Chained:
 
     @property
     def subject(self) -> str:
-        """What links call the table: its name without the prefix."""
+        """The table's name in links: without the prefix."""
         return subject_of(self.table)
 
     @property
@@ -238,13 +240,13 @@ class Chained:
         return number if abs(number) < 2**63 else None  # as many bits as a column has
 
     def tenant_of(self, row: Sequence[Any]) -> str:
-        """Whose chain a row of the table belongs to; empty where the table knows no tenants."""
+        """The tenant in whose chain a row is a link; empty where the table knows no tenants."""
         columns = self.table.c.keys()
         return str(row[columns.index("tenant")]) if "tenant" in columns else NO_TENANT
 
 
 def subject_of(table: Table) -> str:
-    """What links call a table: its name without the prefix."""
+    """A table's name in links: without the prefix."""
     return str(table.name).removeprefix("polar_")
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 
 class Proof(StrEnum):
-    """What finds a value that was changed."""
+    """The way in which a changed value is found."""
 
     CHAINED = "chained"
     """The digest of its row is in the hash chain, or it is of the chain itself."""

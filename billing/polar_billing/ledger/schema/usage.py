@@ -139,7 +139,7 @@ receipt_table: Final = Table(
 probe_table: Final = Table("polar_probe", metadata, Column("payload", Text, nullable=False))
 
 ROLLUP_KEYS: Final = ("tenant", "hour", "tier", "model", "source", "outcome", "price_book_hash", "unrated")
-"""What a row of the rollup stands for; a tier or a reason that is absent is the empty text."""
+"""Key of a sum; an absent tier or reason is the empty text."""
 
 ROLLUP_QUANTITIES: Final = (
     "tokens_input",
