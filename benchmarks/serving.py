@@ -54,8 +54,6 @@ PEER_NAMES: Final = {
     "llamacpp": "llama.cpp's server",
 }
 CHAOS_S: Final = 60
-FUZZED: Final = 500
-"""Calls of each kind."""
 NONE: Final[dict[str, Any]] = {"goal": 0, "better": "lower"}
 
 CLIENTS: Final = ("openai_python", "langchain", "llama_index", "command_llm", "curl")
@@ -99,10 +97,10 @@ def tests_pass(recorder: Recorder) -> None:
     """Tests of clients, of fuzzed calls and, where it is installed, of replicas on Ray."""
     passed = sum(tested("tests/integrations/server/test_clients.py", "-k", client)[0] == 0 for client in CLIENTS)
     recorder.add("clients that pass their tests, unmodified", passed, "clients", goal=len(CLIENTS))
-    code, said = tested("tests/integrations/server/test_server_fuzz.py", POLAR_FUZZ=str(FUZZED))
+    code, said = tested("tests/integrations/server/test_server_fuzz.py", "-m", "long")
     failed = re.search(r"(\d+) failed", said)
     recorder.add("kinds of fuzzed calls with a 5xx", int(failed[1]) if failed else code != 0, "kinds", **NONE)
-    if importlib.util.find_spec("ray") is not None and tested("tests/integrations/server/test_ray.py")[0]:
+    if importlib.util.find_spec("ray") is not None and tested("tests/integrations/server/test_ray.py", "-m", "long")[0]:
         raise RuntimeError("replicas on Ray do not pass their tests")
 
 
