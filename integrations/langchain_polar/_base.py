@@ -242,6 +242,20 @@ class PolarBase(ModelSettings):
         )
         return retried
 
+    if not TYPE_CHECKING:  # callers see LangChain's own signatures, which tell a model nothing of a config's thread
+
+        def invoke(self, input, config=None, **options):
+            return super().invoke(input, with_thread(config), **options)
+
+        async def ainvoke(self, input, config=None, **options):
+            return await super().ainvoke(input, with_thread(config), **options)
+
+        def stream(self, input, config=None, **options):
+            return super().stream(input, with_thread(config), **options)
+
+        def astream(self, input, config=None, **options):
+            return super().astream(input, with_thread(config), **options)
+
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a plain text, by the model's own tokenizer."""
         own = getattr(self, "custom_get_token_ids", None)

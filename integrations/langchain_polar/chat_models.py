@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from langchain_core.callbacks.manager import BaseRunManager
     from langchain_core.language_models import ModelProfile
     from langchain_core.language_models.base import LanguageModelInput
-    from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+    from langchain_core.messages import AIMessage, BaseMessage
     from langchain_core.outputs import ChatGenerationChunk, ChatResult
     from langchain_core.runnables import Runnable, RunnableConfig
     from langchain_core.tools import BaseTool
@@ -162,50 +162,17 @@ class ChatPolar(PolarBase, BaseChatModel):
             configs[0]["max_concurrency"] = min(len(inputs), _MAX_THREADS)
         return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
-    # --- The public entry points of LangChain: it tells `_generate` about the run, but not `_stream`, and of a config's
-    # --- thread neither.
+    # --- LangChain tells `_generate` about the run, but not `_stream`.
 
-    def invoke(  # noqa: D102  (documented by LangChain)
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AIMessage:
-        return super().invoke(input, with_thread(config), stop=stop, **kwargs)
+    if not TYPE_CHECKING:  # callers see LangChain's own signatures
 
-    async def ainvoke(  # noqa: D102
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AIMessage:
-        return await super().ainvoke(input, with_thread(config), stop=stop, **kwargs)
+        def stream(self, input, config=None, **options):  # noqa: D102
+            config = _with_run_id(config)
+            return super().stream(input, config, **self._with_caller(config, options))
 
-    def stream(  # noqa: D102
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[AIMessageChunk]:
-        config = _with_run_id(config)
-        return super().stream(input, config, stop=stop, **self._with_caller(config, kwargs))
-
-    def astream(  # noqa: D102
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[AIMessageChunk]:
-        config = _with_run_id(config)
-        return super().astream(input, config, stop=stop, **self._with_caller(config, kwargs))
+        def astream(self, input, config=None, **options):  # noqa: D102
+            config = _with_run_id(config)
+            return super().astream(input, config, **self._with_caller(config, options))
 
     def _with_caller(self, config: RunnableConfig, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a stream, including what its config says about the caller."""

@@ -59,48 +59,8 @@ class PolarLLM(PolarBase, BaseLLM):
     def _engine_options(self, stop: Sequence[str] | None) -> dict[str, Any]:
         return {**super()._engine_options(stop), "template": self.template}
 
-    # --- LangChain's public entry points, for what it omits: it tells a model nothing of a config's thread, and of the
-    # --- run ids of a batch; its cache key ignores the options of a call, and a hit in its cache reaches no callback.
-
-    def invoke(  # noqa: D102  (documented by LangChain)
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> str:
-        return super().invoke(input, with_thread(config), stop=stop, **kwargs)
-
-    async def ainvoke(  # noqa: D102
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> str:
-        return await super().ainvoke(input, with_thread(config), stop=stop, **kwargs)
-
-    def stream(  # noqa: D102
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[str]:
-        return super().stream(input, with_thread(config), stop=stop, **kwargs)
-
-    def astream(  # noqa: D102
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[str]:
-        return super().astream(input, with_thread(config), stop=stop, **kwargs)
+    # --- LangChain's public entry points, for what it omits: it tells a model nothing of the run ids of a batch; its
+    # --- cache key ignores the options of a call, and a hit in its cache reaches no callback.
 
     def batch(  # noqa: D102
         self,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -284,19 +282,6 @@ class TestRealModel(CompletionSuite):
 
 
 # --- Objects. ---
-
-
-def test_init_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLAR_MODEL", "some/model")
-    assert (PolarLLM().model, PolarLLM(model="other").model) == ("some/model", "other")
-
-
-def test_constructing_loads_nothing() -> None:
-    code = (
-        "import sys; from langchain_polar import PolarLLM; [PolarLLM(max_tokens=n) for n in range(1, 50)]; "
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture

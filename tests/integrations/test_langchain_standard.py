@@ -45,16 +45,14 @@ class TestUnit(_Suite, ChatModelUnitTests):
         return {"POLAR_MODEL": "some/model"}, {}, {"model": "some/model"}
 
 
-def _reply(prompt: Any) -> str:
+def reply(prompt: Any) -> str:
     """Answers of a capable model to the questions of the suite."""
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    for words, answer in _ANSWERS.items():
-        if words in question:
-            return answer
-    return "A short answer."
+    question = str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    return next((answer for words, answer in _ANSWERS.items() if words in question), "A short answer.")
 
 
 _ANSWERS = {
+    "'punchline' keys": '{"setup": "Why do cats sit still?", "punchline": "They wait for the next token."}',
     "magic_function(3)": call_text("magic_function", {"input": 3}),
     "weather in San Francisco": call_text("get_weather", {"location": "San Francisco"}),
     "Pirate greeting": call_text("greeting_generator", {"answer_style": "Pirate"}),
@@ -84,11 +82,11 @@ class TestTiny(_Tools, ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": scripted_model(_reply, context_window=4096), "max_tokens": 120}
+        return {"engine": scripted_model(reply, context_window=4096), "max_tokens": 120}
 
     @property
     def model_override_value(self) -> str:
-        return scripted_model(_reply).name
+        return scripted_model(reply).name
 
 
 class TestTinyFunctionCalling(TestTiny):

@@ -262,16 +262,6 @@ def test_constructing_and_describing_load_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_environment_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLAR_MODEL", "some/model")
-    assert PolarLLM().model == "some/model"
-
-
-def test_an_engine_at_hand_wins_over_the_environment(engine: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLAR_MODEL", "some/model")
-    assert PolarLLM(engine=engine).metadata.model_name == engine.name
-
-
 def test_what_it_writes_of_itself_makes_it_again() -> None:
     written = PolarLLM(model="some/model", compute="economy", stop="x", timeout=5).to_dict()
     assert PolarLLM(**written).to_dict() == PolarLLM.from_dict(dict(written)).to_dict() == written
@@ -284,13 +274,6 @@ def test_a_misspelt_setting_or_option_names_the_nearest(llm: PolarLLM) -> None:
         llm.complete("Hello", max_token=3)
     with pytest.raises(polar.InvalidRequestError, match="tools="):
         llm.complete("Hello", tools=[{"type": "function", "function": {"name": "f"}}])
-
-
-def test_an_engine_brings_its_own_settings(engine: PolarModel) -> None:
-    with pytest.raises(ValueError, match="sink"):
-        PolarLLM(engine=engine, sink=ListSink())
-    with pytest.raises(ValueError, match="PolarModel"):
-        PolarLLM(engine="tiny")
 
 
 def test_messages_become_roles_and_texts() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.rate_limiters import BaseRateLimiter, InMemoryRateLimiter
+from langchain_core.rate_limiters import BaseRateLimiter
 from llama_index.core.llms import ChatMessage
 from llama_index.core.rate_limiter import BaseRateLimiter as LlamaIndexRateLimiter
 
@@ -46,12 +46,6 @@ async def test_langchains_is_asked_before_every_call(engine: PolarModel, sink: L
     chat.batch(["a", "b"])
     await chat.abatch(["a", "b"])
     assert len(limiter.asked) == len(sink.records) == 8
-
-
-def test_langchains_own_limiter_lets_calls_through(engine: PolarModel, sink: ListSink) -> None:
-    limiter = InMemoryRateLimiter(requests_per_second=1e6, check_every_n_seconds=0.001, max_bucket_size=1)
-    ChatPolar(engine=engine, max_tokens=1, rate_limiter=limiter).batch(["a", "b", "c"])
-    assert len(sink.records) == 3
 
 
 def test_an_answer_from_the_cache_asks_no_limiter(engine: PolarModel, sink: ListSink) -> None:

@@ -13,10 +13,10 @@ from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from polar_sdk import NullSink, PolarModel
-from polar_sdk.frameworks.tools import call_text
 from polar_sdk.testing import scripted_model
 from polar_server import Settings
 from tests.integrations.server.conftest import WAIT_S, Served
+from tests.integrations.test_langchain_standard import reply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,20 +26,6 @@ if TYPE_CHECKING:
 
 # The suite's own clients warn of what they do: pydantic's old classes, parsed answers that are written out.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-_ANSWERS = {
-    "'punchline' keys": '{"setup": "Why do cats sit still?", "punchline": "They wait for the next token."}',
-    "magic_function(3)": call_text("magic_function", {"input": 3}),
-    "weather in San Francisco": call_text("get_weather", {"location": "San Francisco"}),
-    "Pirate greeting": call_text("greeting_generator", {"answer_style": "Pirate"}),
-    "你好啊集团": call_text("unicode_customer", {"customer_name": "你好啊集团", "description": "a company"}),
-    "こんにちは": call_text("unicode_customer", {"customer_name": "こんにちは株式会社", "description": "a company"}),
-}
-
-
-def _reply(prompt: Any) -> str:
-    """Answers of a capable model to the questions of the suite."""
-    question = str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-    return next((answer for words, answer in _ANSWERS.items() if words in question), "A short answer.")
 
 
 class _Suite(ChatModelIntegrationTests):
@@ -91,7 +77,7 @@ class TestTiny(_Suite):
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
     def server(cls) -> Iterator[None]:
-        for url in _serve(scripted_model(_reply, context_window=4096)):
+        for url in _serve(scripted_model(reply, context_window=4096)):
             cls.url = url
             yield
 
