@@ -119,7 +119,7 @@ class Call:
     """Engine options that determine the answer."""
     caller: Caller
     tracing: bool = False
-    """Whether OpenTelemetry's current span is told of the answers."""
+    """Whether OpenTelemetry's current span gets the answers' figures."""
 
     def answer(self, prompt: Prompt) -> Generation:
         """Answer one prompt."""

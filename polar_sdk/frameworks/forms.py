@@ -30,7 +30,7 @@ class AnswerForm:
 
     use: ToolUse | None = None
     schema: Mapping[str, Any] | None = None
-    """JSON schema of an answer that is no call; None = text."""
+    """JSON schema of an answer that is not a call; None = text."""
     instruct: bool = True
     """Whether the prompt describes the schema."""
 
@@ -53,7 +53,7 @@ class AnswerForm:
         return cls(use, None if use is not None and use.required else schema, instruct)
 
     def teach(self, messages: Sequence[Mapping[str, str]]) -> Roles:
-        """The messages, told what to answer."""
+        """The messages, with instructions on the form."""
         roles = [dict(message) for message in messages]
         if self.use is not None:
             roles = self.use.teach(roles)

@@ -118,7 +118,7 @@ class ModelSettings(BaseModel):
     per_call: ClassVar[frozenset[str]] = frozenset(_PER_CALL)
     """Settings that a call may change; `CALLER_OPTIONS` say who asks."""
     dropped: ClassVar[frozenset[str]] = frozenset()
-    """Options of a call that are accepted, and are no settings."""
+    """Options of a call that are accepted, and are not settings."""
 
     @model_validator(mode="before")
     @classmethod

@@ -122,7 +122,7 @@ class ToolUse:
             return cls(tuple(tool for tool in tools if tool.name == choice), required=True, parallel=False)
         if choice in ("any", "required", True):
             return cls(tuple(tools), required=True, parallel=parallel)
-        raise InvalidRequestError(f"tool_choice={choice!r} is no tool; {did_you_mean(str(choice), names)}")
+        raise InvalidRequestError(f"tool_choice={choice!r} names no tool; {did_you_mean(str(choice), names)}")
 
     def grammar(self) -> str:
         """The answers that are possible, as Lark with JSON schemas.
@@ -144,7 +144,7 @@ class ToolUse:
         return "\n".join(rules)
 
     def teach(self, messages: Sequence[Mapping[str, str]]) -> Roles:
-        """The messages, told of the tools; where the model may choose, an example shows how."""
+        """The messages, with a description of the tools; where the model may choose, an example shows how."""
         lines = "\n".join(tool.signature for tool in self.tools)
         told = instructed(
             messages,
@@ -201,7 +201,7 @@ def schema_instructions(schema: Mapping[str, Any]) -> str:
 def signature_of(part: Any, root: Mapping[str, Any], depth: int = 0) -> str:
     """A JSON schema in the shorthand of signatures: `{name: string, tags?: [string], kind: "a" | "b"}`.
 
-    Whatever is no schema in it is left out: what reads the schema as a grammar refuses it, with the reason.
+    Whatever is not a schema in it is left out: what reads the schema as a grammar refuses it, with the reason.
     """
     if not isinstance(part, dict) or depth > _MAX_DEPTH:
         return "any"

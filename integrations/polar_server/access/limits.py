@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _RENEW_S: Final = 7.5
 """How often a store hears of answers that run; it counts them for four times as long. Unit: seconds."""
 _RETRY_S: Final = 1.0
-"""How long after a failure the store is told again what it missed. Unit: seconds."""
+"""Time after a failure until the store is informed again. Unit: seconds."""
 _MAX_BATCH: Final = 1_000
 _log: Final = logging.getLogger("polar_server")
 

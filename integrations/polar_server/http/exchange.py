@@ -74,7 +74,7 @@ async def read_object(exchange: Exchange, receive: Receive, max_bytes: int) -> d
     """The JSON object in a request's body.
 
     Raises:
-        ApiError: It is too large, compressed, nested too deeply, or no JSON object.
+        ApiError: It is too large, compressed, nested too deeply, or not a JSON object.
         ClientLeftError: The client left before it was complete.
     """
     if exchange.headers.get("content-encoding", "identity") != "identity":

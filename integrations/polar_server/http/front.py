@@ -57,7 +57,7 @@ def _route(path: str) -> str:
 
 
 class Fronted(Protocol):
-    """The server behind: of a model, or of the operations page alone."""
+    """The server inside: of a model, or of the operations page alone."""
 
     @property
     def guard(self) -> KeyGuard | None:

@@ -135,7 +135,7 @@ def build_pages(pages: PageStore, keys: KeyStore | None = None) -> Starlette:
 
 
 async def _to_the_page(request: Request) -> Response:
-    """Relative, so that it is right behind a proxy that puts a path before ours."""
+    """Lead to the page by a relative address, which is right after a proxy that puts a path before ours."""
     return RedirectResponse(f".{PAGES}/")
 
 

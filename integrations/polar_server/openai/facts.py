@@ -89,7 +89,7 @@ class Facts:
         return headers
 
     def tokens(self) -> Tokens:
-        """Tokens on record, integers only: LangChain adds up what it is told."""
+        """Tokens on record, integers only: LangChain adds them up."""
         records = self._records
         prompts = records[:: max(len(records) // self.call.prompts, 1)]
         return Tokens(

@@ -38,7 +38,7 @@ def read_messages(value: Any) -> Roles:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuse what is no list of messages, or too many.
+    """Refuse anything but a list of messages, or too many.
 
     Raises:
         ApiError: It is.

@@ -1,4 +1,4 @@
-"""Traces: a call's trace context goes on to the servers behind this one; if wanted, OpenTelemetry hears of the call.
+"""Traces: a call's trace context goes on to the servers behind this one; on request, OpenTelemetry hears of the call.
 
 The span of a call begins under the caller's own, which its `traceparent` header names, and ends when every record of
 its answer is stored. It has what the answer used and cost, and no word of prompt or answer. Which exporters there are
@@ -44,7 +44,7 @@ _context: Final[ContextVar[Mapping[str, str]]] = ContextVar("polar_server_trace"
 
 
 def trace_headers() -> Mapping[str, str]:
-    """The headers by which a server behind this one continues the trace of the call that is answered here."""
+    """Headers for a server behind this one, which continue the trace of the call that is answered here."""
     return _context.get()
 
 
