@@ -109,10 +109,12 @@ class FrameworkContract:
         await self._until(lambda: bool(self._sink.records))
         self._check_cancelled(max_tokens)
 
-    async def check_cancelled_task(self, call: Awaitable[Any], max_tokens: int, requests: int = 1) -> None:
+    async def check_cancelled_task(
+        self, call: Awaitable[Any], max_tokens: int, requests: int = 1, checks: int = 1
+    ) -> None:
         """A cancelled task stops compute, and every request that it had made is recorded."""
         task = asyncio.ensure_future(call)
-        await self._until(lambda: self._sink.checks)
+        await self._until(lambda: self._sink.checks >= checks)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

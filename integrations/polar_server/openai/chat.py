@@ -104,25 +104,11 @@ class ChatShape:
         }
 
     @staticmethod
-    def opened(index: int) -> dict[str, Any]:
-        """The first piece of a choice."""
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    @staticmethod
-    def delta(index: int, text: str, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
+    def part(
+        index: int, delta: dict[str, Any], logprobs: Sequence[Entry] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
         """A piece of a choice."""
-        return {"index": index, "delta": {"content": text}, "logprobs": _shown(logprobs), "finish_reason": None}
-
-    @staticmethod
-    def calling(index: int, call: dict[str, Any]) -> dict[str, Any]:
-        """A piece of a call of a tool."""
-        return {"index": index, "delta": {"tool_calls": [call]}, "logprobs": None, "finish_reason": None}
-
-    @staticmethod
-    def finished(index: int, finish: str) -> dict[str, Any]:
-        """The last piece of a choice."""
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
+        return {"index": index, "delta": delta, "logprobs": _shown(logprobs), "finish_reason": finish}
 
 
 def _shown(logprobs: Sequence[Entry] | None) -> dict[str, Any] | None:

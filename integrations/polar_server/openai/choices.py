@@ -52,23 +52,10 @@ class Shape(Protocol):
         ...
 
     @staticmethod
-    def opened(index: int) -> dict[str, Any]:
-        """The first piece of a choice."""
-        ...
-
-    @staticmethod
-    def delta(index: int, text: str, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
-        """A piece of a choice."""
-        ...
-
-    @staticmethod
-    def calling(index: int, call: dict[str, Any]) -> dict[str, Any]:
-        """A piece of a call of a tool."""
-        ...
-
-    @staticmethod
-    def finished(index: int, finish: str) -> dict[str, Any]:
-        """The last piece of a choice."""
+    def part(
+        index: int, delta: dict[str, Any], logprobs: Sequence[Entry] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        """A piece of a choice, from its delta as chat completions spell it."""
         ...
 
 
@@ -136,14 +123,14 @@ class ChoiceWriter:
         if index not in self._opened:
             self._opened.add(index)
             if self._shape.opening:
-                frames.append(self._event({"choices": [self._shape.opened(index)]}))
+                frames.append(self._event({"choices": [self._shape.part(index, {"role": "assistant", "content": ""})]}))
             if self._call.echo:
-                frames.append(self._event({"choices": [self._shape.delta(index, self._echoed(index), None)]}))
+                frames.append(self._event({"choices": [self._shape.part(index, {"content": self._echoed(index)})]}))
         frames += [self._event({"choices": [choice]}) for choice in self._deltas(index, chunk)]
         if chunk.generation is not None:
             self._left.discard(index)
             bill = {} if self._left or self._call.include_usage else self._facts.bill()
-            finished = self._shape.finished(index, self._readers[index].finish(chunk.generation))
+            finished = self._shape.part(index, {}, finish=self._readers[index].finish(chunk.generation))
             frames.append(self._event({"choices": [finished], **bill}))
         return frames
 
@@ -157,8 +144,8 @@ class ChoiceWriter:
         if self._scored:
             entries = self._tokens[index].push(chunk.text, chunk.logprobs or ())
             entries += self._tokens[index].finish() if ended else []
-        deltas = [self._shape.delta(index, text, entries)] if text or entries else []
-        return [*deltas, *(self._shape.calling(index, call) for call in calls)]
+        deltas = [self._shape.part(index, {"content": text}, entries)] if text or entries else []
+        return [*deltas, *(self._shape.part(index, {"tool_calls": [call]}) for call in calls)]
 
     def closing(self) -> list[bytes]:
         """The events after the last piece."""

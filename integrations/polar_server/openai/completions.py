@@ -92,33 +92,15 @@ class TextShape:
     @staticmethod
     def choice(index: int, turn: Turn, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
         """One choice of a whole answer."""
-        return _choice(index, turn.text, logprobs, turn.finish)
+        return TextShape.part(index, {"content": turn.text}, logprobs, turn.finish)
 
     @staticmethod
-    def opened(index: int) -> dict[str, Any]:
-        """Not sent: nothing opens a text completion."""
-        return _choice(index)
-
-    @staticmethod
-    def delta(index: int, text: str, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
-        """A piece of a choice."""
-        return _choice(index, text, logprobs)
-
-    @staticmethod
-    def calling(index: int, call: dict[str, Any]) -> dict[str, Any]:
-        """Not sent: a text completion calls no tools."""
-        return _choice(index)
-
-    @staticmethod
-    def finished(index: int, finish: str) -> dict[str, Any]:
-        """The last piece of a choice."""
-        return _choice(index, finish=finish)
-
-
-def _choice(
-    index: int, text: str = "", logprobs: Sequence[Entry] | None = None, finish: str | None = None
-) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": _logprobs(logprobs), "finish_reason": finish}
+    def part(
+        index: int, delta: dict[str, Any], logprobs: Sequence[Entry] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        """A piece of a choice; no tools are called here."""
+        text = delta.get("content", "")
+        return {"index": index, "text": text, "logprobs": _logprobs(logprobs), "finish_reason": finish}
 
 
 def _logprobs(entries: Sequence[Entry] | None) -> dict[str, Any] | None:
