@@ -164,7 +164,7 @@ def test_no_command_prints_names_as_they_are(hostile: Ledger, books: list[Path],
         checked("price", "diff", new, *shown)
         checked("price", "quote", "--flops", "1", "--tier", "standard", "--book", old, *shown)
         checked("price", "quote", "--flops", "1", "--tier", NAMES[0], "--book", old, *shown)
-    for name in [*stored[:4], stored[5], "nobody\x1b[2J\u202e"]:
+    for name in [stored[0], stored[2], f"nobody\x1b[2J\u202e\n{FORGED}"]:
         tag, tenant = ("--tag", f"team={name}"), ("--tenant", name)
         checked("usage", *tag)
         checked("usage", "--tag", f"team={name}x", *tenant, "--tier", name, "--model", name)

@@ -64,9 +64,9 @@ def test_another_process_sees_it_a_second_later(
         assert cost(meter) == 7
 
 
-def test_what_is_named_goes_before_the_ledger(store: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_book(store, book_of("mine", "1"), now=NOW)
-    assert cost(Meter(store, prices=book_of("given", "2"))) == 2
+def test_what_is_named_goes_before_the_ledger(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_book(ledger, book_of("mine", "1"), now=NOW)
+    assert cost(Meter(ledger, prices=book_of("given", "2"))) == 2
     file = tmp_path / "named.toml"
     file.write_text(
         """id = "named"
@@ -78,22 +78,22 @@ tiers = {standard = 1}
 """
     )
     monkeypatch.setenv(PRICE_BOOK_VARIABLE, str(file))
-    assert cost(Meter(store)) == 3
+    assert cost(Meter(ledger)) == 3
     monkeypatch.delenv(PRICE_BOOK_VARIABLE)
-    assert cost(Meter(store)) == 1
+    assert cost(Meter(ledger)) == 1
 
 
-def test_the_time_of_use_decides_which_book(store: Ledger) -> None:
+def test_the_time_of_use_decides_which_book(ledger: Ledger) -> None:
     """A record that comes late, or again, is charged by what was in force when it was served."""
-    add_book(store, book_of("first", "1"), now=NOW)
-    add_book(store, book_of("second", "2"), for_all=True, now=NOW + HOUR)
-    meter = Meter(store)
+    add_book(ledger, book_of("first", "1"), now=NOW)
+    add_book(ledger, book_of("second", "2"), for_all=True, now=NOW + HOUR)
+    meter = Meter(ledger)
     assert cost(meter, at=NOW + HOUR) == 2
     assert cost(meter, at=NOW + HOUR - timedelta(microseconds=1)) == 1
     assert cost(meter, at=NOW - HOUR) == 1  # the first book holds for the time before it, when there was none
     record = usage_record("same", started_at=NOW)
     receipt = meter.emit(record)
-    add_book(store, book_of("third", "3"), for_all=True, now=NOW + 2 * HOUR)
+    add_book(ledger, book_of("third", "3"), for_all=True, now=NOW + 2 * HOUR)
     assert meter.emit(record) == receipt
 
 
@@ -110,14 +110,14 @@ def test_a_revision_changes_no_rate_of_the_past(store: Ledger) -> None:
         add_book(store, revision, now=NOW + HOUR / 2)
 
 
-def test_a_book_that_names_the_tenant_goes_before_the_one_for_all(store: Ledger) -> None:
-    add_book(store, book_of("main", "1"), now=NOW)
-    add_book(store, book_of("deal", "9", "globex"), now=NOW)
-    meter = Meter(store)
+def test_a_book_that_names_the_tenant_goes_before_the_one_for_all(ledger: Ledger) -> None:
+    add_book(ledger, book_of("main", "1"), now=NOW)
+    add_book(ledger, book_of("deal", "9", "globex"), now=NOW)
+    meter = Meter(ledger)
     assert [cost(meter, tenant) for tenant in ("acme", "globex")] == [1, 9]
-    assert add_book(store, book_of("deal", "9", "globex", later="8"), now=NOW)  # a revision displaces no other book
+    assert add_book(ledger, book_of("deal", "9", "globex", later="8"), now=NOW)  # a revision displaces no other book
     assert [cost(meter, tenant) for tenant in ("acme", "globex")] == [1, 9]
-    assert add_book(store, book_of("deal", "9", "globex", later="8"), for_all=True, now=NOW)
+    assert add_book(ledger, book_of("deal", "9", "globex", later="8"), for_all=True, now=NOW)
     assert [cost(meter, tenant) for tenant in ("acme", "globex")] == [9, 9]
 
 
@@ -128,13 +128,13 @@ def test_a_clock_that_goes_back_keeps_the_order(store: Ledger) -> None:
     assert cost(Meter(store)) == 2
 
 
-def test_budgets_reserve_by_the_book_in_force(store: Ledger) -> None:
-    add_book(store, book_of("mine", "4"), now=NOW)
-    Budgets(store).set(Budget("acme", Decimal(100), "USD"))
+def test_budgets_reserve_by_the_book_in_force(ledger: Ledger) -> None:
+    add_book(ledger, book_of("mine", "4"), now=NOW)
+    Budgets(ledger).set(Budget("acme", Decimal(100), "USD"))
     offer = Offer(tier="standard", program="0-5", flops_bound=1)
     bound = UsageBound(request_id="r", tenant="acme", tokens_input=1, tokens_output_max=1, offers=(offer,), at=NOW)
-    assert Meter(store).reserve(bound) == 0
-    (hold,) = Budgets(store).holds("acme")
+    assert Meter(ledger).reserve(bound) == 0
+    (hold,) = Budgets(ledger).holds("acme")
     assert hold.cost_bound == 4
 
 

@@ -73,7 +73,7 @@ def documents(ledger: Ledger, tenants: Iterable[str]) -> list[str]:
 
 
 @given(stream=streams(), data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_permuted_repeated_and_rebatched_streams_give_identical_statements(
     stream: list[UsageRecord], data: st.DataObject
 ) -> None:
