@@ -25,14 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import drafts as drafting
-from benchmarks.first_answer import apart as newcomer
 from benchmarks.memory import prompt_growth
 from benchmarks.peers import HuggingFace, LlamaCpp, alternate, apart, quantized, timed
 from benchmarks.results import Machine, Recorder, arguments
 from benchmarks.router_texts import filling
 from polar_sdk import PolarModel, Policy, Program
-from polar_sdk.engine import native
-from polar_sdk.engine.eager import NativeKernels
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
 from polar_sdk.serving.places import Limits
@@ -46,8 +43,6 @@ if TYPE_CHECKING:
 
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
-EAGER, NATIVE = "eager", "native"
-"""Models that are not compiled, which run by torch's operations or by native kernels."""
 STARTS = 8
 """Questions of a round whose start is shared."""
 LONG_PROMPTS = (2048, 8000)
@@ -88,30 +83,19 @@ class Bench:
         self._models: dict[str, PolarModel] = {}
 
     def model(self, precision: str) -> PolarModel:
-        """The engine's model in this precision, compiled; or in bf16 and not compiled, if `EAGER` or `NATIVE`."""
+        """The engine's model in this precision."""
         if precision not in self._models:
-            compile = precision not in (EAGER, NATIVE)
             model = self._models[precision] = apart(
                 lambda: PolarModel.from_pretrained(
                     self.args.model,
-                    precision=precision if compile else "bf16",
+                    precision=precision,
                     device=self.device,
-                    compile=compile,
                     ledger=None,
                     speculate="off",  # what a pass takes is compared, except by `drafts`
                 )
             )
             model.scheduler.limits = Limits(prefix_share=0)  # except by `starts`
-            if precision == NATIVE:  # as where nothing is compiled yet
-                model.decoder.pack()
-                model.decoder.kernels = NativeKernels(model.decoder.family)
         return self._models[precision]
-
-    @cached_property
-    def has_kernels(self) -> bool:
-        """Whether there are native kernels for this machine."""
-        model = self.model("bf16")
-        return bool(native.version(model.decoder.dtype, model.decoder.device))
 
     @cached_property
     def hugging_face(self) -> HuggingFace:
@@ -347,60 +331,6 @@ def _new_tokens(answers: Sequence[Generation]) -> int:
     return sum(len(answer.token_ids) for answer in answers)
 
 
-def first_answer(bench: Bench) -> None:
-    """A newcomer's view: the first answer, and how soon layers run compiled while work goes on."""
-    if bench.device != "cpu":
-        return
-    peer = [bench.decode_hf() for _ in range(3)]
-    figures = newcomer(bench.args.model)
-    first = [figures["first"]] * len(peer)
-    name = "first answer on a machine, bf16, while layers are compiled"
-    bench.compare(name, [first, peer], HF, goal=1.2)
-    after = f"until then {figures['median']:.3g} tokens/s, at worst {figures['slowest']:.3g}"
-    name = "answers compiled in the background, after"
-    bench.recorder.add(name, figures["compiled_after_s"], "s", goal=90, better="lower", note=after)
-    bench.recorder.add("everything compiled in the background, after", figures["all_after_s"], "s", better="lower")
-
-
-def eager(bench: Bench) -> None:
-    """Layers before anything is compiled, by torch alone and by native kernels: one row, 16 rows, and a prompt."""
-    _uncompiled(bench, EAGER, "uncompiled", (1.2, 1.1, 1))
-    if bench.has_kernels:
-        _uncompiled(bench, NATIVE, "uncompiled, by native kernels", (None, None, None))
-
-
-def _uncompiled(bench: Bench, model: str, how: str, goals: Sequence[float | None]) -> None:
-    for name, ours, theirs, peer, goal in (
-        ("decode, batch 1", partial(bench.decode, model), bench.decode_hf, HF, goals[0]),
-        ("16 rows decode", partial(_rows_decode, bench, model), partial(_rows_decode_hf, bench), HF_BATCH, goals[1]),
-        ("prefill of 512 tokens", partial(bench.prefill, model), bench.prefill_hf, HF, goals[2]),
-    ):
-        bench.compare(f"{name}, bf16, {how}", bench.alternate(ours, theirs), peer, goal=goal)
-
-
-def _rows_decode(bench: Bench, name: str) -> float:
-    """Tokens per second of 16 uncompiled rows after their first tokens."""
-    model, prompts = bench.model(name), _short_prompts(bench)
-    identity = Program.identity(model.depth)
-
-    def seconds(new: int) -> float:
-        return timed(lambda: model.generate_batch(prompts, program=identity, template="raw", max_tokens=new))
-
-    first = seconds(1)
-    return ROWS * (ROW_NEW - 1) / (seconds(ROW_NEW) - first)
-
-
-def _short_prompts(bench: Bench) -> list[str]:
-    """Sixteen prompts of different lengths."""
-    return [bench.prompt(32 + 2 * row) for row in range(ROWS)]
-
-
-def _rows_decode_hf(bench: Bench) -> float:
-    prompts = [bench.ids(prompt) for prompt in _short_prompts(bench)]
-    first = bench.hugging_face.generate(prompts, 1)
-    return ROWS * (ROW_NEW - 1) / (bench.hugging_face.generate(prompts, ROW_NEW) - first)
-
-
 def concurrent(bench: Bench) -> None:
     model = bench.model("bf16")
     identity = Program.identity(model.depth)
@@ -540,8 +470,6 @@ def memory(bench: Bench) -> None:
 
 
 MEASURES: dict[str, Callable[[Bench], None]] = {
-    "first_answer": first_answer,
-    "eager": eager,
     "decode": decode,
     "decode_integers": decode_integers,
     "prefill": prefill,

@@ -2,10 +2,9 @@
 
     python -m benchmarks.frameworks [--model NAME] [--rounds 5]
 
-Sixteen chat calls one after another, beside the same in sixteen threads, by `ChatPolar.batch` and by `abatch`; compiled
-and uncompiled. A tick of a millisecond beside `ainvoke`, `astream` and LlamaIndex's `achat` finds the longest stall of
-the event loop, and beside nothing what the machine alone makes of it. Prints a Markdown table and writes the figures to
-`--results`.
+Sixteen chat calls one after another, beside the same in sixteen threads, by `ChatPolar.batch` and by `abatch`. A tick
+of a millisecond beside `ainvoke`, `astream` and LlamaIndex's `achat` finds the longest stall of the event loop, and
+beside nothing what the machine alone makes of it. Prints a Markdown table and writes the figures to `--results`.
 """
 
 from __future__ import annotations
@@ -43,17 +42,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     recorder = Recorder("frameworks", args.results, model=args.model, device=args.device)
-    for compiled in (True, False):
-        model = apart(
-            lambda compiled=compiled: PolarModel.from_pretrained(  # type: ignore[misc]
-                args.model, device=args.device, compile=compiled, ledger=None, speculate="off"
-            )
-        )
-        _throughput(
-            recorder, model, args.rounds, "compiled" if compiled else "uncompiled", goal=3.0 if compiled else 2.0
-        )
-        if compiled:
-            asyncio.run(_stalls(recorder, model, args.rounds))
+    model = apart(lambda: PolarModel.from_pretrained(args.model, device=args.device, ledger=None, speculate="off"))
+    _throughput(recorder, model, args.rounds, goal=3.0)
+    asyncio.run(_stalls(recorder, model, args.rounds))
     print(f"\nwrote {recorder.path}")
 
 
@@ -61,7 +52,7 @@ def _prompts() -> list[str]:
     return [random_prompt(PROMPT_WORDS) for _ in range(CALLS)]
 
 
-def _throughput(recorder: Recorder, model: PolarModel, rounds: int, how: str, *, goal: float) -> None:
+def _throughput(recorder: Recorder, model: PolarModel, rounds: int, *, goal: float) -> None:
     chat = ChatPolar(engine=model, compute="exact", max_tokens=NEW, temperature=0.0)
 
     def in_threads(prompts: list[str]) -> None:
@@ -85,7 +76,7 @@ def _throughput(recorder: Recorder, model: PolarModel, rounds: int, how: str, *,
 
     speeds = alternate(rounds, *(partial(speed, run) for run in ways.values()))
     for name, own in list(zip(ways, speeds, strict=True))[:-1]:
-        recorder.compare(f"{name}, {how}", own, speeds[-1], "tokens/s", peer=IN_SEQUENCE, goal=goal)
+        recorder.compare(f"{name}", own, speeds[-1], "tokens/s", peer=IN_SEQUENCE, goal=goal)
 
 
 async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:

@@ -38,9 +38,7 @@ def main() -> None:
     recorder = Recorder("memory", args.results, model=args.model, device=args.device)
     before = psutil.Process().memory_info().rss
     model = apart(
-        lambda: PolarModel.from_pretrained(
-            args.model, precision=args.precision, device=args.device, compile=True, ledger=None
-        )
+        lambda: PolarModel.from_pretrained(args.model, precision=args.precision, device=args.device, ledger=None)
     )
     word = model.encode(" light")
     assert len(word) == 1

@@ -313,7 +313,7 @@ def speed(recorder: Recorder, name: str, *, only: str | None) -> None:
         torch.set_num_threads(1)
         engine = tiny_model(sink=sink, context_window=2048)
     else:
-        engine = PolarModel.from_pretrained(name, sink=sink, compile=True)
+        engine = PolarModel.from_pretrained(name, sink=sink)
     running = Running(engine)
     if only is None:
         measured(recorder, running, engine)

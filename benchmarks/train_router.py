@@ -361,7 +361,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: the default model")
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run layers uncompiled: slower")
     parser.add_argument("--work", type=Path, default=Path("out/router"), help="folder for the work of all stages")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder for the artifact")
     parser.add_argument("--limit", type=int, default=None, help="maximum prompts of each set")
@@ -409,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     options = parser.parse_args(arguments)
     recorder = Recorder("router", options.results, model=options.model)
-    model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None, compile=options.compile)
+    model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
         fitted = texts("fit", options.fit_per_kind, options.limit)
         sets = {

@@ -41,7 +41,6 @@ PolarError
 │   ├── ModelDamagedError                 a checksum or a tensor is wrong
 │   ├── UnsupportedArchitectureError
 │   ├── DeviceError                       device, dtype or precision not available here
-│   ├── CompileError                      layers cannot be compiled here
 │   └── LogitsError                       the model computed nan or infinity for a request, which it ends
 ├── FolderError (OSError)                 a model folder cannot be written: no space, no permission
 │   └── FolderExistsError (FileExistsError)  something is stored there already
@@ -316,10 +315,6 @@ class DeviceError(ModelError):
     """The requested device, dtype or precision is not available here."""
 
     exit_code = 2
-
-
-class CompileError(ModelError):
-    """Layers cannot be compiled here: no compiler, or it failed."""
 
 
 class LogitsError(ModelError):

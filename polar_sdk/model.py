@@ -117,7 +117,7 @@ class PolarModel:
         Args:
             model: On its device, or whole layers on several, in its dtype.
             tokenizer: The model's own.
-            **options: See `ModelOptions`; of how weights are loaded only `compile`, `kv_memory` and `precision`, which
+            **options: See `ModelOptions`; of how weights are loaded only `kv_memory` and `precision`, which
                 is `int8` or `int4` to hold the matrices in integers, else as they are.
 
         Raises:
@@ -167,11 +167,6 @@ class PolarModel:
     def dtype(self) -> str:
         """How the weights are held: `bfloat16`, `float16`, `float32`, `int8` or `int4`."""
         return self._loaded.decoder.dtype_name
-
-    @property
-    def compiled(self) -> bool:
-        """Whether all that can be is compiled for requests that begin now; before, answers may be and prompts not."""
-        return self._loaded.decoder.compiled
 
     @property
     def scheduler(self) -> Scheduler:

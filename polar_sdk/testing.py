@@ -49,7 +49,6 @@ def tiny_model(
     """
     policy = settings.pop("policy", None) or tiny_policy(layers)
     model = tiny_llama(layers=layers, seed=seed, max_position_embeddings=context_window)
-    settings.setdefault("compile", False)  # nothing to gain, and no compiled layers to look for
     return PolarModel.from_hf(model, tiny_tokenizer(), policy=policy, ledger=ledger, **settings)
 
 

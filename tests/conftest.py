@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 # Ctrl-C interrupts tests and the processes that they start, also in a run that was started with SIGINT ignored, as
 # `make test &` in a script, nohup and some CI do: only a signal that is ignored stays so in a new process.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Nothing is compiled behind a test's back, nor behind a fixture's of a whole module; tests of compiling in the
-# background turn it on.
-os.environ["POLAR_COMPILE"] = "off"
 # Where records of a PostgreSQL ledger wait: not beside the user's own.
 _DATA = TemporaryDirectory(prefix="polar-tests-", ignore_cleanup_errors=True)
 os.environ["XDG_DATA_HOME"] = _DATA.name

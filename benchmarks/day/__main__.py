@@ -51,11 +51,7 @@ def main() -> None:
     """Run it; exits with 1 where a ledger is not as it must be."""
     args = _arguments()
     name = "tiny" if args.tiny else args.model
-    model = (
-        tiny_model(context_window=1024)
-        if args.tiny
-        else PolarModel.from_pretrained(name, ledger=None, compile="stored")
-    )
+    model = tiny_model(context_window=1024) if args.tiny else PolarModel.from_pretrained(name, ledger=None)
     recorder = Recorder("soak" if args.soak else "day", args.results, model=name)
     with tempfile.TemporaryDirectory(prefix="polar-day-") as temporary:
         folder = args.ledgers or Path(temporary)

@@ -110,7 +110,7 @@ class _Ready:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reason = await self._server.ready()
-        status = {"status": "ok" if reason is None else reason, "compiled": self._server.engine.compiled}
+        status = {"status": "ok" if reason is None else reason}
         await send_json(send, status, status=200 if reason is None else 503)
 
 

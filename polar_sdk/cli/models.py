@@ -1,4 +1,4 @@
-"""`polar models`: list the models on this host, fetch one before it is needed, compile its layers, remove one.
+"""`polar models`: list the models on this host, fetch one before it is needed, remove one.
 
 Prints what `polar_sdk.models` knows.
 """
@@ -6,14 +6,12 @@ Prints what `polar_sdk.models` knows.
 from __future__ import annotations
 
 import json
-import time
 from typing import Annotated, Any
 
 import typer
 
 from polar_sdk.cli import options as opt
 from polar_sdk.models.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, resolve
-from polar_sdk.models.compilation import Status, statuses
 from polar_sdk.models.find import obtain
 from polar_sdk.models.paths import models_folder
 from polar_sdk.models.store import Manifest, list_stored, remove_stored
@@ -24,7 +22,7 @@ app = typer.Typer(name="models", invoke_without_command=True, no_args_is_help=Fa
 
 @app.callback(epilog="Example: polar models --json")
 def models(context: typer.Context, as_json: opt.AsJson = False) -> None:
-    """List the aliases and the models converted into the cache, and whether their layers are compiled here."""
+    """List the aliases and the models converted into the cache."""
     if context.invoked_subcommand is not None:
         return
     rows = _rows()
@@ -56,22 +54,20 @@ def fetch(
         print_line(f"{source.name} is ready: {_megabytes(size)} in {local.folder}")
 
 
-@app.command("compile", epilog="Example: polar models compile --precision int4")
-def compile_layers(
-    name: Annotated[str, typer.Argument(help="Alias, hub id, folder or `.gguf` file.")] = DEFAULT_ALIAS,
-    device: opt.Device = "auto",
-    precision: opt.Precision = "auto",
-) -> None:
-    """Compile a model's layers for this machine, once; every process uses them from then on. Needs a C++ compiler."""
-    from polar_sdk.engine import native
-    from polar_sdk.models.load import load_pretrained
+@app.command(epilog="Example: polar models kernels")
+def kernels() -> None:
+    """Build the native kernels into the installed package, where they did not come with it; needs a C++ compiler."""
+    from polar_sdk.engine.native.build import build_missing, is_possible
 
-    begin = time.monotonic()
-    loaded = load_pretrained(name, device=device, precision=precision, compile=True)
-    seconds = time.monotonic() - begin
-    print_line(f"{loaded.name} is compiled for {loaded.device} in {loaded.decoder.dtype_name} ({seconds:.0f} s)")
-    if failure := native.failure():
-        print_line(f"warning: {failure} Answers will be slower until you fix that and run the command again.", err=True)
+    if not is_possible():
+        print_line("there are no native kernels for this kind of machine: layers run by torch", err=True)
+        raise typer.Exit(1)
+    failures = build_missing()
+    for kind, reason in failures.items():
+        print_line(f"native kernels for {kind} cannot be built: {reason}", err=True)
+    if failures:
+        raise typer.Exit(1)
+    print_line("native kernels are built: models loaded from now on use them")
 
 
 @app.command(epilog="Example: polar models remove smollm2-135m-instruct")
@@ -92,8 +88,7 @@ def _rows() -> list[dict[str, Any]]:
     stored = list_stored()
     keys = {manifest.made_from.key for manifest in stored}
     absent = [alias for alias in ALIASES if alias.key not in keys]
-    compiled = statuses()
-    return [*map(_absent_row, absent), *(_stored_row(each, compiled.get(each.fingerprint, [])) for each in stored)]
+    return [*map(_absent_row, absent), *map(_stored_row, stored)]
 
 
 def _absent_row(alias: Alias) -> dict[str, Any]:
@@ -106,11 +101,10 @@ def _absent_row(alias: Alias) -> dict[str, Any]:
         "licence": alias.licence,
         "fingerprint": None,
         "folder": None,
-        "compiled": [],
     }
 
 
-def _stored_row(manifest: Manifest, compiled: list[Status]) -> dict[str, Any]:
+def _stored_row(manifest: Manifest) -> dict[str, Any]:
     recipe = manifest.made_from
     return {
         "name": recipe.name,
@@ -121,10 +115,6 @@ def _stored_row(manifest: Manifest, compiled: list[Status]) -> dict[str, Any]:
         "licence": recipe.licence,
         "fingerprint": manifest.fingerprint,
         "folder": str(models_folder() / recipe.key),
-        "compiled": [
-            {"precision": status.precision, "state": status.state, "percent": status.percent, "text": status.text}
-            for status in compiled
-        ],
     }
 
 
@@ -138,7 +128,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         "source",
         "licence",
         "fingerprint",
-        "layers",
         caption=str(models_folder()),
     )
     for row in rows:
@@ -148,7 +137,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             row["source"],
             row["licence"] or "unknown",
             (row["fingerprint"] or "")[:12],
-            "\n".join(f"{each['precision']} {each['text']}" for each in row["compiled"]),
         )
     Console().print(table)
 

@@ -1,9 +1,8 @@
-"""Attention: of some tokens of one row over its history, and of one new token of each of several rows over theirs.
+"""Attention by torch: of some tokens of one row over its history, and of one new token of each of several rows.
 
-The first goes row by row, the second has two forms. `attend_rows` takes rows whose histories were copied side by side.
-Both go through torch's fused kernel, or through plain products where a soft cap forbids it or, for many tokens in
-bfloat16 on a CPU without tiles, where they are faster. `paged_decode` is pure and made to be compiled into a layer: it
-reads the pages in place, so nothing is gathered or padded.
+The first goes row by row, the second takes rows whose histories were copied side by side. Both go through torch's fused
+kernel, or through plain products where a soft cap forbids it or, for many tokens in bfloat16 on a CPU without tiles,
+where they are faster.
 
 Importing this also registers the CPU form of torch's kernel with `FlopCounterMode`. torch has formulas for the CUDA
 forms only, so on a CPU it would count attention as nothing; now it counts the same on both, as the meter does.
@@ -193,45 +192,10 @@ def _capped(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) ->
 
 def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
     """Write keys and values (N, G, d) to their places, pages (N,) and offsets (N,), of a store (P, 2, G, page, d)."""
-    if not torch.compiler.is_compiling() and native.can_attend(key) and store.dtype == key.dtype:
+    if native.can_attend(key) and store.dtype == key.dtype:
         native.write_pages(store, pages, offsets, key, value)
         return
     store[pages, :, :, offsets] = torch.stack((key, value), dim=1).to(store.dtype)
-
-
-def paged_decode(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
-    """Attention of one token per row over the row's pages, its own key and value already written.
-
-    Args:
-        query: (B, H, d).
-        store: (P, 2, G, page, d).
-        table: Pages of each row in order, (B, n); entries after the row's end may name any page.
-        positions: Position of each row's token, (B,); it sees the keys up to its own, as far as the window reaches.
-        kind: Scale, window and soft cap.
-
-    Returns:
-        (B, H × d).
-    """
-    if torch.compiler.is_compiling() and native.can_attend(query):
-        return native.attend_pages(query, store, table, positions, kind)
-    rows, count = table.shape
-    _, _, groups, page, size = store.shape
-    heads = query.shape[1]
-    history = store[table]  # (B, n, 2, G, page, d), read in place once compiled
-    grouped = query.view(rows, 1, groups, heads // groups, 1, size).float()
-    scores = (grouped * history[:, :, 0, :, None].float()).sum(-1) * kind.scale  # (B, n, G, H / G, page)
-    if kind.softcap is not None:
-        scores = kind.softcap * torch.tanh(scores / kind.softcap)
-    key_positions = torch.arange(count * page, device=query.device).view(1, count, 1, 1, page)
-    own = positions.view(rows, 1, 1, 1, 1)
-    hidden = key_positions > own
-    if kind.window is not None:
-        hidden = hidden | (key_positions <= own - kind.window)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    weights = (scores - scores.amax((1, 4), keepdim=True)).exp()
-    mixed = (weights.unsqueeze(-1) * history[:, :, 1, :, None].float()).sum(4).sum(1)  # (B, G, H / G, d)
-    total = weights.sum((1, 4)).unsqueeze(-1)
-    return (mixed / total).view(rows, heads * size).to(query.dtype)
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -6,7 +6,6 @@ single steps; what runs in which order over whose history is up to those who run
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from polar_sdk.engine import native
 from polar_sdk.engine.draft_head import DraftHead, NativeDraftHead, head_flops
-from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.families import find_family
-from polar_sdk.engine.large_pages import LargePages
+from polar_sdk.engine.kernels import NativeKernels, NativeLayers, TorchKernels
+from polar_sdk.engine.large_pages import LargePages, give_back_freed_memory
 from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.products import InPanels, NotInPanels, Plain, look_up, pack, quantize, rows_of
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.draft_head import Guess
-    from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.family import Family
+    from polar_sdk.engine.kernels import Kernels
     from polar_sdk.engine.maps import Bridge, Fill
     from polar_sdk.engine.types import Projected, Rotary, Weights
     from polar_sdk.programs.cost import CostModel, Segment
@@ -64,8 +64,7 @@ class Decoder:
         layers: Weights of each layer.
         start: Weights of the embedding.
         ends: Weights of final norm and head.
-        kernels: What runs rows that begin now: eager, native or compiled ones. A row keeps those it began with.
-        renewal: Asked when a request comes, for kernels that have become available since; None = nobody to ask.
+        kernels: What runs its layers: torch's operations, until `use_library`.
         bridges: Maps by which programs may cross layers.
         fills: Maps by which programs may fill segments of layers.
         draft_head: Guesses the tokens after the next one; None = nothing does.
@@ -97,8 +96,7 @@ class Decoder:
         self._place_ends()
         self.layers = list(self._take_layers(modules, bring))
         self.cost: CostModel = family.cost()
-        self.kernels: Kernels = EagerKernels(family)
-        self.renewal: Callable[[], Kernels | None] | None = None
+        self.kernels: Kernels = TorchKernels(family)
         self.bridges: dict[Segment, Bridge] = {}
         self.fills: dict[Segment, Fill] = {}
         self.draft_head: DraftHead | NativeDraftHead | None = None
@@ -121,11 +119,14 @@ class Decoder:
             for name, value in weights.items()
         }
 
-    def pack(self) -> None:
-        """Bring matrices into the order in which the native library reads them, one after another.
+    def use_library(self) -> None:
+        """Run layers by the native library from now on, where this process has it and layers are on one CPU.
 
-        An embedding that is the head's matrix stays it. Uncompiled rows go on as before, more slowly.
+        It reads matrices in panels: they are brought into that order, one after another. An embedding that is the
+        head's matrix stays it.
         """
+        if len(self.placement.devices) > 1 or not native.load_library(self.dtype, self.device):
+            return
         memory = LargePages()
         embedding, head = self.start["embedding"], self.ends["head"]
         for weights in [*self.layers, self.ends]:
@@ -135,6 +136,9 @@ class Decoder:
             self.start["embedding"] = self.ends["head"]
         if isinstance(self.draft_head, DraftHead):
             self.draft_head = NativeDraftHead(self.draft_head, self.start["embedding"])
+        plan = self.family.plan
+        self.kernels = NativeKernels(self.family) if plan is None else NativeLayers(self.layers, self.family, plan)
+        give_back_freed_memory()
 
     def _place_ends(self) -> None:
         """Bring the head to large pages; an embedding that is the head's matrix stays it."""
@@ -143,23 +147,6 @@ class Decoder:
         self.ends = LargePages().place(self.ends)
         if tied:
             self.start["embedding"] = self.ends["head"].weight
-
-    def renew(self) -> None:
-        """Take compiled kernels over where they have become available: for rows that begin from now on."""
-        ask = self.renewal
-        if ask is not None and (kernels := ask()) is not None:
-            self.kernels = kernels
-
-    def pinned(self, kernels: Kernels) -> Decoder:
-        """The same decoder, which runs with these kernels whatever comes meanwhile: for one pass."""
-        pinned = copy.copy(self)
-        pinned.kernels = kernels
-        return pinned
-
-    @property
-    def compiled(self) -> bool:
-        """Whether rows that begin now run all that can be compiled compiled."""
-        return self.kernels.compiled == Compiled.ALL
 
     @property
     def device(self) -> torch.device:

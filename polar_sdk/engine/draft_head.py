@@ -134,7 +134,9 @@ class NativeDraftHead:
             packed = memory.matrix(pack(quantize(each, "int8")))
             assert isinstance(packed, PackedInt8)
             matrices.append(packed)
-        self._head = native.Guesses(head.tokens, head.scale, matrices, embedding)
+        in_panels = isinstance(embedding, Packed)
+        numbers = embedding.panels if isinstance(embedding, Packed) else embedding
+        self._head = native.Guesses(head.tokens, head.scale, matrices, numbers, in_panels=in_panels)
 
     def guess(self, states: Tensor, tokens: Sequence[int], most: int) -> list[list[Guess]]:
         """`DraftHead.guess`, with its arguments and result."""

@@ -1,8 +1,8 @@
 """What one architecture computes: pure functions over the weights of a layer. Knows no cache, no rows, no programs.
 
-A family is written once, in plain torch, and run three ways: as it is, compiled for many tokens, and compiled for one
-token per row with attention in the middle. So its functions must depend on the shapes of tensors only, not on values.
-Tokens of all rows are packed one after another, (N, E), without padding.
+A family is written once, in plain torch, which is the reference and runs everywhere. What its layers are made of it
+says as data besides (`plan`), by which the native library runs them whole. Tokens of all rows are packed one after
+another, (N, E), without padding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.products import Product
-    from polar_sdk.engine.types import Projected, Rotary, Weights
+    from polar_sdk.engine.types import LayerPlan, Projected, Rotary, Weights
 
 
 class Family(ABC):
@@ -31,8 +31,6 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of the configuration's `model_type` that this family runs."""
-    compiled: ClassVar[bool] = True
-    """Whether its functions can be compiled; False where they depend on values, as a mixture of experts must."""
 
     def __init__(self, config: Any) -> None:
         """Read the sizes that every configuration has; a family with other names for them sets them itself.
@@ -49,6 +47,11 @@ class Family(ABC):
         self.context_window: int = config.max_position_embeddings
         self.kinds: tuple[AttentionKind, ...] = (AttentionKind(scale=self.head_dim**-0.5),) * self.depth
         """One entry per layer."""
+
+    @property
+    def plan(self) -> LayerPlan | None:
+        """Operations of the layers, all alike; None where the native library does not have them."""
+        return None
 
     @abstractmethod
     def layer_modules(self, model: PreTrainedModel) -> list[nn.Module]:

@@ -3,8 +3,8 @@
 Each step runs once for all rows that need it next (`layout.schedule`): gather their tokens, run, scatter back. Rows
 never touch each other's keys, values or counts. Of a prompt, tokens whose states nobody reads any more leave their keys
 and values and stop, and a filled segment's map writes those of the tokens that do not run it, all its layers at once.
-Where a row has few tokens that run, and the kernels can do it, a layer runs as one compiled call over the pages. Knows
-rows and programs, not requests or text.
+Where a row has few tokens that run, and the kernels can do it, a layer runs as one call over the pages, and so does a
+pass all of whose turns are such visits. Knows rows and programs, not requests or text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 
 from polar_sdk.engine.attention import attend_rows, write_pages
 from polar_sdk.engine.decoder import damp
-from polar_sdk.engine.eager import PagedTokens, Visits
+from polar_sdk.engine.kernels import PagedTokens
 from polar_sdk.engine.layout import Layout, Members, Tokens
 from polar_sdk.engine.pages import histories
 from polar_sdk.engine.row import Row, extra_visits
+from polar_sdk.engine.types import Visits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -58,7 +59,6 @@ def next_logits(
     wanted = [1] * len(rows) if ends is None else list(map(int, ends))
     reading = scored or {}
     counts = [len(new) if index in reading else wanted[index] for index, new in enumerate(tokens)]
-    decoder = _pinned(decoder, rows)
     hidden = advance(decoder, rows, tokens, counts)
     for index, states in enumerate(torch.split(hidden, [len(new) for new in tokens]) if reading else ()):
         if index in reading:
@@ -90,7 +90,6 @@ def drafted_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Seque
     Returns:
         Float32 logits after every token, packed, (N, V).
     """
-    decoder = _pinned(decoder, rows)
     try:
         for row, new in zip(rows, tokens, strict=True):
             row.drafted, row.breached = len(new) - 1, False
@@ -134,7 +133,6 @@ def advance(
         CacheMemoryError: No pages are left for the new tokens; nothing has run then.
         MissingMapError: A program fills a segment for which the model has no map; likewise.
     """
-    decoder = _pinned(decoder, rows)
     for row, new in zip(rows, tokens, strict=True):
         row.page_table.reserve(row.length + len(new))
     counts = [None] * len(rows) if wanted is None else wanted
@@ -155,13 +153,6 @@ def advance(
         row.page_table.length += len(new)
         row.work.finish_pass()
     return hidden
-
-
-def _pinned(decoder: Decoder, rows: Sequence[Row]) -> Decoder:
-    """The decoder with the kernels of these rows, which are the same for all of them."""
-    kernels = rows[0].begin(decoder.kernels)
-    assert all(row.begin(kernels) is kernels for row in rows), "rows with different kernels cannot share a pass"
-    return decoder.pinned(kernels)
 
 
 def _count(layout: Layout, finished: Sequence[_Going]) -> None:
@@ -221,8 +212,8 @@ def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
 
 
 def _is_plain(decoder: Decoder, members: Members) -> bool:
-    """Whether a step is a layer, run whole by one compiled call per row, of which nothing has to be kept."""
-    return members.step.plain and not members.layout.guarded and decoder.kernels.decodes(members.count)
+    """Whether a step is a layer, run whole by one call, of which nothing has to be kept."""
+    return members.step.plain and not members.layout.guarded and decoder.kernels.decodes
 
 
 def _visit(decoder: Decoder, members: Members, x: Tensor) -> Tensor:
@@ -231,14 +222,14 @@ def _visit(decoder: Decoder, members: Members, x: Tensor) -> Tensor:
     if step.bridge:
         return decoder.bridge(step)(x, tokens.positions)
     rotary = tokens.rotary(decoder.rotary)
-    if decoder.kernels.decodes(tokens.count) and members.apart:
+    if decoder.kernels.decodes and members.apart:
         paged = PagedTokens(None, tokens.tables(members.visits), tokens.positions)
         return damp(x, _decode_paged(decoder, members, x, rotary, paged), step.parts)
     return decoder.run_step(step, x, tokens.positions, rotary, partial(_attend, decoder, members))
 
 
 def _decode_paged(decoder: Decoder, members: Members, x: Tensor, rotary: list[Rotary], tokens: PagedTokens) -> Tensor:
-    """A visit of one compiled call for tokens that are at `tokens.rows` of the states x; returns all states."""
+    """A visit of one call for tokens that are at `tokens.rows` of the states x; returns all states."""
     layer = members.step.first
     kind, weights = decoder.family.kinds[layer], decoder.layers[layer]
     return decoder.kernels.decode(weights, x, rotary[kind.rope], kind, decoder.store(layer), tokens)
@@ -279,7 +270,7 @@ def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, valu
     """
     layer, tokens = members.step.first, members.running
     kind = decoder.family.kinds[layer]
-    if members.single and not decoder.kernels.decodes(tokens.count):
+    if members.single and not decoder.kernels.decodes:
         write_pages(decoder.store(layer), members.pages, members.offsets, key, value)
         return _attend_together(members, query, decoder.store(layer), kind)
     write_pages(decoder.store(layer), tokens.pages(members.visits), tokens.offsets, key, value)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 
 MAX_PAGED: Final = 16
-"""Number of tokens of one row up to which each of them attends over the row's pages by itself, where that is compiled:
-the last ones of a prompt, its first, and drafts."""
+"""Number of tokens of one row up to which each of them attends over the row's pages by itself, where kernels can: the
+last ones of a prompt, its first, and drafts."""
 Range = tuple[int, int, int]
 """Tokens of one row: its index, the position of the first one, and that after the last one."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.eager import Kernels
+    from polar_sdk.engine.kernels import Kernels
     from polar_sdk.engine.maps import Fill
     from polar_sdk.engine.types import AttentionKind
     from polar_sdk.programs.program import Step

@@ -140,7 +140,7 @@ class PagePool:
     def _clear(self, store: int, end: int) -> None:
         """Clear the pages of a store before `end` that have never been used.
 
-        Compiled attention gives weight 0 to what it may not see, but 0 × NaN is NaN, and new memory may hold NaN.
+        Native attention gives weight 0 to what it may not see, but 0 × NaN is NaN, and new memory may hold NaN.
         """
         if end > self._cleared[store]:
             start = self.starts[store]

@@ -47,7 +47,7 @@ class Packed(NamedTuple):
         return cls(panels, _bias(bias, weight, weight.shape[0]))
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Multiply activations (M, K), in compiled code; returns (M, N)."""
+        """Multiply activations (M, K), by the library; returns (M, N)."""
         return native.product(x, *self)
 
     def outputs_from(self, first: int) -> Packed | None:
@@ -65,7 +65,7 @@ class Packed(NamedTuple):
         Raises:
             IndexError: An output is not in the matrix.
         """
-        if outputs.shape[0] <= _FEW and native.version(self.bias.dtype, self.panels.device):
+        if outputs.shape[0] <= _FEW and native.is_used(self.bias.dtype, self.panels.device):
             return native.look_up(self.panels, outputs, self.bias)
         # One index for each pair of inputs: torch's indexing by three wakes its threads for a single row.
         pairs = self.panels.shape[1]
@@ -94,7 +94,7 @@ class PackedInt8(NamedTuple):
         return cls(panels, scale, _bias(bias, scale, weight.shape[0]))
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Multiply activations (M, K), in compiled code; returns (M, N)."""
+        """Multiply activations (M, K), by the library; returns (M, N)."""
         return native.product_int8(x, *self)
 
     def outputs_from(self, first: int) -> PackedInt8 | None:
@@ -132,7 +132,7 @@ class PackedInt4(NamedTuple):
         return cls(panels, _bias(bias, scales_zeros, outputs))
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Multiply activations (M, K), in compiled code; returns (M, N)."""
+        """Multiply activations (M, K), by the library; returns (M, N)."""
         return native.product_int4(x, *self)
 
     def outputs_from(self, first: int) -> PackedInt4 | None:

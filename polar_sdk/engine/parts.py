@@ -1,7 +1,7 @@
 """Pieces that families are made of: kinds of attention, norms, rotations, feed-forwards and mixtures of experts.
 
-Pure functions of tensors, and of configurations. All can be compiled but the experts: which of them a token goes to
-depends on values, and what a token does not go to is not executed. Knows no family.
+Pure functions of tensors, and of configurations. Which experts a token goes to depends on values, and what it does not
+go to is not executed. Knows no family.
 """
 
 from __future__ import annotations

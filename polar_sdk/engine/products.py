@@ -2,17 +2,17 @@
 
 A matrix is a named tuple of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output), or one in panels,
 the order of the native library. 4-bit integers are always in panels: torch's order of them differs by processor.
-`multiply` is pure and can be compiled. One row is bound by reading the weights, many rows by arithmetic, so without the
-library 8-bit integers have a narrow and a wide form; `benchmarks/LOG.md` has the measurements. Knows nothing of layers.
+One row is bound by reading the weights, many rows by arithmetic, so without the library 8-bit integers have a narrow
+and a wide form. Knows nothing of layers.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from polar_sdk.engine import native
 from polar_sdk.engine.panels import GROUP, INTEGER_OUTPUTS, Packed, PackedInt4, PackedInt8
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 PRECISIONS: Final = ("bf16", "fp32", "fp16", "int8", "int4")
 INT4_GROUP: Final = GROUP
 """Number of inputs that share a scale and a zero point in int4: as in Q4_1 files, which so lose next to nothing."""
-MIN_WIDE_INT8: Final = 32
-"""Minimum number of rows for which compiled code unpacks weights once; torch's kernel unpacks them for every row."""
+_WIDE_INT8: Final = 32
+"""Number of rows from which weights are unpacked once; torch's kernel unpacks them for every row."""
 QUANTIZE_BATCH: Final = 4096
 """Number of outputs that are rounded to int8 together, so that no float32 copy of a whole head is made."""
 _FEW_ROWS: Final = 64
@@ -57,7 +57,7 @@ def multiply(x: Tensor, product: Product) -> Tensor:
     """Multiply activations (M, K) by a matrix and add its bias; returns (M, N) in the dtype of `x`."""
     match product:
         case Plain():
-            return _plain(x, product)
+            return F.linear(x, product.weight, product.bias)
         case Int8():
             return _add(_int8(x, product), product.bias)
         case _:
@@ -67,15 +67,33 @@ def multiply(x: Tensor, product: Product) -> Tensor:
 def times(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply states (M, K) by a map's factor (K, N), and add its bias (N,); returns (M, N).
 
-    For numbers of 16 bits on a CPU oneDNN compiles a product for each M that it meets, which takes several times as
-    long as the product itself. So there rows are padded to one of few numbers, by less than 64 or a quarter.
+    By the native library, where it multiplies: a product of bfloat16 by torch takes up to 70 times as long on
+    processors without instructions for it. Else, for numbers of 16 bits on a CPU, oneDNN compiles a product for each M
+    that it meets, which takes several times as long as the product itself: so rows are padded to one of few numbers, by
+    less than 64 or a quarter.
     """
+    if native.multiplies(x) and not factor.requires_grad:
+        product = _panels_of(factor).multiply(x)
+        return product if bias is None else product + bias
     rows = x.shape[0]
     by_number = x.device.type == "cpu" and x.dtype.itemsize == 2 and rows > _FEW_ROWS
     padding = -rows % max(_FEW_ROWS, (1 << (rows - 1).bit_length()) // 8) if by_number else 0
     padded = F.pad(x, (0, 0, 0, padding)) if padding else x
     product = padded @ factor if bias is None else torch.addmm(bias, padded, factor)
     return product[:rows] if padding else product
+
+
+_panels: dict[int, Packed] = {}
+"""Factors of maps in panels, by the identity of the tensor, for as long as that is there."""
+
+
+def _panels_of(factor: Tensor) -> Packed:
+    """The panels of a map's factor (K, N), which nobody changes: one that is trained has gradients."""
+    found = _panels.get(id(factor))
+    if found is None:
+        found = _panels[id(factor)] = Packed.of(factor.T, None)
+        weakref.finalize(factor, _panels.pop, id(factor), None)
+    return found
 
 
 def outputs_from(product: Product, first: int) -> Product | None:
@@ -99,60 +117,18 @@ def multiply_from(x: Tensor, product: Product, first: int) -> Tensor:
     return multiply(x, product)[:, first:] if part is None else multiply(x, part)
 
 
-def _plain(x: Tensor, product: Plain) -> Tensor:
-    if _is_fused(x):
-        total = _one_row(x, product.weight)
-        return (total if product.bias is None else total + product.bias.float()).to(x.dtype)
-    return F.linear(x, product.weight, product.bias)
-
-
 def _in_panels(x: Tensor, product: InPanels) -> Tensor:
-    """By the library, where that is in use; else as a plain matrix, which gradients can pass."""
-    if native.in_use():
+    """By the library, where there is one; else as a plain matrix, which gradients can pass."""
+    if native.multiplies(x):
         return product.multiply(x)
     return F.linear(x, product.unpack(x.shape[-1]), product.bias)
 
 
-def _is_fused(x: Tensor) -> bool:
-    """Whether the compiler should write the product itself: one row on a CPU.
-
-    Written as multiply and sum, the product is fused with the operations around it and reads weights at full speed; a
-    library call takes twice as long. For 2 to 4 rows the compiler's code is no faster than the library.
-    """
-    return x.shape[0] == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
-
-
-def _one_row(x: Tensor, weight: Tensor) -> Tensor:
-    """Float32 (1, N), in halves that the compiler sums in parallel; one sum after another takes 1.4 times as long."""
-    wide = x.float()
-    return torch.cat([(half.float() * wide).sum(-1) for half in weight.chunk(2)]).unsqueeze(0)
-
-
 def _int8(x: Tensor, product: Int8) -> Tensor:
-    if _is_fused(x):
-        return (_one_row(x, product.weight) * product.scale.float()).to(x.dtype)
-    if x.device.type != "cpu" or _has_rows(x, MIN_WIDE_INT8):
+    if x.device.type != "cpu" or x.shape[0] >= _WIDE_INT8:
         return F.linear(x, product.weight.to(x.dtype)) * product.scale
     total: Tensor = torch.ops.aten._weight_int8pack_mm(x, product.weight, product.scale)
     return total
-
-
-def _has_rows(x: Tensor, minimum: int) -> bool:
-    """Whether there are at least `minimum` rows; in code that is being compiled, whether there always are."""
-    return statically_known_true(x.shape[0] >= minimum)
-
-
-def min_wide_rows(product: Product) -> int:
-    """Minimum number of rows that code must be compiled for to use the form for many rows."""
-    return {Plain: 2, Int8: MIN_WIDE_INT8}.get(type(product), 1)
-
-
-def max_rows_one_by_one(product: Product) -> int:
-    """Maximum number of rows for which compiled code for one row, run row by row, beats the code for any number.
-
-    0 = there is no such code, and none is needed.
-    """
-    return {Plain: 2, Int8: 1}.get(type(product), 0)
 
 
 def _add(total: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.eager import Kernels
     from polar_sdk.programs.cost import Segment
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.programs.program import Program
@@ -33,8 +32,6 @@ class Row:
     """What watches the extra visits of loops; None = nothing."""
     prompt: int | None = None
     """Number of tokens of the prompt, which says who is filled; None = all tokens of the first pass."""
-    kernels: Kernels | None = None
-    """What runs its layers, from its first pass to its last: eager and compiled code round differently."""
     work: Work = field(init=False)
     page_table: PageTable = field(init=False)
     left_out: set[int] = field(default_factory=set)
@@ -80,16 +77,10 @@ class Row:
             states, own = self._states
             self._states = (states, slice(own.start + token, own.start + token + 1)) if token >= 0 else None
 
-    def begin(self, kernels: Kernels | None = None) -> Kernels:
-        """Run with these kernels from now on, or those of the decoder, unless the row has begun; returns the row's."""
-        if self.kernels is None:
-            self.kernels = kernels or self.decoder.kernels
-        return self.kernels
-
     @property
     def independent(self) -> bool:
         """Whether it decodes the same, to the bit, whatever is beside it and however many tokens run at a time."""
-        return (self.kernels or self.decoder.kernels).independent and not self.program.bridges
+        return self.decoder.kernels.independent and not self.program.bridges
 
     def piece(self, new: int, wanted: int | None) -> Piece:
         """The next pass, with that many new tokens, the last `wanted` of which are wanted; None = all of them."""

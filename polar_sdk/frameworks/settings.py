@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from polar_sdk.errors import did_you_mean
 from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.aliases import DEFAULT_ALIAS, MODEL_VARIABLE
-from polar_sdk.models.load import Compile, LoadOptions
+from polar_sdk.models.load import LoadOptions
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.base import Router
@@ -107,7 +107,6 @@ class ModelSettings(BaseModel):
     device: str = "auto"
     device_map: str | dict[str, Any] | None = None
     precision: str = "auto"
-    compile: Compile = "auto"
     kv_memory: int | None = None
     engine: Engine | None = Field(default=None, exclude=True, repr=False)
     """A `PolarModel` to use as it is: one that you have set up, or `polar_sdk.testing.tiny_model()`."""

@@ -11,11 +11,10 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
-from polar_sdk.errors import CompileError, DeviceError, ModelError, did_you_mean
+from polar_sdk.errors import DeviceError, ModelError, did_you_mean
 from polar_sdk.models.aliases import resolve
-from polar_sdk.models.compilation import compile_in_background, is_wanted, packages_folder
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.fingerprint import fingerprint_of
@@ -31,7 +30,6 @@ from polar_sdk.models.placement import (
 )
 from polar_sdk.serving.loaded import LoadedModel
 from polar_sdk.serving.threads import run_apart
-from polar_sdk.show.progress import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,9 +42,6 @@ if TYPE_CHECKING:
     from polar_sdk.serving.request import Cancel
 
 
-Compile = bool | Literal["auto", "stored"]
-"""True compiles layers that are not compiled yet before it returns, `auto` in the background; `stored` uses compiled
-ones where they are on disk; False never does."""
 _Key = tuple[str, ...]
 _log: Final = logging.getLogger(__name__)
 _loaded: Final[dict[_Key, LoadedModel]] = {}
@@ -61,14 +56,9 @@ class LoadOptions(TypedDict, total=False):
     """`auto`, the default, or a torch device such as `cpu` or `cuda:1`."""
     device_map: DeviceMap | None
     """Whole layers on several devices, instead of `device`: `auto` by the memory that is free; by range,
-    `{"0-14": "cuda:0", "15-29": "cuda:1"}`; or by module, as Hugging Face has it. They run uncompiled."""
+    `{"0-14": "cuda:0", "15-29": "cuda:1"}`; or by module, as Hugging Face has it. They run by torch."""
     precision: str
     """`auto`, the default, or `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
-    compile: Compile
-    """`auto`, the default, runs compiled layers where they are on disk, and else uncompiled ones at once, while a
-    process compiles in the background, once for all processes (`POLAR_COMPILE=off`: never); requests that come when it
-    is done run compiled. True compiles before it returns (a minute or so); `stored` uses what is on disk; False runs
-    uncompiled."""
     kv_memory: int | None
     """Max bytes for keys and values of all requests together; None = half of the memory that is free when the model
     is first loaded."""
@@ -96,9 +86,8 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
     source = resolve(model)
     places = _places(options.get("device", "auto"), options.get("device_map"))
     precision, dtype = _precision(options.get("precision", "auto"), places)
-    compile = _checked(options.get("compile", "auto"))
     local = obtain(source, options.get("revision"))
-    key = (str(local.folder), local.fingerprint, str(places), precision, str(compile is not False))
+    key = (str(local.folder), local.fingerprint, str(places), precision)
     loaded = _loaded.get(key)
     if loaded is None:
         with LOADING_LOCK:  # of several threads that ask for the same model, one loads it and the others get it
@@ -110,7 +99,6 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
     if loaded.text_files != _text_files(local.folder):
         with LOADING_LOCK:
             loaded = _loaded[key] = _reread(loaded, local.folder)
-    _use_compiled(loaded, compile)
     return loaded if loaded.name == source.name else replace(loaded, name=source.name)
 
 
@@ -119,7 +107,6 @@ def adopt(
     tokenizer: PreTrainedTokenizerBase,
     *,
     precision: str | None = None,
-    compile: Compile = "auto",
     kv_memory: int | None = None,
 ) -> LoadedModel:
     """Wrap a model and its tokenizer; the weights are used in place, except for fused and quantized copies.
@@ -130,22 +117,19 @@ def adopt(
         model: On its device, or whole layers on several, in its dtype.
         tokenizer: The model's own.
         precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
-        compile: As in `LoadOptions`.
         kv_memory: As in `LoadOptions`.
 
     Raises:
         UnsupportedArchitectureError: The engine has no family for it.
         DeviceError: A layer is on several devices or not in memory, or a device has no kernel for this precision.
         ModelDamagedError: A weight is nan or infinite.
-        CompileError: Layers cannot be compiled here.
     """
     from polar_sdk.engine.families import find_family
 
-    _checked(compile)
     name = getattr(model.config, "name_or_path", "") or model.config.model_type
     placement = placement_of(model, find_family(model.config), name)
     decoder = run_apart(lambda _: _take_over(model, placement, name, precision, kv_memory))
-    loaded = _in_memory(
+    return _in_memory(
         decoder,
         model,
         tokenizer,
@@ -155,20 +139,12 @@ def adopt(
         dtype=decoder.dtype,
         adopted=weakref.ref(model),  # kept alive, it would hold the matrices that were fused, beside the fused ones
     )
-    _use_compiled(loaded, compile)
-    return loaded
 
 
 def clear_cache() -> None:
     """Forget the loaded models; their memory is freed when nobody else holds them."""
     with LOADING_LOCK:
         _loaded.clear()
-
-
-def _checked(compile: Compile) -> Compile:
-    if not isinstance(compile, bool) and compile not in ("auto", "stored"):
-        raise CompileError(f"compile={compile!r} is unknown; use True, False, 'auto' or 'stored'.")
-    return compile
 
 
 def _places(device: str, device_map: DeviceMap | None) -> Places:
@@ -263,6 +239,7 @@ def _in_memory(
     from polar_sdk.models.draft_heads import find_draft_head
     from polar_sdk.serving.scheduler import Scheduler
 
+    decoder.use_library()
     if (head := find_draft_head(fingerprint, decoder)) is not None:
         decoder.set_draft_head(head.tensors)
     loaded = LoadedModel(
@@ -277,43 +254,6 @@ def _in_memory(
     )
     loaded.listed_ends()  # what is wrong is said here, not by the first request
     return loaded
-
-
-def _use_compiled(loaded: LoadedModel, compile: Compile) -> None:
-    """Make a model run compiled layers, as far as `compile` allows.
-
-    Raises:
-        CompileError: `compile` is True and there is no compiler, or it failed, or layers are on several devices.
-    """
-    from polar_sdk.engine.compiled import load_kernels
-    from polar_sdk.engine.eager import Compiled
-
-    decoder = loaded.decoder
-    if len(decoder.placement.devices) > 1:
-        if compile is True:
-            raise CompileError(
-                f"layers on several devices ({decoder.placement}) run uncompiled; use compile='auto' or False."
-            )
-        return
-    if compile is False or decoder.compiled:
-        return
-    if compile == "auto" and decoder.renewal is not None:
-        decoder.renew()
-        return
-    build = compile is True
-    kernels = load_kernels(decoder, packages_folder(), build=build, partly=not build, progress=_say_compiling)
-    if kernels is not None:
-        decoder.kernels = kernels
-    if kernels is not None and kernels.compiled == Compiled.ALL:
-        decoder.renewal = None
-    elif decoder.family.compiled and compile == "auto" and is_wanted() and decoder.device.type == "cpu":
-        compile_in_background(decoder, loaded.config, loaded.name, loaded.fingerprint)
-    elif decoder.family.compiled:
-        _log.info("not all layers are compiled; `polar models compile` makes them faster, once for all processes")
-
-
-def _say_compiling(part: str, number: int, count: int) -> None:
-    say(f"compiling {part.split(' Attention', maxsplit=1)[0]} ({number} of {count}) …")
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

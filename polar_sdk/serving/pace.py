@@ -5,7 +5,7 @@ So that a tenant with many rows does not slow one with few down to a fraction of
 In every round it earns a part of the time that the one with least to decode would need for a token alone, and pays for
 the time that its rows add; while it owes, it sits rounds out. Who decodes alone earns twice the time that passes: what
 it owes is forgiven, but not at once, so that one who asks again and again is not slowed anew each time. What a row adds
-is measured, since it differs from machine to machine: compiled, a few rows cost hardly more than one. Pure: tenants and
+is measured, since it differs from machine to machine. Pure: tenants and
 seconds.
 """
 

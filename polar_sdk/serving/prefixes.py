@@ -1,8 +1,7 @@
 """Shared starts of prompts: keys and values that later requests use instead of computing them again.
 
-A start serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same, and
-what runs the layers: compiled code and uncompiled code round differently. Tenants never share, so that neither the bill
-nor the timing of one reveals another's prompts.
+A start serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same.
+Tenants never share, so that neither the bill nor the timing of one reveals another's prompts.
 
 Whole blocks of 64 tokens are lent as they are. Of the block in which two prompts part, the tokens before that are
 copied: what a chat template or a chain says first is the same in every prompt, and rarely ends where a block does. A
@@ -38,7 +37,7 @@ _BRANCHES: Final = 8
 """Blocks after the same start that a prompt is compared with, the ones last used."""
 
 _Key = bytes
-"""A hash of tenant, program, bridges, fills, kernels and all tokens up to the end of the block."""
+"""A hash of tenant, program, bridges, fills and all tokens up to the end of the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class PrefixCache:
     def gain(self, request: Request, row: Row, other: Request) -> int:
         """How many more tokens of a prompt that has not begun could be lent if it waited for another one to have run.
 
-        The other one is of the same tenant, and runs the same program by the same kernels.
+        The other one is of the same tenant, and runs the same program.
         """
         if request.prompt_logprobs is not None:
             return 0
@@ -186,8 +185,7 @@ class PrefixCache:
     def _root(self, request: Request, row: Row) -> _Key:
         """What stands for all that must be the same before the first token."""
         program = request.program
-        compiled = int(row.begin().compiled)
-        common = (request.tenant, program.text, hash_maps(self._decoder, [program]), compiled)
+        common = (request.tenant, program.text, hash_maps(self._decoder, [program]))
         return hashlib.sha256(repr(common).encode()).digest()
 
     @staticmethod

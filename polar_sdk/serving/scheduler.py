@@ -122,7 +122,6 @@ class Scheduler:
         """
         if self.runs_here():
             raise asked_by_engine()
-        self.decoder.renew()
         for job in jobs:
             self._check_size(job)
         with self._arriving:
@@ -309,13 +308,10 @@ class Scheduler:
         # Prompts first: who has just come gets a first token before others get a further one. Rows that end their
         # prompt here decode in the next round, so that `cancel` is checked before each token.
         if prompts:
-            chunk_of = dict(zip(prompts, chunks, strict=True))
-            for alike in _by_kernels(prompts):
-                attempt(alike, partial(self._run_chunks, alike, [chunk_of[job] for job in alike]))
+            attempt(prompts, partial(self._run_chunks, prompts, chunks))
             self._hurried = not self._hurried and self._has_newcomer()
         if decoding and not (prompts and self._hurried):
-            for alike in _by_kernels(decoding):
-                attempt(alike, partial(self._run_decode, alike))
+            attempt(decoding, partial(self._run_decode, decoding))
         return bool(jobs)
 
     def _note_served(self, tenants: Iterable[str]) -> None:
@@ -361,7 +357,7 @@ class Scheduler:
         gains: dict[Job, int] = {}
         for job in jobs:
             request, row = job.request, job.row
-            alike = (request.tenant, request.program, id(row.begin()), request.tokens[:LEAST_SHARED])
+            alike = (request.tenant, request.program, request.tokens[:LEAST_SHARED])
             before = first.setdefault(alike, job)
             if before is job or row.page_table.blocks:
                 continue
@@ -411,14 +407,6 @@ class Scheduler:
 
     def _keep_prefix(self, job: Job) -> None:
         self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
-
-
-def _by_kernels(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Jobs that can share a pass: when compiled layers come, those that began without them go on without them."""
-    alike: dict[int, list[Job]] = {}
-    for job in jobs:
-        alike.setdefault(id(job.row.begin()), []).append(job)
-    return list(alike.values())
 
 
 def _gave_way(limit: int) -> QueueFullError:

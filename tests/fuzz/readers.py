@@ -167,28 +167,6 @@ class Policies(Texts):
         Policy.load(self.file("policy.json", content))
 
 
-class CompileStatuses(Texts):
-    """How far compiling in the background is, as another process has written it."""
-
-    name, share = "status of compiling", 2
-
-    def prepare(self) -> None:
-        from polar_sdk.models.compilation import Order
-
-        order = Order(
-            model="tiny", fingerprint="f" * 64, config={"layers": 2}, dtype="bfloat16", precision="int4", threads=2,
-            environment="here",
-        )  # fmt: skip
-        states = [order.status("compiling", done=2, total=7), order.status("failed", reason="no compiler")]
-        self.valid = [status.model_dump_json().encode() for status in states]
-
-    def read_text(self, content: bytes) -> None:
-        from polar_sdk.models.compilation import read_status
-
-        status = read_status(self.file("status.json", content))
-        assert status is None or isinstance(status.text, str)
-
-
 class DataSets(Texts):
     """A file of prompts, for healing, training and calibration."""
 
@@ -527,7 +505,7 @@ class ModelFolders(Reader):
             )
         try:
             (self.made / name).write_bytes(content)
-            model = PolarModel.from_pretrained(self.made, ledger=None, compile=False, device="cpu", precision="float32")
+            model = PolarModel.from_pretrained(self.made, ledger=None, device="cpu", precision="float32")
             model.generate([{"role": "user", "content": "Hi"}], max_tokens=2)
         finally:
             (self.made / name).write_bytes(self.valid[name])
@@ -541,7 +519,6 @@ READERS: Final[Sequence[type[Reader]]] = (
     StripeCustomers,
     EnergyLogs,
     Policies,
-    CompileStatuses,
     DataSets,
     Spools,
     Routers,

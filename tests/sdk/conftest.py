@@ -14,7 +14,6 @@ from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -122,16 +121,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family", FAMILIES)
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", [*FAMILIES, *VARIANTS])
-
-
-@pytest.fixture(scope="session")
-def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in pytest's cache: a package's name covers everything it depends on, so it is compiled once.
-
-    Without the cache (`-p no:cacheprovider`), a folder of this run.
-    """
-    cache: pytest.Cache | None = getattr(request.config, "cache", None)
-    return cache.mkdir("compiled") if cache else tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture

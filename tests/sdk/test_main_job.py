@@ -20,8 +20,7 @@ from polar_sdk.engine.row import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.eager import Visits
-    from polar_sdk.engine.types import Weights
+    from polar_sdk.engine.types import Visits, Weights
 
 
 pytestmark = pytest.mark.model
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def exact() -> PolarModel:
-    return PolarModel.from_pretrained(precision="fp32", ledger=None, compile=False)  # torch counts no compiled FLOPs
+    return PolarModel.from_pretrained(precision="fp32", ledger=None)  # torch counts no native FLOPs
 
 
 def test_the_default_model_knows_the_capital_of_france() -> None:
@@ -82,7 +81,7 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
         return out
 
     monkeypatch.setattr(decoder, "finish", counting)
-    if decoder.kernels.decodes(1):  # then it runs a layer, or all of them, as one call
+    if decoder.kernels.decodes:  # then it runs a layer, or all of them, as one call
         layer_of = {id(weights): index for index, weights in enumerate(decoder.layers)}
         decode = decoder.kernels.decode
 

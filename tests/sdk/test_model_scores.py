@@ -92,7 +92,7 @@ class TestHiddenStates:
         self, family: str, tiny_family: Callable[..., PreTrainedModel]
     ) -> None:
         reference = tiny_family(family)
-        model = PolarModel.from_hf(reference, tiny_tokenizer(), policy=Policy.permissive(), ledger=None, compile=False)
+        model = PolarModel.from_hf(reference, tiny_tokenizer(), policy=Policy.permissive(), ledger=None)
         for layer in (0, 1, 4, 5):  # the last entry of transformers' list stands behind the final norm
             ours = model.hidden_states(PROMPTS, layer, "none", template="raw")
             for prompt, found in zip(PROMPTS, ours, strict=True):

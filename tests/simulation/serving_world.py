@@ -474,7 +474,6 @@ class Servings:
             tiny_tokenizer(),
             policy=Policy.permissive(),
             ledger=None,
-            compile=False,
             kv_memory=PAGES * 2 * 64 * 4 * 4,
         )
         self._alone = {

@@ -9,6 +9,7 @@ import torch
 from polar_sdk.engine.families.llama import LlamaFamily
 from polar_sdk.engine.parts import attention_kinds, offset_rms_norm, refuse, soft_cap
 from polar_sdk.engine.products import multiply
+from polar_sdk.engine.types import LayerPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,11 @@ class Gemma2Family(LlamaFamily):
             refuse(config, "use_bidirectional_attention", "False")
         self.kinds = attention_kinds(config, config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping)
         self.logit_cap: float | None = config.final_logit_softcapping
+
+    @property
+    def plan(self) -> LayerPlan:
+        """Gated, with norms whose weights are offsets from 1."""
+        return LayerPlan("offset_rms", self.eps, self.act_name)
 
     def take_layer(self, index: int, layer: Any) -> Weights:
         """Llama's, with four norms instead of two."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polar_sdk.engine.families.llama import check_rope
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from polar_sdk.engine.types import Projected, Rotary, Weights
+    from polar_sdk.engine.types import LayerPlan, Projected, Rotary, Weights
 
 
 class GPTNeoXFamily(PlainFamily):
@@ -30,6 +31,11 @@ class GPTNeoXFamily(PlainFamily):
         self.act_name = config.hidden_act
         self.act = activation(self.act_name)
         self.parallel: bool = config.use_parallel_residual
+
+    @property
+    def plan(self) -> LayerPlan:
+        """As the others, in parallel where the configuration says so."""
+        return replace(super().plan, parallel=self.parallel)
 
     def layer_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The layers, in order."""

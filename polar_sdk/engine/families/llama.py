@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from polar_sdk.engine.family import Family
 from polar_sdk.engine.parts import activation, fuse, gated_mlp, rms_norm, rotary_table, rotate, take
 from polar_sdk.engine.products import look_up, multiply, multiply_from
+from polar_sdk.engine.types import LayerPlan
 from polar_sdk.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
@@ -40,8 +41,13 @@ class LlamaFamily(Family):
         check_rope(config.rope_parameters)
         self.eps: float = config.rms_norm_eps
         self.intermediate: int = config.intermediate_size
-        self.act_name: str = getattr(config, self.act_option)  # part of the name of compiled code
+        self.act_name: str = getattr(config, self.act_option)
         self.act = activation(self.act_name)
+
+    @property
+    def plan(self) -> LayerPlan | None:
+        """Gated, with norms by mean square."""
+        return LayerPlan("rms", self.eps, self.act_name)
 
     def inner(self, model: PreTrainedModel) -> Any:
         """The model without its head."""

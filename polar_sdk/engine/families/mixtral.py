@@ -17,12 +17,16 @@ class MixtralFamily(MistralFamily):
     """`MixtralForCausalLM`: a query sees the last `sliding_window` keys, its own included; None = all."""
 
     model_types: ClassVar[tuple[str, ...]] = ("mixtral",)
-    compiled: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.experts: int = config.num_local_experts
         self.experts_per_token: int = config.num_experts_per_tok
+
+    @property
+    def plan(self) -> None:
+        """None: which experts a token goes to is decided in the middle of a layer."""
+        return None
 
     def take_mlp(self, block: Any) -> Weights:
         """A router, and two matrices per expert."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polar_sdk.engine.family import Family
 from polar_sdk.engine.parts import layer_norm, no_rotary, plain_mlp
 from polar_sdk.engine.products import multiply, multiply_from
+from polar_sdk.engine.types import LayerPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,9 +29,14 @@ class PlainFamily(Family):
     intermediate: int
     """Width of the feed-forward."""
     act_name: str
-    """Activation of the feed-forward, by name: part of the name of compiled code."""
+    """Activation of the feed-forward, by name."""
     act: Callable[[Tensor], Tensor]
     """The activation as a function."""
+
+    @property
+    def plan(self) -> LayerPlan:
+        """One matrix up and one down, with layer norms."""
+        return LayerPlan("layer", self.eps, self.act_name, gated=False)
 
     def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
         """None: positions enter with the embedding."""

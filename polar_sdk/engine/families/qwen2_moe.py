@@ -19,7 +19,6 @@ class Qwen2MoeFamily(Qwen2Family):
     """`Qwen2MoeForCausalLM`: layers of type `sliding_attention` see the last `sliding_window` keys, own included."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_moe",)
-    compiled: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -33,6 +32,11 @@ class Qwen2MoeFamily(Qwen2Family):
             for index in range(self.depth)
         )
         """Whether a layer has experts, one entry per layer."""
+
+    @property
+    def plan(self) -> None:
+        """None: which experts a token goes to is decided in the middle of a layer."""
+        return None
 
     def take_mlp(self, block: Any) -> Weights:
         """Llama's; in a layer with experts, `gate_up` and `down` are those of the shared one."""

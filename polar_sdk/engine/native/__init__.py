@@ -1,25 +1,19 @@
-"""The library built from the C++ files here: when it is used, how it is compiled and kept, how layers call it.
+"""The library built from the C++ files here: when it is used, and its functions on tensors.
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
-of one token per row over pages, attention of the tokens of a prompt, and the guesses of a draft head; and on float32,
-how likely tokens are. They are used on processors with AVX2; AVX512 with VNNI, AVX512-BF16 and AMX make them faster.
-Elsewhere, and where there is no library, torch or numpy does it. Knows tensors, no families.
+of one token per row over pages, attention of the tokens of a prompt, whole layers (`layers.py`), and the guesses of a
+draft head; and on float32, how likely tokens are. They are used on processors with AVX2; AVX512 with VNNI, AVX512-BF16
+and AMX make them faster. Elsewhere, and where there is no library, torch or numpy does it. Knows tensors, no families.
 
-There are two libraries. The kernels (`kernels.h`) need neither Python nor torch: they come with the package, where it
-was built beside a compiler, or are compiled in four seconds. Layers that are not compiled call them from here. Compiled
-layers call them by way of `operations.cpp`, which belongs to one version of torch and is compiled with the layers.
+The kernels (`kernels.h`) need neither Python nor torch: they are built when the package is, by `build.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
 import platform
-import tempfile
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,25 +21,23 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from polar_sdk.engine.native.build import INSTRUCTIONS, BuildError, build_library, is_possible, library_name
-from polar_sdk.errors import CompileError, DeviceError
+from polar_sdk.engine.native.build import INSTRUCTIONS, is_possible, library_name
+from polar_sdk.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
 
-    from polar_sdk.engine.eager import Visits
-    from polar_sdk.engine.panels import Packed, PackedInt8
-    from polar_sdk.engine.types import AttentionKind, Rotary
+    from polar_sdk.engine.types import AttentionKind
 
 
 _FOLDER: Final = Path(__file__).parent
 ISA_VARIABLE: Final = "POLAR_ISA"
-"""Environment variable that names the newest of `INSTRUCTIONS` to use: a machine with more can run with less."""
+"""Environment variable that names the newest of `INSTRUCTIONS` to use, or `none`: a machine can run with less."""
 _HEAD_STEP: Final = 32
 """The size of a head must be a multiple of this: bfloat16 numbers in a register."""
 _TEAM_ROWS: Final = 8
-"""Maximum number of rows whose products outside compiled code are shared by the library's own threads: with more, torch
-shares what is between them, and its threads would spin beside those."""
+"""Maximum number of rows of one operation whose work the library's own threads share: with more, torch shares what is
+between operations, and its threads would spin beside those."""
 BLOCK: Final = 512
 """Tokens whose weights are summed up together, so that a draw looks into one block and not at the whole vocabulary."""
 _LANES: Final = 16
@@ -55,68 +47,48 @@ _DONE, _NO_MEMORY = 0, 1
 _log = logging.getLogger(__name__)
 _loaded: dict[str, ctypes.CDLL] = {}
 """The library loaded in this process, if any, by the name of its file."""
-_operations: set[str] = set()
-"""The operations loaded in this process, if any."""
-_failures: list[str] = []
-"""Why the library could not be compiled or loaded in this process, if so."""
-_team = ContextVar("team", default=True)
-"""Whether the library's own threads share the work of operations called from here, rather than torch's."""
-_in_use = ContextVar("in_use", default=False)
-"""Whether uncompiled layers that run here use the library."""
 
 
 @cache
 def _kinds_of_library() -> tuple[str, ...]:
-    """Which of `INSTRUCTIONS` this processor has, the fastest first."""
-    if not is_possible():
-        return ()
-    has = set(processor().replace("_", "").split())
-    kinds = tuple(INSTRUCTIONS)[: tuple(INSTRUCTIONS).index(_restriction()) + 1]
-    return tuple(kind for kind in reversed(kinds) if has >= {name.replace("-", "") for name in INSTRUCTIONS[kind]})
-
-
-def _restriction() -> str:
-    """The last of `INSTRUCTIONS` that may be used, as the environment restricts it.
+    """Which of `INSTRUCTIONS` this processor has and the environment allows, the fastest first.
 
     Raises:
         DeviceError: The environment names none of them.
     """
-    kinds = tuple(INSTRUCTIONS)
-    limit = os.environ.get(ISA_VARIABLE) or kinds[-1]
+    if not is_possible():
+        return ()
+    kinds, limit = tuple(INSTRUCTIONS), os.environ.get(ISA_VARIABLE) or tuple(INSTRUCTIONS)[-1]
+    if limit == "none":
+        return ()
     if limit not in kinds:
         raise DeviceError(
             f"{ISA_VARIABLE} is {limit!r}, which is not an instruction set that kernels are built for.",
-            hint=f"Set it to one of {', '.join(kinds)}, or unset it to use all that the processor has.",
+            hint=f"Set it to none or one of {', '.join(kinds)}, or unset it to use all that the processor has.",
         )
-    return limit
+    has = set(_processor().replace("_", "").split())
+    allowed = reversed(kinds[: kinds.index(limit) + 1])
+    return tuple(kind for kind in allowed if has >= {name.replace("-", "") for name in INSTRUCTIONS[kind]})
 
 
 @cache
-def _key() -> str:
-    """What operations and compiled layers depend on: all sources, torch, and the processor."""
-    source = "".join(file.read_text() for file in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]))
-    return hashlib.sha256(f"{source}|{torch.__version__}|{processor()}|{_kinds_of_library()}".encode()).hexdigest()[:32]
-
-
-@cache
-def processor() -> str:
-    """Vendor and instruction sets of the processor: what is compiled for it may use any of them."""
+def _processor() -> str:
+    """Vendor and instruction sets of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return platform.processor()
-    names = ("vendor_id", "flags", "CPU implementer", "CPU part", "Features")  # the last three are Arm's
-    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
+    return "\n".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags"))}))
 
 
 @cache
-def _pairs() -> bool:
+def pairs() -> bool:
     """Whether to multiply with the instruction for pairs of bfloat16 numbers.
 
     On AMD cores it does twice the work of a float32 product in the same time; on Intel cores it takes 4 times as long.
     Where there is AMX, products with matrices go by its tiles anyway.
     """
-    return "AuthenticAMD" in processor() and "avx512bf16" in _kinds_of_library()
+    return "AuthenticAMD" in _processor() and "avx512bf16" in _kinds_of_library()
 
 
 def has_tiles() -> bool:
@@ -129,209 +101,75 @@ def comes_along() -> bool:
     return any((_FOLDER / library_name(kind)).exists() for kind in _kinds_of_library())
 
 
-def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, build: bool) -> bool:
+def load_library(dtype: torch.dtype, device: torch.device) -> bool:
     """Make the kernels available in this process, where they can be used.
 
     Args:
-        folder: Where the library is kept that did not come with the package.
         dtype: Of activations, keys and values.
         device: Of the same.
-        build: Whether to compile the library if it is not there yet, which takes four seconds.
 
     Returns:
-        Whether layers may call them. A compiler that is missing or fails is only logged: layers run without.
+        Whether layers may call them. Where this processor has kernels and the package has no library, a warning says
+        once that layers run without.
     """
-    kinds = _kinds_of_library() if _fits(dtype, device) else ()
-    for known in (place / library_name(kind) for kind in kinds for place in (_FOLDER, folder)):
-        if not _loaded and known.exists():
-            _load(known)
-    if kinds and not _loaded and build and (built := _build(kinds, folder)):
-        _load(built)
-    return bool(kinds and _loaded)
-
-
-def load_operations(folder: Path, *, build: bool) -> bool:
-    """Make the operations that compiled layers call available in this process, which has the library.
-
-    Args:
-        folder: Where they are kept.
-        build: Whether to compile them if they are not there yet, which takes about ten seconds.
-
-    Returns:
-        Whether they are.
-
-    Raises:
-        CompileError: The compiler is missing or failed.
-    """
-    if _operations:
-        return True
-    file = folder / f"operations-{_key()}.so"
-    if file.exists() and _load_operations(file):
-        return True
-    if not build:
+    if not _fits(dtype, device):
         return False
-    _build_operations(file)
-    return _load_operations(file)
+    for kind in _kinds_of_library():
+        if not _loaded and (file := _FOLDER / library_name(kind)).exists():
+            _load(file)
+    if reason := missing():
+        _warn_once(reason)
+    return bool(_loaded)
+
+
+def missing() -> str:
+    """Why this process runs without the library although the processor could use it, as a sentence; else empty."""
+    if _loaded or not _kinds_of_library() or comes_along():
+        return ""
+    return (
+        "native kernels are not built, so layers run by torch, several times slower; "
+        "install a C++ compiler and run `polar models kernels`."
+    )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
 
 
 def _fits(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
-def _build(kinds: Sequence[str], folder: Path) -> Path | None:
-    """Compile the library of the first kind for which the compiler knows all instructions."""
-    errors: list[Exception] = []
-    for kind in kinds:
-        file = folder / library_name(kind)
-        try:
-            build_library(kind, file)
-        except (BuildError, OSError) as error:
-            errors.append(error)
-        else:
-            return file
-    _fail("compiled", errors[0])
-    return None
-
-
 def _load(file: Path) -> None:
     try:
-        library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # operations find its functions by name
+        library = ctypes.CDLL(str(file))
         for name, arguments in _FUNCTIONS.items():
             getattr(library, name).argtypes = arguments
         _loaded[file.name] = library
     except (OSError, AttributeError) as error:
-        _fail("loaded", error)
+        _warn_once(f"native kernels cannot be loaded, layers run without: {str(error)[:200]}.")
 
 
-def _build_operations(file: Path) -> None:
-    """Compile the operations; their file appears whole or not at all."""
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            options = CppTorchOptions(include_pytorch=True, warning_all=False)
-            builder = CppBuilder("operations", str(_FOLDER / "operations.cpp"), options, output_dir=scratch)
-            builder.build()
-            Path(builder.get_target_file_path()).replace(file)
-    except Exception as error:  # the compiler raises what it likes
-        raise CompileError(
-            f"what compiled layers call cannot be compiled here ({_reason(str(error))}).",
-            hint="Install a C++ compiler such as g++, or load the model with compile=False.",
-        ) from error
+def is_used(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether operations on such tensors can be the library's in this process."""
+    return bool(_loaded) and _fits(dtype, device)
 
 
-def _load_operations(file: Path) -> bool:
-    try:
-        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
-        ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # compiled layers find its functions by name
-    except OSError as error:
-        _log.warning("%s is damaged, and is not used: %s", file, _reason(str(error)))
-        return False
-    _operations.add(file.name)
-    return True
+def multiplies(x: Tensor) -> bool:
+    """Whether the library multiplies these rows: gradients do not pass its products."""
+    return is_used(x.dtype, x.device) and not torch.is_grad_enabled()
 
 
-def _fail(what: str, error: Exception) -> None:
-    _failures.append(f"native kernels cannot be {what}, layers run without: {_reason(str(error))}.")
-    _log.warning("%s", _failures[-1])
+class Sharing(ctypes.Structure):
+    """Number of threads that share work, and whether they are the library's own rather than torch's."""
 
-
-def _reason(text: str) -> str:
-    """The line of a compiler's output that says what is wrong, or the beginning of another text."""
-    lines = [line for line in text.splitlines() if " error: " in line]
-    return " ".join((lines[0] if lines else text).split())[:200]
-
-
-def failure() -> str:
-    """Why this process tried to have the library and does not, as a sentence; empty otherwise."""
-    return "" if _loaded or not _failures else _failures[-1]
-
-
-def _product_shape(x: Tensor, panels: Tensor, bias: Tensor, *_: object) -> Tensor:
-    return x.new_empty((x.shape[0], bias.shape[0]))
-
-
-def _product_int8_shape(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor, team: bool) -> Tensor:
-    return x.new_empty((x.shape[0], bias.shape[0]))
-
-
-def _product_int4_shape(x: Tensor, panels: Tensor, bias: Tensor, team: bool) -> Tensor:
-    return x.new_empty((x.shape[0], bias.shape[0]))
-
-
-def _attend_pages_shape(query: Tensor, *_: object) -> Tensor:
-    return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
-
-
-_INTEGERS = "Tensor x, Tensor panels, Tensor scale, Tensor bias, bool team"
-_HISTORY = "Tensor query, Tensor store, Tensor table, Tensor positions"
-for _name, _arguments, _shape in (
-    ("product", "Tensor x, Tensor panels, Tensor bias, bool pairs, bool team", _product_shape),
-    ("product_int8", _INTEGERS, _product_int8_shape),
-    ("product_int4", _INTEGERS.replace("Tensor scale, ", ""), _product_int4_shape),
-    ("attend_pages", f"{_HISTORY}, float scale, int? window, float? softcap, bool team", _attend_pages_shape),
-):  # what torch's compiler knows of the operations
-    torch.library.define(f"polar::{_name}", f"({_arguments}) -> Tensor")
-    torch.library.register_fake(f"polar::{_name}", _shape)
-
-
-def direct_calls() -> dict[Any, list[str]]:
-    """Operations that compiled layers call by the name of a function in the library, with its declaration."""
-    if not _loaded:
-        return {}
-    tensor, result = "AtenTensorHandle", "AtenTensorHandle* result);"
-    attend = f"{tensor} query, {tensor} store, {tensor} table, {tensor} positions, double scale"
-    attend += ", const int64_t* window, const double* softcap, int32_t team"
-    integers = f"{tensor} x, {tensor} panels"
-    product = f"{integers}, {tensor} bias, int32_t pairs, int32_t team"
-    declared = {
-        torch.ops.polar.product: f"product({product}, {result}",
-        torch.ops.polar.product_int8: f"product_int8({integers}, {tensor} scale, {tensor} bias, int32_t team, {result}",
-        torch.ops.polar.product_int4: f"product_int4({integers}, {tensor} bias, int32_t team, {result}",
-        torch.ops.polar.attend_pages: f"attend_pages({attend}, {result}",
-    }
-    return {each.default: [f"AOTITorchError aoti_torch_cpu_{text}"] for each, text in declared.items()}
-
-
-def version(dtype: torch.dtype, device: torch.device) -> str:
-    """Version of the library that layers of such activations depend on; empty where they use none of it."""
-    return _key() if _loaded and _fits(dtype, device) else ""
-
-
-@contextmanager
-def used() -> Iterator[None]:
-    """Uncompiled layers that run within this block use the library; others compute as they did before it was there."""
-    before = _in_use.set(True)
-    try:
-        yield
-    finally:
-        _in_use.reset(before)
-
-
-def in_use() -> bool:
-    """Whether products with matrices in panels are the library's here."""
-    return _in_use.get() or (torch.compiler.is_compiling() and bool(_loaded))
-
-
-@contextmanager
-def shared_by(*, team: bool) -> Iterator[None]:
-    """In code that is compiled within this block, the library's own threads share its work, or torch's.
-
-    The library's are faster where pieces are short, but not beside torch's, which spin for the next of theirs.
-    """
-    before = _team.set(team)
-    try:
-        yield
-    finally:
-        _team.reset(before)
-
-
-class _Sharing(ctypes.Structure):
     _fields_ = (("threads", ctypes.c_int32), ("team", ctypes.c_int32))
 
 
-class _Kind(ctypes.Structure):
+class Kind(ctypes.Structure):
+    """How a layer attends; a window or soft cap of 0 is none."""
+
     _fields_ = (("scale", ctypes.c_double), ("softcap", ctypes.c_double), ("window", ctypes.c_int64))
 
 
@@ -352,24 +190,45 @@ class _DraftHead(ctypes.Structure):
     )
 
 
+class Angles(ctypes.Structure):
+    """Cosine and sine of tokens, (N, width)."""
+
+    _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("width", ctypes.c_int64))
+
+
+class Pages(ctypes.Structure):
+    """A store of keys and values, and how many pages each row of a table has."""
+
+    _fields_ = (
+        ("store", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("places", "page", "blocks")),
+    )
+
+
 _ADDRESS, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
-    "polar_product": (*[_ADDRESS] * 4, *[_SIZE] * 3, _NUMBER, _Sharing),
-    "polar_product_integers": (*[_ADDRESS] * 5, *[_SIZE] * 3, _Sharing),
-    "polar_attend_pages": (_ADDRESS, _SIZE, *[_ADDRESS] * 4, *[_SIZE] * 6, _Kind, _Sharing),
+    "polar_product": (*[_ADDRESS] * 4, *[_SIZE] * 3, _NUMBER, Sharing),
+    "polar_product_integers": (*[_ADDRESS] * 5, *[_SIZE] * 3, Sharing),
+    "polar_attend_pages": (_ADDRESS, _SIZE, *[_ADDRESS] * 4, *[_SIZE] * 6, Kind, Sharing),
     "polar_write_pages": (_ADDRESS, *[_SIZE] * 4, *[_ADDRESS] * 2, _SIZE, *(_ADDRESS, _Steps) * 2),
     "polar_attend_prompt": (
-        *(_ADDRESS, _SIZE), *(_ADDRESS, _Steps) * 2, *[_ADDRESS] * 2, *[_SIZE] * 5, _Kind, *[_NUMBER] * 2,
+        *(_ADDRESS, _SIZE), *(_ADDRESS, _Steps) * 2, *[_ADDRESS] * 2, *[_SIZE] * 5, Kind, *[_NUMBER] * 2,
     ),
     "polar_weigh": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, *[_ADDRESS] * 2),
     "polar_pick": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, ctypes.c_float, *[_ADDRESS] * 4),
     "polar_look_up": (_ADDRESS, *[_SIZE] * 2, _ADDRESS, _SIZE, _ADDRESS),
-    "polar_guess": (*[_ADDRESS] * 3, *[_SIZE] * 2, ctypes.c_float, *[_ADDRESS] * 3, _Sharing),
+    "polar_project": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
+    "polar_keys_values": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
+    "polar_finish": (*[_ADDRESS] * 4, _SIZE, Sharing),
+    "polar_decode_layers": (
+        _ADDRESS, _SIZE, *[_ADDRESS] * 2, _SIZE, *[_ADDRESS] * 4, ctypes.POINTER(Angles), Pages, _ADDRESS, Sharing,
+    ),
+    "polar_guess": (*[_ADDRESS] * 3, *[_SIZE] * 2, ctypes.c_float, *[_ADDRESS] * 3, Sharing),
 }  # fmt: skip
 """Arguments of its functions, as `kernels.h` declares them."""
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
     """Run a function of the library.
 
     Raises:
@@ -384,18 +243,24 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 @lru_cache(maxsize=16)
-def _sharing(threads: int, team: bool) -> _Sharing:
-    return _Sharing(threads, team)
+def _sharing(threads: int, team: bool) -> Sharing:
+    return Sharing(threads, team)
 
 
-def _shared_by(rows: int) -> _Sharing:
-    """Who shares the work of an operation on so many rows outside compiled code."""
+def shared_by(rows: int) -> Sharing:
+    """Who shares the work of one operation on so many rows."""
     return _sharing(torch.get_num_threads(), rows <= _TEAM_ROWS)
 
 
+def shared_by_team() -> Sharing:
+    """The library's own threads share the work: of many operations one after another."""
+    return _sharing(torch.get_num_threads(), True)
+
+
 @lru_cache(maxsize=16)
-def _kind(kind: AttentionKind) -> _Kind:
-    return _Kind(kind.scale, kind.softcap or 0.0, kind.window or 0)
+def kind_of(kind: AttentionKind) -> Kind:
+    """How a layer attends, as the library reads it."""
+    return Kind(kind.scale, kind.softcap or 0.0, kind.window or 0)
 
 
 def _steps(heads: Tensor, token: int, head: int) -> _Steps:
@@ -406,39 +271,27 @@ def _steps(heads: Tensor, token: int, head: int) -> _Steps:
 
 def product(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
     """Multiply rows (M, K) by a `panels.Packed` matrix, add its bias (N,), and round once; returns (M, N)."""
-    if torch.compiler.is_compiling():
-        total: Tensor = torch.ops.polar.product(x, panels, bias, _pairs(), _team.get())
-        return total
-    return _product(x, panels, bias, _pairs(), _shared_by(x.shape[0]))
-
-
-def _product(x: Tensor, panels: Tensor, bias: Tensor, pairs: bool, sharing: _Sharing) -> Tensor:
     rows, y = x.contiguous(), x.new_empty((x.shape[0], bias.shape[0]))
     matrix = panels.data_ptr(), bias.data_ptr()
-    _call("polar_product", rows.data_ptr(), *matrix, y.data_ptr(), *x.shape, y.shape[1], pairs, sharing)
+    call("polar_product", rows.data_ptr(), *matrix, y.data_ptr(), *x.shape, y.shape[1], pairs(), shared_by(x.shape[0]))
     return y
 
 
 def product_int8(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """As `product`, by a `panels.PackedInt8` matrix."""
-    if torch.compiler.is_compiling():
-        total: Tensor = torch.ops.polar.product_int8(x, panels, scale, bias, _team.get())
-        return total
-    return _product_integers(x, panels, scale, bias, _shared_by(x.shape[0]))
+    return _product_integers(x, panels, scale, bias)
 
 
 def product_int4(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
     """As `product`, by a `panels.PackedInt4` matrix."""
-    if torch.compiler.is_compiling():
-        total: Tensor = torch.ops.polar.product_int4(x, panels, bias, _team.get())
-        return total
-    return _product_integers(x, panels, None, bias, _shared_by(x.shape[0]))
+    return _product_integers(x, panels, None, bias)
 
 
-def _product_integers(x: Tensor, panels: Tensor, scale: Tensor | None, bias: Tensor, sharing: _Sharing) -> Tensor:
+def _product_integers(x: Tensor, panels: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
     rows, y = x.contiguous(), x.new_empty((x.shape[0], bias.shape[0]))
     matrix = panels.data_ptr(), None if scale is None else scale.data_ptr(), bias.data_ptr()
-    _call("polar_product_integers", rows.data_ptr(), *matrix, y.data_ptr(), *x.shape, y.shape[1], sharing)
+    sizes = *x.shape, y.shape[1]
+    call("polar_product_integers", rows.data_ptr(), *matrix, y.data_ptr(), *sizes, shared_by(x.shape[0]))
     return y
 
 
@@ -450,7 +303,7 @@ def look_up(panels: Tensor, outputs: Tensor, like: Tensor) -> Tensor:
     """
     wanted, rows = outputs.contiguous(), like.new_empty((outputs.shape[0], 2 * panels.shape[1]))
     matrix = panels.data_ptr(), like.shape[0], rows.shape[1]
-    _call("polar_look_up", *matrix, wanted.data_ptr(), rows.shape[0], rows.data_ptr())
+    call("polar_look_up", *matrix, wanted.data_ptr(), rows.shape[0], rows.data_ptr())
     return rows
 
 
@@ -467,7 +320,7 @@ def weigh(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """
     scores, weights = logits.contiguous(), logits.new_empty(logits.shape)
     sums = torch.empty(-(-len(scores) // BLOCK), dtype=torch.float64)
-    _call("polar_weigh", scores.data_ptr(), len(scores), temperature, BLOCK, weights.data_ptr(), sums.data_ptr())
+    call("polar_weigh", scores.data_ptr(), len(scores), temperature, BLOCK, weights.data_ptr(), sums.data_ptr())
     return weights, sums
 
 
@@ -480,13 +333,13 @@ def pick(logits: Tensor, temperature: float, least: float) -> tuple[Tensor, Tens
     weights = logits.new_empty(len(scores) + _LANES)
     tokens = torch.empty(len(weights), dtype=torch.int32)
     results = weights.data_ptr(), tokens.data_ptr(), ctypes.addressof(count), ctypes.addressof(total)
-    _call("polar_pick", scores.data_ptr(), len(scores), temperature, BLOCK, least, *results)
+    call("polar_pick", scores.data_ptr(), len(scores), temperature, BLOCK, least, *results)
     return weights[: count.value], tokens[: count.value], total.value
 
 
 def can_attend(query: Tensor) -> bool:
     """Whether `attend_pages` and `attend_prompt` can be used for queries (…, d)."""
-    return bool(version(query.dtype, query.device)) and takes_heads(query.shape[-1])
+    return is_used(query.dtype, query.device) and takes_heads(query.shape[-1])
 
 
 def takes_heads(size: int) -> bool:
@@ -495,18 +348,25 @@ def takes_heads(size: int) -> bool:
 
 
 def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
-    """`attention.paged_decode`, with its arguments and result."""
-    if torch.compiler.is_compiling():
-        how = (kind.scale, kind.window, kind.softcap, _team.get())
-        total: Tensor = torch.ops.polar.attend_pages(query, store, table, positions, *how)
-        return total
+    """Attention of one token per row over the row's pages, its own key and value already written.
+
+    Args:
+        query: (B, H, d).
+        store: (P, 2, G, page, d).
+        table: Pages of each row in order, (B, n); entries after the row's end may name any page.
+        positions: Position of each row's token, (B,); it sees the keys up to its own, as far as the window reaches.
+        kind: Scale, window and soft cap.
+
+    Returns:
+        (B, H × d).
+    """
     rows, heads, size = query.shape
     assert store.is_contiguous() and query.stride()[1:] == (size, 1)
     pages, at, mixed = table.contiguous(), positions.contiguous(), query.new_empty((rows, heads * size))
     history = store.data_ptr(), pages.data_ptr(), at.data_ptr()
     sizes = rows, heads, store.shape[2], size, store.shape[3], table.shape[1]
-    own = (_kind(kind), _shared_by(rows))
-    _call("polar_attend_pages", query.data_ptr(), query.stride(0), *history, mixed.data_ptr(), *sizes, *own)
+    own = (kind_of(kind), shared_by(rows))
+    call("polar_attend_pages", query.data_ptr(), query.stride(0), *history, mixed.data_ptr(), *sizes, *own)
     return mixed
 
 
@@ -520,7 +380,7 @@ def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, valu
     places, at = pages.contiguous(), offsets.contiguous()
     sizes = store.shape[0], *store.shape[2:]
     parts = (key.data_ptr(), _steps(key, 0, 1), value.data_ptr(), _steps(value, 0, 1))
-    _call("polar_write_pages", store.data_ptr(), *sizes, places.data_ptr(), at.data_ptr(), key.shape[0], *parts)
+    call("polar_write_pages", store.data_ptr(), *sizes, places.data_ptr(), at.data_ptr(), key.shape[0], *parts)
 
 
 class Guesses:
@@ -529,20 +389,21 @@ class Guesses:
     Args:
         tokens: Those that it can guess, (C,), int64.
         scale: What states are multiplied by before they meet the rows of the tokens, (E,).
-        matrices: `enter`, `gated`, `down` and `rows`.
-        embedding: The model's, (V, E).
+        matrices: `enter`, `gated`, `down` and `rows`, `panels.PackedInt8` each.
+        embedding: The model's, (V, E), or the panels of it.
+        in_panels: Which of both.
     """
 
     def __init__(
-        self, tokens: Tensor, scale: Tensor, matrices: Sequence[PackedInt8], embedding: Tensor | Packed
+        self, tokens: Tensor, scale: Tensor, matrices: Sequence[Sequence[Tensor]], embedding: Tensor, *, in_panels: bool
     ) -> None:
-        numbers = embedding if isinstance(embedding, Tensor) else embedding.panels
+        numbers = embedding
         assert numbers.is_contiguous() and tokens.dtype == torch.int64
         self._tensors = (tokens, scale, matrices, numbers)  # whose addresses the library is given
         self._head = _DraftHead(
-            *(scale.shape[0], matrices[1].bias.shape[0] // 2, tokens.shape[0], tokens.data_ptr(), scale.data_ptr()),
+            *(scale.shape[0], matrices[1][-1].shape[0] // 2, tokens.shape[0], tokens.data_ptr(), scale.data_ptr()),
             *(_Bytes(*(tensor.data_ptr() for tensor in matrix)) for matrix in matrices),
-            *(numbers.data_ptr(), numbers is not embedding),
+            *(numbers.data_ptr(), in_panels),
         )
 
     def guess(
@@ -558,32 +419,8 @@ class Guesses:
         results = guesses.data_ptr(), chances.data_ptr(), ctypes.addressof(made)
         sizes = len(tokens), most, least
         inputs = ctypes.addressof(self._head), before.data_ptr(), after.data_ptr()
-        _call("polar_guess", *inputs, *sizes, *results, _shared_by(len(tokens)))
+        call("polar_guess", *inputs, *sizes, *results, shared_by(len(tokens)))
         return guesses[:, : made.value].tolist(), chances[:, : made.value].tolist()
-
-
-class Layers:
-    """Compiled layers that run one after another in one call: from one call to the next takes as long as a product.
-
-    Args:
-        layers: For each its code from `open_layer`, its weights, and its `AttentionKind.rope`.
-    """
-
-    def __init__(self, layers: Iterable[tuple[Any, list[Tensor], int]]) -> None:
-        self._layers: Any = torch.classes.polar.Layers()
-        for layer in layers:
-            self._layers.add(*layer)
-
-    def decode(self, x: Tensor, visits: Visits, rotary: Sequence[Rotary], store: Tensor, done: Tensor) -> Tensor:
-        """`Kernels.decode_layers`, with its arguments and result."""
-        angles = [each for pair in rotary for each in pair]
-        after: Tensor = torch.ops.polar.decode_layers.default(self._layers, x, *visits, angles, store, done)
-        return after
-
-
-def open_layer(path: Path) -> Any:
-    """The code for a whole layer in a package file, which runs tensors, for `Layers`; errors as `open_package`."""
-    return torch.classes.polar.Package(str(path))
 
 
 def attend_prompt(
@@ -596,7 +433,7 @@ def attend_prompt(
     at, mixed = None if positions is None else positions.contiguous(), query.new_empty((tokens, heads * size))
     history = (keys.data_ptr(), _steps(keys, 1, 0), values.data_ptr(), _steps(values, 1, 0))
     places = (None if at is None else at.data_ptr(), mixed.data_ptr())
-    own = (_kind(kind), _pairs(), torch.get_num_threads())
+    own = (kind_of(kind), pairs(), torch.get_num_threads())
     sizes = tokens, heads, groups, size, total
-    _call("polar_attend_prompt", query.data_ptr(), query.stride(0), *history, *places, *sizes, *own)
+    call("polar_attend_prompt", query.data_ptr(), query.stride(0), *history, *places, *sizes, *own)
     return mixed

@@ -1,8 +1,8 @@
-"""Compiles the kernels to a library that depends on neither Python nor torch, in four seconds.
+"""Compiles the kernels to a library that depends on neither Python nor torch.
 
 A library serves every processor with the instruction sets that it is for, and every version of torch. The build of
 this package runs this, before anything else is installed (`hatch_build.py`), so that it needs the standard library
-alone.
+alone. `polar models kernels` builds what is missing into an installed package.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -76,3 +77,30 @@ def build_library(kind: str, target: Path) -> None:
         if ended.returncode:
             raise BuildError(ended.stderr.strip() or f"compiler {compiler!r} failed with status {ended.returncode}")
         draft.replace(target)
+
+
+def missing() -> list[str]:
+    """Those of `INSTRUCTIONS` for which there is no library beside this file."""
+    return [kind for kind in INSTRUCTIONS if is_possible() and not (FOLDER / library_name(kind)).exists()]
+
+
+def build_missing() -> dict[str, str]:
+    """Build the libraries that are missing, side by side, and remove those of other sources.
+
+    Returns:
+        Why a library could not be built, by its kind.
+    """
+    for other in set(FOLDER.glob("kernels-*.so")).difference(FOLDER / library_name(kind) for kind in INSTRUCTIONS):
+        other.unlink()
+
+    def why_not(kind: str) -> str:
+        try:
+            build_library(kind, FOLDER / library_name(kind))
+        except (BuildError, OSError) as error:
+            return (str(error).strip().splitlines() or [repr(error)])[0]
+        return ""
+
+    wanted = missing()
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        reasons = dict(zip(wanted, compilers.map(why_not, wanted), strict=True))
+    return {kind: reason for kind, reason in reasons.items() if reason}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.kernels import TorchKernels
 from polar_sdk.engine.maps import Bridge, Fill
 from polar_sdk.engine.pack import PackedQuestions, packs, predictors
 from polar_sdk.errors import DeviceError
@@ -97,5 +97,5 @@ def trainable_copy(decoder: Decoder) -> Decoder:
     if len(decoder.placement.devices) > 1:
         raise DeviceError(f"maps are fitted on one device, not on {decoder.placement}; load the model on one device.")
     own = copy.copy(decoder)
-    own.kernels = EagerKernels(decoder.family)
+    own.kernels = TorchKernels(decoder.family)
     return own

@@ -62,9 +62,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_request_of_a_model_on_this_host_is_explained_to_the_last_flop(
     folder: Path, ledger: Ledger, ok: Callable[..., str]
 ) -> None:
-    model = PolarModel.from_pretrained(
-        folder, policy=tiny_policy(6), ledger=ledger.location, tenant="acme", compile=False
-    )
+    model = PolarModel.from_pretrained(folder, policy=tiny_policy(6), ledger=ledger.location, tenant="acme")
     usage = model.generate("hello", compute="economy", max_tokens=4, request_id="mine").usage
     found = explained(ok, "mine")
     assert sum(term["flops"] for term in found["formula"]["terms"]) == usage.flops.total

@@ -258,7 +258,7 @@ def test_four_replicas_keep_the_starts_of_prompts_as_one_does(cluster: Cluster) 
         return answer["choices"][0]["message"]["content"], cached
 
     alone = PolarModel.from_pretrained(
-        cluster.launch.model, policy=cluster.launch.policy, precision="fp32", ledger=None, compile=False
+        cluster.launch.model, policy=cluster.launch.policy, precision="fp32", ledger=None
     )
 
     def ask_alone(messages: list[dict[str, str]]) -> tuple[str, int]:

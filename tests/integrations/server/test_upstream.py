@@ -35,9 +35,9 @@ ECONOMY = "0 3-5"
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> PolarModel:
     """The program of economy as a model of its own, as an upstream loads it."""
     whole = tiny_llama(max_position_embeddings=4096)
-    tiny = PolarModel.from_hf(whole, tiny_tokenizer(), policy=tiny_policy(6), ledger=None, compile=False)
+    tiny = PolarModel.from_hf(whole, tiny_tokenizer(), policy=tiny_policy(6), ledger=None)
     folder = tiny.export(ECONOMY, tmp_path_factory.mktemp("exported") / "economy")
-    return PolarModel.from_pretrained(folder, policy=tiny_policy(4), ledger=None, compile=False, precision="float32")
+    return PolarModel.from_pretrained(folder, policy=tiny_policy(4), ledger=None, precision="float32")
 
 
 @pytest.fixture

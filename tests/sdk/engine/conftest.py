@@ -1,4 +1,4 @@
-"""What tests of compiled layers share: passes with known tokens, and the native library."""
+"""What tests of layers share: passes with known tokens, and the native library."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from polar_sdk.engine import native as library
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.native import build
 from polar_sdk.engine.row import Row
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
 
@@ -34,9 +34,10 @@ def logits_of() -> Callable[[Decoder, Sequence[str], Sequence[int], int], torch.
 
 
 @pytest.fixture(scope="session")
-def native(packages: Path) -> None:
+def native() -> None:
     """The library, in this process from now on."""
     if not library._kinds_of_library():
         pytest.skip("this processor has no AVX2")
-    assert library.load_library(packages, torch.bfloat16, torch.device("cpu"), build=True)
-    assert library.load_operations(packages, build=True)
+    if build.missing():
+        build.build_missing()
+    assert library.load_library(torch.bfloat16, torch.device("cpu"))

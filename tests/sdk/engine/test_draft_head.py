@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk import PolarModel
-from polar_sdk.engine.compiled import load_kernels
+from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.draft_head import MIN_PATH, DraftHead, Guess, NativeDraftHead, head_flops
 from polar_sdk.engine.panels import Packed
 from polar_sdk.engine.products import Int8, Plain, quantize, rows_of
@@ -24,7 +24,8 @@ from tests.sdk.serving.test_drafts import PROGRAMS, WideAsNarrow, same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
+
+    from transformers import PreTrainedModel
 
     from polar_sdk.engine.draft_head import Embed
     from polar_sdk.serving.job import Job
@@ -88,15 +89,20 @@ def test_rows_of_a_matrix_are_its_own(precision: str) -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _model(dtype: torch.dtype = torch.float32, hidden_size: int = 64, *, tied: bool = True) -> PolarModel:
+def _network(dtype: torch.dtype = torch.float32, hidden_size: int = 64, *, tied: bool = True) -> PreTrainedModel:
     network: Any = tiny_llama(hidden_size=hidden_size, tie_word_embeddings=tied, max_position_embeddings=512)
     network = copy.deepcopy(network).to(dtype)
     with torch.no_grad():
         for layer in network.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.3)
             layer.mlp.down_proj.weight.mul_(0.3)
+    tiny: PreTrainedModel = network
+    return tiny
+
+
+def _model() -> PolarModel:
     policy = tiny_policy(6).model_copy(update={"cost_ceiling": 3.0})
-    return PolarModel.from_hf(network, tiny_tokenizer(), policy=policy, ledger=None, compile=False)
+    return PolarModel.from_hf(_network(), tiny_tokenizer(), policy=policy, ledger=None)
 
 
 @pytest.fixture
@@ -245,16 +251,16 @@ def test_what_is_no_number_is_no_likely_guess() -> None:
     assert 5 <= guesses[0].token < 25
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_in_panels_guesses_by_the_library(packages: Path, tied: bool) -> None:
-    decoder = _model(torch.bfloat16, 128, tied=tied).decoder
+def test_a_model_in_panels_guesses_by_the_library(tied: bool) -> None:
+    decoder = build_decoder(_network(torch.bfloat16, 128, tied=tied))
     tensors = random_draft_head(128, range(200))
     decoder.set_draft_head(tensors)
     states, tokens = torch.randn(3, 128).bfloat16(), [3, 40, 41]
     expected = decoder.guess(states, tokens, 5)
-    assert load_kernels(decoder, packages, build=True) is not None
-    if not isinstance(decoder.draft_head, NativeDraftHead):
-        pytest.skip("there is no native library for this processor")
+    decoder.use_library()
+    assert isinstance(decoder.draft_head, NativeDraftHead)
     assert isinstance(decoder.start["embedding"], Packed) == tied
     found = decoder.guess(states, tokens, 5)
     for own, same_row in zip(expected, found, strict=True):

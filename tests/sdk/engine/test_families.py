@@ -6,14 +6,12 @@ That they equal the reference is `test_parity.py`, that their FLOPs do, `test_me
 from __future__ import annotations
 
 import random
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk import Program
@@ -122,39 +120,6 @@ def test_windows_caps_and_tables_are_where_the_reference_has_them(tiny_family: T
     assert kinds("gemma3_text", "rope") == [1, 1, 0, 1, 1, 0]
     assert kinds("gemma2", "softcap") == [3.0] * 6
     assert kinds("gpt2, scores scaled by layer", "scale") == pytest.approx([12**-0.5 / layer for layer in range(1, 7)])
-
-
-class _Halves(nn.Module):
-    """Both halves of a layer, with the queries in the place of what attention would give."""
-
-    def __init__(self, decoder: Decoder, layer: int) -> None:
-        super().__init__()
-        self.family, self.weights = decoder.family, decoder.layers[layer]
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        query, key, value = self.family.project(x, (cos, sin), self.weights)
-        return self.family.finish(x, query.flatten(1), self.weights), key, value
-
-
-def test_functions_of_a_family_look_at_shapes_alone(family: str, tiny_family: TinyFamily) -> None:
-    """What can be exported for any number of tokens can be compiled; families that cannot be say so."""
-    decoder = build_decoder(tiny_family(family))
-    halves, tokens = _Halves(decoder, 0), torch.export.Dim("tokens", min=2, max=4096)
-
-    def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        cos, sin = decoder.rotary(torch.arange(count), count)[decoder.family.kinds[0].rope]
-        return torch.randn(count, decoder.family.hidden, generator=torch.Generator().manual_seed(1)), cos, sin
-
-    table = {0: tokens} if inputs(4)[1].numel() else {}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own deprecations
-        if not decoder.family.compiled:
-            with pytest.raises(Exception, match=r"(?i)data-dependent|unbacked"):
-                torch.export.export(halves, inputs(16), dynamic_shapes=({0: tokens}, table, table))
-            return
-        exported = torch.export.export(halves, inputs(16), dynamic_shapes=({0: tokens}, table, table)).module()
-        for ours, theirs in zip(exported(*inputs(5)), halves(*inputs(5)), strict=True):
-            torch.testing.assert_close(ours, theirs)
 
 
 def test_the_text_part_of_a_gemma_3_that_sees_images_is_that_of_the_reference() -> None:

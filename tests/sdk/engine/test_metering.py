@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk import ListSink, Policy, Program
 from polar_sdk.engine.decoder import build_decoder
-from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.kernels import TorchKernels
 from polar_sdk.engine.layout import schedule
 from polar_sdk.engine.row import Row
 from polar_sdk.testing import tiny_model
@@ -79,7 +79,7 @@ def test_flops_of_a_ragged_batch_are_torchs_own_without_padding(family: str, tin
     assert sum(row.work.flops().total for row in rows) + padding == counter.get_total_flops()
 
 
-class Hooked(EagerKernels):
+class Hooked(TorchKernels):
     """Counts finished layers from outside the meter; breaks down when `stop_at` are finished."""
 
     def __init__(self, decoder: Decoder, stop_at: int | None = None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,22 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.engine import native as library
-from polar_sdk.engine.attention import attend_row, paged_decode, write_pages
-from polar_sdk.engine.compiled import CompiledKernels, load_kernels
+from polar_sdk.engine.attention import attend_row, write_pages
 from polar_sdk.engine.decoder import Decoder, build_decoder
-from polar_sdk.engine.eager import Compiled, NativeKernels
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.kernels import NativeLayers, TorchKernels
 from polar_sdk.engine.native import build
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
-from polar_sdk.engine.products import Plain, multiply, pack, quantize
+from polar_sdk.engine.products import Plain, pack, quantize
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
-from polar_sdk.errors import CompileError
+from polar_sdk.errors import DeviceError
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.cost import pieces
 from polar_sdk.programs.program import Program
-from polar_sdk.testing import tiny_llama, tiny_tokenizer
+from polar_sdk.testing import random_fill, tiny_llama, tiny_tokenizer
+from tests.sdk.paged import paged_decode
 
 if TYPE_CHECKING:
     import ctypes
@@ -38,8 +40,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from polar_sdk.engine.eager import Visits
-    from polar_sdk.models.load import Compile
+    from polar_sdk.engine.types import Visits
 
     LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
@@ -64,19 +65,13 @@ _every: dict[str, ctypes.CDLL] = {}
 
 
 @pytest.fixture(scope="session")
-def every(native: None, packages: Path) -> None:
+def every(native: None) -> None:
     """The libraries for older processors as well."""
     used = dict(library._loaded)
     for kind in RUN_HERE:
-        if kind == KIND:
-            _every[kind] = next(iter(used.values()))
-        else:
-            path = packages / build.library_name(kind)
-            if not path.exists():
-                build.build_library(kind, path)
-            library._loaded.clear()
-            library._load(path)
-            _every[kind] = next(iter(library._loaded.values()))
+        library._loaded.clear()
+        library._load(build.FOLDER / build.library_name(kind))
+        (_every[kind],) = library._loaded.values()
     library._loaded.clear()
     library._loaded.update(used)
 
@@ -109,7 +104,10 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor)
 def _product(x: torch.Tensor, plain: Plain, pairs: bool, team: bool = True) -> torch.Tensor:
     packed = pack(plain)
     assert isinstance(packed, Packed)
-    return library._product(x, *packed, pairs, library._sharing(torch.get_num_threads(), team))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(library, "pairs", lambda: pairs)
+        patched.setattr(library, "shared_by", lambda _: library._sharing(torch.get_num_threads(), team))
+        return library.product(x, *packed)
 
 
 @pytest.mark.usefixtures("every")
@@ -356,8 +354,7 @@ def test_what_is_no_number_stays_none(bad: float, rows: int) -> None:
     x, plain = _random(0, rows, 64), Plain(_random(1, 64, 64))
     x[1, 40] = bad
     for packed in (_bytes_of(plain)[0], _codes_of(plain)[0], Packed.of(*plain)):
-        with library.used():
-            got = packed.multiply(x)
+        got = packed.multiply(x)
         assert not got[1].isfinite().any()
         assert got[torch.arange(rows) != 1].isfinite().all()
 
@@ -425,49 +422,70 @@ def _decoder(precision: str = "bf16") -> Decoder:
     return build_decoder(model, precision=precision, kv_memory=1 << 24)
 
 
-def _compiled(packages: Path, _: Path | None = None, precision: str = "bf16") -> Decoder:
-    torch.set_num_threads(1)  # code is compiled for a number of threads
+def _native(precision: str = "bf16") -> Decoder:
+    """The same, run by the library."""
     decoder = _decoder(precision)
-    kernels = load_kernels(decoder, packages, build=True)
-    assert kernels is not None
-    decoder.kernels = kernels
+    decoder.use_library()
+    assert isinstance(decoder.kernels, NativeLayers)
     return decoder
 
 
-def _uncompiled(packages: Path, tmp_path: Path, precision: str = "bf16") -> Decoder:
-    """With the library, where nothing else is compiled."""
-    decoder = _decoder(precision)
-    kernels = load_kernels(decoder, tmp_path, build=False, partly=True)
-    assert isinstance(kernels, NativeKernels)
-    decoder.kernels = kernels
-    return decoder
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("layers", [_compiled, _uncompiled])
-def test_native_layers_compute_what_eager_ones_do(
-    layers: Callable[..., Decoder], packages: Path, tmp_path: Path, logits_of: LogitsOf
+@pytest.mark.usefixtures("every")
+@pytest.mark.parametrize("kind", RUN_HERE)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "heads of 32"])
+def test_native_layers_are_as_close_to_float32_as_torch(
+    variant: str, kind: str, wide: bool, tiny_family: Callable[..., PreTrainedModel], logits_of: LogitsOf
 ) -> None:
-    eager, compiled = _decoder(), layers(packages, tmp_path)
-    cases: list[tuple[list[str], list[int]]] = [
-        (["0-2"], [70]),
-        (["0-2", "0 2", "0 1 1 2"], [3, 130, 64]),
-        (["0-2"] * 17, [5] * 17),
-    ]
-    for programs, prompts in cases:
-        single = build_decoder(tiny_llama(layers=3, hidden_size=128), kv_memory=1 << 24)
-        exact = logits_of(single, programs, prompts, 3)
-        # Both round in bfloat16: neither is further from float32 than the other, within a factor.
-        ours, theirs = ((logits_of(decoder, programs, prompts, 3) - exact).abs() for decoder in (compiled, eager))
-        assert ours.mean() < 1.3 * theirs.mean(), f"mean {ours.mean():.3g} of ours, {theirs.mean():.3g} of eager layers"
-        assert ours.max() < 2 * theirs.max(), f"largest {ours.max():.3g} of ours, {theirs.max():.3g} of eager layers"
+    """Where heads are a multiple of 32 wide, the library attends as well."""
+    model = copy.deepcopy(tiny_family(variant)).bfloat16()  # others use the same one
+    if wide:
+        model = _with_wide_heads(model)
+    ours, torchs = (build_decoder(model, kv_memory=1 << 24) for _ in range(2))
+    exact = build_decoder(_in_float32(model), kv_memory=1 << 24)
+    last = ours.depth - 1
+    rows: tuple[list[str], list[int]] = ([f"0-{last}", f"0 1 1 3 {last}", f"0-{last}"], [70, 3, 17])
+    with using(kind):
+        ours.use_library()
+        assert isinstance(ours.kernels, NativeLayers) == (ours.family.plan is not None)
+        assert ours.kernels.decodes == (ours.family.head_dim % 32 == 0)
+        own = (logits_of(ours, *rows, 3) - logits_of(exact, *rows, 3)).abs()
+    theirs = (logits_of(torchs, *rows, 3) - logits_of(exact, *rows, 3)).abs()
+    assert own.mean() < 1.3 * theirs.mean(), f"mean {own.mean():.3g} of ours, {theirs.mean():.3g} of torch"
+    assert own.max() < 2 * theirs.max(), f"largest {own.max():.3g} of ours, {theirs.max():.3g} of torch"
+
+
+def _with_wide_heads(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same kind whose heads are 32 wide."""
+    config = copy.deepcopy(model.config)
+    heads = config.num_attention_heads
+    config.hidden_size = 32 * heads
+    if hasattr(config, "head_dim"):
+        config.head_dim = 32
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = 32
+    if hasattr(config, "word_embed_proj_dim"):
+        config.word_embed_proj_dim = config.hidden_size
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        wide: PreTrainedModel = type(model)(config)
+        for value in wide.parameters():
+            if value.dim() == 1:
+                value.add_(0.3 * torch.randn_like(value))
+    wide.train(False)
+    return wide.bfloat16()
+
+
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    exact: Any = copy.deepcopy(model)
+    result: PreTrainedModel = exact.float()
+    return result
 
 
 @pytest.mark.usefixtures("native")
 @torch.inference_mode()
-def test_what_a_row_decodes_does_not_depend_on_the_rows_beside_it(packages: Path) -> None:
+def test_what_a_row_decodes_does_not_depend_on_the_rows_beside_it() -> None:
     """To the bit, alone or beside rows of other lengths and programs."""
-    decoder = _compiled(packages)
+    decoder = _native()
     programs, lengths = ["0-2", "0 2", "0 1 1 2", "0-2", "0-1"], [70, 3, 130, 64, 1]
     prompts = [[(7 * place + row) % 256 for place in range(length)] for row, length in enumerate(lengths)]
 
@@ -510,47 +528,67 @@ def _assert_a_start_changes_nothing(decoder: Decoder, program: str, length: int,
     assert torch.equal(run(other), expected)
 
 
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize(("precision", "program", "length", "shared"), STARTS)
-@torch.inference_mode()
-def test_a_start_that_another_row_has_run_changes_nothing(
-    packages: Path, precision: str, program: str, length: int, shared: int
-) -> None:
-    """To the bit, however few tokens are left to run."""
-    _assert_a_start_changes_nothing(_compiled(packages, precision=precision), program, length, shared)
-
-
 @pytest.mark.usefixtures("every")
 @pytest.mark.parametrize("kind", RUN_HERE)
 @pytest.mark.parametrize(("precision", "program", "length", "shared"), STARTS)
 @torch.inference_mode()
-def test_a_start_changes_nothing_uncompiled(
-    packages: Path, tmp_path: Path, kind: str, precision: str, program: str, length: int, shared: int
+def test_a_start_that_another_row_has_run_changes_nothing(
+    kind: str, precision: str, program: str, length: int, shared: int
 ) -> None:
+    """To the bit, however few tokens are left to run."""
     with using(kind):
-        decoder = _uncompiled(packages, tmp_path, precision)
-        _assert_a_start_changes_nothing(decoder, program, length, shared)
+        _assert_a_start_changes_nothing(_native(precision), program, length, shared)
 
 
 @pytest.mark.usefixtures("native")
-def test_uncompiled_rows_go_on_when_weights_are_packed(packages: Path, logits_of: LogitsOf) -> None:
-    torch.set_num_threads(1)
-    plain, packed = _decoder(), _decoder()
-    kernels = load_kernels(packed, packages, build=True)
-    assert kernels is not None
-    assert all(not isinstance(value, Plain) for weights in [*packed.layers, packed.ends] for value in weights.values())
-    rows: tuple[list[str], list[int]] = (["0-2", "0 2"], [70, 3])
-    assert torch.equal(logits_of(packed, *rows, 3), logits_of(plain, *rows, 3))
+@pytest.mark.parametrize(
+    ("programs", "prompts"),
+    [
+        (("0 (1-2)",), [1]),
+        (("0 (1-2)",), [2 * PAGE + 1]),
+        (("0 (1-2:40)",), [100]),  # more tokens run than attend by themselves
+        (("0 (1:3) 2", "0-2", "0-1 (2)", "0 (1-2:40)"), [PAGE, 9, 70, 90]),
+    ],
+)
+def test_native_layers_fill(logits_of: LogitsOf, programs: tuple[str, ...], prompts: list[int]) -> None:
+    exact = build_decoder(_in_float32(tiny_llama(layers=3, hidden_size=128).bfloat16()), kv_memory=1 << 24)
+    decoders = [exact, _decoder(), _native()]
+    segments = {segment for text in programs for segment in Program.parse(text).fills}
+    for each in decoders:
+        each.set_fills({segment: random_fill(each, segment) for segment in segments})
+    expected, theirs, ours = (logits_of(each, programs, prompts, 2) for each in decoders)
+    assert (ours - expected).abs().mean() < 1.3 * (theirs - expected).abs().mean()
 
 
 @pytest.mark.usefixtures("native")
-def test_packing_takes_no_memory(packages: Path) -> None:
+def test_only_tokens_that_run_reach_a_layer(logits_of: LogitsOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt of 100 tokens, 2 run a filled layer; of the last visit 1 token runs, and the others leave keys."""
+    decoder, tokens = _native(), list[tuple[str, int]]()
+
+    def counted(name: str) -> None:
+        run = getattr(decoder.kernels, name)
+
+        def spy(w: object, x: torch.Tensor, *rest: object) -> object:
+            tokens.append((name, x.shape[0]))
+            return run(w, x, *rest)
+
+        monkeypatch.setattr(decoder.kernels, name, spy)
+
+    for name in ("project", "keys_values", "finish", "decode"):
+        counted(name)
+    decoder.set_fills({(1, 1): random_fill(decoder, (1, 1))})
+    logits_of(decoder, ["0 (1) 2"], [100], 0)
+    assert tokens == [("project", 100), ("finish", 100), ("decode", 2), ("keys_values", 99), ("decode", 1)]
+
+
+@pytest.mark.usefixtures("native")
+def test_packing_takes_no_memory() -> None:
     """And an embedding that is the head's matrix stays it."""
     model = tiny_llama(layers=3, hidden_size=128, tie_word_embeddings=True).bfloat16()
     decoder = build_decoder(model, kv_memory=1 << 24)
     tokens = torch.arange(decoder.vocab)
     before, embedded = _bytes(decoder), decoder.embed(tokens, tokens)
-    assert load_kernels(decoder, packages, build=True) is not None
+    decoder.use_library()
     assert isinstance(decoder.start["embedding"], Packed)
     assert decoder.start["embedding"] is decoder.ends["head"]
     assert torch.equal(decoder.embed(tokens, tokens), embedded)
@@ -566,9 +604,9 @@ def _bytes(decoder: Decoder) -> int:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
-def test_layers_at_once_compute_what_they_do_one_by_one(packages: Path, precision: str) -> None:
+def test_layers_at_once_compute_what_they_do_one_by_one(precision: str) -> None:
     """To the bit, for rows with other programs beside each other, and for several tokens of a row."""
-    decoder = _compiled(packages, precision=precision)
+    decoder = _native(precision)
     programs, prompts = ["0-2", "0 2", "0 1 1 2"], [[5, 6, 7], list(range(70)), [9]]
 
     def run() -> list[torch.Tensor]:
@@ -583,25 +621,19 @@ def test_layers_at_once_compute_what_they_do_one_by_one(packages: Path, precisio
 
 
 @pytest.mark.usefixtures("native")
-def test_of_layers_at_once_those_before_a_failure_are_counted(packages: Path) -> None:
-    decoder = _compiled(packages)
+def test_of_layers_at_once_those_before_a_failure_are_counted() -> None:
+    decoder = _native()
     row = Row(decoder, Program.parse("0-2"))
     next_logits(decoder, [row], [[1, 2, 3]])
-    before = row.work.total
-    kernels = decoder.kernels
-    assert isinstance(kernels, CompiledKernels)
-    layers = kernels._layers
+    before, kernels = row.work.total, decoder.kernels
+    run = kernels.decode_layers
 
-    class Missing:
+    def missing(x: torch.Tensor, visits: Visits, *rest: Any) -> torch.Tensor:
         """The last layer is one that the model does not have."""
+        return run(x, visits._replace(layers=torch.tensor([*visits.layers[:-1].tolist(), 99])), *rest)
 
-        def decode(self, x: torch.Tensor, visits: Visits, *rest: Any) -> torch.Tensor:
-            assert layers is not None
-            missing = torch.tensor([*visits.layers[:-1].tolist(), 99])
-            return layers.decode(x, visits._replace(layers=missing), *rest)
-
-    kernels._layers = Missing()  # type: ignore[assignment]
-    with pytest.raises(IndexError, match="99"):
+    kernels.decode_layers = missing  # type: ignore[method-assign, assignment]
+    with pytest.raises(IndexError):
         next_logits(decoder, [row], [[4]])
     visits = row.work.visits().decode
     assert visits == (1, 1, 0)
@@ -609,154 +641,75 @@ def test_of_layers_at_once_those_before_a_failure_are_counted(packages: Path) ->
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("layers", [_compiled, _uncompiled])
-def test_native_layers_of_integers_compute_what_eager_ones_do(
-    layers: Callable[..., Decoder], packages: Path, tmp_path: Path, logits_of: LogitsOf
-) -> None:
-    eager, compiled = _decoder("int4"), layers(packages, tmp_path, precision="int4")
-    assert any(isinstance(value, PackedInt4) for value in compiled.layers[0].values())
-    ours, theirs = (logits_of(decoder, ["0 2 1"], [70], 4) for decoder in (compiled, eager))
-    error = (ours - theirs).abs().mean()  # both round in bfloat16
-    allowed = 0.05 if KIND in BY_NUMBERS else 0.04  # weights are rounded for a prompt of more than 32 tokens
-    assert error < allowed * theirs.std(), f"mean {error:.3g}, spread {theirs.std():.3g}"
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("experts", ["mixtral", "qwen2_moe"])
-def test_mixtures_of_experts_use_the_library(
-    experts: str, tmp_path: Path, tiny_family: Callable[..., PreTrainedModel], logits_of: LogitsOf
-) -> None:
-    """Though their layers cannot be compiled."""
-    model = copy.deepcopy(tiny_family(experts)).bfloat16()  # others use the same one
-    eager, ours = (build_decoder(model, kv_memory=1 << 24) for _ in range(2))
-    kernels = load_kernels(ours, tmp_path, build=True)
-    assert isinstance(kernels, NativeKernels)
-    ours.kernels = kernels
-    assert all(isinstance(ours.layers[0][name], Packed) for name in ("down.0", "gate_up.0"))
-    program = f"0-{ours.depth - 1}"
-    got, expected = (logits_of(decoder, [program], [40], 3) for decoder in (ours, eager))
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_native_layers_of_integers_compute_what_torch_does(precision: str, logits_of: LogitsOf) -> None:
+    torchs, ours = _decoder(precision), _native(precision)
+    got, expected = (logits_of(decoder, ["0 2 1"], [70], 4) for decoder in (ours, torchs))
     error = (got - expected).abs().mean()  # both round in bfloat16
-    assert error < 0.04 * expected.std(), f"mean {error:.3g}, spread {expected.std():.3g}"
+    allowed = 0.05 if KIND in BY_NUMBERS else 0.04  # weights are rounded for a prompt of more than 32 tokens
+    assert error < allowed * expected.std(), f"mean {error:.3g}, spread {expected.std():.3g}"
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize(
-    ("compile", "stage"), [("auto", Compiled.PRODUCTS), ("stored", Compiled.PRODUCTS), (False, Compiled.NOTHING)]
-)
-def test_a_model_uses_the_library_at_once(
-    compile: Compile, stage: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
-    monkeypatch.setenv("POLAR_COMPILE", "off")
-    network = tiny_llama(layers=3, hidden_size=128).bfloat16()
-    model = PolarModel.from_hf(network, tiny_tokenizer(), ledger=None, compile=compile)
-    assert model.decoder.kernels.compiled == stage
-    assert not model.compiled
+def test_gradients_pass_layers_in_panels() -> None:
+    decoder = _native()
+    x = torch.randn(3, 128, dtype=HALF, requires_grad=True)
+    rotary = decoder.rotary(torch.arange(3), 3)[0]
+    query, _, value = decoder.kernels.project(decoder.layers[0], x, rotary)
+    (query.sum() + value.sum()).backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.usefixtures("native")
+def test_a_model_uses_the_library_from_its_first_answer() -> None:
+    model = PolarModel.from_hf(tiny_llama(layers=3, hidden_size=128).bfloat16(), tiny_tokenizer(), ledger=None)
+    assert isinstance(model.decoder.kernels, NativeLayers)
     assert len(model.generate("hello", max_tokens=3, compute="exact").token_ids) > 0
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a process that has not loaded the library, which did not come with the package, and could run it."""
+    library._warn_once.cache_clear()
     monkeypatch.setattr(library, "_loaded", {})
-    monkeypatch.setattr(library, "_operations", set())
-    monkeypatch.setattr(library, "_failures", [])
-    monkeypatch.setattr(library, "_FOLDER", tmp_path / "package")
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
     monkeypatch.setattr(library, "_kinds_of_library", lambda: ("avx512",))
 
 
 @pytest.mark.usefixtures("fresh")
-def test_without_a_compiler_layers_do_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    assert not library.load_library(tmp_path, HALF, CPU, build=True)
-    assert "native kernels cannot be compiled, layers run without: there is no C++ compiler." in caplog.text
-    assert not list(tmp_path.iterdir())
-    assert library.version(HALF, CPU) == ""
-
-
-@pytest.mark.usefixtures("fresh")
-def test_with_an_old_compiler_an_older_library_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    older = tmp_path / "older"
-    older.write_text('#!/bin/sh\ncase "$*" in *-mavx512*) exit 1 ;; esac\nexec c++ "$@"\n')
-    older.chmod(0o755)
-    monkeypatch.setenv("CXX", str(older))
-    monkeypatch.setattr(library, "_kinds_of_library", lambda: ("avx512", "avx2"))
-    assert library.load_library(tmp_path / "kept", HALF, CPU, build=True)
-    assert list(library._loaded) == [build.library_name("avx2")]
-    assert library.failure() == ""
-
-
-@pytest.mark.usefixtures("fresh")
-def test_a_compiler_that_cannot_be_started_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not library.load_library(tmp_path / "kept", HALF, CPU, build=True)
-    assert "compiler 'no-such-compiler' cannot be started (No such file or directory)" in library.failure()
-    assert not list((tmp_path / "kept").iterdir())
-
-
-@pytest.mark.usefixtures("fresh")
-def test_without_what_calls_the_kernels_layers_are_not_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch._inductor.config as options
-
-    assert not library.load_operations(tmp_path, build=False)
-    monkeypatch.setenv("PATH", "")
-    with options.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(CompileError, match="what compiled layers"):
-        library.load_operations(tmp_path, build=True)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.usefixtures("fresh")
-def test_operations_that_are_damaged_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / f"operations-{library._key()}.so").write_bytes(b"no library")
-    assert not library.load_operations(tmp_path, build=False)
-    assert "is damaged, and is not used" in caplog.text
-
-
-@pytest.mark.usefixtures("fresh")
-def test_why_it_cannot_be_compiled_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert library.failure() == ""
-    (tmp_path / "kernels.cpp").write_text("#include <vector>\nint broken = no_such_name;\n")
-    monkeypatch.setattr(build, "FOLDER", tmp_path)
-    assert not library.load_library(tmp_path / "kept", HALF, CPU, build=True)
-    assert "kernels.cpp:2:14: error:" in library.failure()
-    assert "no_such_name" in library.failure()
-
-
-@pytest.mark.usefixtures("fresh")
-def test_nothing_is_compiled_without_permission(tmp_path: Path) -> None:
-    assert not library.load_library(tmp_path / "none", HALF, CPU, build=False)
-    assert not list(tmp_path.iterdir())
+def test_without_a_library_layers_run_by_torch_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert not library.load_library(HALF, CPU)
+    assert len(caplog.records) == 1
+    decoder = _decoder()
+    decoder.use_library()
+    assert type(decoder.kernels) is TorchKernels
 
 
 @pytest.mark.usefixtures("fresh")
 def test_a_damaged_library_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / build.library_name("avx512")).write_bytes(b"no library")
-    assert not library.load_library(tmp_path, HALF, CPU, build=False)
-    assert "cannot be loaded" in caplog.text
+    assert not library.load_library(HALF, CPU)
+    assert len(caplog.records) == 1
 
 
-def test_other_processors_and_dtypes_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processors_and_dtypes_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_loaded", {})
-    assert not library.load_library(tmp_path, torch.float32, CPU, build=True)
-    assert not library.load_library(tmp_path, HALF, torch.device("meta"), build=True)
+    assert not library.load_library(torch.float32, CPU)
+    assert not library.load_library(HALF, torch.device("meta"))
     monkeypatch.setattr(library, "_kinds_of_library", lambda: ())
-    assert not library.load_library(tmp_path, HALF, CPU, build=True)
-    assert not list(tmp_path.iterdir())
+    assert not library.load_library(HALF, CPU)
 
 
-@pytest.mark.usefixtures("native")
-def test_layers_use_it_only_where_they_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = _random(0, 3, 32), _random(1, 16, 32)
-    expected = torch.nn.functional.linear(x, weight)
-    assert torch.equal(multiply(x, Plain(weight)), expected)
-    with monkeypatch.context() as patched:
-        patched.setattr(library, "product", lambda *_: pytest.fail("a native product where nobody asked for it"))
-        assert torch.equal(multiply(x, pack(Plain(weight))), expected)
-    with library.used():
-        native = multiply(x, pack(Plain(weight)))
-    _assert_close(native, x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T)
+@pytest.mark.parametrize(("limit", "newest"), [("avx2", "avx2"), ("none", None), ("sse9", DeviceError)])
+def test_the_environment_restricts_the_instruction_set(limit: str, newest: object) -> None:
+    code = "from polar_sdk.engine import native; print(*native._kinds_of_library())"
+    command, environment = [sys.executable, "-c", code], os.environ | {library.ISA_VARIABLE: limit}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if newest is DeviceError:
+        assert done.returncode
+        assert limit in done.stderr
+        assert "avx512bf16" in done.stderr
+    else:
+        assert set(done.stdout.split()) <= {newest}

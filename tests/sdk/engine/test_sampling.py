@@ -20,7 +20,6 @@ from polar_sdk.engine.sampling import Candidates, Sampler, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -30,9 +29,9 @@ TIED = st.sampled_from([0.0, 0.125, 1.0])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _library(packages: Path) -> None:
+def _library() -> None:
     """The native library, in this process from now on, where there is one for the processor."""
-    library.load_library(packages, torch.bfloat16, CPU, build=True)
+    library.load_library(torch.bfloat16, CPU)
 
 
 @contextmanager

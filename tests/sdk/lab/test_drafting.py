@@ -38,7 +38,7 @@ def _model() -> PolarModel:
         for layer in network.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.05)
             layer.mlp.down_proj.weight.mul_(0.05)
-    return PolarModel.from_hf(network, tiny_tokenizer(), ledger=None, compile=False)
+    return PolarModel.from_hf(network, tiny_tokenizer(), ledger=None)
 
 
 def _prompts(count: int) -> list[lab.Item]:
@@ -214,7 +214,7 @@ def test_what_it_cannot_be_trained_on_is_refused(cache: Path) -> None:
         lab.train_draft_head(model, [lab.ChoiceItem(question="?", choices=("a", "b"), answer=0)])
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = None
-    plain = PolarModel.from_hf(tiny_llama(), tokenizer, ledger=None, compile=False)
+    plain = PolarModel.from_hf(tiny_llama(), tokenizer, ledger=None)
     with pytest.raises(DataError, match="20 tokens"):
         lab.train_draft_head(model, [lab.PromptItem(prompt="a" * 600)], answer_tokens=20)
     with pytest.raises(DataError, match="chat template"):

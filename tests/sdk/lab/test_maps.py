@@ -295,7 +295,7 @@ def test_maps_of_another_model_and_of_other_sizes_are_refused(kind: Kind, model:
         record = made.facts.segments[0].model_copy(update={"first": first, "last": last})
         with pytest.raises(MapError, match=f"{first}-{last}"):
             model.use_maps(MapSet(made.facts.model_copy(update={"segments": (record,)}), moved))
-    wide = PolarModel.from_hf(tiny_llama(hidden_size=64), tiny_tokenizer(), ledger=None, compile=False)
+    wide = PolarModel.from_hf(tiny_llama(hidden_size=64), tiny_tokenizer(), ledger=None)
     with pytest.raises(MapError, match="64"):
         wide.use_maps(MapSet(made.facts.model_copy(update={"fingerprint": wide.fingerprint}), made.tensors))
 
@@ -587,7 +587,7 @@ def test_what_to_fill_is_found_by_measuring(tmp_path: Path, fit: Fit) -> None:
     with torch.no_grad():
         network.model.layers[3].mlp.gate_proj.weight *= 20
         network.model.layers[4].self_attn.o_proj.weight *= 30
-    model = PolarModel.from_hf(network, tiny_tokenizer(), policy=Policy.permissive(), ledger=None, compile=False)
+    model = PolarModel.from_hf(network, tiny_tokenizer(), policy=Policy.permissive(), ledger=None)
     made = fit(model, FILLS, "default", out=tmp_path, tail=2, storage="float16")
     found = MapSet.load(tmp_path).programs
     assert {segment for program in found for segment in program.fills} == set(made.fills)

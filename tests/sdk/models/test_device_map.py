@@ -22,7 +22,7 @@ from polar_sdk.engine.pack import Question
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import score_questions, states_after
-from polar_sdk.errors import CacheMemoryError, CompileError, DeviceError
+from polar_sdk.errors import CacheMemoryError, DeviceError
 from polar_sdk.lab.healing.packs import trainable_copy
 from polar_sdk.models.load import clear_cache
 from polar_sdk.models.placement import place, read_map
@@ -246,10 +246,6 @@ class TestServing:
             _split(folder, kv_memory=5 * page).generate("x", max_tokens=1)
 
     def test_what_needs_one_device_says_so(self, folder: Path) -> None:
-        with pytest.raises(
-            CompileError, match=r"layers on several devices \(cpu\+cpu:0\) run uncompiled; use compile="
-        ):
-            _split(folder, compile=True)
         with pytest.raises(DeviceError, match=r"maps are fitted on one device, not on cpu\+cpu:0"):
             trainable_copy(_split(folder).loaded.decoder)
 
@@ -268,6 +264,4 @@ def _split(folder: Path, **options: Any) -> PolarModel:
 
 
 def _whole(folder: Path) -> PolarModel:
-    return PolarModel.from_pretrained(
-        folder, device="cpu", precision="fp32", policy=Policy.permissive(), ledger=None, compile=False
-    )
+    return PolarModel.from_pretrained(folder, device="cpu", precision="fp32", policy=Policy.permissive(), ledger=None)

@@ -107,7 +107,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _model() -> PolarModel:
     network = tiny_llama(tie_word_embeddings=True, max_position_embeddings=512)
-    return PolarModel.from_hf(network, tiny_tokenizer(), ledger=None, compile=False)
+    return PolarModel.from_hf(network, tiny_tokenizer(), ledger=None)
 
 
 def test_a_model_is_loaded_with_its_own_head(cache: Path) -> None:

@@ -29,7 +29,7 @@ PROMPT = "the sea was calm that day"
 
 
 def adopt(model: PreTrainedModel) -> PolarModel:
-    return PolarModel.from_hf(model, tiny_tokenizer(), policy=Policy.permissive(), ledger=None, compile=False)
+    return PolarModel.from_hf(model, tiny_tokenizer(), policy=Policy.permissive(), ledger=None)
 
 
 def same_as_the_engine(model: PolarModel, program: str, folder: Path) -> None:
@@ -83,7 +83,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def read(folder: Path, **settings: Any) -> PolarModel:
     settings = {"precision": "fp32", "policy": Policy.permissive(), **settings}
-    return PolarModel.from_pretrained(folder, device="cpu", ledger=None, compile=False, **settings)
+    return PolarModel.from_pretrained(folder, device="cpu", ledger=None, **settings)
 
 
 def test_a_model_read_from_files_is_read_again(folder: Path, tmp_path: Path) -> None:

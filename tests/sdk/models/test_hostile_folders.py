@@ -38,7 +38,7 @@ def spoil(folder: Path) -> Any:
         file.write_text(json.dumps({**json.loads(valid), **values}))
         start = time.process_time()
         try:
-            PolarModel.from_pretrained(folder, ledger=None, compile=False, device="cpu")
+            PolarModel.from_pretrained(folder, ledger=None, device="cpu")
         finally:
             assert time.process_time() - start < 10
 
@@ -161,7 +161,7 @@ def test_a_folder_in_shards_still_loads(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    model = PolarModel.from_pretrained(tmp_path, ledger=None, compile=False, device="cpu")
+    model = PolarModel.from_pretrained(tmp_path, ledger=None, device="cpu")
     with torch.inference_mode():
         assert model.generate("hello", max_tokens=1).token_ids
     clear_cache()
@@ -173,7 +173,7 @@ def test_a_tokenizer_whose_settings_cannot_be_used_is_refused_when_it_is_read(fo
     file.write_text(json.dumps({**json.loads(valid), "model_max_length": "many"}))
     try:
         with pytest.raises(ModelDamagedError, match="tokenizer"):
-            PolarModel.from_pretrained(folder, ledger=None, compile=False, device="cpu")
+            PolarModel.from_pretrained(folder, ledger=None, device="cpu")
     finally:
         file.write_bytes(valid)
         clear_cache()

@@ -171,15 +171,15 @@ def _edit_config(folder: Path, **fields: object) -> None:
 def test_a_chat_template_changed_in_place_is_read_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     template = folder / "chat_template.jinja"
     template.write_text("OLD {{ messages[0]['content'] }}")
-    before = PolarModel.from_pretrained(folder, precision="fp32", ledger=None, compile=False)
+    before = PolarModel.from_pretrained(folder, precision="fp32", ledger=None)
     template.write_text("NEW {{ messages[0]['content'] }}")
-    after = PolarModel.from_pretrained(folder, precision="fp32", ledger=None, compile=False)
+    after = PolarModel.from_pretrained(folder, precision="fp32", ledger=None)
     assert after.decode(after.prompt_tokens("hi")).startswith("NEW")
     assert before.decode(before.prompt_tokens("hi")).startswith("OLD")  # it keeps what it was made with
     assert after.decoder is before.decoder
     assert "have changed: read again" in caplog.text
     caplog.clear()
-    again = PolarModel.from_pretrained(folder, precision="fp32", ledger=None, compile=False)
+    again = PolarModel.from_pretrained(folder, precision="fp32", ledger=None)
     assert again.decode(again.prompt_tokens("hi")).startswith("NEW")
     assert not caplog.text
 

@@ -36,7 +36,7 @@ def test_a_folder_gives_what_the_model_in_memory_gives(
     model = tiny_family(variant)
     folder = _save(model, tmp_path, max_shard_size="40KB")
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    read = load_pretrained(folder, device="cpu", precision=precision, compile=False).decoder
+    read = load_pretrained(folder, device="cpu", precision=precision).decoder
     clear_cache()
     in_memory = build_decoder(_cast(model, dtype))
     every = ([decoder.start, *decoder.layers, decoder.ends] for decoder in (read, in_memory))
@@ -53,7 +53,7 @@ def test_a_model_keeps_no_file_in_memory(tiny_family: Callable[..., PreTrainedMo
     if not maps.exists():
         pytest.skip("this system does not tell what is mapped")
     folder = _save(tiny_family("llama, tied embeddings"), tmp_path)
-    loaded = load_pretrained(folder, device="cpu", precision="fp32", compile=False)
+    loaded = load_pretrained(folder, device="cpu", precision="fp32")
     assert loaded.decoder.layers
     assert str(folder) not in maps.read_text()
     clear_cache()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from polar_sdk.cli.main import app
-from polar_sdk.engine import native
+from polar_sdk.engine.native import build
 from polar_sdk.models.find import obtain
 from polar_sdk.models.load import load_pretrained
 
@@ -57,22 +57,16 @@ def test_unknown_model_is_the_users_mistake(arguments: tuple[str, str], cache: P
     assert CliRunner().invoke(app, ["models", *arguments]).exit_code == 2
 
 
-def test_compile_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers are compiled; that the native library is not must not look like success alone."""
-    loaded = SimpleNamespace(name="tiny", device="cpu", decoder=SimpleNamespace(dtype_name="bfloat16"))
-    monkeypatch.setattr("polar_sdk.models.load.load_pretrained", lambda *_, **__: loaded)
-    whole = CliRunner().invoke(app, ["models", "compile", "tiny"], catch_exceptions=False)
-    assert "tiny is compiled for cpu in bfloat16" in whole.stdout
-    assert whole.stderr == ""
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_failures", ["native kernels cannot be compiled, layers run without: no disk."])
-    partly = CliRunner().invoke(app, ["models", "compile", "tiny"], catch_exceptions=False)
-    assert "tiny is compiled" in partly.stdout
-    assert "warning: native kernels cannot be compiled" in partly.stderr
-    assert "run the command again" in partly.stderr
+def test_kernels_are_built_or_the_reason_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(build.FOLDER, tmp_path / "native", ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "native")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = CliRunner().invoke(app, ["models", "kernels"], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "no-such-compiler" in done.stderr or not build.is_possible()
 
 
-@pytest.mark.parametrize("arguments", [(), ("fetch",), ("remove",)])
+@pytest.mark.parametrize("arguments", [(), ("fetch",), ("remove",), ("kernels",)])
 def test_help_has_an_example(arguments: tuple[str, ...]) -> None:
     assert "Example: polar models" in call(*arguments, "--help")
 

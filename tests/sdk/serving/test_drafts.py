@@ -18,11 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk import PolarModel
 from polar_sdk.cli.run import footer
-from polar_sdk.engine.attention import paged_decode, write_pages
-from polar_sdk.engine.compiled import load_kernels
+from polar_sdk.engine.attention import write_pages
 from polar_sdk.engine.draft_head import Guess
-from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.forward import drafted_logits, next_logits
+from polar_sdk.engine.kernels import TorchKernels
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampling
@@ -47,15 +46,15 @@ from polar_sdk.serving.drafts import (
 from polar_sdk.serving.pass_costs import MAX_ROWS, PassCosts
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_llama, tiny_policy, tiny_tokenizer
+from tests.sdk.paged import paged_decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.eager import PagedTokens
+    from polar_sdk.engine.kernels import PagedTokens
     from polar_sdk.engine.types import AttentionKind, Rotary, Weights
     from polar_sdk.request.generation import Generation
 
@@ -72,7 +71,7 @@ def repeating(mixing: float = 0.3, context_window: int = 512) -> PolarModel:
             layer.self_attn.o_proj.weight.mul_(mixing)
             layer.mlp.down_proj.weight.mul_(mixing)
     policy = tiny_policy(DEPTH).model_copy(update={"cost_ceiling": 3.0})
-    return PolarModel.from_hf(network, tiny_tokenizer(), policy=policy, ledger=None, compile=False)
+    return PolarModel.from_hf(network, tiny_tokenizer(), policy=policy, ledger=None)
 
 
 @contextmanager
@@ -437,7 +436,7 @@ def test_where_they_cannot_be_exact_nothing_is_held_for_them(monkeypatch: pytest
         return repeating().bound("abc", max_tokens=9, **options).offers[0].drafts_bound
 
     assert held(speculate="auto") > held() == held(speculate="off") == 0
-    monkeypatch.setattr(EagerKernels, "independent", True)
+    monkeypatch.setattr(TorchKernels, "independent", True)
     assert held() == held(speculate="auto")
 
 
@@ -656,20 +655,12 @@ def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
 
 
 @pytest.fixture(scope="module")
-def native_model(packages: Path) -> PolarModel:
+def native_model() -> PolarModel:
     """In bfloat16, with the kernels of the native library."""
     network = tiny_llama(layers=DEPTH, hidden_size=128, tie_word_embeddings=True).bfloat16()
-    model = PolarModel.from_hf(network, tiny_tokenizer(), policy=tiny_policy(DEPTH), ledger=None, compile=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in every test of a tiny model; code is compiled for a number of threads
-    try:
-        kernels = load_kernels(model.decoder, packages, build=True)
-    finally:
-        torch.set_num_threads(threads)
-    assert kernels is not None
-    if not kernels.independent:
-        pytest.skip("this processor has no AVX512")
-    model.decoder.kernels = kernels
+    model = PolarModel.from_hf(network, tiny_tokenizer(), policy=tiny_policy(DEPTH), ledger=None)
+    if not model.decoder.kernels.independent:
+        pytest.skip("this processor has no native kernels")
     return model
 
 
@@ -700,16 +691,14 @@ def test_near_ties_do_not_hold_the_native_library_up(native_model: PolarModel, m
 # -- one pass --------------------------------------------------------------------------------------------------------
 
 
-class PagedEager(EagerKernels):
-    """Layers as one call over pages, as compiled ones run, without a compiler."""
+class PagedByTorch(TorchKernels):
+    """Layers as one call over pages, as native ones run, by torch."""
+
+    decodes = True
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.family)
         self.calls: list[int] = []
-
-    def decodes(self, tokens: int) -> bool:
-        """Always."""
-        return True
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
@@ -744,14 +733,14 @@ def test_rows_of_several_tokens_are_what_one_token_after_another_gives(paged: bo
     ]
     plain = decoder.kernels
     if paged:
-        decoder.kernels = PagedEager(decoder)
+        decoder.kernels = PagedByTorch(decoder)
     try:
         rows = _prefilled(decoder, PROGRAMS, lengths)
         together = drafted_logits(decoder, rows, pieces)
     finally:
         kernels, decoder.kernels = decoder.kernels, plain
     assert torch.allclose(together, torch.cat(alone), atol=1e-4)
-    if isinstance(kernels, PagedEager):
+    if isinstance(kernels, PagedByTorch):
         assert max(kernels.calls) == sum(map(len, pieces))
 
 

@@ -39,7 +39,7 @@ def _gap(model: PolarModel, plain: Generation, drafted: Generation) -> float:
 
 
 def test_answers_are_the_same_or_tied() -> None:
-    model = PolarModel.from_pretrained(ledger=None, compile=False)
+    model = PolarModel.from_pretrained(ledger=None)
     accepted = 0
     for prompt in PROMPTS:
         options = {"max_tokens": 40, "program": Program.identity(model.depth)}

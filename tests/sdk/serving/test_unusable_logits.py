@@ -133,4 +133,4 @@ def test_the_likeliest_token_shows_every_row_that_is_not_finite() -> None:
 def test_a_configuration_that_makes_nan_is_refused_in_memory_too() -> None:
     model = tiny_llama(rms_norm_eps=math.nan)
     with pytest.raises(ModelDamagedError, match="rms_norm_eps = nan; it must be finite"):
-        PolarModel.from_hf(model, tiny_tokenizer(), ledger=None, compile=False)
+        PolarModel.from_hf(model, tiny_tokenizer(), ledger=None)

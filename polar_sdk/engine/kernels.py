@@ -1,17 +1,19 @@
-"""Kernels: what runs the parts of a layer. Here are those that nothing is compiled for; `compiled.py` has the others.
+"""Kernels: what runs the layers of a decoder. By torch, by torch with the library's products, or by the library whole.
 
 Callers use the protocol and never learn which implementation runs. Knows weights and activations only.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
 
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import attend_row, attend_some, write_pages
+from polar_sdk.engine.native.layers import Layers
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.types import pick
+from polar_sdk.engine.types import Visits, pick
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.family import Family
-    from polar_sdk.engine.types import AttentionKind, Projected, Rotary, Weights
+    from polar_sdk.engine.types import AttentionKind, LayerPlan, Projected, Rotary, Weights
 
 
 class PagedTokens(NamedTuple):
@@ -33,49 +35,17 @@ class PagedTokens(NamedTuple):
     """Positions of their tokens, (M,)."""
 
 
-class Visits(NamedTuple):
-    """Visits of n layers one after another, each for one token of some rows; the tokens of all stand in order."""
-
-    layers: Tensor
-    """Which layers, (n,)."""
-    bounds: Tensor
-    """Visit i is for the tokens from bounds[i] to bounds[i + 1], (n + 1,)."""
-    rows: Tensor
-    """Row of each token, (M,)."""
-    table: Tensor
-    """Pages of its row, (M, blocks)."""
-    positions: Tensor
-    """Its position, (M,)."""
-
-
-class Compiled(IntEnum):
-    """How much of a model is compiled; each of these includes those before it."""
-
-    NOTHING = 0
-    PRODUCTS = 1
-    """Products and attention, which the native library has for all models."""
-    ONE_ROW = 2
-    """Answers, one row at a time."""
-    ROWS = 3
-    """Answers, any number of rows together."""
-    ALL = 4
-    """Prompts, too."""
-
-
 class Kernels(Protocol):
     """The parts of a layer, ready to run."""
 
-    compiled: Compiled
-    """How much is compiled. Kernels of one decoder that agree in this compute the same."""
     independent: bool
     """Whether `decode` and `head` compute the same for a token, to the bit, whatever tokens are beside it."""
 
     at_once: bool
     """Whether `decode_layers` can be used."""
 
-    def decodes(self, tokens: int) -> bool:
-        """Whether `decode` can be used for that many tokens together."""
-        ...
+    decodes: bool
+    """Whether `decode` can be used."""
 
     def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
         """The part before attention, (N, E)."""
@@ -130,19 +100,13 @@ class Kernels(Protocol):
         ...
 
 
-class EagerKernels:
-    """The family's functions as they stand."""
+class TorchKernels:
+    """The family's functions as they stand: the reference, and what runs where there is no library."""
 
-    compiled = Compiled.NOTHING
-    independent = False
-    at_once = False
+    independent = at_once = decodes = False
 
     def __init__(self, family: Family) -> None:
         self._family = family
-
-    def decodes(self, tokens: int) -> bool:
-        """Never: without a compiler, attention over pages would copy them."""
-        return False
 
     def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
         """The part before attention."""
@@ -168,7 +132,7 @@ class EagerKernels:
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
     ) -> Tensor:
-        """Not available."""
+        """Not available: torch would copy the pages."""
         raise NotImplementedError
 
     def decode_layers(self, x: Tensor, visits: Visits, rotary: Sequence[Rotary], store: Tensor, done: Tensor) -> Tensor:
@@ -180,29 +144,12 @@ class EagerKernels:
         return self._family.logits(x, ends)
 
 
-class NativeKernels(EagerKernels):
+class NativeKernels(TorchKernels):
     """The family's functions, whose products and attention are the native library's: all matrices are in panels."""
 
-    compiled = Compiled.PRODUCTS
-
-    def decodes(self, tokens: int) -> bool:
-        """Where the library attends over pages."""
-        return native.takes_heads(self._family.head_dim)
-
-    def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
-        """The part before attention."""
-        with native.used():
-            return super().project(w, x, rotary)
-
-    def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
-        with native.used():
-            return super().keys_values(w, x, rotary)
-
-    def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
-        """The part after attention."""
-        with native.used():
-            return super().finish(w, x, mixed)
+    def __init__(self, family: Family) -> None:
+        super().__init__(family)
+        self.decodes = native.takes_heads(family.head_dim)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
@@ -222,7 +169,52 @@ class NativeKernels(EagerKernels):
         after = self.finish(w, before, native.attend_pages(query, store, table, positions, kind))
         return after if rows is None else x.index_copy(0, rows, after)
 
-    def head(self, ends: Weights, x: Tensor) -> Tensor:
-        """Logits."""
-        with native.used():
-            return super().head(ends, x)
+
+class NativeLayers(NativeKernels):
+    """Layers that are the native library's as a whole, one after another in one call where nothing is between them.
+
+    Args:
+        layers: Weights of each.
+        family: What they compute.
+        plan: The same as data.
+    """
+
+    def __init__(self, layers: Sequence[Weights], family: Family, plan: LayerPlan) -> None:
+        super().__init__(family)
+        self._layers = Layers(layers, family, plan)
+        self.independent = self.at_once = self.decodes
+
+    def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
+        """The part before attention."""
+        if torch.is_grad_enabled():
+            return super().project(w, x, rotary)
+        heads, groups = self._family.heads, self._family.kv_heads
+        qkv = self._layers.project(self._layers.place(w), x, rotary)
+        return qkv[:, :heads], qkv[:, heads : heads + groups], qkv[:, heads + groups :]
+
+    def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        if torch.is_grad_enabled():
+            return super().keys_values(w, x, rotary)
+        key, value = self._layers.keys_values(self._layers.place(w), x, rotary).chunk(2, dim=1)
+        return key, value
+
+    def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
+        """The part after attention."""
+        if torch.is_grad_enabled():
+            return super().finish(w, x, mixed)
+        return self._layers.finish(self._layers.place(w), x, mixed)
+
+    def decode(
+        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
+    ) -> Tensor:
+        """A whole layer for one token of some rows."""
+        rows = torch.arange(x.shape[0]) if tokens.rows is None else tokens.rows
+        once = torch.tensor([self._layers.place(w)]), torch.tensor([0, len(rows)])
+        visits = Visits(*once, rows, tokens.table, tokens.positions)
+        angles = [rotary] * (kind.rope + 1)
+        return self._layers.decode(x, visits, angles, store, torch.zeros(1, dtype=torch.long))
+
+    def decode_layers(self, x: Tensor, visits: Visits, rotary: Sequence[Rotary], store: Tensor, done: Tensor) -> Tensor:
+        """Several layers for one token of some rows each."""
+        return self._layers.decode(x, visits, rotary, store, done)
