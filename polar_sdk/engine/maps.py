@@ -65,7 +65,7 @@ class Map(ABC):
     @property
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
-        """All tensors by name, in the order of the digest. Matrices are what multiplies."""
+        """All tensors by name, in the order of the digest; those with two dimensions multiply."""
 
     @classmethod
     @abstractmethod

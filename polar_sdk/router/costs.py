@@ -28,7 +28,7 @@ def stored_costs(name: str, fingerprint: str, router: Path | None = None) -> Cos
 
     Args:
         name: Its name in the usage record, or a folder or hub id of the same model.
-        fingerprint: Of the usage record.
+        fingerprint: Fingerprint of the model, in the usage record.
         router: A router's folder, whose bridges and fills go before those that are found.
 
     Raises:

@@ -73,12 +73,12 @@ class MapFacts(BaseModel, frozen=True, extra="forbid"):
     """How maps came to be."""
 
     kind: MapKind
-    """Of all of them."""
+    """The kind of all maps of the set."""
     model: str
     fingerprint: str
-    """Of the model."""
+    """Identifies the model."""
     dtype: str
-    """Of the weights that the states came from."""
+    """Dtype of the weights that the states came from."""
     storage: Storage
     segments: tuple[MapRecord, ...]
     data: str
@@ -90,7 +90,7 @@ class MapFacts(BaseModel, frozen=True, extra="forbid"):
 class _File(MapFacts):
     format: str
     sha256: str
-    """Of the tensor file."""
+    """SHA-256 of the tensor file."""
 
 
 @dataclass(frozen=True, eq=False)

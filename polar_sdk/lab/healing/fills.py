@@ -73,7 +73,7 @@ class FillMethod(Method):
         return None if text.strip() == DEFAULT else super().groups(text)
 
     def found(self, decoder: Decoder, lots: Lots, on_progress: Progress) -> list[Group]:
-        """Of the groups in `candidates`, those that change least.
+        """Those of the groups in `candidates` that change least.
 
         First each layer is filled alone, then the least harmful ones together, against a cut of as many.
         """
@@ -162,7 +162,7 @@ def candidates(harms: Mapping[int, float], depth: int) -> list[list[Group]]:
     """For each of a few shares of the layers, the groups to choose from: all from a cut on, or the least harmful ones.
 
     Args:
-        harms: Of each layer from 1 on, the loss where it is filled alone.
+        harms: Loss where a layer alone is filled, by layer from 1 on.
         depth: Layers of the model.
     """
     ranked = sorted(harms, key=lambda layer: (harms[layer], -layer))
@@ -190,7 +190,7 @@ def fit_fills(
 
     Args:
         decoder: Runs at full depth.
-        packs: What to fit on.
+        packs: Prompts to fit on.
         segments: First and last layer of each.
         options: Ridge, rank, hidden units and seed.
         on_pack: Called with the number of packs done, and of all.

@@ -54,7 +54,7 @@ class Healer:
         items: Prompts; None = the prompts that come with the package.
         segments: Text form of what to fit.
         out: Folder of the result and of the checkpoint; None keeps the result in memory and no checkpoint.
-        cache: Where identity's answers are kept; None = in memory.
+        cache: Keeps identity's answers; None = in memory.
         on_progress: Called with (stage, steps done, steps in all).
     """
 

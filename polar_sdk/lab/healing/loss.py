@@ -35,9 +35,9 @@ class LossWeights:
 
     Attributes:
         temperature: T at which token distributions are compared; their divergence counts T² times.
-        hidden: Of the squared error of the last states, over their mean square (SwiftKV, arXiv 2410.03960).
-        choices: Of the difference between the choices' scores.
-        labels: Of the cross-entropy on the right choice; 0 uses no label.
+        hidden: Weight of the squared error of the last states, over their mean square (SwiftKV, arXiv 2410.03960).
+        choices: Weight of the difference between the choices' scores.
+        labels: Weight of the cross-entropy on the right choice; 0 uses no label.
     """
 
     temperature: float = 1.0
@@ -67,11 +67,11 @@ class Predictions(NamedTuple):
     """
 
     logits: Tensor
-    """Of the sample, (S, V)."""
+    """Logits of the sample, (S, V)."""
     states: Tensor
     """The last states, (M, E)."""
     scores: Tensor | None = None
-    """Of the choices, (Q, C), where there are some; see `choice_scores`."""
+    """Scores of the choices, (Q, C), where there are some; see `choice_scores`."""
 
 
 def slots_of(tasks: Sequence[Task], device: torch.device) -> ChoiceSlots | None:
@@ -102,7 +102,7 @@ def loss_of(ours: Predictions, full: Predictions, choices: ChoiceSlots | None, w
         ours: The program's predictions.
         full: Identity's.
         choices: The pack's choices.
-        weights: Of the terms.
+        weights: Weights of the terms.
     """
     heat = weights.temperature
     ours_log, full_log = (logits.float().div(heat).log_softmax(-1) for logits in (ours.logits, full.logits))

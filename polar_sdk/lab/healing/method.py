@@ -55,7 +55,7 @@ class HealOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     rate: float = Field(default=2e-4, gt=0)
     """Learning rate of the training."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of everything that is drawn."""
     answer_tokens: int = Field(default=24, ge=1)
     """Maximum tokens of identity's answers to prompts."""
     start: str | None = None
@@ -63,7 +63,7 @@ class HealOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
     @property
     def weights(self) -> LossWeights:
-        """Of the terms of the training's loss."""
+        """Weights of the terms of the training's loss."""
         return LossWeights()
 
     @classmethod

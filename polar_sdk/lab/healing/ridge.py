@@ -30,7 +30,7 @@ class RidgeSums:
     Args:
         width: E.
         outputs: Width of each set of outputs.
-        device: Where the pairs are.
+        device: Device of the pairs.
     """
 
     def __init__(self, width: int, outputs: Sequence[int], device: torch.device) -> None:

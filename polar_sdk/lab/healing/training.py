@@ -68,7 +68,7 @@ class MapLoss:
 
     Args:
         decoder: A copy whose maps may be set; see `packs.trainable_copy`.
-        method: Of the kind of maps.
+        method: How maps of their kind are made.
         groups: Segments that are used together.
     """
 
@@ -126,10 +126,10 @@ class MapTrainer:
     Args:
         decoder: A copy whose maps may be set; see `packs.trainable_copy`.
         packs: The prompts to train on.
-        method: Of the kind of maps.
+        method: How maps of their kind are made.
         groups: Segments that are used together.
-        maps: Where training starts.
-        checkpoint: Of this run; training goes on from it if there is one.
+        maps: The maps that training starts from.
+        checkpoint: Checkpoint of this run, from which training goes on if there is one.
     """
 
     def __init__(

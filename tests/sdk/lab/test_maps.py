@@ -22,6 +22,7 @@ from polar_sdk.lab.healing.heal import Healer
 from polar_sdk.lab.healing.loss import LossWeights, Predictions, choice_scores, loss_of, slots_of
 from polar_sdk.lab.healing.method import BridgeOptions, FillOptions
 from polar_sdk.lab.healing.packs import make_packs
+from polar_sdk.lab.healing.training import MapLoss
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer
@@ -420,6 +421,27 @@ def test_training_that_does_harm_is_not_kept(kind: Kind, model: PolarModel, fit:
     assert digests(made) == digests(fit(model, kind))
 
 
+@both
+def test_bridges_keep_training_together_and_fills_group_by_group(
+    kind: Kind, model: PolarModel, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, results = fit(model, kind), iter(((1.0, 1.0), (0.1, 1.2)))  # before training and after it
+    monkeypatch.setattr(MapLoss, "means", lambda self, *_: dict(zip(self._groups, next(results), strict=True)))
+    made = fit(model, kind, distil=2)
+    assert [row["kept"] for row in made.facts.training["held_out"]] == [True, kind is BRIDGES]
+    lost = (4, 4 if kind is BRIDGES else 5)
+    assert (digests(made)[lost] == digests(closed)[lost]) == (kind is FILLS)
+
+
+def test_every_other_step_drops_bridges_but_never_all() -> None:
+    groups = [((1, 1), (3, 3)), ((2, 4),)]
+    method = BridgeMethod(BridgeOptions(drop=0.5), DEPTH)
+    used = [program.bridges for step in range(80) for program in method.lessons(groups, step)]
+    assert set(used[::4]) == {groups[0]}
+    assert set(used[1::2]) == {groups[1]}
+    assert set(used[2::4]) == {((1, 1),), ((3, 3),), groups[0]}
+
+
 def test_hidden_units_train_on(model: PolarModel, fit: Fit) -> None:
     drawn, learned = (fit(model, FILLS, "2", units=24, distil=steps, storage="float16") for steps in (0, 24))
     assert learned.facts.training["losses"][-1] < 0.9 * learned.facts.training["losses"][0]
@@ -460,6 +482,23 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
     steps.clear()
     fit(model, kind, out=tmp_path, on_progress=note, **options, ridge=0.01)  # another run does not go on from it
     assert steps[0] == 1
+
+
+def test_values_that_are_half_updated_are_not_kept(
+    model: PolarModel, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = torch.optim.Adam.step, iter(range(9))
+
+    def interrupted(adam: torch.optim.Adam) -> None:
+        step(adam)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, BRIDGES, out=tmp_path, distil=5)
+    assert digests(fit(model, BRIDGES, out=tmp_path, distil=5)) == digests(fit(model, BRIDGES, distil=5))
 
 
 @both
