@@ -80,7 +80,7 @@ class Limits:
 
     @cached_property
     def _store(self) -> RateStore:
-        """What decides, found when the first key has a limit."""
+        """The deciding store, found when the first key has a limit."""
         found: RateStore = self._given or find_access("sqlite://").rates
         return found
 
