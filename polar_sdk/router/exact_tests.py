@@ -77,7 +77,7 @@ def paired_loss_p(lost: int, gained: int, n: int, alpha: float, delta: float) ->
         delta: The level that the p-value is compared with; it includes the share spent on the bound.
     """
     spent = _SHARE_OF_DELTA * delta
-    most = _upper_share(lost + gained, n, spent)
+    most = upper_share(lost + gained, n, spent)
     if most < alpha:  # so few pairs differ that the mean cannot reach α
         return spent
     # The probability is smooth in the share that differs; its upper end is where it is largest in practice.
@@ -85,7 +85,7 @@ def paired_loss_p(lost: int, gained: int, n: int, alpha: float, delta: float) ->
     return min(1.0, spent + float(_sum_cdf(lost - gained, n, (differ + alpha) / 2, (differ - alpha) / 2).max()))
 
 
-def _upper_share(k: int, n: int, level: float) -> float:
+def upper_share(k: int, n: int, level: float) -> float:
     """The upper limit of Clopper and Pearson: the share at which k or fewer of n have probability `level`."""
     low, high = k / n, 1.0
     for _ in range(60):

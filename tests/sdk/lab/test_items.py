@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from importlib import resources
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,6 @@ from polar_sdk.lab.items import (
     Item,
     PromptItem,
     Shares,
-    _members,
     builtin_items,
     check_labels,
     data_hash,
@@ -42,8 +42,9 @@ PROMPTS = st.lists(WORDS.map(lambda words: PromptItem(prompt=" ".join(words))), 
 
 
 def overlap(one: PromptItem, other: PromptItem) -> float:
-    """Jaccard overlap, from its definition."""
-    left, right = _members(normalised(one.prompt)), _members(normalised(other.prompt))
+    """Jaccard overlap of words and pairs of neighbouring words, from its definition."""
+    words = [normalised(item.prompt).split() for item in (one, other)]
+    left, right = ({*some, *map(" ".join, pairwise(some))} for some in words)
     return len(left & right) / len(left | right)
 
 

@@ -51,7 +51,7 @@ def test_agreement_is_counted_token_by_token(model: PolarModel) -> None:
     same = []
     for item in PROMPTS:
         done = model.generate(item.prompt, program=Program.identity(DEPTH), max_tokens=6)
-        prompt = model._encoder.encode(item.prompt)
+        prompt = model.prompt_tokens(item.prompt)
         for at, token in enumerate(done.token_ids):  # the program's own choice after identity's start
             same.append(next_token(model, program, [*prompt, *done.token_ids[:at]]) == token)
     assert score.agreement == sum(same) / len(same)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binom, binomtest
 
 from polar_sdk.router.exact_tests import (
-    _upper_share,
     binomial_cdf,
     least_paired_prompts,
     least_prompts,
@@ -19,6 +18,7 @@ from polar_sdk.router.exact_tests import (
     paired_difference,
     paired_loss_p,
     smallest_alpha,
+    upper_share,
     wilson,
 )
 
@@ -41,7 +41,7 @@ class TestAgainstScipy:
     @given(n=st.integers(1, 3_000), data=st.data(), level=st.floats(0.001, 0.4))
     def test_upper_limit_of_clopper_and_pearson(self, n: int, data: st.DataObject, level: float) -> None:
         k = data.draw(st.integers(0, n - 1))
-        assert _upper_share(k, n, level) == pytest.approx(beta.ppf(1 - level, k + 1, n - k), rel=1e-6)
+        assert upper_share(k, n, level) == pytest.approx(beta.ppf(1 - level, k + 1, n - k), rel=1e-6)
 
     @given(n=st.integers(1, 3_000), data=st.data())
     def test_interval_of_wilson(self, n: int, data: st.DataObject) -> None:
