@@ -140,7 +140,7 @@ class PolarModel:
 
     @property
     def tenant(self) -> str:
-        """Who is billed for requests that name no tenant."""
+        """Tenant of requests that name none."""
         return self._maker.tenant
 
     @property

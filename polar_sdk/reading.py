@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_BYTES: Final = 16 * 2**20
-"""Of a JSON file, unless its reader says otherwise."""
+"""Size of a JSON file, unless its reader sets another."""
 MAX_TOML_BYTES: Final = 2 * 2**20
 MAX_DEPTH: Final = 64
-"""Of lists and mappings in each other."""
+"""Levels of lists and mappings in each other."""
 MAX_DIGITS: Final = 100
-"""Of a number."""
+"""Digits of a number."""
 MAX_EXPONENT: Final = 100
-"""Of a decimal number, in both directions."""
+"""Exponent of a decimal number, in both directions."""
 MAX_KEY_PARTS: Final = 16
-"""Of a dotted key in TOML."""
+"""Parts of a dotted key in TOML."""
 _MAX_SHOWN: Final = 60
 """Characters of a value in a message."""
 

@@ -53,7 +53,7 @@ _CONTROL: Final = {
 }
 """By Unicode category: control, format, line separator, paragraph separator, surrogate."""
 Receipt = Mapping[str, Any]
-"""What a sink returns, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
+"""Answer of a sink, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
 unread; it may be empty where the sink prices nothing."""
 
 
@@ -159,7 +159,7 @@ class FlopUsage(_Facts):
     """The output projection, for the positions whose logits were computed."""
     router: NonNegative = 0
     total: NonNegative = 0
-    """What the answer needed: the sum of the five parts above."""
+    """FLOPs that the answer needed: the sum of the five parts above."""
     drafts: NonNegative = 0
     """Executed for drafted tokens that the answer did not keep, for their company and to guess them; not in `total`."""
 
@@ -170,12 +170,12 @@ class FlopUsage(_Facts):
 
     @property
     def answer(self) -> int:
-        """What came after the prompt: its decode steps, and the head for each of its tokens. Unit: FLOPs."""
+        """FLOPs after the prompt: decode steps, and the head for each of its tokens. Unit: FLOPs."""
         return self.layers_decode + self.head
 
     @property
     def prompt(self) -> int:
-        """What came before the answer: embedding, router, and the layers over the prompt. Unit: FLOPs."""
+        """FLOPs before the answer: embedding, router, and the layers over the prompt. Unit: FLOPs."""
         return self.total - self.answer
 
     @model_validator(mode="after")
@@ -218,7 +218,7 @@ class UsageRecord(_Facts):
     flops: FlopUsage = FlopUsage()
     flops_formula: str = FLOPS_FORMULA
     identity_flops: NonNegative = 0
-    """What the same tokens would have cost at full depth, without a router. Unit: FLOPs."""
+    """FLOPs of the same tokens at full depth, without a router. Unit: FLOPs."""
     kv_bytes_peak: NonNegative = 0
     """Largest key and value storage of this request. Unit: bytes."""
     device: str = "none"
@@ -300,7 +300,7 @@ class UsageBound(_Facts):
 
 
 class UsageSink(ABC):
-    """Where usage records go: a meter, a log file, a list in a test.
+    """Takes usage records: a meter, a log file, a list in a test.
 
     Implementations must be thread-safe. For each request the engine calls `reserve` before it computes, `watch` when it
     begins, and then exactly once either `emit`, however the request ends, or `release` if it never began.
@@ -378,7 +378,7 @@ class UsageSink(ABC):
         """
 
     def receipt(self, record: UsageRecord) -> Receipt | None:
-        """What `emit` would say of a record now, without storing it; None, the default, where only `emit` knows.
+        """The receipt that `emit` would return now; stores nothing. None, the default, where only `emit` knows.
 
         Raises:
             SinkError: The prices cannot be read now.
@@ -471,7 +471,7 @@ class ListSink(UsageSink):
 
 
 def flaw_of_name(name: str) -> str | None:
-    """What makes a text unfit to name a tenant, a tag or a request, in words; None if nothing does.
+    """The flaw that makes a text unfit to name a tenant, a tag or a request, in words; None if nothing does.
 
     A name that only looks like another one would be charged apart from it, or be mistaken for it.
     """

@@ -29,7 +29,7 @@ class Row:
     decoder: Decoder
     program: Program
     guard: LoopGuard | None = None
-    """What watches the extra visits of loops; None = nothing."""
+    """Watches the extra visits of loops; None = nothing does."""
     prompt: int | None = None
     """Number of tokens of the prompt, which says who is filled; None = all tokens of the first pass."""
     work: Work = field(init=False)
@@ -72,7 +72,7 @@ class Row:
         self._states = states, slice(start, end)
 
     def keep_state(self, token: int) -> None:
-        """Of these tokens, only the first ones were kept: keep the state of that one, the last of them; −1 = none."""
+        """Keep the state of this token alone, the last of the pass that was kept; −1 = none."""
         if self._states is not None:
             states, own = self._states
             self._states = (states, slice(own.start + token, own.start + token + 1)) if token >= 0 else None
@@ -153,7 +153,7 @@ class Row:
 
 
 class _Replay(NamedTuple):
-    """What a row puts aside while it runs again what has run."""
+    """Put aside while a row runs again what has run."""
 
     work: Work
     guard: LoopGuard | None

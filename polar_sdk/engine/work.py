@@ -48,7 +48,7 @@ class Work:
         """Whether the whole prompt has run; whoever feeds the row says so with `end_prefill`."""
 
     def copy(self) -> Work:
-        """What has been counted so far, which later work does not change."""
+        """A copy of the counts, which later work does not change."""
         copied = copy(self)
         for name in ("_prefill_visits", "_filled_visits", "_decode_visits"):
             setattr(copied, name, list(getattr(self, name)))
@@ -80,7 +80,7 @@ class Work:
         self._drafted_pass, self._draft_keys = ran, piece.start + 2
 
     def keep_draft(self) -> None:
-        """Of the last pass with drafts, one more drafted token belongs to the answer, and its logits are wanted."""
+        """Count one more drafted token of the last pass, and its logits, as the answer's."""
         self._keep(self._draft_keys, 1)
         self._draft_keys += 1
         self.accepted += 1

@@ -1,4 +1,4 @@
-"""What an answer must look like: a JSON schema, a regular expression, one of several texts, or a grammar.
+"""Constraints of an answer: a JSON schema, a regular expression, one of several texts, or a grammar.
 
 Turns what a caller asks for into the text of a grammar, or refuses it before anything runs. JSON is written as Python's
 `json.dumps` does, on one line, with a space after commas and colons: so most models write it, and no tokens are spent

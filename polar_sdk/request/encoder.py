@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.options import Prompt, Template
 
 _MAX_GROWTH: Final = 4
-"""What a chat template may make of the messages: this many times their characters, and `_MAX_ADDED` more."""
+"""A chat template may write this many times the characters of the messages, and `_MAX_ADDED` more."""
 _MAX_ADDED: Final = 200_000
 """Unit: characters."""
 _REPAIR: Final = "Correct the template in the model's folder, or pass a text with template='raw'."
@@ -77,7 +77,7 @@ class PromptEncoder:
             ) from error
 
     def message_start(self) -> list[int]:
-        """What the chat template writes before a user's first message; empty if there is no template or no such start.
+        """Tokens before a user's first message by the chat template; empty if there is no template or no such start.
 
         Raises:
             InvalidRequestError: The template refuses a message.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from polar_sdk.usage import Receipt, UsageRecord, UsageSink
 
 _MAX_DIGITS: Final = 4300
-"""Of a number in a JSON answer, which grammars allow to be of any length: what Python reads at most."""
+"""Digits of a number in a JSON answer, which grammars allow to be of any length: as many as Python reads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class RequestMaker:
     tenant: str
     tags: Mapping[str, str]
     speculate: Speculate | None
-    """Where a request does not say it; None = as `auto` where drafts change no answer, to the bit."""
+    """Default of requests; None = as `auto` where drafts change no answer, to the bit."""
     drafts_are_exact: Callable[[], bool]
     """Whether that may be so of a row that starts now."""
 

@@ -1,4 +1,4 @@
-"""Who asks: the checks of tenants, tags and request ids, before anything is computed in their name.
+"""Checks of tenants, tags and request ids, before anything is computed for them.
 
 A name is taken as it is or refused, never changed: two names that differ are never charged as one. Imports no torch.
 """
@@ -12,7 +12,7 @@ from polar_sdk.errors import TagError
 from polar_sdk.usage import flaw_of_name, flaw_of_text
 
 _MAX_LENGTH: Final = 200
-"""What a usage record stores. Unit: characters."""
+"""As many as a usage record stores. Unit: characters."""
 
 
 def check_name(what: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""What a caller may set, of a model object and of each request, and the check of each option. Knows no model."""
+"""Options of a model object and of each request, and the check of each option. Knows no model."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class ModelOptions(LoadOptions, total=False):
     ledger: str | None
     """`"auto"`, the default, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None
-    """Where usage records go, instead of a ledger."""
+    """Takes usage records, instead of a ledger."""
     tenant: str
-    """Who is billed for requests that name no tenant."""
+    """Tenant of requests that name none."""
     tags: Mapping[str, str] | None
     """Tags of every request."""
     speculate: Speculate | None
@@ -97,7 +97,7 @@ class RequestOptions(TypedDict, total=False):
     grammar: str | None
     """Grammar that the answer matches: Lark, as llguidance reads it; `%json {…}` in it is a JSON schema."""
     fit_max_tokens: bool
-    """Where an answer with a schema, regular expression, choice or grammar comes near `max_tokens`, allow only tokens
+    """When an answer with a schema, regular expression, choice or grammar comes near `max_tokens`, allow only tokens
     after which it can still end in time, so that texts and lists end early rather than in the middle. True unless
     turned off; then such an answer may be cut off."""
     speculate: Speculate | None
@@ -111,7 +111,7 @@ class RequestOptions(TypedDict, total=False):
     """Report the same of the prompt's own tokens, all but the first. The head runs for each of them, and no start of
     the prompt is taken from an earlier request. Not with a program that fills layers for the prompt."""
     tenant: str | None
-    """Who is billed. Names of tenants, tags and requests have no white space around them and no control characters."""
+    """Tenant to bill. Names of tenants, tags and requests have no white space around them and no control characters."""
     tags: Mapping[str, str] | None
     """They override the tags of the model object, name by name."""
     request_id: str | None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 _STOPS = (GeneratorExit, KeyboardInterrupt, SystemExit, RequestTimeoutError)
-"""What ends a request without being its error: its stream was closed, the process was asked to end (the command `polar`
+"""Ends of a request that are not its error: its stream was closed, the process was asked to end (the command `polar`
 turns SIGTERM into SystemExit), or its time was up."""
 _PATIENCE_SECONDS: Final = 5.0
 """How long the caller of a request that ended early waits for its record: for ever would hang one that holds a lock
@@ -63,9 +63,9 @@ class Recorder:
         self._records: dict[Job, UsageRecord] = {}
         """Final records; those not stored yet are stored at the end, unchanged if the sink failed before."""
         self._markers: dict[Job, Marker] = {}
-        """What marks each job while it runs; empty if nobody keeps marks."""
+        """Marks each job while it runs; empty if the sink keeps no marks."""
         self._receipts: dict[Job, Receipt | None] = {}
-        """Of the jobs whose records are stored."""
+        """Receipts of the jobs whose records are stored."""
         self._ended = False
         self._storing = threading.Lock()
         self._process = os.getpid()
@@ -210,7 +210,7 @@ class Recorder:
 
 
 LATE: Final[Inbox[Callable[[], object]]] = Inbox("polar-record")
-"""What the thread runs that stores the records of requests that ended early; once needed, it lives on."""
+"""Calls that the thread `polar-record` runs; once started, it lives as long as the process."""
 _OPEN: Final[WeakSet[Recorder]] = WeakSet()
 
 

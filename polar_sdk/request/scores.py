@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 Pool = Literal["mean", "last", "none"]
-"""What becomes of the states of a prompt's tokens: their mean, the last one, or all of them."""
+"""How the states of a prompt's tokens are returned: their mean, the last one, or all of them."""
 
 
 def loglikelihoods(

@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
-    """Of that token; None where nobody asked for them."""
+    """Log-probabilities of that token; None where nobody asked for them."""
     last: bool
 
 
@@ -47,7 +47,7 @@ class Delivery:
     def __init__(self, max_ahead: int | None) -> None:
         self._max_ahead = max_ahead
         self.host: Host | None = None
-        """What computes the answer, once it was submitted."""
+        """Computes the answer, once it was submitted."""
         self._forget: Callable[[], object] | None = None
         self.done = False
         """Whether nothing more will be computed."""

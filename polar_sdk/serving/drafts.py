@@ -37,11 +37,11 @@ FREE_WASTE: Final = 8
 WASTE_PER_TOKEN: Final = 2
 """A request may waste so many rows, and so many for each token of its answer: what budgets hold follows from it."""
 _MIN_SPEED: Final = 0.98
-"""What drafts may make of the speed of any row: those that gain nothing wait for those that do."""
+"""Minimum speed of any row beside drafts: those that gain nothing wait for those that do."""
 _GAIN: Final = 1.04
-"""What a wider pass must bring at least, in tokens for its time."""
+"""Minimum that a wider pass must bring, in tokens for its time."""
 Source = Literal["request", "earlier", "head"]
-"""Where drafts come from: prompt and answer so far, an earlier answer to the tenant, or the model's draft head."""
+"""Source of drafts: prompt and answer so far, an earlier answer to the tenant, or the model's draft head."""
 _HITS: Final[dict[Source, tuple[float, ...]]] = {
     "request": (0.75, 0.2, 0.4, 0.6),
     "earlier": (0.5, 0.15, 0.25, 0.45),
@@ -52,13 +52,13 @@ after a match of 1, 2 and 3 tokens; of a draft head, as a multiple of what it sa
 _FIRST_WEIGHT: Final = 4.0
 """Number of tries that these count for; in a request, what earlier requests came to."""
 _FADING: Final = 0.97
-"""What a try still counts when one more was made."""
+"""Weight of a try when one more was made."""
 _CERTAIN_GAIN: Final = 2.5
-"""What a draft from texts is to gain, in tokens for its time, so that nobody asks the draft head."""
+"""Gain of a draft from texts, in tokens for its time, from which the draft head is not asked."""
 _MIN_JOINED: Final = 2
 """Number of tokens, the last guess among them, that must have stood in a row before, so that a text goes on from it."""
 _HEAD_BEFORE: Final = (3.0, 1.0)
-"""What a draft head is taken to have brought before it was tried, in tokens, and to have taken, in such passes."""
+"""Tokens that a draft head is taken to have brought before it was tried, and passes that it took."""
 _HEAD_FADING: Final = 0.95
 _HEAD_WAIT: Final = 8
 """Tokens for which a head that does not pay is not asked, at first."""
@@ -78,13 +78,13 @@ class Proposal(NamedTuple):
     match: int = 0
     """Number of tokens in a row that stood before those of the text; 0 = there are none."""
     source: Source = "request"
-    """Where these come from."""
+    """Source of these."""
     said: tuple[float, ...] = ()
     """How likely each of the guesses, the first tokens, is by the draft head, if all before it are right."""
 
 
 class TokenIndex:
-    """Where the last few tokens stood before."""
+    """Index of where the last few tokens stood before."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -108,7 +108,7 @@ class TokenIndex:
         return self._tokens[-LONGEST_MATCH:]
 
     def propose(self, count: int) -> Proposal:
-        """What followed the last place where the last tokens stood before; a repetition goes on repeating."""
+        """Tokens after the last place where the last tokens stood before; a repetition goes on repeating."""
         proposal = self.following(self.last, count)
         followed = proposal.tokens
         while followed and len(followed) < count:  # they reach to the end, and are taken to go on as they began
@@ -116,7 +116,7 @@ class TokenIndex:
         return proposal
 
     def following(self, last: Sequence[int], count: int, least: int = 1) -> Proposal:
-        """What followed the last place where such tokens stood, as many as match, `least` of them; at most `count`."""
+        """Tokens after the last place where such tokens stood, as many as match, `least` of them; at most `count`."""
         for length in range(min(LONGEST_MATCH, len(last)), least - 1, -1):
             start = self._after[length - 1].get(tuple(last[-length:]))
             if start is not None:
@@ -125,7 +125,7 @@ class TokenIndex:
 
 
 class OtherAnswers:
-    """What the latest other answers to the same tenant say after the same tokens.
+    """The latest other answers to the same tenant, by what follows the same tokens.
 
     Tenants never share them, so that how fast one's answers come reveals nothing of another's. For the scheduler's
     thread alone.
@@ -147,7 +147,7 @@ class OtherAnswers:
             self._of.popitem(last=False)
 
     def following(self, tenant: str, last: Sequence[int], count: int) -> Proposal:
-        """What followed such tokens in answers to that tenant; at most `count` tokens."""
+        """Tokens after such tokens in answers to that tenant; at most `count`."""
         found = [index.following(last, count) for index in reversed(self._of.get(tenant, ()))]
         longest = max(found, key=lambda proposal: proposal.match, default=Proposal([], 0))
         return longest._replace(source="earlier")
@@ -228,7 +228,7 @@ class Drafts:
         self._prompt, self._index = prompt, TokenIndex()
         self._hits: Hits | None = None
         self._best = _NOTHING
-        """What is proposed."""
+        """The proposal."""
         self._from_texts: list[_Rated] = []
         self._room = 0
         self._head = _HeadWorth()
@@ -389,7 +389,7 @@ def drafts_of(
 
 
 class Experience:
-    """What a scheduler has learned of drafts from all requests so far.
+    """Experience of a scheduler with drafts, from all requests so far.
 
     Attributes:
         costs: What passes take.
@@ -415,7 +415,7 @@ class Plan:
         self._forced = [drafts is not None and drafts.always for drafts in rows]
         self._probing = [drafts is not None and drafts.probes for drafts in rows]
         self.counts = [0] * len(rows)
-        """Of each row."""
+        """Drafted tokens of each row."""
         if len(rows) < MAX_ROWS:
             self._fill(MAX_ROWS - len(rows))
 
@@ -457,7 +457,7 @@ def most_wasted(cost: CostModel, program: Program, prompt: int, output: int) -> 
 
 
 def spans(pieces: Sequence[Sequence[int]]) -> list[slice]:
-    """Where the tokens of each row are among those of all."""
+    """Slices of the tokens of each row among those of all."""
     ends = [0]
     for piece in pieces:
         ends.append(ends[-1] + len(piece))

@@ -42,7 +42,7 @@ MARK_NS: Final = 1_000_000_000
 
 
 class Progress(NamedTuple):
-    """What a job has computed, at one moment: what its usage record says and the request does not."""
+    """State of a job at one moment: all that its usage record says and the request does not."""
 
     output: int
     """Sampled tokens."""
@@ -55,12 +55,12 @@ class Progress(NamedTuple):
     begin_ns: int
     prefill_end_ns: int
     end_ns: int
-    """Of the last token."""
+    """Time of the last token."""
 
 
 @dataclass(slots=True)
 class Standing:
-    """Where a job stands with the scheduler."""
+    """Standing of a job with the scheduler."""
 
     arrived: bool = False
     """Whether the scheduler's thread has taken it in."""
@@ -107,26 +107,26 @@ class Job:
         self.prompt_logprobs: list[TokenLogprobs] = []
         """One per prompt token after the first, where the request wants them."""
         self.grammar = _start_grammar(request)
-        """Where the answer is in its grammar; None = it has none."""
+        """State of the answer in its grammar; None = it has none."""
         exact, float32 = self.row.independent, decoder.dtype.itemsize == 4
         self.drafts = drafts_of(
             request.tokens, request.speculate, request.sampling, exact=exact, repeats=exact or float32
         )
-        """What proposes its next tokens; None = nothing does."""
+        """Proposes its next tokens; None = nothing does."""
         self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))
         """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""
         self.cached = 0
         """Prompt tokens whose keys and values were already available."""
         self.finish: FinishReason | None = None
         self.error: BaseException | None = None
-        """What ended the job, where it did not finish normally."""
+        """The error that ended the job; None = it runs or finished normally."""
         self.kv_bytes = 0
         """Largest key and value storage. Unit: bytes."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
         self.on_progress: Callable[[Progress], None] | None = None
-        """Told now and then, by the scheduler's thread, how far the job has come; must not wait."""
+        """Called now and then by the scheduler's thread with the progress; must not wait."""
         self._told_tokens = self._told_ns = self._told_flops = 0
-        """How far it had come when it was told last."""
+        """Progress at the last call."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
         self._on_end = on_end
         self._shown = 0
@@ -160,7 +160,7 @@ class Job:
         self.cancel()
 
     def progress(self) -> Progress:
-        """What has been computed; for the scheduler's thread, or when nothing more will be."""
+        """Progress so far; for the scheduler's thread, or when nothing more will be."""
         row = self.row
         return Progress(
             output=len(self.tokens),
@@ -215,7 +215,7 @@ class Job:
             self.fail(_timed_out(self))
 
     def tell_progress(self, now: int) -> None:
-        """Tell how far the job has come, if that is far enough since the last time.
+        """Report the progress, if enough has been computed since the last report.
 
         Args:
             now: The time. Unit: nanoseconds of `time.perf_counter_ns`.

@@ -38,7 +38,7 @@ class LoadedModel:
     config: PreTrainedConfig
     generation_config: GenerationConfig
     device: torch.device
-    """Where tokens enter; `decoder.placement` has the other devices of a device map."""
+    """Device of the embedding; `decoder.placement` has the other devices of a device map."""
     dtype: torch.dtype
     text_files: tuple[tuple[str, int, int], ...] = ()
     """Name, size and time of last change of the files that tokenizer and chat template were read from."""

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _FADING: Final = 0.98
-"""What a pass still counts when one more was measured."""
+"""Weight of a pass when one more was measured."""
 _FIRST_SHARE: Final = 0.75
-"""Of the time of one row, what a pass takes without rows: assumed until passes of several sizes were measured."""
+"""Share of a one-row pass that it takes without rows: assumed until passes of several sizes were measured."""
 _SPREAD: Final = 0.25
 """Variance of the sizes of passes from which they tell what a row adds; less is enough where rows are few."""
 _SHARE_OF_SPREAD: Final = 0.02
 """The same, over the square of their mean."""
 _BURST_TOKENS: Final = 2.0
-"""What a tenant may run ahead, in tokens that the other one decodes alone."""
+"""Maximum lead of a tenant, in tokens that the other one decodes alone."""
 
 
 class PassTimes:
@@ -34,7 +34,7 @@ class PassTimes:
     def __init__(self) -> None:
         self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
         self._learned: float | None = None
-        """What one more row added where passes of several sizes told; None = they never did."""
+        """Time that one more row added, from passes of several sizes; None = not known yet."""
 
     def measured(self, rows: float, seconds: float) -> None:
         """Note a pass."""
@@ -53,7 +53,7 @@ class PassTimes:
 
     @property
     def per_row(self) -> float:
-        """What one more row adds, by least squares; between nothing and its even part of an average pass."""
+        """Time that one more row adds, by least squares; between nothing and its even part of an average pass."""
         if not self._weight:
             return 0.0
         rows, seconds = self._means()
@@ -65,7 +65,7 @@ class PassTimes:
         return self._rows / self._weight, self._seconds / self._weight
 
     def of(self, rows: float) -> float:
-        """What a pass of so many rows takes."""
+        """Time of a pass of so many rows."""
         if not self._weight:
             return 0.0
         return max(self._seconds / self._weight + self.per_row * (rows - self._rows / self._weight), 0.0)
@@ -78,7 +78,7 @@ class Pace:
         self.times = PassTimes()
         self._burst = 0.0
         self._passed = 0.0
-        """What the passes of the last round took."""
+        """Times of the passes of the last round."""
         self._balances: dict[str, float] = {}
 
     def begin(self, tenants: Mapping[str, float], pace: float) -> None:

@@ -1,4 +1,4 @@
-"""What passes take by their number of rows, as measured: what drafts must bring to pay. Knows seconds; no tokens."""
+"""Costs of passes by their number of rows, as measured: drafts pay by them. Knows seconds; no tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _LATELY: Final = 12
 _WIDTHS: Final = 4
 """Number of widths whose measurements are one point."""
 _PER_ROW: Final = 0.03
-"""What one more row is taken to add at least beyond the widest passes that were measured."""
+"""Minimum that one more row is taken to add beyond the widest passes that were measured."""
 _GUESS: Final = 0.1
-"""What one guess of the draft head is taken to take, as a multiple of a pass of one row, before any was measured."""
+"""Assumed time of one guess of the draft head, as a multiple of a pass of one row, before any was measured."""
 
 
 class PassCosts:
@@ -47,7 +47,7 @@ class PassCosts:
 
     @property
     def guess(self) -> float:
-        """What one guess of the draft head takes, as a multiple of a pass of one row."""
+        """Time of one guess of the draft head, as a multiple of a pass of one row."""
         return statistics.median(self._guess_ratios) if len(self._guess_ratios) >= _MIN_MEASURED else _GUESS
 
     def guessed(self, guesses: int, seconds: float) -> None:
@@ -83,7 +83,7 @@ class PassCosts:
             self._took = _at_widths(points)
 
     def by_width(self) -> Sequence[float]:
-        """What passes of one row, two and so on take, up to `MAX_ROWS`, as multiples of one of one row."""
+        """Times of passes of one row, two and so on, up to `MAX_ROWS`, as multiples of one of one row."""
         if not self._is_fitted:
             self._fit()
         return self._took
@@ -95,7 +95,7 @@ class PassCosts:
 
 
 def _at_widths(points: Sequence[tuple[float, float]]) -> list[float]:
-    """What passes of each width take, up to `MAX_ROWS`: even rises between points of rows and what they take."""
+    """Times of passes of each width, up to `MAX_ROWS`: even rises between points of rows and times."""
     took = [1.0]
     for rows in range(2, MAX_ROWS + 1):
         place = bisect_left(points, (rows, 0.0))

@@ -45,7 +45,7 @@ class Passes:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.drafting = Experience()
-        """What drafts came to so far."""
+        """Experience with drafts so far."""
         self.sampled_tokens = 0
         """Tokens chosen so far."""
         self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
@@ -87,7 +87,7 @@ class Passes:
         self._choose(new, logits[sampling] if len(new) < len(ended) else logits, keep)
 
     def _scored(self, jobs: Sequence[Job], again: Sequence[bool]) -> dict[int, Callable[[Tensor], None]]:
-        """What reads the prompts that are to be scored; an error of one ends its job alone."""
+        """Readers of the prompts that are to be scored; an error of one ends its job alone."""
 
         def reader(job: Job) -> Callable[[Tensor], None]:
             return lambda states: attempt([job], partial(job.score_prompt, states))
@@ -139,7 +139,7 @@ class Passes:
         return pieces
 
     def _guessed(self, counts: Mapping[Job, int]) -> dict[Job, list[Guess]]:
-        """What the draft head guesses for jobs, at most so many tokens for each, as far as all may be right."""
+        """Guesses of the draft head for jobs, at most so many tokens for each, as far as all may be right."""
         asking = [job for job, count in counts.items() if count]
         if self.decoder.draft_head is None or not asking:
             return {}

@@ -143,7 +143,7 @@ class PrefixCache:
                 self._drop(oldest)
 
     def _found(self, request: Request, row: Row) -> tuple[list[_Key], _Key | None, int]:
-        """Of a new row's prompt, the blocks that are kept, that of which a part is, and how many tokens that has."""
+        """Blocks of a new row's prompt that are kept, the one that is kept in part, and how many tokens that has."""
         if request.prompt_logprobs is not None:
             return [], None, 0
         usable, whole, before = self._usable(request), [], self._root(request, row)
@@ -183,7 +183,7 @@ class PrefixCache:
         ]
 
     def _root(self, request: Request, row: Row) -> _Key:
-        """What stands for all that must be the same before the first token."""
+        """Key of all that must be the same before the first token."""
         program = request.program
         common = (request.tenant, program.text, hash_maps(self._decoder, [program]))
         return hashlib.sha256(repr(common).encode()).digest()

@@ -1,4 +1,4 @@
-"""Who is next: requests without a place among the rows that run, in order per tenant, and what each tenant has had.
+"""The queue: requests without a place among the rows that run, in order per tenant, and what each tenant has had.
 
 Next is the tenant that holds the smallest share of the places, and between equals the one that has had least work
 (start-time fair queueing): every tenant has a clock that advances by the FLOPs executed for it, divided by its weight.
@@ -25,7 +25,7 @@ _MAX_ABSENT: Final = 4096
 
 
 class Clocks:
-    """What was executed for each tenant. Unit: FLOPs / weight."""
+    """Executed work of each tenant. Unit: FLOPs / weight."""
 
     def __init__(self) -> None:
         self._clocks: dict[str, float] = {}

@@ -52,7 +52,7 @@ class Request:
     prompt_logprobs: int | None = None
     """Number of alternatives per prompt token whose log-probabilities are wanted; None = none are."""
     grammar: Grammar | None = None
-    """What the answer must match; None = anything."""
+    """Grammar that the answer must match; None = anything."""
     speculate: Speculate | None = None
     """Whether tokens are drafted; see `drafts_of`."""
     fit_max_tokens: bool = True

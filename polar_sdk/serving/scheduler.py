@@ -50,13 +50,13 @@ _FORK_SECONDS: Final = 5.0
 _LATELY_SECONDS: Final = 5.0
 """A tenant that was served within this time may come again at any moment."""
 _JUST_BEGUN: Final = 8
-"""A row has just begun to answer as long as it has no more tokens."""
+"""Rows with at most this many tokens are new."""
 _BURST: Final = 4
-"""How many times as many prompt tokens run in a pass beside rows that have just begun."""
+"""Factor of the prompt tokens of a pass beside new rows."""
 _WORTH_A_PASS: Final = 128
-"""Tokens of prompts that need not run from which it is worth to run them in one pass more."""
+"""Minimum number of prompt tokens saved that is worth one pass more."""
 _CHECKS: Final = 64
-"""Jobs that wait of which is checked in one round whether their time is up or their caller's `cancel` is set."""
+"""Number of waiting jobs that are checked for cancels and timeouts in one round."""
 _POLL_SECONDS: Final = 0.02
 """How often to check whether a caller that lags behind has cancelled or run out of time, which wakes nobody."""
 
@@ -82,7 +82,7 @@ class Scheduler:
         self._pace = Pace()
         self._passes = Passes(decoder)
         self._checked = 0
-        """Where the next part of those who wait begins, of which is checked whether they still do."""
+        """Start of the next part of the waiting jobs that is checked for cancels and timeouts."""
         self._known: set[str] = set()
         """Tenants that waited when the round began."""
         self._hurried = False
@@ -272,7 +272,7 @@ class Scheduler:
         self._places.count_pauses()
 
     def _next_to_check(self, waiting: list[Job]) -> list[Job]:
-        """Of jobs that wait, those whose call has ended and a part of the others: all would slow each token."""
+        """Waiting jobs whose call has ended, and a part of the others: all of them would slow each token."""
         start = self._checked = self._checked % max(len(waiting), 1)
         self._checked += _CHECKS
         part = waiting[start : start + _CHECKS]

@@ -34,7 +34,7 @@ class InternalThread(threading.Thread):
 
 
 class Inbox(Generic[T]):
-    """What callers leave to one thread, which begins with the first item and ends after a while without any.
+    """Items that callers leave to one thread, which starts with the first and ends after a while without any.
 
     Callers and the thread share no lock of Python: Ctrl-C may stop the main thread between two steps, and a lock that
     it left locked there would stop the thread, and with it every other caller. `SimpleQueue.put` is one step, which a
