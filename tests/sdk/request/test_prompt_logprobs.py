@@ -147,7 +147,7 @@ def test_token_ids_are_taken_as_they_are(model: PolarModel, sink: ListSink) -> N
 
 @pytest.mark.parametrize("ids", [[1, -1], [260], [1, 2**70], [1, True], [1, "a"], [1, None]])
 def test_what_is_no_token_is_refused(model: PolarModel, ids: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="ids of this model are 0 to 259"):
+    with pytest.raises(InvalidRequestError, match="259"):
         model.generate(ids)
 
 

@@ -154,25 +154,25 @@ def test_one_bad_prompt_stops_a_batch_before_compute(tiny: PolarModel, records: 
 
 
 def test_batches_that_make_no_sense(tiny: PolarModel, records: ListSink) -> None:
-    with pytest.raises(InvalidRequestError, match=r"not one text.*\[text\]"):
+    with pytest.raises(InvalidRequestError):
         tiny.generate_batch("hello")
-    with pytest.raises(InvalidRequestError, match=r"2 prompts have the request_id 'x'; pass each its own in each="):
+    with pytest.raises(InvalidRequestError, match="'x'"):
         tiny.generate_batch(["a", "b"], request_id="x")
-    with pytest.raises(InvalidRequestError, match="each= has 1 entries for 2 prompts"):
+    with pytest.raises(InvalidRequestError, match=r"1 .* 2 "):
         tiny.generate_batch(["a", "b"], each=[{}])
-    with pytest.raises(InvalidRequestError, match="2 prompts have the request_id 'x'"):
+    with pytest.raises(InvalidRequestError, match="'x'"):
         tiny.generate_batch(["a", "b", "c"], each=[{"request_id": "x"}, {}, {"request_id": "x"}])
     wrong: list[Any] = [{}, {"sed": 1}]
-    with pytest.raises(InvalidRequestError, match="'sed' is unknown; did you mean 'seed'"):
+    with pytest.raises(InvalidRequestError, match=r"'sed'.*'seed'"):
         tiny.generate_batch(["a", "b"], each=wrong)
     wrong[1] = "x"
-    with pytest.raises(InvalidRequestError, match="each= contains 'x'; pass one mapping"):
+    with pytest.raises(InvalidRequestError, match="'x'"):
         tiny.generate_batch(["a", "b"], each=wrong)
-    with pytest.raises(InvalidRequestError, match="timeout ends the whole batch"):
+    with pytest.raises(InvalidRequestError, match="timeout"):
         tiny.generate_batch(["a", "b"], each=[{}, {"timeout": 1}])
-    with pytest.raises(InvalidRequestError, match="cancel ends the whole batch"):
+    with pytest.raises(InvalidRequestError, match="cancel"):
         tiny.generate_batch(["a", "b"], each=[{"cancel": threading.Event()}, {}])
-    with pytest.raises(TagError, match=r"tags is \['a'\]"):
+    with pytest.raises(TagError, match=r"\['a'\]"):
         wrong[1] = {"tags": ["a"]}
         tiny.generate_batch(["a", "b"], each=wrong, tags={"c": "d"})
     assert tiny.generate_batch([]) == tiny.generate_batch([], each=[]) == []
@@ -213,7 +213,7 @@ class TestWindow:
         assert (done.usage.tokens.input, done.usage.tokens.output) == (511, 1)
 
     def test_a_prompt_that_fills_the_window_leaves_no_answer(self, tiny: PolarModel) -> None:
-        with pytest.raises(ContextWindowError, match=r"512 tokens; the context window is 512.*at least 1"):
+        with pytest.raises(ContextWindowError, match="512"):
             made(tiny, "x" * 510)
 
 
@@ -228,7 +228,7 @@ class TestTemplates:
         assert made(tiny, "<|user|>hello<|assistant|>", template="raw").tokens == made(tiny, "hello").tokens
 
     def test_raw_refuses_messages(self, tiny: PolarModel) -> None:
-        with pytest.raises(InvalidRequestError, match="'raw' takes a text, not messages"):
+        with pytest.raises(InvalidRequestError, match="'raw'"):
             made(tiny, HELLO, template="raw")
 
     def test_messages_of_all_roles(self, tiny: PolarModel) -> None:
@@ -246,7 +246,7 @@ class TestTemplates:
         model = PolarModel.from_hf(tiny_llama(), tokenizer, ledger=None)
         assert list(made(model, "hello").tokens) == tokenizer.encode("hello")
         for options in ({"prompt": "hello", "template": "chat"}, {"prompt": HELLO}):
-            with pytest.raises(InvalidRequestError, match=r"no chat template.*template='raw'"):
+            with pytest.raises(InvalidRequestError, match="template='raw'"):
                 made(model, **options)
 
 
@@ -342,7 +342,7 @@ def test_what_lies_just_inside_the_limits(tiny: PolarModel, options: dict[str, A
 def test_scoring_refuses_an_empty_continuation(tiny: PolarModel) -> None:
     assert len(tiny.score("one plus", [" one", " two"])) == 2
     assert tiny.score("one plus", []) == ()
-    with pytest.raises(InvalidRequestError, match="continuation is empty"):
+    with pytest.raises(InvalidRequestError):
         tiny.score("one plus", [" one", ""])
     with pytest.raises(EmptyPromptError):
         tiny.score("", [" one"])
@@ -350,9 +350,9 @@ def test_scoring_refuses_an_empty_continuation(tiny: PolarModel) -> None:
 
 def test_scoring_refuses_what_the_window_does_not_hold(tiny: PolarModel) -> None:
     assert len(tiny.score("x" * 500, ["y" * 12, "z"])) == 2
-    with pytest.raises(ContextWindowError, match="longest continuation have 513 tokens; the context window is 512"):
+    with pytest.raises(ContextWindowError, match=r"513 .*512"):
         tiny.score("x" * 500, ["z", "y" * 13])
-    with pytest.raises(ContextWindowError, match="have 600 tokens"):
+    with pytest.raises(ContextWindowError, match="600"):
         tiny.score("x" * 600, [])
 
 

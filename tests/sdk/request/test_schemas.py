@@ -218,6 +218,6 @@ UNSUPPORTED: dict[str, Any] = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_a_schema_that_cannot_be_followed_is_refused_before_compute(name: str) -> None:
     sink = ListSink()
-    with pytest.raises(GrammarError, match="not supported"):
+    with pytest.raises(GrammarError):
         tiny_model(sink=sink).generate("Hello", schema=UNSUPPORTED[name])
     assert sink.records == []

@@ -488,7 +488,7 @@ def test_drafts_may_be_off_for_an_object_and_on_for_a_call() -> None:
     model = repeating(0.05)
     assert model.generate("aaaa", max_tokens=9).usage.tokens.drafted == 0
     assert model.generate("aaaa", max_tokens=9, speculate=None).usage.tokens.drafted == 0
-    with pytest.raises(InvalidRequestError, match="speculate='int4' is unknown; use auto, off, prompt"):
+    with pytest.raises(InvalidRequestError, match=r"int4.*auto, off, prompt"):
         model.generate("a", speculate="int4")  # type: ignore[arg-type]
 
 

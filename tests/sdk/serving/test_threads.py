@@ -250,9 +250,9 @@ class TestStream:
                 raise SinkError("the disk is full.")
 
         model = tiny_model(sink=Full())
-        with pytest.raises(SinkError, match="disk is full"):
+        with pytest.raises(SinkError):
             await model.agenerate(prompt, max_tokens=2)
-        with pytest.raises(SinkError, match="disk is full"):
+        with pytest.raises(SinkError):
             async for _ in model.astream(prompt, max_tokens=2):
                 pass
 
