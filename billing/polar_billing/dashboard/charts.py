@@ -110,7 +110,7 @@ def heat_strips(heat: Heat) -> tuple[Strip, ...]:
         cells: defaultdict[str, list[int]] = defaultdict(list)
         for layer, count in enumerate(counts):
             if count:
-                cells[_opacity(heat.share(kind, layer))].append(layer)
+                cells[f"{_PALEST + (1 - _PALEST) * heat.share(kind, layer):.2f}"].append(layer)
         paths = tuple(Path(kind, opacity, _cells(layers)) for opacity, layers in cells.items())
         strips.append(Strip(kind, paths, _in_words(counts, heat.readable)))
     return tuple(strips)
@@ -133,10 +133,6 @@ def _cells(layers: Sequence[int], top: int = 0, height: int = CELL) -> str:
     """The outline of the cells of some layers."""
     wide = CELL - _GAP
     return "".join(f"M{layer * CELL} {top}h{wide}v{height}h-{wide}z" for layer in layers)
-
-
-def _opacity(share: float) -> str:
-    return f"{_PALEST + (1 - _PALEST) * share:.2f}"
 
 
 def _in_words(counts: Sequence[int], of: int) -> str:

@@ -110,7 +110,7 @@ class Templates:
             today_requests=sum(charges.figures.requests for charges in view.charges),
             saved_today=_saved_by_tier(view),
             cost_of=lambda stored: _cost(stored, costs[view.book_of(stored).currency]),
-            ago=lambda moment: _ago(view.at, moment),
+            ago=lambda moment: _seconds(max((view.at - moment).total_seconds(), 0.0)),
             served=lambda moment: _served(view.today, moment),
             **_times(view.today.zone),
         )
@@ -224,10 +224,6 @@ def _served(today: Period, moment: datetime) -> str:
     local = moment.astimezone(load_zone(today.zone))
     same = today.local_date(moment) == today.local_date(today.since or moment)
     return f"{local:%H:%M:%S}" if same else f"{local:%Y-%m-%d %H:%M:%S}"
-
-
-def _ago(now: datetime, moment: datetime) -> str:
-    return _seconds(max((now - moment).total_seconds(), 0.0))
 
 
 def _seconds(seconds: float) -> str:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 EVENT_TYPE: Final = "polar.usage"
 SCHEMA_ID: Final = "urn:polar-llm:schema:usage-event:1"
-MEDIA_TYPE: Final = "application/cloudevents-batch+json"
 _SCHEMA_FILE: Final = "usage_event.schema.json"
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from polar_billing.statements.statement import StatementLine
 
 
-FOCUS_VERSION: Final = "1.2"
 COST_DECIMALS: Final = 2 * UNIT_PRICE_SCALE
 """Decimals of a quantity times a unit price."""
 TIMES: Final = ("BillingPeriodEnd", "BillingPeriodStart", "ChargePeriodEnd", "ChargePeriodStart")
@@ -158,7 +157,9 @@ def _usage(line: StatementLine, book: PriceBook) -> dict[str, Any]:
     price = line.amount if line.unit_price is None else line.unit_price
     plain_rate = None if is_fee else list_price(line, book)
     listed = price if plain_rate is None else plain_rate
-    unit, meter = ("Billing Periods", "Flat fee") if is_fee else _unit_and_meter(line)
+    unit, meter = _UNITS.get(line.unit or "", "Packages"), _item_of(line).capitalize()
+    if is_fee:
+        unit, meter = "Billing Periods", "Flat fee"
     sku = "/".join(("polar", line.item if is_fee else meter, line.tier or "by hand"))
     return {
         "BilledCost": line.amount,
@@ -187,11 +188,6 @@ def _usage(line: StatementLine, book: PriceBook) -> dict[str, Any]:
 def _cost(quantity: Decimal, price: Decimal) -> Decimal:
     """Their product without trailing zeros."""
     return Decimal(plain(product(quantity, price)))
-
-
-def _unit_and_meter(line: StatementLine) -> tuple[str, str]:
-    """The unit as FOCUS writes units, and what is metered."""
-    return _UNITS.get(line.unit or "", "Packages"), _item_of(line).capitalize()
 
 
 def _item_of(line: StatementLine) -> str:

@@ -60,7 +60,8 @@ def usage_csv(rows: Sequence[UsageRow]) -> str:
 def report_csv(report: Report) -> str:
     """The rows of `report_rows`."""
     header, rows = report_rows(report)
-    return write_rows(header, ({**row, **_written(row)} for row in rows))
+    ends = ("since", "until")
+    return write_rows(header, ({**row, **{end: row[end] and row[end].isoformat() for end in ends}} for row in rows))
 
 
 def report_rows(report: Report) -> tuple[list[str], Iterable[dict[str, Any]]]:
@@ -71,10 +72,6 @@ def report_rows(report: Report) -> tuple[list[str], Iterable[dict[str, Any]]]:
     """
     header = ["since", "until", "tenant", "kind", "tier", "currency", *_FIGURES, "unrated", *_OUTCOMES]
     return header, (row for tenant in report.tenants for row in _tenant(tenant, report))
-
-
-def _written(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] and row[name].isoformat() for name in ("since", "until")}
 
 
 def statement_csv(statement: Statement) -> str:

@@ -35,7 +35,6 @@ _DECIMALS: Final = 6
 _MAX_EFFICIENCY: Final = 10**15
 _MAX_INTENSITY: Final = 10_000
 _PER_KWH: Final = 3_600_000
-_SECOND: Final = timedelta(seconds=1)
 
 
 class EnergyBasis(Part):

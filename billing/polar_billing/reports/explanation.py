@@ -301,7 +301,7 @@ def explain_line(ledger: Ledger, name: str, *, tenant: str | None = None, record
         currency=statement.currency,
         decimals=statement.decimals,
         line=line,
-        exact=_exact(line),
+        exact=None if line.quantity is None or line.unit_price is None else product(line.quantity, line.unit_price),
         requests=requests,
         flops=flops,
         tokens_input=tokens_input,
@@ -333,10 +333,6 @@ def _issued_line(connection: Connection, name: str, tenant: str | None) -> tuple
             hint=f"Name one: {statement_id}/1." if lines else "",
         )
     return issued, lines[number - 1]
-
-
-def _exact(line: StatementLine) -> Decimal | None:
-    return None if line.quantity is None or line.unit_price is None else product(line.quantity, line.unit_price)
 
 
 def _counted(line: StatementLine, counts: Sequence[int]) -> Decimal | None:

@@ -16,7 +16,6 @@ from polar_sdk.show.tables import add_labels, add_numbers, add_row, as_text, new
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from decimal import Decimal
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -154,13 +153,10 @@ def _price(explained: RequestExplanation) -> Iterator[RenderableType]:
         figures = (f"{plain(step.quantity)} {step.unit}", f"{plain(step.price)} / {step.unit}", plain(step.multiplier))
         add_row(table, step.item, *figures, plain(step.exact))
     table.add_section()
-    add_row(table, "receipt", "", "", "", _amount(explained.cost), style="bold")
+    cost = text.DASH if explained.cost is None else f"{explained.cost:f}"
+    add_row(table, "receipt", "", "", "", cost, style="bold")
     yield table
     yield as_text(f"By {book}. The receipt rounds once, to 12 decimals, half to even.", "dim")
-
-
-def _amount(value: Decimal | None) -> str:
-    return text.DASH if value is None else f"{value:f}"
 
 
 def _proof(explained: RequestExplanation) -> Iterator[Text]:

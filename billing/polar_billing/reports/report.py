@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     from polar_billing.values.periods import Period
 
 
-def _nothing_measured(_: str) -> Savings | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Questions:
     """Questions that a report answers besides what was charged."""
@@ -51,7 +47,7 @@ class Questions:
     """Other price books."""
     mixes: tuple[Mix, ...] = ()
     """Other mixes of tiers."""
-    savings: Callable[[str], Savings | None] = _nothing_measured
+    savings: Callable[[str], Savings | None] = lambda _: None
     """From the fingerprint of a model to what its tiers were measured to save; None where nothing was."""
     hardware: Hardware | None = None
     energy: EnergyBasis | None = None

@@ -67,7 +67,9 @@ def period_lines(item: PeriodPrice, phase: Phase, rated: Sequence[Rated]) -> lis
         phase: A phase whose terms include the item.
         rated: Charged usage of the phase, each with the rate that it is charged by.
     """
-    quantities = [_pooled(item, rated)] if item.pool else _by_tier(item, rated)
+    quantities = _by_tier(item, rated)
+    if item.pool:
+        quantities = [_Quantity(None, _ONE, pool_weights(item, rated).total(), item.decimals + _WEIGHT_SCALE)]
     lines_of = _band_lines if isinstance(item, Banded) else _package_lines
     return [line for counted in quantities for line in lines_of(item, phase, counted)]  # type: ignore[arg-type]
 
@@ -78,10 +80,6 @@ def pool_weights(item: PeriodPrice, rated: Iterable[Rated]) -> Counter[str | Non
     for use, rate in rated:
         weights[use.tier] += use.counts.by_item[item.per] * to_scaled(rate.multiplier, _WEIGHT_SCALE)
     return weights
-
-
-def _pooled(item: PeriodPrice, rated: Sequence[Rated]) -> _Quantity:
-    return _Quantity(None, _ONE, pool_weights(item, rated).total(), item.decimals + _WEIGHT_SCALE)
 
 
 def _by_tier(item: PeriodPrice, rated: Sequence[Rated]) -> list[_Quantity]:

@@ -83,7 +83,8 @@ def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[
     for use in uses:
         entry = use.stretch.entry
         if entry is None:
-            unrated[f"price book {book.id!r} has no price from {_span(use.stretch)}"] += use.counts.requests
+            span = f"{use.stretch.since.isoformat()} until {use.stretch.until.isoformat()}"
+            unrated[f"price book {book.id!r} has no price from {span}"] += use.counts.requests
             continue
         rate = use.beyond or rate_in(entry, use.tier, book)
         if isinstance(rate, str):
@@ -91,10 +92,6 @@ def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[
         else:
             rated.append((use, rate))
     return rated
-
-
-def _span(stretch: Stretch) -> str:
-    return f"{stretch.since.isoformat()} until {stretch.until.isoformat()}"
 
 
 def _usage(charged: list[Rated], terms: Terms | None) -> Iterator[ExactLine]:
@@ -138,7 +135,7 @@ def _terms(
     phase: Phase, terms: Terms, period: Period, used: list[ExactLine], charged: list[Rated], usage: PeriodUsage
 ) -> Iterator[ExactLine]:
     subtotal = sum(line.exact for line in used)
-    discount = -_percent_of(subtotal, terms.discount_percent)
+    discount = -divide_half_even(subtotal * to_scaled(terms.discount_percent or 0, 6), _PERCENT)
     if terms.discount_percent and subtotal:
         item = f"discount {plain(terms.discount_percent)} % off {phase.plan}"
         yield ExactLine("discount", item, discount, phase.since, phase.until)
@@ -149,10 +146,6 @@ def _terms(
         fee = _part_of(terms.flat_fee, phase, period)
         yield ExactLine("fee", f"flat fee of {phase.plan}", fee, phase.since, phase.until)
     yield from service_credits(phase, terms, used, charged, usage)
-
-
-def _percent_of(exact: int, percent: Decimal | None) -> int:
-    return divide_half_even(exact * to_scaled(percent or 0, 6), _PERCENT)
 
 
 def _part_of(amount: Decimal | None, phase: Phase, period: Period) -> int:
