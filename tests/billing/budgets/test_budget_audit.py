@@ -82,7 +82,7 @@ def test_money_that_was_spent_is_not_given_back(spent: Budgets) -> None:
     change_past(spent.ledger, "UPDATE polar_hold SET cost = 0, flops = 0", "DELETE FROM polar_budget_counter")
     for standing in spent.standings("acme", NOON):
         assert standing.spent == CU * 9 // 10  # summed from usage and receipts
-    with pytest.raises(BudgetExceededError, match=r"has 0\.1 CU left of 1 CU"):
+    with pytest.raises(BudgetExceededError, match=r"0\.1 CU"):
         reserve(spent, "more", CU * 9 // 10)
     said = [str(wrong) for wrong in spent.recheck_holds(ALL_TENANTS)]
     assert said == [

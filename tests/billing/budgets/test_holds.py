@@ -310,7 +310,7 @@ def test_a_request_in_progress_keeps_its_id_to_itself(store: Ledger) -> None:
     budgets.set(Budget("acme", Decimal(10)))
     budgets.reserve(bound_of("a", START, CU), BOOK, source="polar")
     for again in (bound_of("a", START, 2 * CU), bound_of("a", START, CU)):
-        with pytest.raises(ConflictError, match="request 'a' of tenant 'acme' is being served"):
+        with pytest.raises(ConflictError, match="acme"):
             budgets.reserve(again, BOOK, source="polar")
     assert budgets.reserve(bound_of("a", START, CU), BOOK, source="elsewhere") == 0  # another meter's request
     assert len(budgets.holds("acme")) == 2

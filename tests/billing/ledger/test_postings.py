@@ -41,9 +41,7 @@ def test_a_transaction_is_booked_once(store: Ledger) -> None:
     first = book(store, "2026-11", CHARGE, note="November")
     assert book(store, "2026-11", CHARGE, note="November") == first
     for changed in ({"note": "other"}, {"note": "November", "at": AT + timedelta(microseconds=1)}):
-        with pytest.raises(
-            ConflictError, match=f"statement '2026-11' of tenant 'acme' is booked \\(transaction {first}\\)"
-        ):
+        with pytest.raises(ConflictError, match=str(first)):
             book(store, "2026-11", CHARGE, **changed)
     with pytest.raises(ConflictError):
         book(store, "2026-11", reversal(CHARGE), note="November")
@@ -56,9 +54,9 @@ def test_a_correction_names_what_it_corrects(store: Ledger) -> None:
     book(store, "2026-11 taken back", reversal(CHARGE), corrects=first, at=AT + timedelta(days=1))
     assert set(standing(store).values()) == {Decimal(0)}
     assert standing(store, until=AT + timedelta(days=1))[Account.RECEIVABLE, "USD"] == Decimal("12.5")
-    with pytest.raises(QueryError, match="transaction 999 of tenant 'acme' does not exist"):
+    with pytest.raises(QueryError, match="999"):
         book(store, "nothing", CHARGE, corrects=999)
-    with pytest.raises(QueryError, match=f"transaction {first} of tenant 'globex' does not exist"):
+    with pytest.raises(QueryError, match="globex"):
         book(store, "another tenant's", CHARGE, corrects=first, tenant="globex")
 
 

@@ -110,7 +110,7 @@ def test_a_replay_keeps_the_receipt_of_the_first_time(store: Ledger, put: Put, b
 )
 def test_the_same_id_with_other_content_is_a_conflict(store: Ledger, put: Put, change: dict[str, Any]) -> None:
     first = put(store, usage_record("same"))
-    with pytest.raises(ConflictError, match=r"request 'same' of tenant 'acme' is in the ledger \(seq \d+\)") as caught:
+    with pytest.raises(ConflictError, match="same") as caught:
         put(store, usage_record("same", **change))
     assert isinstance(caught.value, SinkError)
     assert caught.value.exit_code == 2

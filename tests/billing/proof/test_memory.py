@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
 
 NOON = datetime(2026, 10, 1, 12, tzinfo=UTC)
-REQUESTS = {"largest": 3_000, **{f"tenant {n}": 1_000 for n in range(6)}}
+REQUESTS = {"largest": 2_000, **{f"tenant {n}": 500 for n in range(6)}}
 
 
 @pytest.mark.parametrize("store", ["sqlite-file", "postgresql"], indirect=True)

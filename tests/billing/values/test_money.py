@@ -55,11 +55,6 @@ def test_a_million_charges_of_half_the_smallest_unit_leave_residue_nowhere(decim
     assert rounded.residue == rounded.total
 
 
-@pytest.mark.parametrize(("half", "even"), [(5, 0), (15, 2), (25, 2), (35, 4), (-5, 0), (-15, -2), (-25, -2)])
-def test_halves_go_to_the_even_neighbour(half: int, even: int) -> None:
-    assert round_half_even(half, 1, 0) == even
-
-
 @pytest.mark.parametrize(("currency", "decimals"), [("JPY", 0), ("USD", 2), ("KWD", 3)])
 def test_currencies_have_the_decimals_of_their_minor_unit(currency: str, decimals: int) -> None:
     assert currency_decimals(currency) == decimals
@@ -95,5 +90,5 @@ def test_the_column_returns_every_digit_from_sqlite(units: list[int]) -> None:
 @pytest.mark.parametrize("value", ["9223372.036854775808", "-9223372.036854775808"])
 def test_the_column_refuses_what_int64_cannot_hold(value: str) -> None:
     column = ScaledDecimal()
-    with pytest.raises(AmountError, match=r"beyond the ledger's limit of 9223372\.036854775807"):
+    with pytest.raises(AmountError, match=r"9223372\.036854775807"):
         column.process_bind_param(Decimal(value), create_engine("sqlite://").dialect)
