@@ -123,8 +123,13 @@ class TestReadme:
                     check=True,
                 )
                 printed += [line, *(one.rstrip() for one in done.stdout.rstrip().splitlines())]
-        # Which drafts pay depends on what passes were measured to take here; they change no answer and no price.
-        assert [re.sub(r" · \d+ of \d+ drafts kept \([^)]*\)", "", line) for line in printed] == block.text.splitlines()
+        assert [*map(without_drafts, printed)] == [*map(without_drafts, block.text.splitlines())]
+
+
+def without_drafts(line: str) -> str:
+    """A printed line without what depends on drafts, which pay or not by what passes were measured to take here."""
+    line = re.sub(r" · \d+ of \d+ drafts kept \([^)]*\)", "", line)
+    return re.sub(r"^(acme +standard +\d+ +\d+ +\d+) +\d+", r"\1", line)  # visits
 
 
 def commands() -> Iterator[Any]:
