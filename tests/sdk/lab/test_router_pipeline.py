@@ -133,7 +133,7 @@ def test_the_script_makes_an_artifact(
     out = tmp_path / "shipped"
     quick = "--precision fp32 --sets first,second --heal-sets first,second --limit 110 --segments 2-3"
     quick += " --cuts 4,3 --fit-per-kind 6 --per-kind 14 --distil 2 --tune 2 --menu 3 --prompts 12 --free 4"
-    quick += " --programs 0-3|(4-5);0-1|[2-3]|4-5 --depth-prompts 1 --depth-facts 2 --no-compile"
+    quick += " --programs 0-3|(4-5);0-1|[2-3]|4-5 --depth-prompts 1 --depth-facts 2"
     quick += " --population 2 --generations 0 --steps 20 --seeds 0,1 --epochs 1 --resplits 2 --timed 1"
     quick += " --tier economy=0.5:strict=0.8 standard=0.3"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out)]
