@@ -48,8 +48,8 @@ class ModelOptions(LoadOptions, total=False):
     """Policy or policy file; None = the one shipped for the model."""
     router: Router | str | Path | None
     """Router or its folder; None = the one shipped for the model, unless `policy` is given."""
-    bridges: str | Path | None
-    """Folder of bridges that `polar lab heal` wrote."""
+    maps: str | Path | Sequence[str | Path]
+    """Folder of bridges or fills that `polar lab heal` wrote, or several."""
     ledger: str | None
     """`"auto"`, the default, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None

@@ -269,7 +269,7 @@ def test_maps_are_the_same_before_they_were_stored_and_after(
     model.use_maps(tmp_path / "maps")
     placed = model.decoder.bridges if kind is BRIDGES else model.decoder.fills
     assert {segment: each.digest for segment, each in placed.items()} == digests(made)
-    other = tiny_model(policy=Policy.permissive(), bridges=tmp_path / "maps")
+    other = tiny_model(policy=Policy.permissive(), maps=tmp_path / "maps")
     one, two = (each.generate("hello " * 9, program=kind.program, max_tokens=5) for each in (model, other))
     assert one.token_ids == two.token_ids
     assert one.usage.flops == two.usage.flops
