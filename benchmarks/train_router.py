@@ -73,7 +73,7 @@ MAX_BYTES = 12_000_000
 HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400"
 SETS = "arc_easy.train,arc_challenge.train,openbookqa.train"
 CUTS = "27,24,23,20-21+23,18-21+23,14-15+18-21+23,12-15+18-21+23"
-"""What the shipped router's fills were made for. Layers 16, 17 and 22 do what no map can (`polar lab heal --fills`)."""
+"""Segments of the shipped router's fills. Layers 16, 17 and 22 do what no map can (`polar lab heal --fills`)."""
 MENU = (
     "0-26 (27-29);0-23 (24-29:16);0-22 (23-29:16);0-19 (20-21:16) 22 (23-29:16);0-17 (18-21:16) 22 (23-29:16);"
     "0-13 (14-15:16) 16-17 (18-21:16) 22 (23-29:16);0-11 (12-15:16) 16-17 (18-21:16) 22 (23-29:16);"
@@ -87,7 +87,7 @@ long prompts, for 3 % of what is saved on them.
 """
 SEARCH = "search"
 HALVES = Shares(0.6, 0.4, 0.0, 0.0)
-"""Of the dev split of choices: to train on, and to choose by."""
+"""Shares of the dev split of choices: to train on, and to choose by."""
 MAIN = "menu-ending"
 """The router that is trained for every seed of the bridges, of which the best on dev ships.
 """

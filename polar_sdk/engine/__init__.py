@@ -25,7 +25,7 @@ for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, "64")
 
 _M_ARENA_MAX: Final = -8
-"""Of glibc's malloc.h."""
+"""A constant of glibc's malloc.h."""
 
 
 def _keep_few_arenas() -> None:

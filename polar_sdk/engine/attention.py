@@ -98,7 +98,7 @@ def attend_rows(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind
 
 
 def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores so that each row attends to what it sees alone, (B, 1, 1, S), from `seen` (B, S)."""
+    """Numbers to add to scores so that each row attends to visible keys only, (B, 1, 1, S), from `seen` (B, S)."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
     return mask[:, None, None]
 

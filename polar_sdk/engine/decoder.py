@@ -150,7 +150,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens enter."""
+        """The device of the embedding."""
         return self.placement.first
 
     @property
@@ -258,7 +258,7 @@ class Decoder:
         self.cost = replace(self.cost, guess=head_flops(width, units, len(tokens)))
 
     def guess(self, states: Tensor, tokens: Sequence[int], most: int) -> list[list[Guess]]:
-        """What follows each of some tokens by the draft head, guessed one after another.
+        """Guess what follows each of some tokens by the draft head, one token after another.
 
         Args:
             states: Of the token before each of them, which ran last, (B, E).

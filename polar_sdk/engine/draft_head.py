@@ -96,7 +96,7 @@ class DraftHead:
         return after, [Guess(*each) for each in zip(self.tokens[places].tolist(), chances.tolist(), strict=True)]
 
     def guess(self, states: Tensor, tokens: Sequence[int], most: int, embed: Embed) -> list[list[Guess]]:
-        """What follows each of some tokens, guessed one after another.
+        """Guess what follows each of some tokens, one after another.
 
         Args:
             states: Before each token, (B, E).

@@ -1,4 +1,4 @@
-"""What one architecture computes: pure functions over the weights of a layer. Knows no cache, no rows, no programs.
+"""The arithmetic of one architecture: pure functions over the weights of a layer. Knows no cache, no rows, no programs.
 
 A family is written once, in plain torch, which is the reference and runs everywhere. What its layers are made of it
 says as data besides (`plan`), by which the native library runs them whole. Tokens of all rows are packed one after
@@ -70,7 +70,7 @@ class Family(ABC):
         """Embed token ids (N,) at positions (N,); returns (N, E)."""
 
     def take_rotary(self, model: PreTrainedModel) -> Any:
-        """What `rotary_tables` needs, such as the model's rotary module; it must not hold weights."""
+        """The argument of `rotary_tables`, such as the model's rotary module; it must not hold weights."""
         return None
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Family(ABC):
 
     @abstractmethod
     def keys_values(self, x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        """Of what `project` computes, keys before their turn by position and values, (N, G, d) each, and no queries."""
+        """Keys before their turn by position, and values, (N, G, d) each, as `project` computes them."""
 
     @abstractmethod
     def turn(self, heads: Tensor, rotary: Rotary) -> Tensor:

@@ -38,9 +38,9 @@ _MARGIN: Final = 16
 _MAX_END_TOKENS: Final = 512
 """No search for an end goes on for longer. Unit: tokens."""
 _BLIND_LOOK: Final = 64
-"""Where no end was found, none is looked for before this many tokens are left."""
+"""After a search without result, tokens that are left when the next one begins."""
 _PATIENCE: Final = 8
-"""Where no end that was found comes in time, the next one is looked for after as many tokens as it is late, at most
+"""If no end that was found comes in time, the next one is looked for after as many tokens as it is late, at most
 this."""
 _TAKEN: Final = 4
 """A token may stand for fewer than this many of a known way to an end."""
@@ -49,11 +49,11 @@ _FEW: Final = 1024
 _PLACES: Final = 2048
 """A wide search for an end goes on to this many places of a grammar, some 0.1 s."""
 _BRANCHES: Final = 256
-"""Where more tokens than this may follow, as within a text of free form, a wide search follows one of them."""
+"""If more tokens than this may follow, as within a text of free form, a wide search follows one of them."""
 _CLOSERS: Final = ("}", "]", '"', ",")
-"""What ends a JSON value, soonest first."""
+"""Ends of a JSON value, soonest first."""
 _FILLERS: Final = ("null", "0", "true", "false", *"ntf@.:/-PTZDYMHWS", *"123456789", *"abcdeghijklmopqrsuvwxyz {[")
-"""What a value needs before it can end, such as a digit or the parts of a date; the one used least so far is taken."""
+"""Parts that a value needs before it can end, such as a digit or parts of a date; the least used one is taken."""
 
 
 class GrammarCompiler:
@@ -159,7 +159,7 @@ class Grammar:
 
 
 class GrammarState:
-    """Where one row is in its grammar.
+    """The state of one row in its grammar.
 
     Args:
         matcher: Its own copy.
@@ -180,7 +180,7 @@ class GrammarState:
         self._last_way = plan
         """The way to an end found last, which often still leads there: one more letter of a text changes nothing."""
         self._look = _next_look(max_tokens or 0, plan)
-        """Where no more tokens than this are left, steering looks for an end again."""
+        """Number of tokens left at which steering looks for an end again."""
 
     @property
     def accepting(self) -> bool:
@@ -340,7 +340,7 @@ def _search_end(matcher: Any, tokens: _Tokens, limit: int) -> _End:
 
 
 class _Wide(NamedTuple):
-    """What a wide search found."""
+    """The result of a wide search."""
 
     path: list[int] | None
     """The shortest way that was seen, at most as long as asked for."""

@@ -41,7 +41,7 @@ class Turn(NamedTuple):
     """One step, run once for some of the rows."""
 
     step: Step
-    """What runs; whether it is filled for some of a row's tokens is up to the row's program."""
+    """The step; whether it is filled for some of a row's tokens is up to the row's program."""
     members: tuple[tuple[int, int], ...]
     """(row, place): the row's index, and the position of the step in that row's program."""
 
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     visits: Tensor
     """For each member, which of its row's histories the visit uses."""
     bounds: Tensor
-    """Where the members of each turn begin, and where those of the last one end."""
+    """The first member of each turn, and the end of those of the last one."""
     layers: Tensor | None
     """The layer of each turn; None where a turn is not one layer, run whole."""
 
@@ -185,14 +185,14 @@ class Layout:
 
     @cached_property
     def member_bounds(self) -> Sequence[int]:
-        """Where the tokens of each member of every turn begin among those of all, and where they end."""
+        """The first token of each member of every turn among those of all, and the end of the last one's."""
         if self.single:
             return range(len(self.plan.rows) + 1)
         return list(accumulate((self.counts[row] for row in self._member_rows), initial=0))
 
     @property
     def turn_bounds(self) -> Tensor:
-        """Where the tokens of each turn begin among those of all, and where they end."""
+        """The first token of each turn among those of all, and the end of the last one's."""
         bounds = self.plan.bounds
         return bounds if self.single else torch.tensor(self.member_bounds)[bounds]
 
@@ -230,7 +230,7 @@ class Layout:
         return self.member_positions % PAGE
 
     def bands(self, rows: tuple[int, ...]) -> tuple[Band, ...]:
-        """Where each row has one token: these rows, those of similar length together; asked again, the same objects."""
+        """These rows, of one token each, those of similar length together; the same objects when asked again."""
         if rows not in self._bands:
             places: dict[int, list[int]] = {}
             for place, row in enumerate(rows):
@@ -255,7 +255,7 @@ class Layout:
 # Rows that decode together have the same pages for up to 64 tokens, and then the same tensors of them.
 @lru_cache(maxsize=16)
 def _tables(places: tuple[Tensor, ...], blocks: int) -> Tensor:
-    """Of `PageTable.places` of each row, (visits, B, blocks)."""
+    """The tables of rows, from `PageTable.places` of each, (visits, B, blocks)."""
     visits = max(each.shape[1] for each in places)
     table = torch.zeros((len(places), blocks, visits), dtype=torch.long)
     for index, each in enumerate(places):
@@ -267,7 +267,7 @@ def _tables(places: tuple[Tensor, ...], blocks: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _of_members(tables: Tensor, visits: Tensor, rows: Tensor) -> Tensor:
-    """Of tables (visits, B, blocks), those of some visits of some rows, (members, blocks)."""
+    """Select from tables (visits, B, blocks) those of some visits of some rows, (members, blocks)."""
     return tables[visits, rows]
 
 
@@ -314,7 +314,7 @@ class Tokens:
         return self.positions % PAGE
 
     def of(self, values: Tensor) -> Tensor:
-        """Of values for all packed tokens, (N, …), theirs, (M, …)."""
+        """Select theirs, (M, …), from values for all packed tokens, (N, …)."""
         return values if self.index is None else values.index_select(0, self.index)
 
     def rotary(self, at: Callable[[Tensor, int], list[Rotary]]) -> list[Rotary]:
@@ -355,7 +355,7 @@ class Band:
         self._masks: dict[int | None, Tensor | None] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What `attend_rows` adds to scores, made once for all layers with this window; None = every key is seen."""
+        """The mask that `attend_rows` adds, made once for all layers with this window; None = every key is seen."""
         if window not in self._masks:
             seen = self._seen(window)
             self._masks[window] = None if seen is None else added_mask(seen, dtype)
@@ -370,7 +370,7 @@ class Band:
         return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
     def of(self, values: Tensor) -> Tensor:
-        """Of values for all members, (…), those of the band."""
+        """Select those of the band from values for all members, (…)."""
         return values if self.places is None else values.index_select(0, self.places)
 
 
@@ -379,13 +379,13 @@ class Spot(NamedTuple):
 
     row: Row
     place: int
-    """Of the step in the row's program."""
+    """Place of the step in the row's program."""
     visit: int
     """Which of the row's histories the visit uses."""
     ranges: tuple[tuple[int, int], ...]
     """Positions of the tokens."""
     span: slice
-    """Where they are among the turn's tokens."""
+    """Their places among the turn's tokens."""
     end: int
     """Position after the row's last new token."""
 
@@ -442,17 +442,17 @@ class Members:
 
     @property
     def pages(self) -> Tensor:
-        """Where every row has one token: its page, (M,)."""
+        """The page of each token, (M,), if every row has one."""
         return self._of_members(self.layout.member_pages)
 
     @property
     def offsets(self) -> Tensor:
-        """Where every row has one token: its place within its page, (M,)."""
+        """The place of each token within its page, (M,), if every row has one."""
         return self._of_members(self.layout.member_offsets)
 
     @property
     def bands(self) -> tuple[Band, ...]:
-        """Where every row has one token: the rows, those of similar length together."""
+        """The rows, those of similar length together, if every row has one token."""
         return self.layout.bands(tuple(row for row, _ in self.going))
 
     @cached_property
@@ -525,7 +525,7 @@ class Members:
             start += count
 
     def _of_members(self, values: Tensor) -> Tensor:
-        """Of values for the tokens of every member of every turn, those of this turn."""
+        """Select those of this turn from values for the tokens of every member of every turn."""
         bounds, span = self.layout.member_bounds, self._span
         if self._kept is None:
             return values[bounds[span.start] : bounds[span.stop]]

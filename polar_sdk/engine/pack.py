@@ -240,7 +240,7 @@ def _left(decoder: Decoder, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _DevicePack:
-    """What the layers of one device need of a pack: positions (N,), rotary angles, and who attends to whom."""
+    """The part of a pack that the layers of one device need: positions (N,), rotary angles, and who attends to whom."""
 
     def __init__(
         self, decoder: Decoder, pack: Sequence[Question], positions: Tensor, branches: Tensor, windows: set[int | None]

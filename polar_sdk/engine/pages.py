@@ -209,7 +209,7 @@ class PageTable:
         self.blocks: list[list[int]] = []
         """For every 64 tokens of the row, the page of each visit."""
         self._places = torch.empty((0, self.visits), dtype=torch.long)
-        """What `places` returned last."""
+        """The last result of `places`."""
         self._last: list[int] | None = None
         """The last block of it."""
         weakref.finalize(self, _give_back, pool, self.blocks)

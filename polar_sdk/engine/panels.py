@@ -156,7 +156,7 @@ class PackedInt4(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _offsets(pairs: int, device: torch.device) -> Tensor:
-    """Where the pairs of inputs of an output are, from the first one on; made once and not for every token."""
+    """Offsets of the pairs of inputs of an output; made once and not for every token."""
     return torch.arange(0, pairs * _OUTPUTS, _OUTPUTS, device=device)
 
 

@@ -222,7 +222,7 @@ class Candidates(NamedTuple):
     tokens: NDArray[np.int_] | None
     """Their ids, (N,); None = all V in order."""
     sums: NDArray[np.float64] | None = None
-    """Of each block of weights; None = not known."""
+    """Sum of each block of weights; None = not known."""
 
     def draw(self, at: float) -> int:
         """The token where the sum of weights first exceeds a part of the whole, from 0 to below 1."""
@@ -245,7 +245,7 @@ def _first_beyond(sums: NDArray[np.float64], bound: float) -> int:
 
 
 def _likeliest(scores: NDArray[np.float32], settings: Sampling, allowed: NDArray[np.bool_] | None) -> Candidates | None:
-    """What top-k, and then top-p, leave of the allowed tokens, from logits (V,); as many more as tie with the last.
+    """Keep what top-k, then top-p, leave of the allowed tokens, from logits (V,); as many more as tie with the last.
 
     None where no margin below the highest logit leaves k. torch's search for the k highest takes two to three times as
     long as comparing all.
@@ -281,7 +281,7 @@ def _whole(logits: Tensor, settings: Sampling) -> Candidates:
 
 
 def _nucleus(logits: Tensor, settings: Sampling) -> Candidates:
-    """What top-p leaves, from logits (V,)."""
+    """Keep what top-p leaves, from logits (V,)."""
     temperature, top_p = float(settings.temperature), float(settings.top_p)
     for least in _LIKELY:
         weights, tokens, total = _picked(logits, temperature, least)
@@ -291,7 +291,7 @@ def _nucleus(logits: Tensor, settings: Sampling) -> Candidates:
 
 
 def _picked(logits: Tensor, temperature: float, least: float) -> tuple[NDArray[np.float32], NDArray[np.int_], float]:
-    """Of tokens that are at least so likely beside the likeliest, weights (N,) and ids (N,); and the sum of all V."""
+    """Weights (N,) and ids (N,) of tokens that are at least so likely beside the likeliest; and the sum of all V."""
     if native.is_loaded():
         picked, numbers, total = native.pick(logits, temperature, least)
         return picked.numpy(), numbers.numpy(), total
@@ -322,7 +322,7 @@ def _reaching(top_p: float, tokens: NDArray[np.int_], weights: NDArray[np.float3
 
 
 def _filters(sampling: Sampling) -> list[LogitsProcessor]:
-    """What changes logits, in this order."""
+    """The processors of logits, in this order."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses the int 1

@@ -29,7 +29,7 @@ HEAD_BATCH = 128
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a program says about one question.
+    """The answer of a program to one question.
 
     Attributes:
         loglikelihoods: Per continuation, in nats, summed over its tokens.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 _REPLACEMENT = "\ufffd"
-"""What an incomplete character decodes to."""
+"""The text of an incomplete character."""
 MAX_HELD = 3
 """Maximum number of characters held back: what the bytes of one incomplete character can decode to."""
 _lengths: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, int]] = WeakKeyDictionary()
@@ -88,7 +88,7 @@ class StopMatcher:
         self._begun: list[_Stop] = []
         """Those of which the text ends in a beginning."""
         self._found: int | None = None
-        """Where the first stop string begins that was met, while one that begins earlier may still come."""
+        """The beginning of the first stop string that was met, while one that begins earlier may still come."""
         self._seen = self._shown = 0
         """Number of characters pushed, and of those shown."""
         self._held = ""
@@ -119,7 +119,7 @@ class StopMatcher:
 
     @property
     def _undecided(self) -> int:
-        """Where the earliest stop string begins that the text may still become, or else its end."""
+        """The beginning of the earliest stop string that the text may still become, or else its end."""
         return self._seen - max((stop.matched for stop in self._begun), default=0)
 
     def _take(self, character: str) -> None:

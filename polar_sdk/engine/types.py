@@ -1,4 +1,4 @@
-"""What the engine's functions pass to each other: weights, rotary pairs, queries, keys, values, kinds of attention."""
+"""Values that the engine's functions pass to each other: weights, rotary pairs, queries, keys, values, plans."""
 
 from __future__ import annotations
 

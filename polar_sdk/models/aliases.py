@@ -43,7 +43,7 @@ class Alias:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """The requirement that pip is given."""
         return f"{self.distribution}=={self.version}"
 
     @property

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class DraftHeadFacts(BaseModel):
-    """What is known of a draft head."""
+    """Facts about a draft head."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +45,7 @@ class DraftHeadFacts(BaseModel):
     answers: int
     """Number of answers that it was trained on."""
     tokens: int
-    """Of these answers, in all."""
+    """Tokens of these answers, in all."""
     data: str
     """Hash of the questions."""
     options: dict[str, int | float] = {}
@@ -127,7 +127,7 @@ class DraftHeadFile(NamedTuple):
 
 
 def saved_head_path(fingerprint: str) -> Path:
-    """Where `polar lab drafts` keeps the user's draft head for a model."""
+    """The file in which `polar lab drafts` keeps the user's draft head for a model."""
     return cache_folder() / "drafts" / f"{fingerprint}{_SUFFIX}"
 
 
@@ -155,7 +155,7 @@ def find_draft_head(fingerprint: str, decoder: Decoder) -> DraftHeadFile | None:
 
 
 def read_facts(path: Path) -> DraftHeadFacts:
-    """What is known of the head in a file, without its tensors.
+    """Read the facts about the head in a file, without its tensors.
 
     Raises:
         DraftHeadDamagedError: The file is missing, cut short or malformed, or of another format.

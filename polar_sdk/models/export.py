@@ -115,7 +115,7 @@ def _no_export(program: Program, reason: str, fix: str) -> ExportError:
 
 
 def _function(kind: AttentionKind) -> tuple[Any, ...]:
-    """What a kind of attention computes; the number of its rotary table may differ between two models."""
+    """The arithmetic of a kind of attention; the number of its rotary table may differ between two models."""
     return kind.scale, kind.window, kind.softcap
 
 
@@ -160,7 +160,7 @@ def _renamed(source: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor
 
 
 def _stem(source: PreTrainedModel, modules: Sequence[nn.Module]) -> str:
-    """What the names of the layers' weights begin with, such as `model.layers.`."""
+    """The prefix of the names of the layers' weights, such as `model.layers.`."""
     name: str = next(name for name, module in source.named_modules() if module is modules[0])
     return name.removesuffix("0")
 

@@ -161,7 +161,7 @@ def _places(device: str, device_map: DeviceMap | None) -> Places:
 
 
 def _precision(name: str, places: Places) -> tuple[str, torch.dtype]:
-    """What `choose_precision` says of the first device, which every other one must be able to do."""
+    """The precision that `choose_precision` finds for the first device, which every other one must have."""
     first, *others = dict.fromkeys(places.values()) or [choose_device()]
     precision, dtype = choose_precision(name, first)
     for other in others:

@@ -41,7 +41,7 @@ _FEW_WEIGHTS: Final = 10**6
 _MAX_HEADER: Final = 100_000_000
 """The format's own limit. Unit: bytes."""
 _LAYER: Final = re.compile(r".*?\.\d+\.")
-"""What the names of the weights of one layer begin with: `model.layers.7.`."""
+"""The prefix of the names of the weights of one layer: `model.layers.7.`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where things are stored on disk, and how this package writes there: locked, in a work folder, space checked first.
+"""Places on disk, and how this package writes there: locked, in a work folder, space checked first.
 
     <cache>/models/<key>/         one converted model with its `polar.json`; moved here whole, never edited
     <cache>/locks/<key>.lock      held while that model is being prepared

@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision: one device, or a device map for its layers.
+"""The devices and the precision that a model runs in: one device, or a device map for its layers.
 
 Device and precision follow from the caller's words and the hardware. A map names devices for ranges of layers
 (`{"0-14": "cuda:0", "15-29": "cuda:1"}`), or for modules as Hugging Face does (`{"model.embed_tokens": 0,
@@ -270,7 +270,7 @@ def _balanced(network: PreTrainedModel, family: Family, precision: str, dtype: t
 
 
 def placement_of(model: PreTrainedModel, family: Family, name: str) -> Placement:
-    """Where the parts of a model are that its owner has placed.
+    """The placement of a model whose owner has placed its parts.
 
     Raises:
         DeviceError: A layer is on several devices, or not in memory.

@@ -62,7 +62,7 @@ class Recipe(_Facts):
     name: str
     """Name of the model: alias, or file name of the GGUF file."""
     origin: str
-    """Where the GGUF file came from: a pip requirement or a path."""
+    """The origin of the GGUF file: a pip requirement or a path."""
     gguf_sha256: str
     licence: str | None = None
     """SPDX expression; None where it is not known."""

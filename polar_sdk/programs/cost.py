@@ -1,4 +1,4 @@
-"""What a program costs, in FLOPs, for given lengths: exact integers, before anything runs.
+"""The cost of a program in FLOPs, for given lengths: exact integers, before anything runs.
 
 The formula is that of `torch.utils.flop_counter.FlopCounterMode`: 2 FLOPs per multiply-accumulate, matrix products and
 attention only, attention as the full rectangle queries × keys. A family describes its layers once (`LayerCost`), and
@@ -55,7 +55,7 @@ class LayerCost:
 
 
 class Parts(NamedTuple):
-    """What each new token of a row does at one step; a token in none of the three passes unchanged.
+    """The part of each new token of a row in one step; a token in none of the three passes unchanged.
 
     Ranges of positions, each (first, the one after the last), ascending, none of them empty.
     """
@@ -91,7 +91,7 @@ class Piece(NamedTuple):
         return self.wanted <= self.start and (self.start >= self.prompt or not program.tail)
 
     def parts(self, step: Step, place: int, last_visit: int) -> Parts:
-        """What each token does at a step, which is at this place of a program whose last visit is at `last_visit`.
+        """The part of each token in a step, which is at this place of a program whose last visit is at `last_visit`.
 
         After the last visit nobody reads a token's state but the head. So there, and after it, only tokens that are
         wanted run; at the last visit itself the others leave their keys and values.
@@ -109,7 +109,7 @@ class Piece(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a pass does at one step of a program."""
+    """The work of a pass at one step of a program."""
 
     step: Step
     parts: Parts
@@ -193,7 +193,7 @@ class CostModel:
         return self.fills[segment]
 
     def shares(self, program: Program, piece: Piece) -> Iterator[Share]:
-        """What a pass does at each step of a program, in order; a segment's map counts with its first visit."""
+        """The work of a pass at each step of a program, in order; a segment's map counts with its first visit."""
         last = program.last_visit
         for place, step in enumerate(program):
             parts = piece.parts(step, place, last)

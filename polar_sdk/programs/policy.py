@@ -41,7 +41,7 @@ class _Frozen(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class LoopGuard:
-    """What an extra visit may do to the hidden state.
+    """Bounds on what an extra visit does to the hidden state.
 
     A layer was trained to be visited once. Fed its own output, it may blow the state up or turn it away. The guard
     checks each extra visit at the row's last token, and on a breach restores the state before it. The loop then stays
@@ -71,9 +71,9 @@ class Tier(_Frozen):
     """One named offer of a policy, as far as the engine is concerned."""
 
     program: Program
-    """What every prompt of this tier runs, until a learned router chooses per prompt."""
+    """The program of every prompt of this tier, until a learned router chooses per prompt."""
     note: str = ""
-    """What was measured for this program, in a sentence; it is not a promise."""
+    """A measurement of this program, in a sentence; it is not a promise."""
 
 
 class Policy(_Frozen):
@@ -90,7 +90,7 @@ class Policy(_Frozen):
     cost_ceiling: float = Field(default=1.15, gt=0)
     """Maximum FLOPs of a program, as a multiple of identity's."""
     loop_guard: LoopGuard | None = LoopGuard()
-    """What an extra visit of a loop may do to the hidden state before the loop is stopped; None = anything."""
+    """Bounds on what an extra visit of a loop does to the hidden state before the loop is stopped; None = anything."""
     default_tier: str | None = None
     """Tier of a request that names none; None = identity."""
     tiers: dict[str, Tier] = Field(default_factory=dict)

@@ -62,7 +62,7 @@ class Step(NamedTuple):
     bridge: bool = False
     """Whether the step crosses its layers by a bridge instead of visiting one."""
     fill: int = 0
-    """Of a filled visit, how many of the prompt's last tokens run it, at least 1; 0 = all tokens run it."""
+    """Number of the prompt's last tokens that run a filled visit, at least 1; 0 = all tokens run it."""
     segment: tuple[int, ...] = ()
     """First and last layer of the filled segment that a visit belongs to, by whose map it is filled; the program that
     holds the step sets it. Empty where it is not filled."""

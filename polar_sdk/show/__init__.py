@@ -1,1 +1,1 @@
-"""What people see: tables, progress. Shared by the commands and by billing."""
+"""Output for people: tables, progress. Shared by the commands and by billing."""

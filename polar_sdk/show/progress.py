@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """What long-running work calls with (stage, steps done, steps in total)."""
+    """Callback of long-running work, with (stage, steps done, steps in total)."""
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Report how far a stage is."""

@@ -73,7 +73,7 @@ class TokenPricing(Part):
 
     tenant: str
     per_compute: Decimal
-    """What was charged."""
+    """The amount that was charged."""
     per_token: Decimal
     """The same tokens under the book's per-token reference."""
     at_equal_revenue: Decimal

@@ -125,7 +125,7 @@ class LlamaFamily(Family):
         return rms_norm(x, weight, self.eps)
 
     def before_rotation(self, heads: Tensor, w: Weights, first: int = 0) -> Tensor:
-        """What happens to queries and keys before their rotation, to those of all H + G from `first` on: nothing."""
+        """Change queries and keys before their rotation, those of all H + G from `first` on: Llama does not."""
         return heads
 
     def mlp(self, x: Tensor, w: Weights) -> Tensor:

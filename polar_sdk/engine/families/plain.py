@@ -1,4 +1,4 @@
-"""What GPT-2, GPT-NeoX and OPT share: layer norms with biases, one key head per query head, a plain feed-forward.
+"""The common part of GPT-2, GPT-NeoX and OPT: layer norms with biases, a key head per query head, plain feed-forward.
 
 Not a family by itself: positions and the names of the weights differ.
 """

@@ -43,7 +43,7 @@ BLOCK: Final = 512
 _LANES: Final = 16
 """Numbers in a register of the kernels."""
 _DONE, _NO_MEMORY = 0, 1
-"""What functions of the library return, see `kernels.h`."""
+"""Results of the library's functions, see `kernels.h`."""
 _log = logging.getLogger(__name__)
 _loaded: dict[str, ctypes.CDLL] = {}
 """The library loaded in this process, if any, by the name of its file."""
@@ -325,7 +325,7 @@ def weigh(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def pick(logits: Tensor, temperature: float, least: float) -> tuple[Tensor, Tensor, float]:
-    """Of the tokens that are at least so likely beside the likeliest: weights (N,) as of `weigh`, and ids (N,), int32.
+    """Pick the tokens that are at least so likely beside the likeliest: weights (N,) as of `weigh`, ids (N,), int32.
 
     The last result is the sum of all V weights.
     """

@@ -32,7 +32,7 @@ INSTRUCTIONS: Final = {
     "avx512bf16": (*_AVX512, "avx512bf16"),
     "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
 }
-"""What the kernels are compiled for, from the oldest processors to the newest, and the instruction sets of each."""
+"""The kinds of library, from the oldest processors to the newest, and the instruction sets of each."""
 _EXPORTS: Final = "{ global: polar_*; local: *; };"
 
 
