@@ -80,7 +80,7 @@ class HealOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
             name = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
                 raise MapError(f"{name!r} is not an option here; use {', '.join(cls.model_fields)}.") from error
-            raise MapError(f"{name}={first['input']} is out of range: {first['msg']}.") from error
+            raise MapError(f"{name}={first['input']} is not valid: {first['msg']}.") from error
 
 
 class BridgeOptions(HealOptions):

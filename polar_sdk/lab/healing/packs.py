@@ -80,7 +80,9 @@ def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack
     remaining = iter(tasks)
     packed = []
     for questions in packs([task.question for task in tasks], limit):
-        sources, targets = (torch.tensor(places, device=decoder.device) for places in predictors(questions))
+        sources, targets = (
+            torch.tensor(places, dtype=torch.long, device=decoder.device) for places in predictors(questions)
+        )
         own = tuple(next(remaining) for _ in questions)
         packed.append(Pack(own, PackedQuestions(decoder, questions), sources, targets))
     return packed
