@@ -22,7 +22,6 @@ import pytest
 
 from polar_sdk.errors import InvalidRequestError, SinkError
 from polar_sdk.request import generation, recorder
-from polar_sdk.serving import scheduler
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 
@@ -319,26 +318,6 @@ class TestFork:
         assert in_child(serves) == 0
         stream.close()
 
-    def test_a_child_forked_while_the_engine_is_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(scheduler, "_FORK_SECONDS", 0.05)
-        model = tiny_model()
-        model.generate("hello", max_tokens=1)
-        taken, free = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            assert model.scheduler.hold_for_fork()
-            taken.set()
-            assert free.wait(20)
-            model.scheduler.go_on_after_fork()
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        assert taken.wait(20)
-        status = in_child(lambda: model.generate("hello", max_tokens=1))
-        free.set()
-        holder.join()
-        assert status == 0
-
 
 def in_child(act: Callable[[], object]) -> int:
     """Run something in a forked child that must end; its exit status."""
@@ -427,7 +406,7 @@ def script(text: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("mode", ["collect", "leave"])
+@pytest.mark.parametrize("mode", [pytest.param("collect", marks=pytest.mark.long), "leave"])
 def test_streams_left_open_are_recorded_when_the_process_ends(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "records"
     with script(EXIT, str(path), mode) as process:
@@ -503,7 +482,14 @@ def test_a_stream_that_is_interrupted_at_any_step_is_recorded(again: int | None,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
-@pytest.mark.parametrize(("mode", "signals"), [("generate", 1), ("generate", 3), ("stream", 2), ("emit", 2)])
+@pytest.mark.parametrize(
+    ("mode", "signals"),
+    [
+        ("generate", 1),
+        ("stream", 2),
+        *(pytest.param(mode, signals, marks=pytest.mark.long) for mode, signals in (("generate", 3), ("emit", 2))),
+    ],
+)
 def test_further_interrupts_lose_no_record(tmp_path: Path, mode: str, signals: int) -> None:
     """Twenty requests are interrupted; each has one record, at the latest moments after."""
     path = tmp_path / "records"
