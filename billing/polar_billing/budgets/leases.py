@@ -147,6 +147,7 @@ class Leases:
                 self._closes.notify_all()
 
     def _run(self) -> None:
+        failing = False
         while True:
             with self._lock:
                 self._closes.wait_for(lambda: self._closing and not self._renewing(), self._interval_s)
@@ -160,10 +161,12 @@ class Leases:
                 continue
             try:
                 self._renew(due)
-            except BillingError as error:
-                _log.warning("%d holds could not be renewed now (%s)", len(due), error)
-            except Exception:  # whatever happened, the others must be renewed
-                _log.exception("renewing holds failed")
+                failing = False
+            except Exception as error:  # whatever happened, the others must be renewed
+                if not failing:  # said once, however long the database is away
+                    unexpected = not isinstance(error, BillingError)
+                    _log.warning("%d holds could not be renewed now (%s)", len(due), error, exc_info=unexpected)
+                failing = True
 
     def _renewing(self) -> list[Lease]:
         return [lease for lease in self._leases.values() if lease.end is not None and lease.loss is None]
