@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from polar_sdk.engine.products import multiply
+from polar_sdk.engine.products import multiply_wide
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.programs.cost import CostModel, LayerCost
 
@@ -104,7 +104,7 @@ class Family(ABC):
     def logits(self, x: Tensor, ends: Weights) -> Tensor:
         """Final norm and output projection of (M, E); returns float32 logits (M, V)."""
         head: Product = ends["head"]
-        return multiply(self.norm(x, ends), head).float()
+        return multiply_wide(self.norm(x, ends), head)
 
     def cost(self) -> CostModel:
         """FLOPs of every part: 2 per multiply-accumulate, so 4 per query, key and head dimension in attention."""

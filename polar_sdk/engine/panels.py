@@ -30,6 +30,15 @@ _WORD: Final = 4
 """Number of inputs whose integers for an output lie side by side."""
 
 
+def matrix(product: Packed | PackedInt8 | PackedInt4, inputs: int) -> native.Matrix:
+    """A matrix of that many inputs, as the library reads it; the tensors must outlive it."""
+    scale = product.scale if isinstance(product, PackedInt8) else None
+    assert all(each.is_contiguous() for each in product)
+    form = {Packed: 0, PackedInt8: 1, PackedInt4: 2}[type(product)]
+    pointers = product.panels.data_ptr(), None if scale is None else scale.data_ptr(), product.bias.data_ptr()
+    return native.Matrix(*pointers, inputs, product.bias.shape[0], form)
+
+
 class Packed(NamedTuple):
     """A matrix (N, K) of bfloat16 in panels of 32 outputs, with its bias (N,).
 

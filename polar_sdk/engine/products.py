@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine import native
-from polar_sdk.engine.panels import GROUP, INTEGER_OUTPUTS, Packed, PackedInt4, PackedInt8
+from polar_sdk.engine.panels import GROUP, INTEGER_OUTPUTS, Packed, PackedInt4, PackedInt8, matrix
 from polar_sdk.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -62,6 +62,13 @@ def multiply(x: Tensor, product: Product) -> Tensor:
             return _add(_int8(x, product), product.bias)
         case _:
             return _in_panels(x, product)
+
+
+def multiply_wide(x: Tensor, product: Product) -> Tensor:
+    """As `multiply`, in float32; by the library without rounding, so that logits which are close stay apart."""
+    if isinstance(product, InPanels) and native.multiplies(x):
+        return native.product_wide(x, matrix(product, x.shape[1]))
+    return multiply(x, product).float()
 
 
 def times(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -72,5 +72,5 @@ class Gemma2Family(LlamaFamily):
 
     def logits(self, x: Tensor, ends: Weights) -> Tensor:
         """Final norm, output projection and soft cap of (M, E); returns float32 logits (M, V)."""
-        logits = multiply(self.norm(x, ends), ends["head"])
-        return (logits if self.logit_cap is None else soft_cap(logits, self.logit_cap)).float()
+        logits = super().logits(x, ends)
+        return logits if self.logit_cap is None else soft_cap(logits, self.logit_cap)

@@ -173,6 +173,16 @@ class Kind(ctypes.Structure):
     _fields_ = (("scale", ctypes.c_double), ("softcap", ctypes.c_double), ("window", ctypes.c_int64))
 
 
+class Matrix(ctypes.Structure):
+    """A matrix in panels: of bfloat16 (form 0), of bytes with a scale for each output (1), of half bytes (2)."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+        ("form", ctypes.c_int32),
+    )
+
+
 class _Steps(ctypes.Structure):
     _fields_ = (("token", ctypes.c_int64), ("head", ctypes.c_int64))
 
@@ -217,6 +227,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "polar_weigh": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, *[_ADDRESS] * 2),
     "polar_pick": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, ctypes.c_float, *[_ADDRESS] * 4),
     "polar_look_up": (_ADDRESS, *[_SIZE] * 2, _ADDRESS, _SIZE, _ADDRESS),
+    "polar_product_wide": (*[_ADDRESS] * 3, _SIZE, _NUMBER, Sharing),
     "polar_project": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
     "polar_keys_values": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
     "polar_finish": (*[_ADDRESS] * 4, _SIZE, Sharing),
@@ -292,6 +303,14 @@ def _product_integers(x: Tensor, panels: Tensor, scale: Tensor | None, bias: Ten
     matrix = panels.data_ptr(), None if scale is None else scale.data_ptr(), bias.data_ptr()
     sizes = *x.shape, y.shape[1]
     call("polar_product_integers", rows.data_ptr(), *matrix, y.data_ptr(), *sizes, shared_by(x.shape[0]))
+    return y
+
+
+def product_wide(x: Tensor, matrix: Matrix) -> Tensor:
+    """Multiply rows (M, K) by a matrix, and add its bias (N,), without rounding; returns float32 (M, N)."""
+    rows, y = x.contiguous(), x.new_empty((x.shape[0], matrix.outputs), dtype=torch.float32)
+    pointers = ctypes.addressof(matrix), rows.data_ptr(), y.data_ptr()
+    call("polar_product_wide", *pointers, x.shape[0], pairs(), shared_by(x.shape[0]))
     return y
 
 

@@ -127,6 +127,14 @@ int32_t polar_guess(const PolarDraftHead* head, const void* states, const int64_
   });
 }
 
+int32_t polar_product_wide(const PolarMatrix* matrix, const void* x, float* y, int64_t rows, int32_t pairs,
+                           PolarSharing sharing) {
+  return guarded([&] {
+    multiply(*matrix, read(x), nullptr, rows, pairs != 0, among(sharing), y);
+    return kPolarDone;
+  });
+}
+
 int32_t polar_project(const PolarLayer* layer, const void* x, int64_t tokens, PolarAngles angles, void* qkv,
                       PolarSharing sharing) {
   return guarded([&] {

@@ -105,6 +105,10 @@ struct PolarMatrix {
   int32_t form;
 };
 
+// y (M, N), float32 = x (M, K) · weightᵀ + bias, not rounded: logits that differ by less than bfloat16 tells apart.
+POLAR_EXPORT int32_t polar_product_wide(const PolarMatrix* matrix, const void* x, float* y, int64_t rows, int32_t pairs,
+    PolarSharing sharing);
+
 // Weight and bias of a norm; without a weight there is none.
 struct PolarNorm {
   const void *weight, *bias;

@@ -32,14 +32,15 @@ void each_row(const Sharing& sharing, int64_t rows, const Body& body) {
   });
 }
 
+// Results are rounded to y, or go to `wide` as they are, where that is not null.
 inline void multiply(const PolarMatrix& matrix, const Half* x, Half* y, int64_t rows, bool pairs,
-                     const Sharing& sharing) {
+                     const Sharing& sharing, float* wide = nullptr) {
   if (matrix.form == kPolarNumbers) {
     return run_product({x, static_cast<const float*>(matrix.panels), halves(matrix.bias), y, rows, matrix.inputs,
-                        matrix.outputs}, pairs, sharing);
+                        matrix.outputs, nullptr, wide}, pairs, sharing);
   }
   const Integers integers{static_cast<const uint8_t*>(matrix.panels), halves(matrix.scale), halves(matrix.bias), y,
-                          matrix.outputs};
+                          matrix.outputs, wide};
   (matrix.form == kPolarBytes ? run_integers<Bytes> : run_integers<Nibbles>)(x, rows, matrix.inputs, integers, sharing);
 }
 

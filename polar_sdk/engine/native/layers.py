@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.engine import native
-from polar_sdk.engine.native import Angles, Kind, Pages
-from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
+from polar_sdk.engine.native import Angles, Kind, Matrix, Pages
+from polar_sdk.engine.panels import matrix
 from polar_sdk.engine.products import outputs_from
 
 if TYPE_CHECKING:
@@ -22,20 +22,11 @@ if TYPE_CHECKING:
     from polar_sdk.engine.types import AttentionKind, LayerPlan, Rotary, Visits, Weights
 
 
-_FORMS: Final = {Packed: 0, PackedInt8: 1, PackedInt4: 2}
 _NORMS: Final = {"rms": 0, "offset_rms": 1, "layer": 2}
 _ACTIVATIONS: Final = {
     **{"silu": 0, "swish": 0, "relu": 1, "gelu": 2},
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), 3),
 }
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
-        ("form", ctypes.c_int32),
-    )
 
 
 class _Norm(ctypes.Structure):
@@ -44,7 +35,7 @@ class _Norm(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Matrix) for name in ("qkv", "keys_values", "out", "up", "down")),
+        *((name, Matrix) for name in ("qkv", "keys_values", "out", "up", "down")),
         *((name, _Norm) for name in ("attn_norm", "attn_after", "mlp_norm", "mlp_after")),
         ("head_norms", ctypes.c_void_p),
         ("kind", Kind),
@@ -59,12 +50,6 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _matrix(product: InPanels, inputs: int) -> _Matrix:
-    scale = product.scale if isinstance(product, PackedInt8) else None
-    pointers = _address(product.panels), _address(scale), _address(product.bias)
-    return _Matrix(*pointers, inputs, product.bias.shape[0], _FORMS[type(product)])
-
-
 def _norm(weights: Weights, name: str) -> _Norm:
     return _Norm(_address(weights.get(name)), _address(weights.get(f"{name}_bias")))
 
@@ -73,11 +58,11 @@ def _layer(weights: Weights, keys_values: InPanels, family: Family, plan: LayerP
     up = weights["gate_up" if plan.gated else "up"]
     units = up.bias.shape[0] // (2 if plan.gated else 1)
     return _Layer(
-        _matrix(weights["qkv"], family.hidden),
-        _matrix(keys_values, family.hidden),
-        _matrix(weights["out"], family.heads * family.head_dim),
-        _matrix(up, family.hidden),
-        _matrix(weights["down"], units),
+        matrix(weights["qkv"], family.hidden),
+        matrix(keys_values, family.hidden),
+        matrix(weights["out"], family.heads * family.head_dim),
+        matrix(up, family.hidden),
+        matrix(weights["down"], units),
         *(_norm(weights, name) for name in ("attn_norm", "attn_after", "mlp_norm", "mlp_after")),
         _address(weights.get("head_norms")),
         native.kind_of(kind),

@@ -22,6 +22,7 @@ struct Product {
   Half* y;
   int64_t rows, inputs, outputs;
   const Half* scale = nullptr;  // of each output, for sums without their bias; null = 1
+  float* wide = nullptr;        // where sums go as they are, instead of rounded ones to y
   int64_t pairs() const { return parts_of(inputs, 2); }
   int64_t padded() const { return parts_of(inputs, kLanes) * kLanes; }
 };
@@ -82,6 +83,7 @@ struct Pass {
   int64_t hop;
   Ending ending;
   Half* y;
+  float* wide;  // instead of y, where it is not null
   int64_t outputs;
 };
 
@@ -103,8 +105,13 @@ void run_rows(const Pass& pass) {
     for (int row = 0; row < kCount; ++row) {
       for (int part = 0; part < kBeside; ++part) {
         const int half = first + part;
-        Half* y = pass.y + row * pass.outputs + half * kLanes;
-        store_rounded(y, pass.ending.of(sums[row][part], half), pass.ending.lanes[half]);
+        const int64_t at = row * pass.outputs + half * kLanes;
+        const __m512 sum = pass.ending.of(sums[row][part], half);
+        if (pass.wide) {
+          _mm512_mask_storeu_ps(pass.wide + at, pass.ending.lanes[half], sum);
+        } else {
+          store_rounded(pass.y + at, sum, pass.ending.lanes[half]);
+        }
       }
     }
   }
@@ -140,13 +147,15 @@ void run_panel(const Product& product, const Chunks& chunks, const float* words,
                int64_t number, const float* panel) {
   const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from), pairs = product.pairs();
   const Ending ending(product, number);
-  Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), ending, nullptr, product.outputs};
+  Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), ending, nullptr, nullptr, product.outputs};
   // Each chunk of several fetches its share of the next panel.
   pass.ahead = reinterpret_cast<const char*>(panel) + (to - from > 1 ? pairs * kPanel * sizeof(float) : kAhead);
   for (int64_t chunk = from; chunk < to; ++chunk) {
     const int64_t row = chunks.start(chunk);
     pass.words = words + (row - start) * steps;
-    pass.y = product.y + row * product.outputs + number * kPanel;
+    const int64_t at = row * product.outputs + number * kPanel;
+    pass.y = product.y + at;
+    pass.wide = product.wide ? product.wide + at : nullptr;
     run_count<Form>(chunks.start(chunk + 1) - row, pass, std::make_integer_sequence<int, kRows>());
     pass.ahead += pairs * pass.hop;
   }
@@ -239,11 +248,16 @@ inline void run_tiles(const Product& product, const TileRows& rows, int64_t tile
   }
   const __mmask32 lanes = ending.lanes[0] | static_cast<__mmask32>(ending.lanes[1]) << kLanes;
   const int64_t start = tile * kTile, count = std::min(std::min(tile + 2, end) * kTile, product.rows) - start;
-  Half* y = product.y + start * product.outputs + number * kPanel;
-  for (int64_t row = 0; row < count; ++row, y += product.outputs) {
+  int64_t at = start * product.outputs + number * kPanel;
+  for (int64_t row = 0; row < count; ++row, at += product.outputs) {
     const __m512 low = ending.of(_mm512_load_ps(sums + row * kPanel), 0);
     const __m512 high = ending.of(_mm512_load_ps(sums + row * kPanel + kLanes), 1);
-    _mm512_mask_storeu_epi16(y, lanes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    if (product.wide) {
+      _mm512_mask_storeu_ps(product.wide + at, ending.lanes[0], low);
+      _mm512_mask_storeu_ps(product.wide + at + kLanes, ending.lanes[1], high);
+    } else {
+      _mm512_mask_storeu_epi16(product.y + at, lanes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
   }
 }
 
