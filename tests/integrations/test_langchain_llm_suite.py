@@ -302,7 +302,6 @@ def test_settings_are_pickled_and_weights_are_loaded_anew(
         "model": folder,
         "max_tokens": 3,
         "ledger": None,
-        "compile": False,
         "usage_tags": {"app": "shop"},
     }
     if kind == "langchain":

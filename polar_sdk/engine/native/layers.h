@@ -54,24 +54,33 @@ inline void registers(int64_t size, const Use& use) {
   if (at < size) use(at, first_lanes(size - at));
 }
 
-inline float mean_square(const Half* from, int64_t size, float mean) {
+// Numbers in bfloat16 or float32, read and kept in registers of float32.
+inline __m512 numbers(const Half* from, __mmask16 lanes) { return widen(from, lanes); }
+inline __m512 numbers(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+inline void keep(Half* to, __m512 values, __mmask16 lanes) { store_rounded(to, values, lanes); }
+inline void keep(float* to, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, values); }
+
+template <class From>
+float mean_square(const From* from, int64_t size, float mean) {
   __m512 squares = _mm512_setzero_ps();
   registers(size, [&](int64_t at, __mmask16 lanes) {
-    __m512 x = _mm512_sub_ps(widen(from + at, lanes), _mm512_set1_ps(mean));
+    __m512 x = _mm512_sub_ps(numbers(from + at, lanes), _mm512_set1_ps(mean));
     x = _mm512_mask_blend_ps(lanes, _mm512_setzero_ps(), x);
     squares = _mm512_fmadd_ps(x, x, squares);
   });
   return _mm512_reduce_add_ps(squares) / static_cast<float>(size);
 }
 
-inline float mean_of(const Half* from, int64_t size) {
+template <class From>
+float mean_of(const From* from, int64_t size) {
   __m512 sum = _mm512_setzero_ps();
-  registers(size, [&](int64_t at, __mmask16 lanes) { sum = _mm512_add_ps(sum, widen(from + at, lanes)); });
+  registers(size, [&](int64_t at, __mmask16 lanes) { sum = _mm512_add_ps(sum, numbers(from + at, lanes)); });
   return _mm512_reduce_add_ps(sum) / static_cast<float>(size);
 }
 
 // `from` and `to` may be the same.
-inline void norm_row(int32_t kind, const PolarNorm& norm, float eps, const Half* from, int64_t size, Half* to) {
+template <class From, class To>
+void norm_row(int32_t kind, const PolarNorm& norm, float eps, const From* from, int64_t size, To* to) {
   const Half *weight = halves(norm.weight), *bias = halves(norm.bias);
   const float mean = kind == kPolarLayerNorm ? mean_of(from, size) : 0.0f;
   const __m512 by = _mm512_set1_ps(1.0f / std::sqrt(mean_square(from, size, mean) + eps));
@@ -79,8 +88,8 @@ inline void norm_row(int32_t kind, const PolarNorm& norm, float eps, const Half*
   registers(size, [&](int64_t at, __mmask16 lanes) {
     __m512 factor = weight ? widen(weight + at, lanes) : one;
     if (kind == kPolarOffsetRms) factor = _mm512_add_ps(factor, one);
-    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(widen(from + at, lanes), off), by);
-    store_rounded(to + at, _mm512_fmadd_ps(x, factor, bias ? widen(bias + at, lanes) : _mm512_setzero_ps()), lanes);
+    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(numbers(from + at, lanes), off), by);
+    keep(to + at, _mm512_fmadd_ps(x, factor, bias ? widen(bias + at, lanes) : _mm512_setzero_ps()), lanes);
   });
 }
 
@@ -160,9 +169,9 @@ struct Some {
 
 // Room for what lies between the products of a layer, kept by the thread that calls.
 struct Room {
-  template <class Owner>
-  static Half* of(int64_t numbers) {
-    return reinterpret_cast<Half*>(scratch<Owner>(parts_of(numbers, 2)));
+  template <class Owner, class Number = Half>
+  static Number* of(int64_t numbers) {
+    return reinterpret_cast<Number*>(scratch<Owner>(parts_of(numbers * sizeof(Number), sizeof(float))));
   }
   struct Normed;
   struct Heads;
@@ -170,6 +179,7 @@ struct Room {
   struct Inner;
   struct Active;
   struct Outer;
+  struct Grown;
 };
 
 class Layer {
@@ -200,24 +210,29 @@ class Layer {
     turn(x, angles, kv, it_.heads, it_.groups, width);
   }
 
-  // The part after attention, whose result is `mixed` (N, H × d); `to` has the states after the layer.
+  // The part after attention, whose result is `mixed` (N, H × d); `to` has the states after the layer. Within it the
+  // states are float32: they are rounded once, at its end.
   void finish(const Some& x, const Half* mixed, Half* to, const int64_t* to_index) const {
-    const int64_t width = it_.width;
-    Half* attended = Room::of<Room::Outer>(2 * x.count * width);
-    multiply(it_.out, mixed, attended, x.count, it_.pairs, sharing_);
+    const int64_t width = it_.width, size = x.count * width;
+    float* attended = Room::of<Room::Outer, float>(2 * size);
+    multiply(it_.out, mixed, nullptr, x.count, it_.pairs, sharing_, attended);
     after(it_.attn_after, attended, x.count);
-    Half* between = attended + x.count * width;  // what the feed-forward reads, where it comes second
-    if (!it_.parallel) {
-      each_row(sharing_, x.count, [&](int64_t row) {
-        add(x.states + x.place(row) * width, attended + row * width, nullptr, between + row * width);
+    float* between = attended + size;  // what the feed-forward is added to
+    each_row(sharing_, x.count, [&](int64_t row) {
+      const Half* own = x.states + x.place(row) * width;
+      registers(width, [&](int64_t at, __mmask16 lanes) {
+        const __m512 sum = _mm512_add_ps(widen(own + at, lanes), numbers(attended + row * width + at, lanes));
+        keep(between + row * width + at, sum, lanes);
       });
-    }
-    const Some read = it_.parallel ? x : Some{between, nullptr, x.count};
-    const Half* grown = feed(read);
+    });
+    const float* grown = it_.parallel ? feed(x.count, [&](int64_t row) { return x.states + x.place(row) * width; })
+                                      : feed(x.count, [&](int64_t row) { return between + row * width; });
     each_row(sharing_, x.count, [&](int64_t row) {
       Half* own = to + (to_index ? to_index[row] : row) * width;
-      add(read.states + read.place(row) * width, grown + row * width, it_.parallel ? attended + row * width : nullptr,
-          own);
+      registers(width, [&](int64_t at, __mmask16 lanes) {
+        const int64_t place = row * width + at;
+        store_rounded(own + at, _mm512_add_ps(numbers(between + place, lanes), numbers(grown + place, lanes)), lanes);
+      });
     });
   }
 
@@ -243,14 +258,20 @@ class Layer {
 
  private:
   const Half* normed(const Some& x, const PolarNorm& norm) const {
-    Half* to = Room::of<Room::Normed>(x.count * it_.width);
-    each_row(sharing_, x.count, [&](int64_t row) {
-      norm_row(it_.norm, norm, it_.eps, x.states + x.place(row) * it_.width, it_.width, to + row * it_.width);
+    return normed(norm, x.count, [&](int64_t row) { return x.states + x.place(row) * it_.width; });
+  }
+
+  // Rows of states, which `row_at` finds, normed.
+  template <class RowAt>
+  const Half* normed(const PolarNorm& norm, int64_t count, const RowAt& row_at) const {
+    Half* to = Room::of<Room::Normed>(count * it_.width);
+    each_row(sharing_, count, [&](int64_t row) {
+      norm_row(it_.norm, norm, it_.eps, row_at(row), it_.width, to + row * it_.width);
     });
     return to;
   }
 
-  void after(const PolarNorm& norm, Half* rows, int64_t count) const {
+  void after(const PolarNorm& norm, float* rows, int64_t count) const {
     if (!norm.weight) return;
     each_row(sharing_, count, [&](int64_t row) {
       norm_row(it_.norm, norm, it_.eps, rows + row * it_.width, it_.width, rows + row * it_.width);
@@ -273,26 +294,19 @@ class Layer {
     });
   }
 
-  const Half* feed(const Some& x) const {
+  template <class RowAt>
+  const float* feed(int64_t count, const RowAt& row_at) const {
     const int64_t units = it_.down.inputs;
-    const Half* from = normed(x, it_.mlp_norm);
-    Half *inner = Room::of<Room::Inner>(x.count * it_.up.outputs), *active = Room::of<Room::Active>(x.count * units);
-    multiply(it_.up, from, inner, x.count, it_.pairs, sharing_);
-    each_row(sharing_, x.count, [&](int64_t row) {
+    const Half* from = normed(it_.mlp_norm, count, row_at);
+    Half *inner = Room::of<Room::Inner>(count * it_.up.outputs), *active = Room::of<Room::Active>(count * units);
+    multiply(it_.up, from, inner, count, it_.pairs, sharing_);
+    each_row(sharing_, count, [&](int64_t row) {
       activate_row(it_.activation, it_.gated, inner + row * it_.up.outputs, units, active + row * units);
     });
-    Half* to = Room::of<Room::Normed>(x.count * it_.width);
-    multiply(it_.down, active, to, x.count, it_.pairs, sharing_);
-    after(it_.mlp_after, to, x.count);
+    float* to = Room::of<Room::Grown, float>(count * it_.width);
+    multiply(it_.down, active, nullptr, count, it_.pairs, sharing_, to);
+    after(it_.mlp_after, to, count);
     return to;
-  }
-
-  void add(const Half* x, const Half* other, const Half* third, Half* to) const {
-    registers(it_.width, [&](int64_t at, __mmask16 lanes) {
-      __m512 sum = _mm512_add_ps(widen(x + at, lanes), widen(other + at, lanes));
-      if (third) sum = _mm512_add_ps(sum, widen(third + at, lanes));
-      store_rounded(to + at, sum, lanes);
-    });
   }
 
   const PolarLayer& it_;

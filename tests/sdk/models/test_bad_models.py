@@ -33,7 +33,7 @@ def spoilt(value: float) -> PreTrainedModel:
 def test_a_folder_with_a_weight_that_is_no_number(tmp_path: Path, value: float, precision: str) -> None:
     spoilt(value).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    options: dict[str, Any] = {"device": "cpu", "precision": precision, "ledger": None, "compile": False}
+    options: dict[str, Any] = {"device": "cpu", "precision": precision, "ledger": None}
     with pytest.raises(
         ModelDamagedError, match=r"weight model\.layers\.4\.mlp\.up_proj\.weight is not finite"
     ) as caught:

@@ -39,6 +39,7 @@ def test_a_folder_gives_what_the_model_in_memory_gives(
     read = load_pretrained(folder, device="cpu", precision=precision).decoder
     clear_cache()
     in_memory = build_decoder(_cast(model, dtype))
+    in_memory.use_library()
     every = ([decoder.start, *decoder.layers, decoder.ends] for decoder in (read, in_memory))
     for ours, theirs in zip(*every, strict=True):
         assert ours.keys() == theirs.keys()
