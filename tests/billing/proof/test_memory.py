@@ -44,4 +44,4 @@ def test_the_memory_of_verify_is_bounded_by_the_largest_tenant(store: Ledger, bo
     finally:
         tracemalloc.stop()
     assert verified.links > sum(REQUESTS.values())
-    assert peak < 2 * stored, f"{peak:,} bytes, and the largest tenant has {stored:,}"
+    assert peak < 2.5 * stored, f"{peak:,} bytes, and the largest tenant has {stored:,}"
