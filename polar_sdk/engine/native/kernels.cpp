@@ -178,8 +178,9 @@ int32_t polar_decode_layers(const PolarLayer* layers, int64_t depth, void* x, co
       const PolarLayer& layer = layers[visits[visit]];
       const int64_t begin = bounds[visit], size = bounds[visit + 1] - begin;
       const Some some{static_cast<Half*>(x), index + begin, size};
-      Layer(layer, among(sharing))
-          .decode(some, angles[layer.rope], pages, table + begin * pages.blocks, positions + begin);
+      const bool ran = Layer(layer, among(sharing))
+                           .decode(some, angles[layer.rope], pages, table + begin * pages.blocks, positions + begin);
+      if (!ran) return kPolarNoSuchPlace;
     }
     return kPolarDone;
   });

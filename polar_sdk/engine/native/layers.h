@@ -236,8 +236,8 @@ class Layer {
     });
   }
 
-  // One token of each of some rows, attending over the row's pages.
-  void decode(const Some& x, const PolarAngles& angles, const PolarPages& pages, const int64_t* table,
+  // One token of each of some rows, attending over the row's pages; false where a page is not in the store.
+  bool decode(const Some& x, const PolarAngles& angles, const PolarPages& pages, const int64_t* table,
               const int64_t* positions) const {
     Half *qkv = Room::of<Room::Heads>(x.count * heads_width());
     Half *mixed = Room::of<Room::Mixed>(x.count * it_.heads * it_.size);
@@ -247,13 +247,14 @@ class Layer {
     for (int64_t row = 0; row < x.count; ++row) {
       const int64_t page = table[row * pages.blocks + positions[row] / pages.page], at = positions[row] % pages.page;
       const Written parts[2] = {{qkv + row * step + keys, step, it_.size}, {qkv + row * step + values, step, it_.size}};
-      write_pages(store, pages.places, it_.groups, pages.page, it_.size, &page, &at, 1, parts);
+      if (!write_pages(store, pages.places, it_.groups, pages.page, it_.size, &page, &at, 1, parts)) return false;
     }
     const Attention attention{qkv, store, table, positions, mixed, step, it_.heads, it_.groups, it_.size, pages.page,
                               pages.blocks, static_cast<float>(it_.kind.scale), it_.kind.window,
                               static_cast<float>(it_.kind.softcap)};
     run_attention(attention, x.count, sharing_);
     finish(x, mixed, x.states, x.index);
+    return true;
   }
 
  private:

@@ -82,7 +82,7 @@ class Layers:
     """
 
     def __init__(self, layers: Sequence[Weights], family: Family, plan: LayerPlan) -> None:
-        self._family, self._width = family, (family.heads + 2 * family.kv_heads, family.head_dim)
+        self._family = family
         queries = family.heads * family.head_dim
         # Kept, since the library is given the addresses of their tensors.
         self._weights = list(layers)
@@ -108,10 +108,8 @@ class Layers:
 
     def _heads(self, name: str, index: int, x: Tensor, rotary: Rotary, count: int) -> Tensor:
         states, heads = x.contiguous(), x.new_empty((x.shape[0], count, self._family.head_dim))
-        angles, layer = _angles(rotary), self._layers[index]
-        call = native.call
-        sharing = native.shared_by(x.shape[0])
-        call(name, ctypes.addressof(layer), states.data_ptr(), x.shape[0], angles, heads.data_ptr(), sharing)
+        layer, sharing = ctypes.addressof(self._layers[index]), native.shared_by(x.shape[0])
+        native.call(name, layer, states.data_ptr(), x.shape[0], _angles(rotary), heads.data_ptr(), sharing)
         return heads
 
     def finish(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
