@@ -265,8 +265,7 @@ class Work:
             features=OTHERS.get(name, "ending"),
             settings=self._layerwise if kind == "policy" else self._menu(name),
             out=self.folder / name,
-            bridges=self.folder / "bridges" if (self.folder / "bridges").is_dir() else None,
-            fills=self.folder / "fills",
+            maps=[folder for name in ("bridges", "fills") if (folder := self.folder / name).is_dir()],
             on_progress=self.show,
         )
         router = router.with_facts(training={**router.facts.training, "seen": self._seen()})

@@ -7,7 +7,6 @@ same weights may differ. Knows no framework and no money.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
 from polar_sdk.models.export import export
@@ -28,6 +27,7 @@ from polar_sdk.usage import NullSink
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,8 +71,8 @@ class PolarModel:
         speculate: Speculate | None = None,
     ) -> None:
         self._loaded = loaded
-        for folder in (maps,) if isinstance(maps, (str, Path)) else maps:  # first, since a tier's program may use them
-            MapSet.load(folder).place_on(loaded)
+        for each in MapSet.load_all(maps):  # first, since a tier's program may use them
+            each.place_on(loaded)
         self.policy = find_policy(policy, loaded.fingerprint)
         self.policy.bind(loaded.fingerprint, loaded.decoder.cost)
         self.sink = find_sink(ledger, sink)

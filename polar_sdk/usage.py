@@ -30,8 +30,7 @@ from pydantic import (
 )
 
 SCHEMA_VERSION: Final = 3
-"""Version 1: without filled visits. Version 2: `visits.prefill_filled`. Version 3: `tokens.drafted`, `tokens.accepted`
-and `flops.drafts`."""
+"""Version of the fields of a record; it rises whenever one is added or means something else."""
 FLOPS_FORMULA = "torch-1"
 """Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as
 `torch.utils.flop_counter.FlopCounterMode` counts them (attention as the full rectangle queries × keys)."""
@@ -43,7 +42,7 @@ FLOPS_PER_COMPUTE_UNIT = 10**12
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 AS_STORED: Final = {"as_stored": True}
-"""Validation context for records that were accepted before: by an earlier version, whatever their names."""
+"""Validation context for records that were accepted before, whatever their names."""
 _CONTROL: Final = {
     "Cc": "control character",
     "Cf": "control character",
@@ -191,7 +190,7 @@ class FlopUsage(_Facts):
 class UsageRecord(_Facts):
     """The facts of one request."""
 
-    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     request_id: Identifier
     """Made by the caller, or a UUIDv7; the idempotency key within a tenant."""
     tenant: Identifier = "default"
@@ -236,15 +235,7 @@ class UsageRecord(_Facts):
         return value.astimezone(UTC)
 
     @model_validator(mode="after")
-    def _first_version_has_no_fills(self) -> Self:
-        if self.schema_version == 1 and self.visits.prefill_filled:
-            raise ValueError("records of schema version 1 have no prefill_filled visits; write schema_version 2")
-        return self
-
-    @model_validator(mode="after")
-    def _earlier_versions_have_no_drafts(self) -> Self:
-        if self.schema_version < 3 and self.tokens.drafted:
-            raise ValueError(f"records of schema version {self.schema_version} have no drafts; write schema_version 3")
+    def _drafts_have_tokens(self) -> Self:
         if self.flops.drafts and not self.tokens.drafted:
             raise ValueError(f"{self.flops.drafts} FLOPs of drafts were executed, but no token was drafted")
         return self

@@ -6,6 +6,7 @@ import gc
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
 import typer
@@ -15,7 +16,6 @@ from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
@@ -56,6 +56,9 @@ Ledger = Annotated[
 ]
 NoLedger = Annotated[bool, typer.Option("--no-ledger", help="Do not meter.")]
 RouterFolder = Annotated[str | None, typer.Option("--router", help="Folder of a router for this model.")]
+Maps = Annotated[
+    list[Path] | None, typer.Option("--maps", help="Folder of bridges or fills that programs use; may be repeated.")
+]
 PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file for this model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
 DeviceMap = Annotated[

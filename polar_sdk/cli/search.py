@@ -27,8 +27,7 @@ def search(
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
     budgets: Annotated[str, typer.Option(help="FLOPs of the programs, as shares of full depth's.")] = "0.9,0.8,0.7,0.6",
     menu: Annotated[int, typer.Option(min=2, help="Maximum number of programs on the menu, full depth included.")] = 12,
-    bridges: Annotated[Path | None, typer.Option(help="Folder of bridges that programs may use.")] = None,
-    fills: Annotated[Path | None, typer.Option(help="Folder of fills that programs may use.")] = None,
+    maps: opt.Maps = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that programs are evolved on.")] = 128,
     train: Annotated[int, typer.Option(min=1, help="Maximum train prompts that the menu is measured on.")] = 1000,
     population: Annotated[int, typer.Option(min=1, help="Programs tried per generation and budget.")] = 12,
@@ -71,9 +70,8 @@ def search(
     engine = opt.load_model(
         model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
     )
-    if bridges is not None:
-        engine.use_maps(bridges)
-    filling = () if fills is None else engine.use_maps(fills).programs
+    loaded = [engine.use_maps(folder) for folder in maps or ()]
+    filling = [program for each in loaded if each.facts.kind == "fill" for program in each.programs]
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
     try:
         with cache, ProgressBars(quiet=as_json) as show:

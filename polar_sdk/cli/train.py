@@ -40,8 +40,7 @@ def train(
             "5 % of the tokens."
         ),
     ] = "differs",
-    bridges: Annotated[Path | None, typer.Option(help="Folder of the bridges that the programs cross.")] = None,
-    fills: Annotated[Path | None, typer.Option(help="Folder of the fills that the programs use.")] = None,
+    maps: opt.Maps = None,
     data: Annotated[
         Path | None, typer.Option(help="For --kind policy: the JSONL that was searched; default: built-in.")
     ] = None,
@@ -76,8 +75,7 @@ def train(
             features=features,
             settings=settings,
             out=target,
-            bridges=bridges,
-            fills=fills,
+            maps=maps or (),
             on_progress=show,
         )
     _report(router, target, as_json=as_json)

@@ -83,8 +83,7 @@ def train(
     features: FeatureKind = "ending",
     settings: MenuSettings | LayerwiseSettings | None = None,
     out: str | Path | None = None,
-    bridges: str | Path | None = None,
-    fills: str | Path | None = None,
+    maps: str | Path | Sequence[str | Path] = (),
     on_progress: Progress = silent,
 ) -> LearnedRouter:
     """Train a router on what programs do on prompts; once it is calibrated, it serves.
@@ -97,8 +96,7 @@ def train(
         features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all.
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
         out: Folder to write the router to; checkpoints are kept there until training is done.
-        bridges: Folder of the bridges that the programs cross; these are written beside the router.
-        fills: Folder of the fills that the programs use; likewise.
+        maps: Folder of the bridges or fills that the programs use, or several; these are written beside the router.
         on_progress: Called with (stage, steps done, steps in all).
 
     Raises:
@@ -108,12 +106,12 @@ def train(
     """
     _check_settings(kind, settings)
     matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
-    maps = [model.use_maps(folder) for folder in (bridges, fills) if folder is not None]
+    used = [model.use_maps(each) for each in MapSet.load_all(maps)]
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = RouterTrainer(model, matrix, features, checkpoints, on_progress)
     router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
     if out is not None:
-        _save(router, Path(out), maps)
+        _save(router, Path(out), used)
     return router
 
 
@@ -224,7 +222,7 @@ def _save(router: LearnedRouter, folder: Path, maps: Iterable[MapSet]) -> None:
         if segments and kind not in sets:
             raise RouterError(
                 f"the router's programs use {kind}s, such as {min(segments)}, that would not be saved with it.",
-                hint=f"Name their folder with {kind}s=, or --{kind}s.",
+                hint="Name their folder with maps=, or --maps.",
             )
         if segments:
             sets[kind].only(segments).save(folder / MAP_FOLDERS[kind])

@@ -25,7 +25,7 @@ from polar_sdk.programs.program import Program
 from polar_sdk.reading import Unreadable, parse_json, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Mapping, Sequence, Set
 
     from torch import Tensor
 
@@ -137,6 +137,15 @@ class MapSet:
     def bytes(self) -> int:
         """Size of the tensors. Unit: bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @classmethod
+    def load_all(cls, folders: str | Path | Sequence[str | Path]) -> list[MapSet]:
+        """Read one folder, or several.
+
+        Raises:
+            MapDamagedError: A file is missing, altered or malformed.
+        """
+        return [cls.load(folder) for folder in ((folders,) if isinstance(folders, str | Path) else folders)]
 
     @classmethod
     def of(cls, maps: MapSet | str | Path) -> MapSet:

@@ -109,10 +109,9 @@ class TestRecord:
             {"identity_flops": -1},
             {"identity_flops": 2**63},
             {"price": "1.00"},
+            {"schema_version": 2},
             {"schema_version": 4},
-            {"schema_version": 2, "tokens": TokenUsage(drafted=1)},
             {"flops": FlopUsage(drafts=1)},
-            {"schema_version": 1, "visits": VisitUsage(prefill_filled=(1,))},
             {"tags": {"a": 1}},
         ],
     )
