@@ -68,6 +68,7 @@ class TestScoreBatch:
             ([("a", ["b"]), ("a", ["b", ""])], [None], InvalidRequestError, "continuation is empty"),
             ([("a", ["b"]), ("", ["b"])], [None], EmptyPromptError, "empty"),
             ([("x" * 500, ["z", "y" * 13])], [None], ContextWindowError, "have 513 tokens; the context window is 512"),
+            ([("x" * 600, [])], [None], ContextWindowError, "600"),
             ([("a", ["b"])], [None, "0-6"], ProgramDepthError, "layer 6"),
             ([("a", ["b"])], [None, "1-5"], ProtectedLayerError, "layer 0"),
             ([("a", ["b"])], ["0-1 [2-3] 4-5"], MissingMapError, "2-3"),

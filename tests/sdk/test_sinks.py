@@ -200,8 +200,9 @@ class TestJsonl:
         with pytest.raises(SinkError):
             sink.emit(record("r"))
 
-    def test_nothing_runs_that_cannot_be_recorded(self, tmp_path: Path) -> None:
+    def test_nothing_runs_that_cannot_be_recorded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_model(sink=JsonlSink(tmp_path / "absent" / "usage.jsonl"))
+        monkeypatch.setattr(model.decoder, "embed", None)  # a call would be a TypeError
         with pytest.raises(SinkError) as caught:
             model.generate("hello")
         assert caught.value.exit_code == 1

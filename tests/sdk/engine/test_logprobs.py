@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from polar_sdk import ListSink, Policy
 from polar_sdk.engine.sampling import read_logprobs
-from polar_sdk.errors import InvalidRequestError, LogitsHookError, PolarError, SamplingError
+from polar_sdk.errors import LogitsHookError
 from polar_sdk.testing import tiny_llama, tiny_model
 
 if TYPE_CHECKING:
@@ -128,25 +128,19 @@ def test_an_error_in_a_hook_ends_its_request_and_no_other(after: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "words"),
+    ("returned", "told"),
     [
-        (lambda logits: None, ["returned NoneType", "shape (260,)"]),
-        (lambda logits: logits[:-1], ["returned shape (259,)", "shape (260,)"]),
-        (
-            lambda logits: logits.fill_(float("-inf")),
-            ["after 0 tokens", "hook returned is -inf", "one finite logit"],
-        ),
-        (lambda logits: logits * float("nan"), ["hook returned is nan"]),
-        (lambda logits: logits + float("inf"), ["hook returned is inf"]),
+        (lambda logits: None, r"NoneType.*\(260,\)"),
+        (lambda logits: logits[:-1], r"\(259,\).*\(260,\)"),
+        (lambda logits: logits.fill_(float("-inf")), "is -inf"),
+        (lambda logits: logits * float("nan"), "is nan"),
+        (lambda logits: logits + float("inf"), "is inf"),
     ],
     ids=["nothing", "another shape", "no token", "nan", "+inf"],
 )
-def test_what_is_no_logits_is_refused(model: PolarModel, returned: Any, words: list[str]) -> None:
-    with pytest.raises(LogitsHookError) as caught:
+def test_a_hook_that_returns_no_valid_logits_is_refused(model: PolarModel, returned: Any, told: str) -> None:
+    with pytest.raises(LogitsHookError, match=told):
         model.generate("hello", max_tokens=3, logits_hook=lambda tokens, logits: returned(logits))
-    for word in words:
-        assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_logprobs_are_the_references(model: PolarModel) -> None:
@@ -174,13 +168,6 @@ def test_logprobs_are_taken_before_temperature_and_after_the_hook(model: PolarMo
     assert (forced.token, forced.logprob, forced.top) == (7, 0.0, ((7, 0.0),))
 
 
-def test_zero_alternatives_report_the_token_alone(model: PolarModel) -> None:
-    done = model.generate("hello", max_tokens=3, logprobs=0)
-    assert [(logprobs.token, logprobs.top) for logprobs in done.logprobs or ()] == [
-        (token, ()) for token in done.token_ids
-    ]
-
-
 def test_chunks_report_what_the_generation_reports(model: PolarModel) -> None:
     chunks = list(model.stream("hello", max_tokens=7, logprobs=2))
     last = chunks[-1].generation
@@ -200,30 +187,11 @@ def test_a_cancelled_stream_reports_what_it_sampled(model: PolarModel) -> None:
     last = chunks[-1].generation
     assert last is not None
     assert last.finish_reason == "cancelled"
-    assert tuple(logprobs.token for logprobs in last.logprobs or ()) == last.token_ids
+    assert [(logprobs.token, logprobs.top) for logprobs in last.logprobs or ()] == [
+        (token, ()) for token in last.token_ids
+    ]
     assert tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs or ()) == last.logprobs
     assert chunks[-1].logprobs == ()
-
-
-BAD: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
-    ({"logprobs": -1}, SamplingError, ["logprobs=-1", "0 to 20"]),
-    ({"logprobs": 21}, SamplingError, ["logprobs=21", "0 to 20"]),
-    ({"logprobs": True}, SamplingError, ["logprobs=True", "0 to 20"]),
-    ({"logprobs": 1.5}, SamplingError, ["logprobs=1.5", "whole number"]),
-    ({"logits_hook": 5}, InvalidRequestError, ["logits_hook is 5", "a function"]),
-]
-
-
-@pytest.mark.parametrize(("options", "error", "words"), BAD, ids=lambda value: str(value)[:30])
-def test_bad_options_are_refused_before_compute(
-    tiny: PolarModel, records: ListSink, options: dict[str, Any], error: type[PolarError], words: list[str]
-) -> None:
-    with pytest.raises(error) as caught:
-        tiny.generate("hello", **options)
-    assert type(caught.value) is error
-    for word in words:
-        assert word in str(caught.value)
-    assert records.records == []
 
 
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=30), st.data())

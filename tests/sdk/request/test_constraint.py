@@ -323,13 +323,3 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     assert model.generate("Hello", max_tokens=1).text is not None
     with pytest.raises(MissingExtraError, match=r"polar-llm\[structured\]"):
         model.generate("Hello", choice=["a"])
-
-
-def test_dates_and_times_are_real(model: PolarModel) -> None:
-    for form in ("date", "time", "date-time"):
-        schema = {"type": "string", "format": form}
-        for seed in range(6):
-            value = model.generate("?", schema=schema, temperature=2.0, seed=seed).json()
-            kinds: dict[str, Any] = {"date": "datetime.date", "time": "datetime.time", "date-time": "datetime.datetime"}
-            module, name = kinds[form].split(".")
-            TypeAdapter(getattr(sys.modules.get(module) or __import__(module), name)).validate_python(value)

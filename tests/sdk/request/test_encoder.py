@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,26 @@ class TestTextStaysText:
         encoder.__dict__["_text_tokenizer"] = _Stubborn()
         with pytest.raises(InvalidRequestError, match=r"<\|end\|>.*template='raw'"):
             encoder.encode(EVIL)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ 1/0 }}", "ZeroDivisionError"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("{{ messages[99].content.x.y }}", "UndefinedError"),
+        ("{{ raise_exception('no') }}", "TemplateError: no"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'x' * 10**12 }}", "MemoryError"),
+        ("{{ 'x' * 30000000 }}", "30,000,000"),
+        ("{% if %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_chat_template_that_raises_or_blows_up_is_refused_with_its_own_error(template: str, told: str) -> None:
+    start = time.process_time()
+    with pytest.raises(InvalidRequestError, match=told):
+        PromptEncoder(tokenizer(chat_template=template)).encode("hello")
+    assert time.process_time() - start < 5
 
 
 class _Stubborn:

@@ -159,25 +159,6 @@ def test_a_stream_collected_inside_its_sink(way: Any, impatient: None) -> None:
     assert sorted(record.outcome for record in sink.records) == ["cancelled", "completed"]
 
 
-def test_streams_dropped_by_the_dozen_are_all_recorded() -> None:
-    """As it happens in a service: the collector runs when it likes."""
-    gc.enable()
-    sink = ListSink()
-    model = tiny_model(sink=sink)
-
-    def drop() -> None:
-        for _ in range(60):
-            Chat(wrapped(model.stream("hello", max_tokens=LONG)))
-
-    within(drop, 60)
-    until = time.monotonic() + 20
-    while len(sink.records) < 60 and time.monotonic() < until:
-        gc.collect()  # does nothing while another thread is collecting
-        assert recorder.flush()
-    assert [record.outcome for record in sink.records] == ["cancelled"] * 60
-    assert len({record.request_id for record in sink.records}) == 60
-
-
 def test_a_hook_may_close_a_stream_of_its_model() -> None:
     sink = ListSink()
     model = tiny_model(sink=sink)
@@ -268,75 +249,6 @@ def test_a_sink_that_hangs_holds_nobody_up_for_long(impatient: None) -> None:
     go.set()
     assert recorder.flush()
     assert [record.outcome for record in sink.records] == ["cancelled"]
-
-
-@FORKS
-@FORK_WARNING
-class TestFork:
-    def test_a_child_that_closes_drops_or_reads_an_inherited_stream_does_not_hang(self) -> None:
-        sink = ListSink()
-        model = tiny_model(sink=sink)
-        stream = model.stream("hello", max_tokens=LONG)
-        next(stream)
-
-        def closes() -> None:
-            stream.close()
-            assert sink.records == []
-
-        def drops() -> None:
-            nonlocal stream
-            del stream
-            gc.collect()
-            assert sink.records == []
-
-        def reads() -> None:
-            with pytest.raises(InvalidRequestError):
-                list(stream)
-
-        for act in (closes, drops, reads):
-            assert in_child(act) == 0
-        assert sink.records == []
-        stream.close()
-        assert [record.outcome for record in sink.records] == ["cancelled"]
-
-    def test_a_child_of_a_busy_parent_serves_and_leaves_the_parents_work_alone(self) -> None:
-        sink = ListSink()
-        model = tiny_model(sink=sink)
-        stream = model.stream("hello", max_tokens=LONG)
-        next(stream)
-
-        def serves() -> None:
-            assert len(model.scheduler) == 0  # what ran is the parent's
-            assert model.generate("hi", max_tokens=3).finish_reason
-            model.scheduler.close()
-            assert len(model.scheduler) == 0
-            Chat(model.stream("mine", max_tokens=LONG))
-            gc.collect()
-            assert recorder.flush()
-            assert [record.outcome for record in sink.records] == ["completed", "cancelled"]
-
-        assert in_child(serves) == 0
-        stream.close()
-
-
-def in_child(act: Callable[[], object]) -> int:
-    """Run something in a forked child that must end; its exit status."""
-    child = os.fork()
-    if child == 0:  # pragma: no cover  (another process)
-        try:
-            act()
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-            os._exit(1)
-        os._exit(0)
-    for _ in range(200):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError("the child hangs")
 
 
 PREAMBLE = """

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from polar_sdk.engine.pages import PAGE, PagePool
-from polar_sdk.errors import CacheMemoryError
+from polar_sdk.errors import CacheMemoryError, InvalidRequestError
 from polar_sdk.models.convert import LOADING_LOCK
 from polar_sdk.serving import scheduler as module
 from polar_sdk.serving.places import Limits
@@ -97,6 +97,31 @@ def test_children_of_a_decoding_parent_answer(busy: tuple[Any, ListSink]) -> Non
         assert in_child(answers) == 0
     stream.close()
     assert [record.outcome for record in list(sink.records) if record.request_id == "mine"] == ["cancelled"]
+
+
+def test_an_inherited_stream_is_its_parents() -> None:
+    sink = ListSink()
+    stream = tiny_model(sink=sink).stream("hello", max_tokens=LONG)
+    next(stream)
+
+    def closes() -> None:
+        stream.close()
+        assert sink.records == []
+
+    def drops() -> None:
+        nonlocal stream
+        del stream
+        gc.collect()
+        assert sink.records == []
+
+    def reads() -> None:
+        with pytest.raises(InvalidRequestError):
+            list(stream)
+
+    for act in (closes, drops, reads):
+        assert in_child(act) == 0
+    stream.close()
+    assert [record.outcome for record in sink.records] == ["cancelled"]
 
 
 def test_the_parent_goes_on_exactly(busy: tuple[Any, ListSink]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -144,42 +142,6 @@ def test_a_full_queue_refuses_and_computes_nothing() -> None:
     assert model.generate("a", max_tokens=2).finish_reason
 
 
-def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
-    """One tenant floods the queue; another's single request does not wait for all of it."""
-    order: list[str] = []
-
-    class Order(ListSink):
-        def emit(self, record):  # type: ignore[no-untyped-def]
-            order.append(record.tenant)
-            super().emit(record)
-
-    model = tiny_model(sink=Order())
-    model.scheduler.limits = Limits(max_rows=1)
-    gate = threading.Event()
-
-    class Held:
-        def is_set(self) -> bool:
-            gate.wait(60)
-            return False
-
-    first = threading.Thread(target=lambda: model.generate("x", max_tokens=2, tenant="flood", cancel=Held()))
-    first.start()
-    flood = threading.Thread(
-        target=lambda: model.generate_batch(["y"] * 6, max_tokens=2, tenant="flood"),
-    )
-    flood.start()
-    while len(model.scheduler) < 7:
-        pass
-    single = threading.Thread(target=lambda: model.generate("z", max_tokens=2, tenant="quiet"))
-    single.start()
-    while len(model.scheduler) < 8:
-        pass
-    gate.set()
-    for thread in (first, flood, single):
-        thread.join()
-    assert "quiet" in order[:3]
-
-
 def test_a_row_that_fails_fails_alone() -> None:
     sink = ListSink()
     model = tiny_model(sink=sink)
@@ -222,32 +184,3 @@ def test_memory_is_promised_before_a_row_is_let_in() -> None:
     assert [answer.token_ids for answer in done] == [
         alone.generate(letter * 60, max_tokens=50).token_ids for letter in "abc"
     ]
-
-
-def test_an_abandoned_stream_stops_and_is_recorded() -> None:
-    sink = ListSink()
-    model = tiny_model(sink=sink)
-    stream = model.stream("hello", max_tokens=LONG)
-    next(stream)
-    del stream
-    gc.collect()
-    (record,) = sink.records
-    assert record.outcome == "cancelled"
-    assert record.tokens.output <= 5
-    assert all_pages_are_back(model)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_child_serves_too() -> None:
-    model = tiny_model()
-    expected = model.generate("hello", max_tokens=4).text
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:  # pragma: no cover  (another process)
-        os.write(write, model.generate("hello", max_tokens=4).text.encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as answer:
-        assert answer.read().decode() == expected
-    assert os.waitpid(child, 0)[1] == 0
