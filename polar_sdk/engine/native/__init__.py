@@ -2,8 +2,9 @@
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
 of one token per row over pages, attention of the tokens of a prompt, whole layers (`layers.py`), and the guesses of a
-draft head; and on float32, how likely tokens are. They are used on processors with AVX2; AVX512 with VNNI, AVX512-BF16
-and AMX make them faster. Elsewhere, and where there is no library, torch or numpy does it. Knows tensors, no families.
+draft head; and on float32, how likely tokens are. They are used on x86 processors with AVX2, faster with AVX512
+and VNNI, AVX512-BF16 and AMX, and on 64-bit Arm with dot products, faster with i8mm. Elsewhere, and where there is no
+library, torch or numpy does it. Knows tensors, no families.
 
 The kernels (`kernels.h`) need neither Python nor torch: they are built when the package is, by `build.py`.
 """
@@ -78,7 +79,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags"))}))
+    return "\n".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags", "Features"))}))
 
 
 @cache

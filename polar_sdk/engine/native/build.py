@@ -26,13 +26,19 @@ _FLAGS: Final = (
     *("-static-libstdc++", "-static-libgcc", "-Wl,-s"),
 )
 _AVX512: Final = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
-INSTRUCTIONS: Final = {
-    "avx2": ("avx2", "fma"),
-    "avx512": _AVX512,
-    "avx512bf16": (*_AVX512, "avx512bf16"),
-    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+KINDS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "x86_64": {
+        "avx2": ("avx2", "fma"),
+        "avx512": _AVX512,
+        "avx512bf16": (*_AVX512, "avx512bf16"),
+        "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    },
+    "aarch64": {"neon": ("asimddp",), "i8mm": ("asimddp", "i8mm")},
 }
-"""The kinds of library, from the oldest processors to the newest, and the instruction sets of each."""
+"""By machine, the kinds of library, from the oldest processors to the newest, and Linux's names of the instruction sets
+of each."""
+INSTRUCTIONS: Final = KINDS.get(platform.machine(), {})
+"""Those of this machine."""
 _EXPORTS: Final = "{ global: polar_*; local: *; };"
 
 
@@ -41,21 +47,30 @@ class BuildError(Exception):
 
 
 def library_name(kind: str) -> str:
-    """Name of the library's file for one of `INSTRUCTIONS`, from all that it is made of."""
-    digest = hashlib.sha256(f"{_FLAGS}|{INSTRUCTIONS[kind]}|{_EXPORTS}".encode())
+    """Name of the library's file for one of `KINDS`, from all that it is made of."""
+    digest = hashlib.sha256(f"{_FLAGS}|{_instruction_flags(kind)}|{_EXPORTS}".encode())
     for file in sorted(FOLDER.glob("*.h")):
         digest.update(file.read_bytes())
     digest.update((FOLDER / _SOURCE).read_bytes())
     return f"kernels-{kind}-{digest.hexdigest()[:16]}.so"
 
 
+def _instruction_flags(kind: str) -> tuple[str, ...]:
+    sets = next(kinds[kind] for kinds in KINDS.values() if kind in kinds)
+    if "asimddp" not in sets:
+        return tuple(f"-m{name}" for name in sets)
+    return (f"-march=armv8.2-a+{'+'.join(sets).replace('asimddp', 'dotprod')}",)
+
+
 def is_possible() -> bool:
     """Whether there are kernels for machines of this kind."""
-    return sys.platform.startswith("linux") and platform.machine() in {"x86_64", "AMD64"}
+    return sys.platform.startswith("linux") and bool(INSTRUCTIONS)
 
 
 def build_library(kind: str, target: Path) -> None:
-    """Compile the library for one of `INSTRUCTIONS`; its file appears whole or not at all.
+    """Compile the library for one of `KINDS`; its file appears whole or not at all.
+
+    For another machine than this one, `CXX` must name a compiler for it.
 
     Raises:
         BuildError: There is no compiler, or it failed.
@@ -68,7 +83,7 @@ def build_library(kind: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as scratch:
         exports, draft = Path(scratch, "exports"), Path(scratch, target.name)
         exports.write_text(_EXPORTS, encoding="utf-8")
-        flags = [*_FLAGS, *(f"-m{name}" for name in INSTRUCTIONS[kind])]
+        flags = [*_FLAGS, *_instruction_flags(kind)]
         command = [compiler, *flags, str(FOLDER / _SOURCE), "-o", str(draft), f"-Wl,--version-script={exports}"]
         try:
             ended = subprocess.run([*command, "-ldl"], capture_output=True, text=True, check=False)

@@ -1,14 +1,17 @@
 // Pieces of the kernels: bfloat16 into and out of registers, sums and powers of 16 lanes, memory of a thread.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#ifdef __aarch64__
+#include "quarters.h"
+#else
+#include <immintrin.h>
 #ifndef __AVX512F__
 #include "halves.h"
+#endif
 #endif
 
 namespace polar {

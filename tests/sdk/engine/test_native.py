@@ -59,7 +59,7 @@ RUN_HERE = library._kinds_of_library()
 """Libraries that this processor can run; the first is the one that is used."""
 KIND = RUN_HERE[0] if RUN_HERE else None
 KINDS = st.sampled_from(RUN_HERE or [""])
-MANY, BY_NUMBERS = 32, ("amx", "avx2")
+MANY, BY_NUMBERS = 32, ("amx", "avx2", "neon", "i8mm")
 """Rows up to which integer weights stay integers, also in the libraries that make numbers of them for more rows."""
 _every: dict[str, ctypes.CDLL] = {}
 
