@@ -32,13 +32,13 @@ PROMPT = ChatPromptTemplate.from_messages([("system", "Answer in two sentences."
 
 
 class Question(BaseModel):
-    """What a caller sends."""
+    """The body of a call."""
 
     question: str = Field(min_length=1, max_length=2_000)
 
 
 def tenant_of(key: Annotated[str, Security(APIKeyHeader(name="X-API-Key"))]) -> str:
-    """Who is charged."""
+    """The tenant of a call, which is charged."""
     if key not in TENANTS:
         raise HTTPException(401, "This API key is unknown.")
     return TENANTS[key]
@@ -60,7 +60,7 @@ def build_app(chat: ChatPolar, ledger: Ledger) -> FastAPI:
 
     @app.get("/bill")
     def bill(tenant: Tenant) -> list[UsageRow]:
-        """What the caller, and nobody else, has used so far."""
+        """The use of the caller, and of nobody else, so far."""
         return usage_rows(ledger, Selection(tenant))
 
     return app

@@ -34,7 +34,7 @@ QUESTIONS = (
 
 
 class MiniLM(Embeddings):
-    """What a vector store of LangChain asks for its vectors."""
+    """Vectors for a vector store of LangChain."""
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return embed(texts)

@@ -30,7 +30,7 @@ CONVERSATION = ("For how long are books lent?", "And films?")
 
 
 class MiniLM(BaseEmbedding):
-    """What an index of LlamaIndex asks for its vectors."""
+    """Vectors for an index of LlamaIndex."""
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return embed(texts)

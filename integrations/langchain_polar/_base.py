@@ -48,7 +48,7 @@ MAX_LABEL_LENGTH: Final = 200
 
 @dataclass(frozen=True)
 class Caller:
-    """Who one request is for; where a field is None or empty, the model object decides."""
+    """The one a request is for; where a field is None or empty, the model object decides."""
 
     tenant: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Caller:
         return Caller(self.tenant or tenant, {**tags, **self.tags}, self.request_id)
 
     def as_options(self) -> RequestOptions:
-        """Who asks, as the engine takes it."""
+        """The caller as options of the engine."""
         return {"tenant": self.tenant, "tags": self.tags, "request_id": self.request_id}
 
     def with_call(self, options: Mapping[str, Any]) -> Caller:

@@ -19,11 +19,8 @@ from polar_sdk.frameworks.settings import CALLER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-    from uuid import UUID
 
-    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
-    from langchain_core.language_models.base import LanguageModelInput
-    from langchain_core.runnables import RunnableConfig
+    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 
     import polar_sdk
     from langchain_polar._base import Call
@@ -62,70 +59,35 @@ class PolarLLM(PolarBase, BaseLLM):
     # --- LangChain's public entry points, for what it omits: it tells a model nothing of the run ids of a batch; its
     # --- cache key ignores the options of a call, and a hit in its cache reaches no callback.
 
-    def batch(  # noqa: D102
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
-        kwargs["run_id"] = [one.get("run_id") for one in configs]
-        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+    if not TYPE_CHECKING:  # callers see LangChain's own signatures
 
-    async def abatch(  # noqa: D102
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[str]:
-        configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
-        kwargs["run_id"] = [one.get("run_id") for one in configs]
-        return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+        def batch(self, inputs, config=None, **options):  # noqa: D102
+            configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
+            return super().batch(inputs, configs, run_id=[one.get("run_id") for one in configs], **options)
 
-    def generate(  # noqa: D102
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        callbacks: Callbacks | list[Callbacks] | None = None,
-        *,
-        tags: list[str] | list[list[str]] | None = None,
-        metadata: dict[str, Any] | list[dict[str, Any]] | None = None,
-        run_name: str | list[str] | None = None,
-        run_id: UUID | list[UUID | None] | None = None,
-        **kwargs: Any,
-    ) -> LLMResult:
-        bound, caller_options = self._bind(kwargs)
-        result = super(PolarLLM, bound).generate(
-            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **caller_options
-        )
-        return bound._settle_hits(result, bound._callers(len(prompts), metadata, tags), caller_options)
+        async def abatch(self, inputs, config=None, **options):  # noqa: D102
+            configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
+            return await super().abatch(inputs, configs, run_id=[one.get("run_id") for one in configs], **options)
 
-    async def agenerate(  # noqa: D102
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        callbacks: Callbacks | list[Callbacks] | None = None,
-        *,
-        tags: list[str] | list[list[str]] | None = None,
-        metadata: dict[str, Any] | list[dict[str, Any]] | None = None,
-        run_name: str | list[str] | None = None,
-        run_id: UUID | list[UUID | None] | None = None,
-        **kwargs: Any,
-    ) -> LLMResult:
-        bound, caller_options = self._bind(kwargs)
-        result = await super(PolarLLM, bound).agenerate(
-            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **caller_options
-        )
-        return await asyncio.to_thread(
-            bound._settle_hits, result, bound._callers(len(prompts), metadata, tags), caller_options
-        )
+        def generate(  # noqa: D102
+            self, prompts, stop=None, callbacks=None, *, tags=None, metadata=None, run_name=None, run_id=None, **options
+        ):
+            bound, who = self._bind(options)
+            run = {"tags": tags, "metadata": metadata, "run_name": run_name, "run_id": run_id}
+            result = super(PolarLLM, bound).generate(prompts, stop, callbacks, **run, **who)
+            return bound._settle_hits(result, bound._callers(len(prompts), metadata, tags), who)
+
+        async def agenerate(  # noqa: D102
+            self, prompts, stop=None, callbacks=None, *, tags=None, metadata=None, run_name=None, run_id=None, **options
+        ):
+            bound, who = self._bind(options)
+            run = {"tags": tags, "metadata": metadata, "run_name": run_name, "run_id": run_id}
+            result = await super(PolarLLM, bound).agenerate(prompts, stop, callbacks, **run, **who)
+            callers = bound._callers(len(prompts), metadata, tags)
+            return await asyncio.to_thread(bound._settle_hits, result, callers, who)
 
     def _bind(self, options: Mapping[str, Any]) -> tuple[PolarLLM, dict[str, Any]]:
-        """Options that change the answer, as settings of a copy; and those that only say who asks."""
+        """A copy with the options that change the answer as settings, and the options that only say who asks."""
         return self._with_options(options), {name: options[name] for name in CALLER_OPTIONS if name in options}
 
     def _settle_hits(self, result: LLMResult, callers: Sequence[Caller], options: Mapping[str, Any]) -> LLMResult:
@@ -145,7 +107,7 @@ class PolarLLM(PolarBase, BaseLLM):
         metadata: dict[str, Any] | list[dict[str, Any]] | None,
         tags: list[str] | list[list[str]] | None,
     ) -> list[Caller]:
-        """Who asks, per prompt, from what `generate` takes once for all or once per prompt."""
+        """The caller of each prompt, from what `generate` takes once for all or once per prompt."""
         each_metadata = metadata if isinstance(metadata, list) else [metadata] * count
         each_tags: Sequence[Any] = tags if tags and isinstance(tags[0], list) else [tags] * count
         return [
@@ -205,7 +167,7 @@ class PolarLLM(PolarBase, BaseLLM):
     def _each(
         self, prompts: Sequence[str], call: Call, callers: Sequence[Caller] | None, options: Mapping[str, Any]
     ) -> list[Caller]:
-        """Who asks, per prompt."""
+        """The caller of each prompt."""
         if callers is None:
             return [call.caller] * len(prompts)
         return [self._caller(caller, options) for caller in callers]

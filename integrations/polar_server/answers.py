@@ -37,7 +37,6 @@ class Computes(Protocol):
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """As `PolarModel.stream`."""
-        ...
 
 
 class Choice:

@@ -16,9 +16,9 @@ from starlette.routing import Route
 
 from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
-from polar_server.endpoints.account import NUMBERS, USAGE, Quote, ReceiptOf, Usage
+from polar_server.endpoints.account import NUMBERS, USAGE, Quote, receipt, usage
 from polar_server.endpoints.answer import Endpoint
-from polar_server.http.exchange import Exchange, send_bytes, send_json
+from polar_server.http.exchange import Exchange, JsonEndpoint, send_bytes, send_json
 from polar_server.http.front import Front, unrouted
 from polar_server.http.pages import page_routes
 from polar_server.openai.chat import ChatBody, ChatShape
@@ -58,38 +58,33 @@ def build(settings: Settings) -> Starlette:
         Route("/v1/chat/completions", Endpoint(server, ChatBody, partial(ChoiceWriter, ChatShape)), methods=["POST"]),
         Route("/v1/completions", Endpoint(server, TextBody, partial(ChoiceWriter, TextShape)), methods=["POST"]),
         Route("/v1/responses", Endpoint(server, ResponseBody, ResponseWriter), methods=["POST"]),
-        Route("/v1/polar/quote", Quote(server), methods=["GET", "POST"]),
-        Route("/v1/polar/usage", Usage(server), methods=["GET"]),
-        Route("/v1/polar/receipts/{id:path}", ReceiptOf(server), methods=["GET"]),
-        Route("/v1/models", _Json(lambda scope: _models(server, scope)), methods=["GET"]),
-        Route("/v1/models/{model:path}", _Json(lambda scope: _model(server, scope)), methods=["GET"]),
-        Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),
+        Route("/v1/polar/quote", JsonEndpoint(Quote(server)), methods=["GET", "POST"]),
+    ]
+    reads: dict[str, Callable[[Scope, Receive], Any]] = {
+        "/v1/polar/usage": partial(usage, server),
+        "/v1/polar/receipts/{id:path}": partial(receipt, server),
+        "/v1/models": lambda scope, _: _models(server, scope),
+        "/v1/models/{model:path}": lambda scope, _: _model(server, scope),
+        "/health": lambda *_: {"status": "ok"},
+        "/version": lambda *_: {"version": __version__, "engine": ENGINE_VERSION},
+        "/openapi.json": lambda *_: _document(),
+    }
+    routes += [Route(path, JsonEndpoint(answer), methods=["GET"]) for path, answer in reads.items()]
+    routes += [
         Route("/ready", _Ready(server), methods=["GET"]),
         Route("/metrics", _Metrics(server), methods=["GET"]),
-        Route("/version", _Json(lambda _: {"version": __version__, "engine": ENGINE_VERSION}), methods=["GET"]),
-        Route("/openapi.json", _Json(lambda _: _document()), methods=["GET"]),
     ]
     if settings.pages is not None:
         routes += page_routes(settings.pages, server.guard, server.live)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Front, server=server)],
+        middleware=[Middleware(Front, guard=server.guard, counts=server.metrics)],
         exception_handlers={HTTPException: unrouted},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.server = server
     return app
-
-
-class _Json:
-    """An endpoint whose answer follows from its scope."""
-
-    def __init__(self, answer: Callable[[Scope], dict[str, Any]]) -> None:
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, self._answer(scope))
 
 
 class _Metrics:

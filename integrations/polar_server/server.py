@@ -73,7 +73,7 @@ class Server:
         self.sink.on_record = self.metrics.recorded
 
     def caller(self, exchange: Exchange) -> Caller:
-        """Who asks, and within which bounds."""
+        """The caller of an exchange, with the bounds of its key."""
         given, key = exchange.client_request_id, exchange.key
         tags = {} if given is None else {"client_request_id": given}
         if key is None:
@@ -85,6 +85,10 @@ class Server:
             tiers=tuple(key.tiers),
             max_tokens=key.max_tokens,
         )
+
+    def tenant(self, exchange: Exchange) -> str:
+        """The tenant that is billed for what an exchange asks."""
+        return self.engine.tenant if exchange.key is None else exchange.key.tenant
 
     def rules(self, exchange: Exchange) -> Rules:
         """The rules for the caller of an exchange."""
@@ -160,14 +164,6 @@ class Server:
         await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)
-
-    def called(self, path: str, status: int) -> None:
-        """A call was answered; `path` is one of the routes."""
-        self.metrics.called(path, status)
-
-    def refused(self) -> None:
-        """A budget refused a request."""
-        self.metrics.refused()
 
     def log_unknown(self, error: BaseException) -> None:
         """Log an error that nobody raised on purpose."""

@@ -22,25 +22,22 @@ if TYPE_CHECKING:
 
 
 class Watcher(Protocol):
-    """Who wants to know what becomes of one request."""
+    """Hears what becomes of one request."""
 
     @property
     def holds_back(self) -> bool:
         """Whether its record, if it was completed, is stored by `WatchedSink.store_held` alone."""
-        ...
 
     def admitted(self, bound: UsageBound, offer: Offer) -> None:
         """It may run, by this offer; an error refuses it after all."""
-        ...
 
     def recorded(self, record: UsageRecord, receipt: Receipt | None) -> None:
         """It ended, and its record is stored or held back."""
-        ...
 
 
 _log: Final = logging.getLogger("polar_server")
 _watcher: Final[ContextVar[Watcher | None]] = ContextVar("polar_server_watcher", default=None)
-"""Who watches the request that is being made here."""
+"""The watcher of the request that is being made here."""
 
 
 class WatchedSink(ForwardingSink):

@@ -1,4 +1,4 @@
-"""Where the examples are, and how one of them is imported as the others import each other."""
+"""The folder of the examples, and an import of one of them as the others import each other."""
 
 from __future__ import annotations
 

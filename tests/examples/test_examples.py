@@ -40,11 +40,11 @@ BILLS = {
     "langchain_extraction.py": {"acme"},
     "llama_index_rag.py": {"acme", "globex"},
 }
-"""Who is on the bill at the end."""
+"""The tenants on the bill at the end."""
 ELSEWHERE = {"fastapi_app.py"}
 """Programs that have a test of their own."""
 SHARED = {"bill.py", "minilm.py"}
-"""What the programs import."""
+"""Modules that the programs import."""
 
 
 def test_every_example_is_expected() -> None:

@@ -138,7 +138,7 @@ def test_it_serves_and_prints_the_bill_at_its_end(tmp_path: Path) -> None:
 
 
 def _address(process: subprocess.Popen[str]) -> str:
-    """Where uvicorn says that it listens."""
+    """The address at which uvicorn says that it listens."""
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.search(r"http://127\.0\.0\.1:\d+", line):

@@ -51,7 +51,7 @@ def test_it_runs_and_shows_tiers_bill_and_report(tmp_path: Path) -> None:
 
 
 def _text(output: Any) -> str:
-    """What one output shows."""
+    """The text of one output."""
     if output.output_type == "stream":
         return str(output.text)
     return "\n".join(str(text) for text in output.data.values())

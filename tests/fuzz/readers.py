@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Reader:
-    """What reads one kind of input.
+    """A reader of one kind of input.
 
     Args:
         folder: Where it may write; an own one.
@@ -34,7 +34,7 @@ class Reader:
 
     name: ClassVar[str]
     share: ClassVar[int]
-    """Of the inputs; those of quick readers are more."""
+    """Its share of the inputs; quick readers get more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -55,7 +55,7 @@ TEXTS: Final = st.one_of(st.binary(), st.text().map(str.encode), _JSON.map(lambd
 
 @dataclass
 class Outcome:
-    """What came of some inputs."""
+    """The outcomes of some inputs."""
 
     reader: str
     inputs: int = 0

@@ -1,1 +1,1 @@
-"""Who may ask: API keys, their rate limits, and replies to repeated requests."""
+"""API keys, their rate limits, and replies to repeated requests."""

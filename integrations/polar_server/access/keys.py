@@ -1,4 +1,4 @@
-"""Who may ask: API keys found and checked, and what each may do.
+"""API keys, found and checked, and what each may do.
 
 Keys are kept by whoever registers them under the entry point `polar_server.access`. What was found is good for five
 seconds, and so is what was not, so that a revoked key is refused everywhere within that time and an unknown one costs
@@ -39,61 +39,49 @@ class Key(Protocol):
     @property
     def key_id(self) -> str:
         """The public part."""
-        ...
 
     @property
     def tenant(self) -> str:
-        """Who is billed."""
-        ...
+        """The tenant that is billed."""
 
     @property
     def secret_hash(self) -> str:
         """SHA-256 of the secret, hexadecimal."""
-        ...
 
     @property
     def tags(self) -> Mapping[str, str]:
         """On every usage record of it."""
-        ...
 
     @property
     def scopes(self) -> Sequence[str]:
         """Its scopes."""
-        ...
 
     @property
     def models(self) -> Sequence[str]:
         """Ids of models; empty = any."""
-        ...
 
     @property
     def tiers(self) -> Sequence[str]:
         """Tiers; empty = any."""
-        ...
 
     @property
     def max_tokens(self) -> int | None:
         """Longest answer. Unit: tokens."""
-        ...
 
     @property
     def requests_per_minute(self) -> int | None:
         """Requests per minute; None = any number."""
-        ...
 
     @property
     def tokens_per_minute(self) -> int | None:
         """Tokens per minute, prompt and answer; None = any number."""
-        ...
 
     @property
     def parallel(self) -> int | None:
         """Answers at a time; None = any number."""
-        ...
 
     def state(self, at: datetime) -> str:
         """`active`, or why it opens nothing."""
-        ...
 
 
 class AccountStore(Protocol):
@@ -111,11 +99,9 @@ class AccountStore(Protocol):
         currency: str | None = ...,
     ) -> dict[str, Any]:
         """Usage and spend in a period; a `ValueError` says what is wrong with the question."""
-        ...
 
     def receipt(self, tenant: str, request_id: str) -> dict[str, Any] | None:
         """The receipt of a request; None where the tenant has no such request."""
-        ...
 
 
 class KeyStore(Protocol):
@@ -123,11 +109,9 @@ class KeyStore(Protocol):
 
     def find(self, key_id: str) -> Key | None:
         """The key of an id, active or not; may take as long as a database does."""
-        ...
 
     def any_active(self, scope: str | None = None) -> bool:
         """Whether there is a key that opens something, or this."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -38,17 +38,14 @@ class Verdict(Protocol):
     @property
     def refused(self) -> str | None:
         """The limit that is reached: `requests`, `tokens` or `parallel`; None = it is let in."""
-        ...
 
     @property
     def wait_s(self) -> float:
         """When to ask again. Unit: seconds."""
-        ...
 
     @property
     def left(self) -> Mapping[str, tuple[float, float]]:
         """Rest of `requests` and `tokens`, and the seconds until each is full."""
-        ...
 
 
 class RateStore(Protocol):
@@ -58,7 +55,6 @@ class RateStore(Protocol):
         self, asking: Sequence[Key], used: Sequence[tuple[Key, int]], running: Mapping[str, int]
     ) -> Sequence[Verdict]:
         """Let calls in, in their order, and note what answers used and how many run; an error lets none in."""
-        ...
 
 
 class Limits:

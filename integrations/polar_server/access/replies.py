@@ -17,19 +17,15 @@ class ReplyStore(Protocol):
 
     def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:
         """`claimed`, `other`, `running`, or `done` with the answer."""
-        ...
 
     def keep(self, tenant: str, key: str, answer: bytes) -> bool:
         """Keep the answer to a claimed request; False while the store cannot, which is to be asked again."""
-        ...
 
     def give_up(self, tenant: str, key: str) -> None:
         """A claimed request has no answer to keep."""
-        ...
 
     def close(self) -> None:
         """The server ends."""
-        ...
 
 
 class MemoryReplies:

@@ -1,1 +1,1 @@
-"""How a server is started: from options, under uvicorn or on Ray Serve."""
+"""Start of a server: from options, under uvicorn or on Ray Serve."""

@@ -48,7 +48,7 @@ _AFFINE_HEADERS: Final = (b"authorization", b"x-session-id")
 
 @dataclass(frozen=True, kw_only=True)
 class Replicas:
-    """How many replicas, and what each needs.
+    """The number of replicas, and the needs of each.
 
     Attributes:
         least: Replicas that always run.

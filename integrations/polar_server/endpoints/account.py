@@ -18,7 +18,7 @@ from polar_sdk.reading import shown
 from polar_sdk.serving.threads import run_in_thread
 from polar_sdk.usage import UsageBound, new_request_id
 from polar_server.errors import ApiError
-from polar_server.http.exchange import Exchange, read_object, send_json
+from polar_server.http.exchange import Exchange, read_object
 from polar_server.openai.chat import ChatBody
 from polar_server.openai.completions import TextBody
 from polar_server.openai.fields import invalid, read
@@ -27,9 +27,10 @@ from polar_server.openai.responses import ResponseBody
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Receive, Scope
 
     from polar_sdk.usage import Receipt
+    from polar_server.access.keys import AccountStore
     from polar_server.answers import Ask
     from polar_server.openai.calls import Call, CallBody, Caller
     from polar_server.server import Server
@@ -50,18 +51,18 @@ class Quote:
     def __init__(self, server: Server) -> None:
         self._server = server
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Say what a request would cost at most, by every tier.
+    async def __call__(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+        """The maximum that a request would cost, by every tier.
 
         Raises:
             ApiError: It would be refused.
         """
         exchange = Exchange.of(scope)
         if exchange.method == "GET":
-            quoted = self._by_numbers(_parameters(scope, NUMBERS), self._server.caller(exchange))
+            quoted = self._by_numbers(_parameters(scope, NUMBERS), exchange)
         else:
             quoted = await self._of_body(exchange, receive)
-        await send_json(send, {"object": "polar.quote", **quoted})
+        return {"object": "polar.quote", **quoted}
 
     async def _of_body(self, exchange: Exchange, receive: Receive) -> dict[str, Any]:
         server = self._server
@@ -89,18 +90,17 @@ class Quote:
             "choices": len(call.asks),
         }
 
-    def _by_numbers(self, asked: Mapping[str, str], caller: Caller) -> dict[str, Any]:
+    def _by_numbers(self, asked: Mapping[str, str], exchange: Exchange) -> dict[str, Any]:
         window = self._server.engine.context_window
         read, written = (_number(asked, name, window) for name in NUMBERS)
         if read + written > window:
             raise ContextWindowError(f"{read} + {written} tokens are more than the context window of {window}.")
-        tenant = caller.tenant or self._server.engine.tenant
 
         def as_tier(tier: str) -> list[UsageBound]:
             offer = self._server.catalog.offer(tier, read, written)
             bound = UsageBound(
                 request_id=new_request_id(),
-                tenant=tenant,
+                tenant=self._server.tenant(exchange),
                 tokens_input=read,
                 tokens_output_max=written,
                 offers=(offer,),
@@ -108,7 +108,8 @@ class Quote:
             )
             return [bound]
 
-        return {"requested": None, "tiers": self._tiers(caller, as_tier), "prompts": 1, "choices": 1}
+        tiers = self._tiers(self._server.caller(exchange), as_tier)
+        return {"requested": None, "tiers": tiers, "prompts": 1, "choices": 1}
 
     def _tiers(self, caller: Caller, bounds_of: Callable[[str], Sequence[UsageBound]]) -> list[dict[str, Any]]:
         """Every tier that the caller may use."""
@@ -159,65 +160,48 @@ def _price(prices: Sequence[Receipt | None]) -> dict[str, Any]:
     }
 
 
-class Usage:
-    """`GET /v1/polar/usage`."""
+async def usage(server: Server, scope: Scope, _: Receive) -> dict[str, Any]:
+    """`GET /v1/polar/usage`: usage and spend of the caller's tenant.
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the usage and spend of the caller's tenant.
-
-        Raises:
-            ApiError: A parameter is wrong, or no ledger is kept.
-        """
-        accounts, tenant = _accounts(self._server), _tenant(self._server, scope)
-        asked: dict[str, Any] = _parameters(scope, USAGE)
-        if "by" in asked:
-            asked["by"] = [name for name in asked["by"].split(",") if name]
-            if "tenant" in asked["by"]:
-                raise invalid("by", "there is one tenant only, the caller's; choose tier, model, day or month.")
-        try:
-            found = await asyncio.to_thread(partial(accounts.usage, tenant, **asked))
-        except PolarError as error:
-            if isinstance(error, ValueError):
-                raise ApiError(str(error)) from error
-            raise
-        await send_json(send, {"object": "polar.usage", **found})
+    Raises:
+        ApiError: A parameter is wrong, or no ledger is kept.
+    """
+    accounts, tenant = _accounts(server), server.tenant(Exchange.of(scope))
+    asked: dict[str, Any] = _parameters(scope, USAGE)
+    if "by" in asked:
+        asked["by"] = [name for name in asked["by"].split(",") if name]
+        if "tenant" in asked["by"]:
+            raise invalid("by", "there is one tenant only, the caller's; choose tier, model, day or month.")
+    try:
+        found = await asyncio.to_thread(partial(accounts.usage, tenant, **asked))
+    except PolarError as error:
+        if isinstance(error, ValueError):
+            raise ApiError(str(error)) from error
+        raise
+    return {"object": "polar.usage", **found}
 
 
-class ReceiptOf:
-    """`GET /v1/polar/receipts/{id}`."""
+async def receipt(server: Server, scope: Scope, _: Receive) -> dict[str, Any]:
+    """`GET /v1/polar/receipts/{id}`: one request of the caller's tenant.
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the receipt of one request of the caller's tenant.
-
-        Raises:
-            ApiError: The tenant has no such request, or no ledger is kept.
-        """
-        accounts, tenant = _accounts(self._server), _tenant(self._server, scope)
-        request_id = scope["path_params"]["id"]
-        for pause in _PAUSES_S:
-            await asyncio.sleep(pause)
-            found = await asyncio.to_thread(accounts.receipt, tenant, request_id)
-            if found is not None:
-                await send_json(send, found)
-                return
-        message = f"there is no receipt {request_id[:100]!r}; the id is `polar.receipt` of an answer, or x-request-id."
-        raise ApiError(message, status=404, code="receipt_not_found")
+    Raises:
+        ApiError: The tenant has no such request, or no ledger is kept.
+    """
+    accounts, tenant = _accounts(server), server.tenant(Exchange.of(scope))
+    request_id = scope["path_params"]["id"]
+    for pause in _PAUSES_S:
+        await asyncio.sleep(pause)
+        found = await asyncio.to_thread(accounts.receipt, tenant, request_id)
+        if found is not None:
+            return found
+    message = f"there is no receipt {request_id[:100]!r}; the id is `polar.receipt` of an answer, or x-request-id."
+    raise ApiError(message, status=404, code="receipt_not_found")
 
 
-def _accounts(server: Server) -> Any:
+def _accounts(server: Server) -> AccountStore:
     if server.settings.accounts is None:
         raise ApiError("this server keeps no ledger.", status=404, code="no_ledger")
     return server.settings.accounts
-
-
-def _tenant(server: Server, scope: Scope) -> str:
-    return server.caller(Exchange.of(scope)).tenant or server.engine.tenant
 
 
 def _number(asked: Mapping[str, str], name: str, most: int) -> int:

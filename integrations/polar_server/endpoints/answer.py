@@ -39,23 +39,18 @@ class Writer(Protocol):
 
     def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The answer as one object, of its choices in order."""
-        ...
 
     def opening(self) -> list[bytes]:
         """The events before the first piece."""
-        ...
 
     def piece(self, index: int, chunk: Chunk) -> list[bytes]:
         """The events of a piece of a choice."""
-        ...
 
     def closing(self) -> list[bytes]:
         """The events after the last piece."""
-        ...
 
     def failure(self, error: BaseException) -> list[bytes]:
         """The last events of a stream that was interrupted."""
-        ...
 
 
 class Endpoint:

@@ -35,7 +35,6 @@ class Reply(Protocol):
 
     async def send(self, send: Send) -> bool:
         """Send the answer; True if all of it was sent, False where a stream ended in an error."""
-        ...
 
 
 async def answer_once(
@@ -62,7 +61,7 @@ async def answer_once(
         ApiError: The key belongs to another call, or to one that is still being answered.
     """
     store, fingerprint = server.replies, _fingerprint(exchange.path, content)
-    tenant = server.caller(exchange).tenant or server.engine.tenant
+    tenant = server.tenant(exchange)
     state, kept = await asyncio.to_thread(store.claim, tenant, key, fingerprint)
     if state == "done" and kept is not None:
         await _send_again(kept, exchange, send)

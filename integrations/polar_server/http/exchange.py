@@ -11,6 +11,7 @@ import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.reading import Unreadable, parse_object
@@ -18,7 +19,7 @@ from polar_sdk.usage import new_request_id
 from polar_server.errors import ApiError, ClientLeftError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from starlette.types import Receive, Scope, Send
 
@@ -113,6 +114,22 @@ async def send_json(send: Send, body: Any, *, status: int = 200, headers: Mappin
     """Answer with JSON."""
     content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
     await send_bytes(send, content, "application/json", status=status, headers=headers)
+
+
+class JsonEndpoint:
+    """An ASGI app whose answer is one JSON object.
+
+    Args:
+        answer: Makes it from a call, at once or later.
+    """
+
+    def __init__(self, answer: Callable[[Scope, Receive], dict[str, Any] | Awaitable[dict[str, Any]]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one call."""
+        answer = self._answer(scope, receive)
+        await send_json(send, await answer if isawaitable(answer) else answer)
 
 
 async def send_bytes(

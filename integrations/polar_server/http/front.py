@@ -56,21 +56,14 @@ def _route(path: str) -> str:
     return next((route for route in (_RECEIPTS, PAGES) if path.startswith(f"{route}/")), path)
 
 
-class Fronted(Protocol):
-    """The server inside: of a model, or of the operations page alone."""
-
-    @property
-    def guard(self) -> KeyGuard | None:
-        """Checks API keys; None where anybody may ask."""
-        ...
+class Counts(Protocol):
+    """Counts calls; see `polar_server.telemetry.metrics.Metrics`."""
 
     def called(self, path: str, status: int) -> None:
         """A call was answered; `path` is one of the routes."""
-        ...
 
     def refused(self) -> None:
         """A budget refused a request."""
-        ...
 
 
 class Front:
@@ -78,11 +71,12 @@ class Front:
 
     Args:
         app: The router.
-        server: What it serves.
+        guard: Checks API keys; None where anybody may ask.
+        counts: Hears of every call; None = nobody does.
     """
 
-    def __init__(self, app: ASGIApp, server: Fronted) -> None:
-        self._app, self._server = app, server
+    def __init__(self, app: ASGIApp, guard: KeyGuard | None, counts: Counts | None) -> None:
+        self._app, self._guard, self._counts = app, guard, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call, whatever happens in it."""
@@ -98,17 +92,17 @@ class Front:
             await send(message)
 
         try:
-            if self._server.guard is not None and exchange.path not in _OPEN:
+            if self._guard is not None and exchange.path not in _OPEN:
                 needed = _SCOPES.get(route := _route(exchange.path), "infer")
-                exchange.key = await self._server.guard.check(exchange.headers, needed, browser=route == PAGES)
+                exchange.key = await self._guard.check(exchange.headers, needed, browser=route == PAGES)
             await self._app(scope, receive, send_on)
         except ClientLeftError:
             exchange.status = exchange.status or ClientLeftError().status
         except Exception as error:
             if not isinstance(error, PolarError):  # nobody raised it on purpose
                 _faults.error("a request failed", exc_info=error)
-            if isinstance(error, BudgetExceededError):
-                self._server.refused()
+            if self._counts is not None and isinstance(error, BudgetExceededError):
+                self._counts.refused()
             if exchange.status is not None:
                 raise  # half an answer is sent; the server closes the connection
             failed = api_error(error)
@@ -120,7 +114,8 @@ class Front:
         route = _route(exchange.path)
         path = route if route in _PATHS or route in {_RECEIPTS, PAGES} else "other"
         status = exchange.status or 0
-        self._server.called(path, status)
+        if self._counts is not None:
+            self._counts.called(path, status)
         _log.info(
             "%s %s %s",
             exchange.method,

@@ -52,22 +52,18 @@ class PageAnswer(Protocol):
     @property
     def status(self) -> int:
         """HTTP status."""
-        ...
 
     @property
     def kind(self) -> str:
         """MIME type of text in UTF-8."""
-        ...
 
     @property
     def content(self) -> bytes:
         """The body."""
-        ...
 
     @property
     def keep(self) -> bool:
         """Whether a browser may keep it."""
-        ...
 
 
 class PageStore(Protocol):
@@ -75,11 +71,9 @@ class PageStore(Protocol):
 
     def answer(self, path: str, live: Any = ...) -> PageAnswer:
         """The answer to a `GET` below `/polar/`; `live` is a look at the engine, where there is one."""
-        ...
 
     def check(self) -> None:
         """Raise where the ledger cannot be read."""
-        ...
 
 
 class LiveSource(Protocol):
@@ -87,7 +81,6 @@ class LiveSource(Protocol):
 
     def look(self) -> Any:
         """The engine at this moment."""
-        ...
 
 
 def find_pages(url: str | None, zone: str = "UTC") -> PageStore:
@@ -124,10 +117,10 @@ def build_pages(pages: PageStore, keys: KeyStore | None = None) -> Starlette:
         pages: The page.
         keys: Where API keys are kept; None = anybody on this machine may look.
     """
-    behind = _Alone(None if keys is None else KeyGuard(keys))
+    guard = None if keys is None else KeyGuard(keys)
     app = Starlette(
-        routes=[*page_routes(pages, behind.guard, None), Route("/", _to_the_page, methods=["GET"])],
-        middleware=[Middleware(Front, server=behind)],
+        routes=[*page_routes(pages, guard, None), Route("/", _to_the_page, methods=["GET"])],
+        middleware=[Middleware(Front, guard=guard, counts=None)],
         exception_handlers={HTTPException: unrouted},
     )
     app.router.redirect_slashes = False
@@ -137,19 +130,6 @@ def build_pages(pages: PageStore, keys: KeyStore | None = None) -> Starlette:
 async def _to_the_page(request: Request) -> Response:
     """Lead to the page by a relative address, which is right after a proxy that puts a path before ours."""
     return RedirectResponse(f".{PAGES}/")
-
-
-class _Alone:
-    """Stands for the server where there is no engine."""
-
-    def __init__(self, guard: KeyGuard | None) -> None:
-        self.guard = guard
-
-    def called(self, path: str, status: int) -> None:
-        """Nobody counts."""
-
-    def refused(self) -> None:
-        """Nothing is asked for that could be refused."""
 
 
 class _Pages:

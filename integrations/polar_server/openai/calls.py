@@ -34,7 +34,7 @@ _SERVICE_TIERS: Final = {"auto": None, "default": None, "flex": "economy", "prio
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: what a key is bound to.
+    """The caller, and what its key is bound to.
 
     Attributes:
         tenant: Who is billed; None = the engine's own.

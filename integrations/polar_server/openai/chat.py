@@ -83,7 +83,7 @@ class ChatBody(ChoicesBody, TurnBody):
 
 
 class ChatShape:
-    """How chat answers look."""
+    """The form of chat answers."""
 
     prefix = "chatcmpl"
     whole = "chat.completion"

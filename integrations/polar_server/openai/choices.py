@@ -35,7 +35,7 @@ class Turn:
 
 
 class Shape(Protocol):
-    """How the answers of an endpoint look."""
+    """The form of the answers of an endpoint."""
 
     prefix: str
     """Prefix of an answer's id."""
@@ -49,14 +49,12 @@ class Shape(Protocol):
     @staticmethod
     def choice(index: int, turn: Turn, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
         """One choice of a whole answer."""
-        ...
 
     @staticmethod
     def part(
         index: int, delta: dict[str, Any], logprobs: Sequence[Entry] | None = None, finish: str | None = None
     ) -> dict[str, Any]:
         """A piece of a choice, from its delta as chat completions spell it."""
-        ...
 
 
 class ChoiceWriter:

@@ -83,7 +83,7 @@ def _prompt(prompt: Any) -> str | list[int]:
 
 
 class TextShape:
-    """How text completions look; a piece of a stream looks like the whole."""
+    """The form of text completions; a piece of a stream looks like the whole."""
 
     prefix = "cmpl"
     whole = piece = "text_completion"

@@ -46,7 +46,7 @@ _log: Final = logging.getLogger("polar_server")
 
 @dataclass
 class _Progress:
-    """How far an answer has come."""
+    """The state of an answer under way."""
 
     text: str = ""
     pieces: int = 0

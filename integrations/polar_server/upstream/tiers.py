@@ -1,4 +1,4 @@
-"""Which requests go to an upstream: those of the tiers that have one. All others run in the engine of this process.
+"""Requests of tiers that have an upstream go there; all others run in the engine of this process.
 
 A tier with upstreams stands for one program, the policy's, which they were exported with; no promise of a router holds
 for it. Knows settings and options; `remote` relays, `client` speaks HTTP.

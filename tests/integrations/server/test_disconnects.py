@@ -58,7 +58,7 @@ def computed(engine: PolarModel) -> int:
 
 @pytest.fixture
 def tokens_at_leave(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens had been computed whenever the server noticed that a client had left."""
+    """Tokens that had been computed whenever the server noticed that a client had left."""
     noted: list[int] = []
     leave = Answer.leave
 
