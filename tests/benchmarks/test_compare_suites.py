@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.compare_suites import SUITES, counts
+from benchmarks.compare_suites import counts
 
 
 @pytest.mark.parametrize(
@@ -19,10 +19,3 @@ from benchmarks.compare_suites import SUITES, counts
 )
 def test_a_result_line_is_counted(line: str, passed: int, failed: int, skipped: int) -> None:
     assert counts(line) == {"passed": passed, "failed": failed, "skipped": skipped}
-
-
-def test_our_suite_is_the_one_that_make_runs(pytestconfig: pytest.Config) -> None:
-    path, *selected = SUITES["ChatPolar"]
-    makefile = (pytestconfig.rootpath / "Makefile").read_text(encoding="utf-8")
-    assert path.removeprefix(f"{pytestconfig.rootpath}/") in makefile
-    assert selected == ["-k", "TestUnit or TestRealModel"]

@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
@@ -23,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.day.__main__ import compare, day_seconds, same_answers
-from benchmarks.day.arrivals import CURVE, DAY, PEAK, PEAK_TO_MEAN, TENANTS, arrival_times, arrivals_of, rate_at
+from benchmarks.day.arrivals import DAY, arrival_times, arrivals_of, rate_at
 from benchmarks.day.trial import FULL_DEPTH, Trial, audit, run_trial
 from polar_billing import ALL_TENANTS, Budgets, Ledger, Selection
 from polar_sdk.testing import tiny_model
@@ -54,23 +53,9 @@ class TestArrivals:
         furthest = max(max(place / 300 - time, time - (place - 1) / 300) for place, time in enumerate(even, 1))
         assert furthest * math.sqrt(300) < 3
 
-    def test_the_peak_is_that_of_the_curve(self) -> None:
-        assert rate_at(1.5 * HOUR) == (CURVE[1] + CURVE[2]) / 2
-        assert rate_at(23.5 * HOUR) == (CURVE[23] + CURVE[0]) / 2
-        assert math.isclose(PEAK / (integral(DAY) / DAY), PEAK_TO_MEAN)
-
     def test_everything_follows_from_the_seed(self) -> None:
         assert arrivals_of(40, 1) == arrivals_of(40, 1) != arrivals_of(40, 2)
         assert [arrival.number for arrival in arrivals_of(40, 1)] == list(range(40))
-
-    def test_tenants_and_tiers_come_as_often_as_stated(self) -> None:
-        total = 5_000
-        drawn = Counter((arrival.tenant, arrival.tier) for arrival in arrivals_of(total, 0))
-        for sender in TENANTS:
-            for tier, weight in sender.tiers.items():
-                share = sender.share * weight
-                bound = 6 * math.sqrt(total * share * (1 - share))  # one seed in a billion is further off
-                assert abs(drawn[sender.tenant, tier] - total * share) <= bound
 
 
 @pytest.fixture(scope="module")

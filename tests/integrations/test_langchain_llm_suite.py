@@ -20,7 +20,6 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableParallel
-from langchain_core.tracers.context import collect_runs
 
 from langchain_polar import ChatPolar, PolarLLM, get_polar_cost_callback
 from polar_sdk import ListSink, PolarModel
@@ -128,17 +127,6 @@ class CompletionSuite:
         assert llm.invoke(talk) == llm.invoke(f"Human: Hi\nAI: Hello!\nHuman: {QUESTION}")
         assert llm.invoke([("human", QUESTION)]) == llm.invoke(f"Human: {QUESTION}")
 
-    async def test_stop(self, llm: PolarLLM, params: dict[str, Any]) -> None:
-        text = llm.invoke(QUESTION)
-        stop = next(character for character in text[2:] if character.isascii() and character.isalnum())
-        expected = text.partition(stop)[0]
-        assert llm.invoke(QUESTION, stop=[stop]) == expected
-        assert llm.bind(stop=[stop]).invoke(QUESTION) == expected
-        assert "".join(llm.stream(QUESTION, stop=[stop])) == expected
-        assert await llm.ainvoke(QUESTION, stop=[stop]) == expected
-        assert llm.batch([QUESTION], stop=[stop]) == [expected]
-        assert PolarLLM(**params, stop=[stop]).invoke(QUESTION) == expected
-
     def test_usage_of_each_prompt_and_of_all(self, llm: PolarLLM, sink: ListSink) -> None:
         with get_polar_cost_callback() as costs:
             result = llm.generate([QUESTION, OTHER])
@@ -191,12 +179,10 @@ class CompletionSuite:
         pieces: list[Any] = [event["data"]["chunk"] for event in told if event["event"] == "on_llm_stream"]
         assert "".join(piece if isinstance(piece, str) else piece.text for piece in pieces) == llm.invoke(QUESTION)
 
-    @pytest.mark.parametrize("where", ["object", "process"])
-    async def test_a_cache_answers_and_is_recorded(self, params: Any, sink: ListSink, where: str) -> None:
-        cache = InMemoryCache()
-        set_llm_cache(cache if where == "process" else None)
+    async def test_the_cache_of_the_process_answers_and_is_recorded(self, params: Any, sink: ListSink) -> None:
+        set_llm_cache(InMemoryCache())
         try:
-            llm = PolarLLM(**params, cache=cache if where == "object" else None)
+            llm = PolarLLM(**params)
             texts = [llm.invoke(QUESTION), llm.invoke(QUESTION), await llm.ainvoke(QUESTION)]
             texts += llm.batch([QUESTION])
         finally:
@@ -206,12 +192,7 @@ class CompletionSuite:
         assert PolarLLM(**params, cache=False).invoke(QUESTION) == texts[0]
         assert sink.records[-1].outcome is Outcome.COMPLETED
 
-    def test_fields_and_models_can_be_configured(self, llm: PolarLLM, params: Any, sink: ListSink) -> None:
-        open_fields = llm.configurable_fields(
-            max_tokens=ConfigurableField(id="length"), compute=ConfigurableField(id="tier")
-        )
-        open_fields.with_config(configurable={"length": 2, "tier": "economy"}).invoke(QUESTION)
-        assert (sink.records[-1].tokens.output, sink.records[-1].tier) == (2, "economy")
+    def test_another_model_can_be_configured(self, llm: PolarLLM, params: Any) -> None:
         chat: Any = ChatPolar(**params)
         other: Any = llm.configurable_alternatives(ConfigurableField(id="model"), chat=chat)
         assert isinstance(other.invoke(QUESTION), str)
@@ -224,14 +205,6 @@ class CompletionSuite:
         assert "".join([piece async for piece in chain.astream({"x": QUESTION})]) == text
         both = RunnableParallel(one=chain, two=PromptTemplate.from_template(OTHER) | llm).invoke({"x": QUESTION})
         assert both == {"one": text, "two": llm.invoke(OTHER)}
-
-    def test_runs_are_traced_with_their_options(self, llm: PolarLLM) -> None:
-        with collect_runs() as collected:
-            llm.invoke(QUESTION, {"tags": ["nightly"], "metadata": {"team": "search"}, "run_name": "ask"})
-        (run,) = collected.traced_runs
-        assert (run.name, run.run_type, run.tags) == ("ask", "llm", ["nightly"])
-        assert run.extra["metadata"]["team"] == "search"
-        assert run.extra["invocation_params"]["model"] == llm.model_name
 
     async def test_a_mistake_in_a_batch_may_be_returned(self, llm: PolarLLM) -> None:
         answers: list[Any] = llm.batch([QUESTION, " "], return_exceptions=True)
@@ -342,16 +315,6 @@ def test_rows_of_a_batch_decode_together(llm: PolarLLM, sink: ListSink) -> None:
     spread = (max(starts) - min(starts)).total_seconds() * 1e9
     assert len(starts) == 3
     assert spread < min(ends), "each row would have started only when the one before had ended"
-
-
-def test_a_batch_with_a_config_per_prompt_records_each_with_its_own(llm: PolarLLM, sink: ListSink) -> None:
-    tenants = ["acme", "globex", "acme"]
-    llm.batch(
-        ["one", "two", "three"],
-        config=[{"metadata": {"tenant": name, "row": index}} for index, name in enumerate(tenants)],
-    )
-    found = {record.tags["row"]: record.tenant for record in sink.records}
-    assert found == {"0": "acme", "1": "globex", "2": "acme"}
 
 
 def test_run_ids_of_a_batch_are_request_ids(llm: PolarLLM, sink: ListSink) -> None:

@@ -12,7 +12,6 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import get_usage_metadata_callback
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 
@@ -86,15 +85,6 @@ def test_call_wins_over_config_and_config_over_object(kind: Any, engine: PolarMo
     list(model.stream("Hello", config=config, tenant="call", usage_tags={"c": "call"}))
     assert [record.tenant for record in sink.records] == ["object", "config", "call", "call"]
     assert sink.records[2].tags == sink.records[3].tags == {"a": "object", "b": "config", "c": "call"}
-
-
-@BOTH
-def test_config_of_a_chain_reaches_the_record(kind: Any, engine: PolarModel, sink: ListSink) -> None:
-    chain = ChatPromptTemplate.from_template("{x}") | kind(engine=engine, max_tokens=1) | StrOutputParser()
-    chain.invoke({"x": "Hello"}, config={"metadata": {"tenant": "acme"}, "tags": ["nightly"]})
-    list(chain.stream({"x": "Hello"}, config={"metadata": {"tenant": "globex"}}))
-    assert [record.tenant for record in sink.records] == ["acme", "globex"]
-    assert sink.records[0].tags == {"langchain_tags": "nightly"}
 
 
 @BOTH

@@ -86,15 +86,17 @@ async def test_all_eight_give_the_same_answer(llm: PolarLLM, sink: ListSink) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_raw_says_what_it_cost_once(llm: PolarLLM, sink: ListSink, way: str) -> None:
-    responses = await _ask(llm, way, compute="economy")
+async def test_options_of_a_call_act_and_raw_says_what_it_cost_once(llm: PolarLLM, sink: ListSink, way: str) -> None:
+    whose: Any = {"tenant": "acme", "usage_tags": {"a": "b"}, "request_id": "order-7"}
+    responses = await _ask(llm, way, compute="economy", max_tokens=10, **whose)
     (raw,) = [response.raw for response in responses if response.raw is not None]
     assert raw is responses[-1].raw
     (record,) = sink.records
+    assert (record.tenant, record.tags, record.request_id) == ("acme", {"a": "b"}, "order-7")
     assert raw["usage"] == {
         "prompt_tokens": record.tokens.input,
-        "completion_tokens": 12,
-        "total_tokens": record.tokens.input + 12,
+        "completion_tokens": 10,
+        "total_tokens": record.tokens.input + 10,
     }
     assert raw["model"] == record.model
     assert raw["finish_reason"] == "length"
@@ -118,7 +120,7 @@ def test_a_price_of_the_sink_comes_back_exactly() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_one_call_is_one_event_with_the_models_own_token_counts(
-    engine: PolarModel, sink: ListSink, way: str
+    engine: PolarModel, sink: ListSink, events: _Events, way: str
 ) -> None:
     counter = TokenCountingHandler(tokenizer=lambda _: [0] * 999)
     debug = LlamaDebugHandler(print_trace_on_end=False)
@@ -127,6 +129,9 @@ async def test_one_call_is_one_event_with_the_models_own_token_counts(
     assert len(debug.get_event_pairs(CBEventType.LLM)) == 1
     assert counter.prompt_llm_token_count == sink.records[0].tokens.input
     assert counter.completion_llm_token_count == 4
+    kind = "Chat" if way.endswith("chat") else "Completion"
+    assert events.names.count(f"LLM{kind}StartEvent") == events.names.count(f"LLM{kind}EndEvent") == 1
+    assert not [name for name in events.names if name.startswith("LLM") and kind not in name]
 
 
 class _Events(BaseEventHandler):
@@ -146,22 +151,6 @@ def events() -> Iterator[_Events]:
     dispatcher.add_event_handler(handler)
     yield handler
     dispatcher.event_handlers.remove(handler)
-
-
-@pytest.mark.parametrize("way", WAYS)
-async def test_one_call_is_one_pair_of_instrumentation_events(llm: PolarLLM, events: _Events, way: str) -> None:
-    await _ask(llm, way)
-    kind = "Chat" if way.endswith("chat") else "Completion"
-    assert events.names.count(f"LLM{kind}StartEvent") == events.names.count(f"LLM{kind}EndEvent") == 1
-    assert not [name for name in events.names if name.startswith("LLM") and kind not in name]
-
-
-@pytest.mark.parametrize("way", WAYS)
-async def test_options_of_a_call_act(llm: PolarLLM, sink: ListSink, way: str) -> None:
-    await _ask(llm, way, max_tokens=2, compute="premium", tenant="acme", usage_tags={"a": "b"}, request_id="order-7")
-    (record,) = sink.records
-    assert (record.tokens.output, record.tier, record.tenant) == (2, "premium", "acme")
-    assert (record.tags, record.request_id) == ({"a": "b"}, "order-7")
 
 
 async def test_instrument_tags_reach_the_record(engine: PolarModel, sink: ListSink) -> None:

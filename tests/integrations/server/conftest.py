@@ -77,6 +77,13 @@ class Served:
         self.port = int(self.url.rpartition(":")[2])
         self.base_url = f"{self.url}/v1"
 
+    @property
+    def records(self) -> list[UsageRecord]:
+        """Records of its sink."""
+        sink: Any = self.server.sink.inner
+        records: list[UsageRecord] = sink.records
+        return records
+
     def signal(self) -> None:
         """Act as on SIGTERM."""
         self.uvicorn.handle_exit(15, None)
@@ -158,6 +165,16 @@ def serve(tiny: PolarModel, sink: RecordingSink) -> Iterator[Callable[..., Serve
             return served
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def refusing(tiny: PolarModel) -> Iterator[Served]:
+    """One server for many calls that it refuses: none of them is recorded."""
+    engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=ListSink(), tenant="acme")
+    served = Served(Settings(engine=engine, name="tiny", drain=0.0))
+    yield served
+    served.close()
+    assert served.records == []
 
 
 @pytest.fixture

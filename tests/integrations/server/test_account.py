@@ -124,15 +124,15 @@ def test_a_quote_shows_what_the_key_may_use(billed: Served, keys: ApiKeys) -> No
         ("input_tokens=%ff", None),
     ],
 )
-def test_a_quote_of_wrong_numbers_is_refused(served: Served, query: str, param: str | None) -> None:
-    status, _, body = served.call("GET", f"/v1/polar/quote?{query}")
+def test_a_quote_of_wrong_numbers_is_refused(refusing: Served, query: str, param: str | None) -> None:
+    status, _, body = refusing.call("GET", f"/v1/polar/quote?{query}")
     assert (status, body["error"]["param"]) == (400, param)
 
 
-def test_what_would_be_refused_has_no_quote(served: Served) -> None:
+def test_what_would_be_refused_has_no_quote(refusing: Served) -> None:
     odd = {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}
     for fields in ({"temperature": 9}, {"response_format": odd}):
-        status, _, body = served.call("POST", "/v1/polar/quote", chat_body(**fields))
+        status, _, body = refusing.call("POST", "/v1/polar/quote", chat_body(**fields))
         assert (status, body["error"]["param"]) == (400, next(iter(fields)))
 
 
@@ -250,9 +250,9 @@ def test_each_path_needs_its_scope(billed: Served, keys: ApiKeys) -> None:
     assert billed.call("POST", "/v1/polar/quote", chat_body(), infer)[0] == 200
 
 
-def test_without_a_ledger_there_is_nothing_to_tell(served: Served) -> None:
+def test_without_a_ledger_there_is_nothing_to_tell(refusing: Served) -> None:
     for path in ("/v1/polar/usage", "/v1/polar/receipts/x"):
-        status, _, body = served.call("GET", path)
+        status, _, body = refusing.call("GET", path)
         assert (status, body["error"]["code"]) == (404, "no_ledger")
 
 

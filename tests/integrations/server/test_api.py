@@ -33,10 +33,9 @@ def test_models_are_listed_by_tier(served: Served) -> None:
 
 
 @pytest.mark.parametrize("model", ["other", "tiny:", "tiny:none", "tiny:economy:exact", "TINY", "ti\u0000ny", "\ud800"])
-def test_a_model_that_does_not_exist_is_404(served: Served, sink: RecordingSink, model: str) -> None:
-    status, _, body = served.call("POST", "/v1/chat/completions", chat_body(model=model))
+def test_a_model_that_does_not_exist_is_404(refusing: Served, model: str) -> None:
+    status, _, body = refusing.call("POST", "/v1/chat/completions", chat_body(model=model))
     assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
-    assert sink.records == []
 
 
 def test_an_answer_says_what_it_cost_and_what_ran(served: Served, sink: RecordingSink) -> None:
@@ -108,15 +107,6 @@ def test_an_answer_matches_its_schema(served: Served, stream: bool) -> None:
     assert isinstance(json.loads(plain["choices"][0]["message"]["content"]), dict)
 
 
-def test_a_text_completion_takes_several_prompts(served: Served) -> None:
-    _, _, body = served.call("POST", "/v1/completions", {"model": "tiny", "prompt": ["ab", "abc"], "echo": True})
-    assert [choice["index"] for choice in body["choices"]] == [0, 1]
-    assert body["choices"][0]["text"].startswith("ab")
-    assert body["choices"][1]["text"].startswith("abc")
-    assert body["usage"]["prompt_tokens"] == 5
-    assert body["usage"]["completion_tokens"] == 32
-
-
 def test_logprobs_have_the_bytes_of_the_text(served: Served) -> None:
     body = served.chat(logprobs=True, top_logprobs=2, max_tokens=20)
     choice = body["choices"][0]
@@ -183,12 +173,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param"), BAD_CHATS, ids=lambda value: json.dumps(value)[:40])
-def test_a_bad_field_is_refused_by_name_and_costs_nothing(
-    served: Served, sink: RecordingSink, fields: dict[str, Any], param: str
-) -> None:
-    status, _, body = served.call("POST", "/v1/chat/completions", chat_body(**fields))
+def test_a_bad_field_is_refused_by_name_and_costs_nothing(refusing: Served, fields: dict[str, Any], param: str) -> None:
+    status, _, body = refusing.call("POST", "/v1/chat/completions", chat_body(**fields))
     assert (status, body["error"]["param"], body["error"]["type"]) == (400, param, "invalid_request_error")
-    assert sink.records == []
 
 
 @pytest.mark.parametrize(
@@ -202,24 +189,21 @@ def test_a_bad_field_is_refused_by_name_and_costs_nothing(
         ({"prompt": ["a"] * 17}, "n"),
     ],
 )
-def test_a_bad_field_of_a_text_completion_is_refused(
-    served: Served, sink: RecordingSink, fields: dict[str, Any], param: str
-) -> None:
-    status, _, body = served.call("POST", "/v1/completions", {"model": "tiny", "prompt": "a", **fields})
+def test_a_bad_field_of_a_text_completion_is_refused(refusing: Served, fields: dict[str, Any], param: str) -> None:
+    status, _, body = refusing.call("POST", "/v1/completions", {"model": "tiny", "prompt": "a", **fields})
     assert (status, body["error"]["param"]) == (400, param)
-    assert sink.records == []
 
 
 @pytest.mark.parametrize("names", [("temperature", "n"), ("n", "temperature")])
-def test_of_two_faults_the_first_in_the_body_is_named(served: Served, names: tuple[str, str]) -> None:
+def test_of_two_faults_the_first_in_the_body_is_named(refusing: Served, names: tuple[str, str]) -> None:
     wrong = dict.fromkeys(names, 9000)
-    _, _, body = served.call("POST", "/v1/chat/completions", {**wrong, **chat_body()})
+    _, _, body = refusing.call("POST", "/v1/chat/completions", {**wrong, **chat_body()})
     assert body["error"]["param"] == names[0]
 
 
-def test_a_prompt_that_does_not_fit_has_the_code_that_clients_match(served: Served) -> None:
+def test_a_prompt_that_does_not_fit_has_the_code_that_clients_match(refusing: Served) -> None:
     long = [{"role": "user", "content": "a" * 5_000}]
-    status, _, body = served.call("POST", "/v1/chat/completions", chat_body(messages=long))
+    status, _, body = refusing.call("POST", "/v1/chat/completions", chat_body(messages=long))
     assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
 
 
@@ -250,8 +234,8 @@ def test_a_chunked_body_is_counted_as_it_comes(serve: Callable[..., Served]) -> 
     connection.close()
 
 
-def test_a_compressed_body_is_refused(served: Served) -> None:
-    status, _, _ = served.call("POST", "/v1/chat/completions", b"x", {"content-encoding": "gzip"})
+def test_a_compressed_body_is_refused(refusing: Served) -> None:
+    status, _, _ = refusing.call("POST", "/v1/chat/completions", b"x", {"content-encoding": "gzip"})
     assert status == 415
 
 
@@ -266,8 +250,8 @@ def test_a_compressed_body_is_refused(served: Served) -> None:
         ("GET", "/v1/models/none", 404),
     ],
 )
-def test_what_does_not_exist_is_a_json_error(served: Served, method: str, path: str, status: int) -> None:
-    found, headers, body = served.call(method, path)
+def test_what_does_not_exist_is_a_json_error(refusing: Served, method: str, path: str, status: int) -> None:
+    found, headers, body = refusing.call(method, path)
     assert found == status
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert headers["x-request-id"]
@@ -335,8 +319,3 @@ def test_the_document_describes_every_route_and_what_bodies_may_hold(served: Ser
     for name, value in (("temperature", 3), ("n", 1.5), ("stop", [1]), ("tags", {"a": 1}), ("store", True)):
         assert not validator.is_valid(chat_body(**{name: value})), name
     assert not validator.is_valid({"model": "tiny"})
-
-
-def test_version_names_the_package_and_the_engine(served: Served) -> None:
-    _, _, version = served.call("GET", "/version")
-    assert set(version) == {"version", "engine"}

@@ -82,6 +82,7 @@ class TestTiny(_Suite):
             yield
 
 
+@pytest.mark.long
 class TestTinyFunctionCalling(TestTiny):
     """The same with structured output by calls of tools."""
 

@@ -72,25 +72,20 @@ def ask(url: str, headers: dict[str, str] | None = None) -> Any:
         return json.load(answer)
 
 
-def test_it_serves_meters_and_ends_on_sigterm(model: Path, ledger_url: str) -> None:
-    with serving("--model", str(model), "--name", "tiny", "--port", "0", "--tenant", "acme") as process:
-        answer = ask(url_of(process))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    with Ledger(ledger_url) as ledger:
-        (stored,) = ledger.read(Selection(ALL_TENANTS))
-    assert stored.record.request_id == answer["polar"]["receipt"]
-    assert stored.record.tenant == "acme"
-
-
-def test_an_open_bind_asks_for_keys(model: Path, ledger_url: str) -> None:
+def test_an_open_bind_asks_for_keys_meters_and_ends_on_sigterm(model: Path, ledger_url: str) -> None:
     with Ledger(ledger_url) as ledger:
         _, text = ApiKeys(ledger).create("globex", "search")
     with serving("--model", str(model), "--name", "tiny", "--port", "0", "--host", "0.0.0.0") as process:
         url = url_of(process).replace("0.0.0.0", "127.0.0.1")
         with pytest.raises(urllib.error.HTTPError, match="401"):
             ask(url)
-        assert ask(url, {"authorization": f"Bearer {text}"})["polar"]["tenant"] == "globex"
+        answer = ask(url, {"authorization": f"Bearer {text}"})
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    with Ledger(ledger_url) as ledger:
+        (stored,) = ledger.read(Selection(ALL_TENANTS))
+    assert stored.record.request_id == answer["polar"]["receipt"]
+    assert stored.record.tenant == answer["polar"]["tenant"] == "globex"
 
 
 @pytest.fixture
@@ -116,21 +111,9 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(options: dict[str, Any
         cli.serve(model="no/such/model", **options)
 
 
-def test_the_dashboard_shows_a_ledger_and_ends_on_sigterm(ledger_url: str) -> None:
+def test_the_dashboard_asks_for_keys_where_others_can_reach_it_and_ends_on_sigterm(ledger_url: str) -> None:
     with Ledger(ledger_url) as ledger:
         Meter(ledger).emit(usage_record(tenant="initech", started_at=datetime.now(UTC)))
-    with serving("--port", "0", command="dashboard") as process:
-        with urllib.request.urlopen(url_of(process), timeout=60) as answer:
-            text = answer.read().decode()
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    assert "initech" in text
-    assert "No engine runs behind this page" in text
-
-
-def test_the_dashboard_asks_for_keys_where_others_can_reach_it(ledger_url: str) -> None:
-    with Ledger(ledger_url) as ledger:
-        ApiKeys(ledger).create("acme", "search")
         _, text = ApiKeys(ledger).create("acme", "operator", scopes=("dashboard",))
     with serving("--port", "0", "--host", "0.0.0.0", command="dashboard") as process:
         url = url_of(process).replace("0.0.0.0", "127.0.0.1")
@@ -138,7 +121,12 @@ def test_the_dashboard_asks_for_keys_where_others_can_reach_it(ledger_url: str) 
             urllib.request.urlopen(url, timeout=60)
         request = urllib.request.Request(url, headers={"authorization": f"Bearer {text}"})
         with urllib.request.urlopen(request, timeout=60) as answer:
-            assert "operator" in answer.read().decode()
+            page = answer.read().decode()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert "operator" in page
+    assert "initech" in page
+    assert "No engine runs behind this page" in page
 
 
 @pytest.mark.parametrize(

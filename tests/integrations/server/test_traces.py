@@ -129,20 +129,11 @@ def test_the_context_goes_on_to_servers_behind(
     assert span.context.trace_state.get("vendor") == "1"
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"traceparent": "nonsense"},
-        {"traceparent": f"00-{'0' * 32}-{PARENT}-01"},
-        {"traceparent": f"ff-{TRACE}-{PARENT}-01"},
-        {"traceparent": TRACEPARENT, "tracestate": "x" * 5_000},
-    ],
-)
-def test_a_context_that_is_none_does_no_harm(serve: Callable[..., Served], headers: dict[str, str]) -> None:
-    upstream = serve()
-    front = serve(backends={"economy": [f"{upstream.url}#tiny:economy"]})
-    assert front.call("POST", "/v1/chat/completions", chat_body(model="tiny:economy"), headers)[0] == 200
+def test_a_context_that_is_none_does_no_harm(serve: Callable[..., Served]) -> None:
+    front = serve(backends={"economy": [f"{serve().url}#tiny:economy"]})
+    for parent in ("nonsense", f"00-{'0' * 32}-{PARENT}-01", f"ff-{TRACE}-{PARENT}-01", TRACEPARENT):
+        headers = {"traceparent": parent, "tracestate": "x" * 5_000}
+        assert front.call("POST", "/v1/chat/completions", chat_body(model="tiny:economy"), headers)[0] == 200
 
 
 def test_a_server_without_an_sdk_refuses_to_be_watched() -> None:

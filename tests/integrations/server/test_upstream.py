@@ -96,21 +96,15 @@ def test_a_stream_carries_what_the_whole_answer_does(front: Served) -> None:
 
 
 def test_other_tiers_run_here_and_models_say_what_runs_where(front: Served, upstream: Served) -> None:
-    before = len(_records(upstream))
+    before = len(upstream.records)
     assert front.chat()["polar"]["tier"] == "standard"
     assert front.chat(model="tiny:exact")["polar"]["program"] == "0-5"
     assert front.chat(program=ECONOMY)["polar"]["tier"] is None
-    assert len(_records(upstream)) == before
+    assert len(upstream.records) == before
     entry = front.call("GET", "/v1/models/tiny:economy")[2]["polar"]
     assert (entry["program"], entry["certified"]) == (ECONOMY, False)
     _, _, quote = front.call("POST", "/v1/polar/quote", chat_body(model="tiny:economy"))
     assert (quote["requested"]["tier"], quote["requested"]["program"]) == ("economy", ECONOMY)
-
-
-def _records(served: Served) -> list[Any]:
-    sink: Any = served.server.sink.inner
-    records: list[Any] = sink.records
-    return records
 
 
 def test_a_front_before_a_front(serve: Callable[..., Served], front: Served, sink: RecordingSink) -> None:
@@ -135,8 +129,8 @@ def test_what_was_cut_is_billed_by_what_arrived(
     assert (record.outcome, record.tags["polar.measured_by"]) == ("cancelled", "relay")
     assert 4 <= record.tokens.output < 2_000
     assert record.flops.total == executed(front, record)
-    _wait_for(lambda: len(_records(upstream)) == 1)
-    assert record.tokens.output <= _records(upstream)[0].tokens.output < 2_000, "it stopped there as well"
+    _wait_for(lambda: len(upstream.records) == 1)
+    assert record.tokens.output <= upstream.records[0].tokens.output < 2_000, "it stopped there as well"
     assert not front.server.sink.due
 
 
