@@ -6,7 +6,6 @@ That they equal the reference is `test_parity.py`, that their FLOPs do, `test_me
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -49,35 +48,28 @@ def test_every_supported_architecture_finds_a_family_that_says_so() -> None:
         assert model_type in find_family(config).model_types
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mamba", "falcon"])
-def test_an_unsupported_architecture_says_what_is_supported(model_type: str) -> None:
-    with pytest.raises(UnsupportedArchitectureError, match=f"'{model_type}' is not supported; choose from: gemma2, "):
-        find_family(transformers.AutoConfig.for_model(model_type))
+def test_an_unsupported_architecture_says_what_is_supported() -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom'.*gemma2, "):
+        find_family(transformers.AutoConfig.for_model("bloom"))
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'.*default"),
+    ("llama", {"rope_parameters": DYNAMIC}, "'dynamic'.*default"),
     ("llama", {"hidden_act": "mish"}, "'mish'.*silu"),
     ("mistral", {"sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types.*full_attention in"),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*sliding_attention in all"),
     ("mixtral", {"hidden_act": "mish"}, "'mish'.*silu"),
-    (
-        "qwen2",
-        {"layer_types": ["full_attention", "chunked_attention"]},
-        "chunked_attention.*full_attention or slid",
-    ),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention.*full_attention or slid"),
     ("qwen2_moe", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention.*full_attention or slid"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window=None.*at least 1"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True.*False"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0.*None"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True.*False"),
-    (
-        "phi3",
-        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}},
-        "'longrope'.*default",
-    ),
+    ("phi3", {"rope_parameters": LONG}, "'longrope'.*default"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True.*False"),
-    ("gpt_neox", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'.*default"),
+    ("gpt_neox", {"rope_parameters": DYNAMIC}, "'dynamic'.*default"),
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False.*True"),
     ("opt", {"word_embed_proj_dim": 24}, "word_embed_proj_dim=24.*48"),
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True.*False"),
@@ -91,22 +83,6 @@ def test_an_unsupported_option_is_refused_with_its_value(
     config = transformers.AutoConfig.for_model(model_type, **SMALL, **options)
     with pytest.raises(UnsupportedArchitectureError, match=message):
         find_family(config)
-
-
-@pytest.mark.parametrize("change", [{"window": None}, {"window": 1}, {"window": -1}, {"softcap": None}, {"scale": 1.0}])
-def test_what_the_kinds_of_a_family_say_shows_in_its_logits(
-    family: str, change: dict[str, Any], tiny_family: TinyFamily
-) -> None:
-    """So that the parity tests would fail if a window were off by one, a cap forgotten or a scale wrong."""
-    decoder = build_decoder(tiny_family(family))
-    right, kinds = identity_logits(decoder), decoder.family.kinds
-    (name, value), *_ = change.items()
-    if name == "window" and value is not None:
-        changed = [replace(kind, window=kind.window and kind.window + value) for kind in kinds]
-    else:
-        changed = [replace(kind, **change) for kind in kinds]
-    decoder.family.kinds = tuple(changed)
-    assert (tuple(changed) == kinds) == torch.equal(identity_logits(decoder), right)
 
 
 def test_windows_caps_and_tables_are_where_the_reference_has_them(tiny_family: TinyFamily) -> None:

@@ -1,4 +1,4 @@
-"""Fills: what a map writes for prompt tokens that do not run a segment, and what everybody else then computes.
+"""Fills: keys and values that a map writes for prompt tokens that do not run a segment, and all that is computed after.
 
 The reference is the untouched Hugging Face model with hooks: they replace the outputs of its projections, and undo its
 layers, for the tokens that are filled.
@@ -29,7 +29,6 @@ from polar_sdk.model import PolarModel
 from polar_sdk.programs.policy import LoopGuard
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import random_fill, tiny_model
-from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -38,10 +37,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.usage import ListSink
 
     TinyFamily = Callable[..., PreTrainedModel]
 
 DEPTH = 6
+SOME = pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "qwen2_moe"])
+"""Families of different parts, where a test is not about one: rotary positions and learned ones, windows, experts."""
 PROGRAMS = ["0-2 (3-5)", "0-1 (2-3) 4 (5)", "0-3 (4-5:4)", "0 (1-2:3) 3x2 (4:2) 5", "(0) 1-2 (3-4) 5~2"]
 
 
@@ -257,15 +259,16 @@ def test_a_fill_is_the_reference_with_its_projections_replaced(
         assert (ours - plain).abs().max() > 1e-2  # random maps do show
 
 
+@SOME
 @pytest.mark.parametrize("text", PROGRAMS)
-def test_a_filled_prompt_in_pieces_is_the_prompt_at_once(family: str, text: str, tiny_family: TinyFamily) -> None:
-    decoder = build_decoder(tiny_family(family))
+def test_a_filled_prompt_in_pieces_is_the_prompt_at_once(name: str, text: str, tiny_family: TinyFamily) -> None:
+    decoder = build_decoder(tiny_family(name))
     program = with_fills(decoder, Program.parse(text))
     prompt, following = some_tokens(3, 70), some_tokens(4, 3)
     whole = answer(Row(decoder, program), prompt, following)
     for sizes in ([1], [1, 60], [30, 37], [64, 5], [68, 1]):
         pieces = answer(Row(decoder, program), prompt, following, sizes)
-        assert_close(pieces, whole, f"{family}, {text}, {sizes}")
+        assert_close(pieces, whole, f"{name}, {text}, {sizes}")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi3", "mixtral", "qwen2_moe"])
@@ -283,12 +286,13 @@ def test_keys_and_values_of_one_layer_are_an_affine_map_of_its_state(name: str, 
     assert_close(ours, answer(Row(decoder, Program.parse("0-4")), prompt, following), name)
 
 
+@SOME
 @pytest.mark.parametrize("text", [*PROGRAMS, "0-2 (3) [4-5]"])
 @pytest.mark.parametrize("sizes", [(), (1,), (20, 20)])
 def test_flops_and_visits_of_a_filled_prompt(
-    family: str, text: str, sizes: Sequence[int], tiny_family: TinyFamily
+    name: str, text: str, sizes: Sequence[int], tiny_family: TinyFamily
 ) -> None:
-    decoder = build_decoder(tiny_family(family))
+    decoder = build_decoder(tiny_family(name))
     hidden = decoder.family.hidden
     factors = torch.eye(hidden)[:, :5], torch.eye(hidden)[:5]
     decoder.set_bridges({(4, 5): Bridge(factors, torch.zeros(hidden), torch.zeros(hidden))})
@@ -308,9 +312,10 @@ def fills_of(program: Program) -> list[int]:
     return [max((step.fill for step in program if step.first == layer), default=0) for layer in range(DEPTH)]
 
 
-def test_rows_with_fills_and_without_share_a_pass(family: str, tiny_family: TinyFamily) -> None:
+@SOME
+def test_rows_with_fills_and_without_share_a_pass(name: str, tiny_family: TinyFamily) -> None:
     """Ragged prompts of different programs together, some in their last piece, some decoding: each as alone."""
-    decoder = build_decoder(tiny_family(family))
+    decoder = build_decoder(tiny_family(name))
     programs = [with_fills(decoder, Program.parse(text)) for text in [*PROGRAMS, "0-5", "0-1 3x2 5"]]
     prompts = [some_tokens(row, 9 + 7 * row) for row in range(len(programs))]
     following = some_tokens(11, 2)
@@ -326,7 +331,7 @@ def test_rows_with_fills_and_without_share_a_pass(family: str, tiny_family: Tiny
         rest = [prompt[cut:] or following[:1] for prompt in prompts]
         found.append(list(next_logits(decoder, rows, rest)))
     for row, (short, mine) in enumerate(zip(ended, alone, strict=True)):
-        assert_close(found[1][row], mine[1 if short else 0], f"{family}, {programs[row]} among others")
+        assert_close(found[1][row], mine[1 if short else 0], f"{name}, {programs[row]} among others")
 
 
 def test_a_guard_watches_a_loop_before_a_fill(tiny_family: TinyFamily) -> None:
@@ -360,9 +365,10 @@ def test_a_fill_among_integers_is_a_fill_among_their_values(precision: str, tiny
     assert (whole - plain).abs().max() > 1e-2
 
 
-def test_a_segment_crosses_devices(family: str, tiny_family: TinyFamily) -> None:
+@SOME
+def test_a_segment_crosses_devices(name: str, tiny_family: TinyFamily) -> None:
     """Its map runs where its first layer is, and its layers' pages are where they are."""
-    model, cpu, other = tiny_family(family), torch.device("cpu"), torch.device("cpu", 0)
+    model, cpu, other = tiny_family(name), torch.device("cpu"), torch.device("cpu", 0)
     split = build_decoder(model, placement=Placement(cpu, (cpu,) * 3 + (other,) * 3, other))
     whole = build_decoder(model)
     program = Program.parse("0-1 (2-4) 5")
@@ -371,10 +377,11 @@ def test_a_segment_crosses_devices(family: str, tiny_family: TinyFamily) -> None
     assert torch.equal(*found)
 
 
+@SOME
 @pytest.mark.parametrize("text", [*PROGRAMS, "0-2 (3) [4-5]", "0-5", "0-3 5~2"])
-def test_scores_are_those_of_requests(family: str, text: str, tiny_family: TinyFamily) -> None:
+def test_scores_are_those_of_requests(name: str, text: str, tiny_family: TinyFamily) -> None:
     """The question is filled and the choices run: what is scored is what a request would compute."""
-    decoder = build_decoder(tiny_family(family))
+    decoder = build_decoder(tiny_family(name))
     hidden = decoder.family.hidden
     decoder.set_bridges({(4, 5): Bridge((torch.eye(hidden),), torch.ones(hidden), torch.zeros(hidden))})
     program = with_fills(decoder, Program.parse(text))
@@ -387,7 +394,7 @@ def test_scores_are_those_of_requests(family: str, text: str, tiny_family: TinyF
         for tail, found, greedy in zip(tails, score.loglikelihoods, score.greedy, strict=True):
             logits = answer(Row(decoder, program), prompt, tail[:-1])
             own = logits.log_softmax(-1)[range(len(tail)), tail].sum()
-            assert abs(float(own) - found) < 1e-4 * max(1.0, abs(found)), f"{family}, {text}, {len(prompt)} tokens"
+            assert abs(float(own) - found) < 1e-4 * max(1.0, abs(found)), f"{name}, {text}, {len(prompt)} tokens"
             assert list(greedy) == logits.argmax(-1).tolist()
 
 
@@ -424,10 +431,6 @@ def test_a_row_that_gave_its_pages_up_goes_on_as_before(text: str, tiny_family: 
 
 class TestRequests:
     """A program with fills named by hand, through the whole of a request."""
-
-    @pytest.fixture
-    def records(self) -> ListSink:
-        return ListSink()
 
     @pytest.fixture
     def model(self, records: ListSink) -> PolarModel:

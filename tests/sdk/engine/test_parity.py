@@ -1,4 +1,4 @@
-"""What "right" means: programs against the untouched Hugging Face model, layers removed and copied by hand.
+"""Parity: programs against the untouched Hugging Face model, its layers removed and copied by hand.
 
 Tiny random models of every family in float32; on failure the largest and the mean difference are printed.
 """
@@ -94,7 +94,7 @@ def test_program_is_the_model_with_layers_removed_and_copied(variant: str, text:
     assert_close(ours, reference_logits(reference_model(model, program), tokens), f"{variant}, {text}")
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_cached_decoding_is_recomputing(family: str, seed: int, tiny_family: TinyFamily) -> None:
     """Prompts of different lengths, one program: every step's logits equal those of the whole sequence from scratch.
 
@@ -110,7 +110,7 @@ def test_cached_decoding_is_recomputing(family: str, seed: int, tiny_family: Tin
         assert_close(torch.stack(steps), sequence[-len(steps) :], f"{family}, program {program}")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_rows_with_different_programs_do_not_touch_each_other(family: str, seed: int, tiny_family: TinyFamily) -> None:
     rng = random.Random(seed)
     decoder = build_decoder(tiny_family(family))
@@ -167,7 +167,7 @@ def decode(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("text", ["0-5", "0-1 3-5", "0-2 3x2 4-5"])
+@pytest.mark.parametrize("text", ["0-1 3-5", "0-2 3x2 4-5"])
 def test_ragged_rows_are_the_padded_batch_of_the_reference(
     family: str, side: Literal["left", "right"], text: str, tiny_family: TinyFamily
 ) -> None:
