@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,9 @@ from pydantic import TypeAdapter
 
 from polar_sdk.errors import ProgramDepthError, ProgramSyntaxError
 from polar_sdk.programs.program import Program, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEPTH = 30
 layers = st.integers(0, DEPTH - 1)
@@ -46,7 +51,7 @@ def any_steps(draw: st.DrawFn) -> Program:
     return Program(steps)
 
 
-@given(any_steps())
+@given(any_steps() | programs)
 def test_the_text_of_any_program_reads_back(program: Program) -> None:
     assert Program.parse(program.text) == program
     assert Program.parse(program.text).text == program.text
@@ -60,15 +65,6 @@ def test_bridges_and_damped_loops_in_text() -> None:
     assert program.text == "0-2 5~2 [6-8] 9 [10]"
     assert not program.is_identity(11)
     assert Program.bridging(12, [(3, 4), (6, 9)]).text == "0-2 [3-4] 5 [6-9] 10-11"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("[3-1]", "backwards"), ("[0-5]", "visits no layer"), ("0 [1", r"\[1"), ("1-2~2", "1-2~2"), ("0 3~0", "0 times")],
-)
-def test_bridges_and_damped_loops_that_do_not_read(text: str, message: str) -> None:
-    with pytest.raises(ProgramSyntaxError, match=message):
-        Program.parse(text)
 
 
 def test_half_a_damped_loop_is_no_program() -> None:
@@ -96,25 +92,6 @@ def test_one_segment_has_one_way_to_write_it() -> None:
     assert Program.parse("0-1 (2) (4)").fills == ((2, 2), (4, 4))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("0-2 (5-3)", "backwards"),
-        ("0-2 (3-5:0)", "use 1 or more"),
-        ("0-2 (3-5", r"cannot be parsed at '\(3-5'"),
-        ("0-2 ()", r"cannot be parsed at '\(\)'"),
-        ("0-2 (3-5)x2", "cannot be parsed"),
-        ("0-3 (3-5)", "layer 3 is filled and visited 2 times"),
-        ("0-2 (3) (3)", "layer 3 is filled and visited 2 times"),
-        ("0-2 (3-5) 4~2", "layer 4 is filled and visited 3 times"),
-    ],
-)
-def test_fills_that_do_not_read(text: str, message: str) -> None:
-    with pytest.raises(ProgramSyntaxError, match=message) as caught:
-        Program.parse(text)
-    assert "\n" not in str(caught.value)
-
-
 def test_fills_that_no_text_could_name() -> None:
     for step in (Step(1, 1, fill=-1), Step(1, 1, fill=10_000), Step(1, 1, 2, fill=1), Step(1, 2, bridge=True, fill=1)):
         with pytest.raises(ProgramSyntaxError, match="filled"):
@@ -123,31 +100,13 @@ def test_fills_that_no_text_could_name() -> None:
         Program.filling(6, [(2, 3)], tail=0)
 
 
-def test_a_cut_outside_the_depth() -> None:
-    with pytest.raises(ProgramDepthError, match="layer 30 does not exist"):
-        Program.parse("0-19 (20-30)").check_depth(30)
-
-
+@pytest.mark.parametrize("make", [Program.filling, Program.bridging])
 @pytest.mark.parametrize("segments", [[(3, 12)], [(5, 4)], [(2, 5), (5, 7)]])
-def test_fills_lie_inside_the_model_and_apart(segments: list[tuple[int, int]]) -> None:
-    with pytest.raises(ProgramDepthError, match="does not fit"):
-        Program.filling(12, segments)
-
-
-@pytest.mark.parametrize("segments", [[(3, 12)], [(5, 4)], [(2, 5), (5, 7)]])
-def test_bridges_lie_inside_the_model_and_apart(segments: list[tuple[int, int]]) -> None:
-    with pytest.raises(ProgramDepthError, match="does not fit"):
-        Program.bridging(12, segments)
-
-
-@given(programs)
-def test_text_reads_back_as_the_same_program(program: Program) -> None:
-    assert Program.parse(program.text) == program
-
-
-@given(programs)
-def test_text_is_canonical(program: Program) -> None:
-    assert Program.parse(program.text).text == program.text == str(program)
+def test_segments_lie_inside_the_model_and_apart(
+    make: Callable[[int, list[tuple[int, int]]], Program], segments: list[tuple[int, int]]
+) -> None:
+    with pytest.raises(ProgramDepthError):
+        make(12, segments)
 
 
 @given(programs)
@@ -159,6 +118,7 @@ def test_commas_spaces_and_blank_ends_read_the_same(program: Program) -> None:
 @given(programs)
 def test_json_form_is_the_text(program: Program) -> None:
     adapter = TypeAdapter(Program)
+    assert str(program) == program.text
     assert adapter.dump_python(program, mode="json") == program.text
     assert adapter.validate_json(adapter.dump_json(program)) == program
 
@@ -218,33 +178,42 @@ def test_programs_are_values() -> None:
         program.steps = ()  # type: ignore[misc]
 
 
-EXAMPLE = "'0-11 15x2 18-29'"
-
-
 @pytest.mark.parametrize(
-    ("text", "value", "fix"),
+    ("text", "value"),
     [
-        ("", "empty", "'0-29'"),
-        (" , ", "empty", "'0-29'"),
-        ("0-", "'0-'", EXAMPLE),
-        ("0 1 banana 3", "'banana'", EXAMPLE),
-        ("-1", "'-1'", EXAMPLE),
-        ("1.5", "'1.5'", EXAMPLE),
-        ("0-3x", "'0-3x'", EXAMPLE),
-        ("0x-1", "'0x-1'", EXAMPLE),
-        ("12345", "'12345'", EXAMPLE),
-        ("٣", "'٣'", EXAMPLE),  # a digit, but none that the canonical text has
-        ("5-3", "'5-3'", "3-5"),
-        ("7x0", "'7x0'", "leave the layer out"),
-        ("0-29x999", "4096", "skip more or loop less"),
-        ("0-2000 0-2000 0-2000", "4096", "skip more or loop less"),
+        ("", "empty"),
+        (" , ", "empty"),
+        ("0-", "'0-'"),
+        ("0 1 banana 3", "'banana'"),
+        ("-1", "'-1'"),
+        ("1.5", "'1.5'"),
+        ("0-3x", "'0-3x'"),
+        ("0x-1", "'0x-1'"),
+        ("12345", "'12345'"),
+        ("٣", "'٣'"),  # a digit, but none that the canonical text has
+        ("5-3", "'5-3'"),
+        ("7x0", "'7x0'"),
+        ("0-29x999", "4096"),
+        ("0-2000 0-2000 0-2000", "4096"),
+        ("[3-1]", "backwards"),
+        ("[0-5]", "visits no layer"),
+        ("0 [1", "[1"),
+        ("1-2~2", "1-2~2"),
+        ("0 3~0", "0 times"),
+        ("0-2 (5-3)", "backwards"),
+        ("0-2 (3-5:0)", "1 or more"),
+        ("0-2 (3-5", "'(3-5'"),
+        ("0-2 ()", "'()'"),
+        ("0-2 (3-5)x2", "'(3-5)x2'"),
+        ("0-3 (3-5)", "layer 3 is filled and visited 2 times"),
+        ("0-2 (3) (3)", "layer 3 is filled and visited 2 times"),
+        ("0-2 (3-5) 4~2", "layer 4 is filled and visited 3 times"),
     ],
 )
-def test_a_text_that_does_not_parse(text: str, value: str, fix: str) -> None:
+def test_a_text_that_does_not_parse(text: str, value: str) -> None:
     with pytest.raises(ProgramSyntaxError) as caught:
         Program.parse(text)
     assert value in str(caught.value)
-    assert fix in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)
     assert caught.value.exit_code == 2
@@ -252,29 +221,30 @@ def test_a_text_that_does_not_parse(text: str, value: str, fix: str) -> None:
 
 @pytest.mark.parametrize("value", [5, None, 1.5, [0, 1.5], ["0", "1"], {"a": 1}])
 def test_neither_program_nor_text_nor_path(value: object) -> None:
-    with pytest.raises(ProgramSyntaxError, match="neither text nor a sequence of layers"):
+    with pytest.raises(ProgramSyntaxError):
         Program.of(value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
-    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 steps; at most 4096")],
+    ("path", "value"), [((), "empty"), ((0, -3), "-3"), ((10_000,), "9999"), ((0,) * 4097, "4097.*4096")]
 )
-def test_paths_that_no_text_could_name(path: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ProgramSyntaxError, match=message):
+def test_paths_that_no_text_could_name(path: tuple[int, ...], value: str) -> None:
+    with pytest.raises(ProgramSyntaxError, match=value):
         Program(path)
 
 
 def test_layers_beyond_the_model() -> None:
-    with pytest.raises(ProgramDepthError, match=r"'0-30'.*layer 30 does not exist.*30 layers, numbered 0 to 29"):
+    with pytest.raises(ProgramDepthError, match=r"'0-30'.*layer 30 .*0 to 29"):
         Program.parse("0-30").check_depth(30)
+    with pytest.raises(ProgramDepthError, match="layer 30 "):
+        Program.parse("0-19 (20-30)").check_depth(30)
     Program.parse("0-29").check_depth(30)
-    with pytest.raises(ProgramDepthError, match="layer 6 does not exist"):
+    with pytest.raises(ProgramDepthError, match="layer 6 "):
         Program.skipping(6, [6])
-    with pytest.raises(ProgramDepthError, match="layer -1 does not exist"):
+    with pytest.raises(ProgramDepthError, match="layer -1 "):
         Program.looping(6, {-1: 2})
 
 
 def test_editing_refuses_a_negative_count() -> None:
-    with pytest.raises(ProgramSyntaxError, match="layer 2 cannot be visited -1 times; 0 skips it"):
+    with pytest.raises(ProgramSyntaxError, match=r"layer 2 .*-1"):
         Program.editing(6, {2: -1})

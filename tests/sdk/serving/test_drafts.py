@@ -103,10 +103,10 @@ def same(plain: Generation, drafted: Generation) -> None:
         assert [each.logprob for each in mine] == pytest.approx([each.logprob for each in plain.logprobs], abs=1e-4)
 
 
-def both(model: PolarModel, prompt: str, **options: Any) -> tuple[Generation, Generation]:
+def both(model: PolarModel, prompt: str, speculate: Any = "prompt", **options: Any) -> tuple[Generation, Generation]:
     """An answer without drafts and one with; no start of the prompt is shared."""
     plain = model.generate(prompt, tenant="plain", speculate="off", **options)
-    return plain, model.generate(prompt, tenant="drafted", speculate="prompt", **options)
+    return plain, model.generate(prompt, tenant="drafted", speculate=speculate, **options)
 
 
 # -- what is proposed ------------------------------------------------------------------------------------------------
@@ -148,24 +148,19 @@ def test_few_tenants_and_few_tokens_of_each_are_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(drafts_module, "_EARLIER_TENANTS", 2)
     earlier = OtherAnswers()
 
-    def found(tenant: str, token: int) -> bool:
-        return bool(earlier.following(tenant, [token], 1).tokens)
+    def found(tenant: str, *tokens: int) -> list[int]:
+        return [token for token in tokens if earlier.following(tenant, [token], 1).tokens]
 
     earlier.add("acme", [1], [2, 3, 4, 5, 6, 7, 8])
-    assert found("acme", 5)
-    assert not found("acme", 6)  # there was no room for what followed
+    assert found("acme", 5, 6) == [5]  # there was no room for what followed
     earlier.add("acme", [11], [12, 13, 14, 15])
-    assert found("acme", 4)
-    assert found("acme", 14)
+    assert found("acme", 4, 14) == [4, 14]
     earlier.add("acme", [21], [22, 23, 24, 25, 26])
     earlier.add("acme", [31], [32])
-    assert not found("acme", 4)
-    assert found("acme", 14)
-    assert found("acme", 31)
+    assert found("acme", 4, 14, 31) == [14, 31]
     for tenant in ("globex", "initech"):
         earlier.add(tenant, [1], [2])
-    assert not found("acme", 31)
-    assert found("globex", 1)
+    assert (found("acme", 31), found("globex", 1)) == ([], [1])
 
 
 class Told(OtherAnswers):
@@ -416,19 +411,23 @@ def test_costs_are_guessed_until_they_are_measured() -> None:
     assert 1 < _took(costs, 8) < 1.2
 
 
-def test_a_seeded_answer_keeps_to_itself_where_passes_are_rounded_differently() -> None:
-    seeded = Sampling(temperature=1, seed=3)
-    assert drafts_of([1], "auto", seeded, exact=False, repeats=False) is None
-    assert drafts_of([1], "auto", seeded, exact=False, repeats=True) is not None
-    assert drafts_of([1], "auto", Sampling(seed=3), exact=False, repeats=False) is not None
-    assert drafts_of([1], "off", Sampling(), exact=True, repeats=True) is None
-
-
-def test_by_default_drafts_are_made_where_they_change_nothing() -> None:
-    assert drafts_of([1], None, Sampling(), exact=False, repeats=True) is None
-    drafts = drafts_of([1], None, Sampling(), exact=True, repeats=True)
-    assert drafts is not None
-    assert not drafts.always
+@pytest.mark.parametrize(
+    ("speculate", "sampling", "exact", "repeats", "drafted"),
+    [
+        # a seeded answer keeps to itself where passes are rounded differently
+        ("auto", Sampling(temperature=1, seed=3), False, False, False),
+        ("auto", Sampling(temperature=1, seed=3), False, True, True),
+        ("auto", Sampling(seed=3), False, False, True),
+        ("off", Sampling(), True, True, False),
+        # by default, drafts are made where they change nothing
+        (None, Sampling(), False, True, False),
+        (None, Sampling(), True, True, True),
+    ],
+)
+def test_where_drafts_are_made(speculate: Any, sampling: Sampling, exact: bool, repeats: bool, drafted: bool) -> None:
+    drafts = drafts_of([1], speculate, sampling, exact=exact, repeats=repeats)
+    assert (drafts is not None) == drafted
+    assert drafts is None or not drafts.always
 
 
 def test_where_they_cannot_be_exact_nothing_is_held_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,9 +442,10 @@ def test_where_they_cannot_be_exact_nothing_is_held_for_them(monkeypatch: pytest
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(
     prompt=st.text("abcd e", min_size=1, max_size=80).filter(lambda text: text.strip()),
+    speculate=st.sampled_from(["prompt", "auto"]),
     max_tokens=st.integers(1, 40),
     stop=st.lists(st.text("abc", min_size=1, max_size=3), max_size=2),
     temperature=st.sampled_from([0.0, 0.7, 1.5]),
@@ -459,25 +459,21 @@ def test_an_answer_is_the_same_with_drafts(prompt: str, **options: Any) -> None:
     same(plain, drafted)
     record = drafted.usage
     assert record.tokens.accepted <= record.tokens.drafted
-    bound = repeating().bound(prompt, speculate="prompt", **options).offers[0]
+    bound = repeating().bound(prompt, **options).offers[0]
     assert record.flops.executed <= bound.flops_bound + bound.drafts_bound
     assert record.flops.total <= bound.flops_bound
 
 
-def test_drafts_spare_passes() -> None:
+def test_drafts_spare_passes_and_are_shown() -> None:
     before = repeating(0.05).scheduler.sampled_tokens
     plain, drafted = both(repeating(0.05), "abcabcabc", max_tokens=60)
     same(plain, drafted)
     assert repeating(0.05).scheduler.sampled_tokens - before == 120
-    assert drafted.usage.tokens.accepted > 30
-    assert max(drafted.usage.visits.decode) == 59 - drafted.usage.tokens.accepted
-    assert max(plain.usage.visits.decode) == 59
-
-
-def test_they_are_shown_in_few_words() -> None:
-    plain, drafted = both(repeating(0.05), "abcabcabc", max_tokens=60)
     tokens, beyond = drafted.usage.tokens, drafted.usage.flops.drafts
-    assert f" · {tokens.accepted} of {tokens.drafted} drafts kept (+{beyond / 1e9:.2f} GFLOP) · " in footer(drafted)
+    assert tokens.accepted > 30
+    assert max(drafted.usage.visits.decode) == 59 - tokens.accepted
+    assert max(plain.usage.visits.decode) == 59
+    assert f"{tokens.accepted} of {tokens.drafted} drafts kept (+{beyond / 1e9:.2f} GFLOP)" in footer(drafted)
     assert "draft" not in footer(plain)
     facts = {"drafted": tokens.drafted, "accepted": tokens.accepted, "flops": beyond}
     assert cost_facts(drafted.usage, None)["polar"]["drafts"] == facts
@@ -509,13 +505,6 @@ def test_answers_that_a_tenant_had_before_are_drafted(monkeypatch: pytest.Monkey
     assert second.usage.tokens.accepted > 15 + first.usage.tokens.accepted
     assert second.usage.flops.total == plain.usage.flops.total
     assert other.usage.tokens.accepted <= first.usage.tokens.accepted + 5
-
-
-def test_auto_answers_the_same() -> None:
-    model = repeating(0.05)
-    for prompt in ("abcabc", "aaaa", "a b c d e f"):
-        plain = model.generate(prompt, max_tokens=50, tenant="plain")
-        same(plain, model.generate(prompt, max_tokens=50, speculate="auto", tenant="auto"))
 
 
 def test_prompts_in_chunks_and_shared_starts() -> None:
@@ -561,7 +550,7 @@ def test_a_guard_stops_the_same_loops_at_the_same_tokens(monkeypatch: pytest.Mon
         drop(work)
 
     monkeypatch.setattr(Work, "drop_pass", noted)
-    for limit in (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0, 1.1, 1.3, 2.0):
+    for limit in (0.3, 0.6, 0.75, 0.85, 1.0, 2.0):
         model = repeating()
         policy = model.policy.model_copy(update={"loop_guard": LoopGuard(max_step=limit, min_cosine=0.0)})
         guarded = PolarModel(model.loaded, policy=policy, ledger=None)
@@ -597,7 +586,7 @@ def test_a_grammar_forbids_the_same_tokens() -> None:
     assert drafted.usage.tokens.accepted > 0
 
 
-@pytest.mark.parametrize("after", [1, 2, 5, 17])
+@pytest.mark.parametrize("after", [1, 5])
 def test_cancel_ends_within_a_token(after: int) -> None:
     def answered(speculate: Any) -> Generation:
         stop = Event()

@@ -22,17 +22,16 @@ from polar_sdk.serving.places import TURN, Limits
 from polar_sdk.serving.queue import Clocks
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
+from tests.sdk.serving.gate import LONG, Gate, all_pages_are_back, in_thread, never_ending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Generator, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.layout import Members
     from polar_sdk.model import PolarModel
     from polar_sdk.request.generation import Chunk, Generation
-
-LONG = 200
 PAGE_BYTES = 2 * 2 * 64 * 12 * 4
 PROGRAMS = ["0-5", "0-1 3-5", "0-1 3x2 4-5", "0 2-5", "0-1 2~2 4-5"]
 
@@ -62,13 +61,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
     return log
 
 
-@cache
-def never_ending() -> str:
-    """A prompt whose greedy answer does not end by itself."""
-    model = tiny_model()
-    return next(letter for letter in "abcdefghij" if model.generate(letter, max_tokens=LONG).finish_reason == "length")
-
-
 def paused(model: PolarModel, count: int, tenant: str, **options: Any) -> list[Generator[Chunk, None, None]]:
     """Streams of which one piece is read."""
     streams = []
@@ -83,18 +75,6 @@ def finished(stream: Generator[Chunk, None, None]) -> Generation:
     last = list(stream)[-1].generation
     assert last is not None
     return last
-
-
-def in_thread(call: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    return thread
-
-
-def all_pages_are_back(model: PolarModel) -> bool:
-    pool = model.loaded.decoder.pool
-    model.scheduler.prefixes.make_room(pool.sizes)
-    return pool.free == pool.size
 
 
 class TestPausedReaders:
@@ -235,21 +215,6 @@ def reference() -> PolarModel:
     return model
 
 
-class Gate:
-    """A hook that holds the engine at a token until it is opened."""
-
-    def __init__(self, tokens: int) -> None:
-        self._free = tokens
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
-        if len(tokens) >= self._free:
-            self.reached.set()
-            assert self.opened.wait(60), "the gate was never opened"
-        return logits
-
-
 class Flood:
     """Requests of one tenant that run and wait, held in the middle of a pass until `open`."""
 
@@ -291,9 +256,12 @@ class TestFlood:
         assert last - first <= 2 * 20
         flood.thread.join(60)
 
-    def test_places_are_shared_evenly_while_both_wait(self, passes: list[Pass]) -> None:
+    @pytest.mark.parametrize(("weights", "share"), [({}, 4), ({"quiet": 3.0}, 6)])
+    def test_places_are_shared_by_weight_while_both_wait(
+        self, passes: list[Pass], weights: dict[str, float], share: int
+    ) -> None:
         model = tiny_model()
-        model.scheduler.limits = Limits(max_rows=8)
+        model.scheduler.limits = Limits(max_rows=8, weights=weights)
         flood = Flood(model, 16, max_tokens=60)
         begun = len(passes)
         other = in_thread(lambda: model.generate_batch([never_ending()] * 16, max_tokens=60, tenant="quiet"))
@@ -301,23 +269,9 @@ class TestFlood:
         flood.gate.opened.set()
         for thread in (flood.thread, other):
             thread.join(120)
-        decoding = [ran.tokens for ran in passes[begun + 10 : begun + 60] if max(ran.tokens.values()) <= 8]
-        assert {tenant for tokens in decoding for tenant in tokens} == {"noisy", "quiet"}
-        assert all(count <= 4 for tokens in decoding for count in tokens.values())
-
-    def test_a_weight_of_three_gives_three_times_the_places(self, passes: list[Pass]) -> None:
-        model = tiny_model()
-        model.scheduler.limits = Limits(max_rows=8, weights={"gold": 3.0})
-        flood = Flood(model, 14, max_tokens=60)
-        begun = len(passes)
-        other = in_thread(lambda: model.generate_batch([never_ending()] * 14, max_tokens=60, tenant="gold"))
-        waiting(model, 28)
-        flood.gate.opened.set()
-        for thread in (flood.thread, other):
-            thread.join(120)
         decoding = [ran.tokens for ran in passes[begun + 12 : begun + 60] if max(ran.tokens.values()) <= 8]
-        assert max(tokens.get("gold", 0) for tokens in decoding) == 6
-        assert max(tokens.get("noisy", 0) for tokens in decoding) == 2
+        assert max(tokens.get("quiet", 0) for tokens in decoding) == share
+        assert max(tokens.get("noisy", 0) for tokens in decoding) == 8 - share
 
     def test_a_tenant_alone_uses_every_place(self, passes: list[Pass]) -> None:
         model = tiny_model()

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
 ]
-FORKS = 6
+FORKS = 3
 LONG = 400
 START = "You are a careful assistant. " * 6
 
@@ -126,8 +126,8 @@ def test_an_inherited_stream_is_its_parents() -> None:
 
 def test_the_parent_goes_on_exactly(busy: tuple[Any, ListSink]) -> None:
     model, _ = busy
-    expected = tiny_model(context_window=1024).generate("mine", max_tokens=25)
-    stream = model.stream("mine", max_tokens=25)
+    expected = tiny_model(context_window=1024).generate("mine", max_tokens=12)
+    stream = model.stream("mine", max_tokens=12)
     for chunk in stream:
         if chunk.generation is None:
             assert in_child(lambda: None) == 0

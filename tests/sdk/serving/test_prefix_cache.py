@@ -14,6 +14,7 @@ from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_model
+from tests.sdk.serving.gate import all_pages_are_back
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,9 +207,7 @@ class TestPartsOfBlocks:
             cost, cached = model.decoder.cost, got.usage.tokens.cached
             output = got.usage.tokens.output
             assert got.usage.flops == cost.request(Program.parse(program), len(text), output, cached=cached)
-        pool = model.loaded.decoder.pool
-        model.scheduler.prefixes.make_room(pool.sizes)
-        assert pool.free == pool.size
+        assert all_pages_are_back(model)
 
 
 class TestPromptsThatComeTogether:

@@ -17,16 +17,15 @@ from polar_sdk.programs.policy import Policy
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
+from tests.sdk.serving.gate import LONG, all_pages_are_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polar_sdk.model import PolarModel
     from polar_sdk.request.generation import Generation
     from polar_sdk.serving.job import Job
 
 PROGRAMS = ["0-5", "0-1 3-5", "0-1 3x2 4-5", "0 2-5", "0-1 2~2 4-5"]
-LONG = 200
 
 
 def run_together(calls: Sequence[Callable[[], Generation]]) -> list[Generation]:
@@ -44,12 +43,6 @@ def run_together(calls: Sequence[Callable[[], Generation]]) -> list[Generation]:
     for thread in threads:
         thread.join()
     return [results[index] for index in range(len(calls))]
-
-
-def all_pages_are_back(model: PolarModel) -> bool:
-    pool = model.loaded.decoder.pool
-    model.scheduler.prefixes.make_room(pool.sizes)
-    return pool.free == pool.size
 
 
 def test_callers_in_threads_get_what_they_would_get_alone() -> None:

@@ -22,45 +22,22 @@ from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
 from polar_sdk.serving.threads import AHEAD, iterate_in_thread, run_apart, run_in_thread
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
+from tests.sdk.serving.gate import LONG, Gate, never_ending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 
     from torch import Tensor
 
     from polar_sdk.model import PolarModel
     from polar_sdk.serving.request import Cancel
 
-LONG = 200
-"""Tokens of an answer that no test waits for."""
-
-
-class Gate:
-    """A logits hook that lets the engine take so many tokens, then holds it at the next until it is opened."""
-
-    def __init__(self, tokens: int) -> None:
-        self._free = tokens
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
-        if len(tokens) >= self._free:
-            self.reached.set()
-            assert self.opened.wait(60), "the gate was never opened"
-        return logits
-
-
-def never_ending(model: PolarModel) -> str:
-    """A prompt whose greedy answer does not end by itself within LONG tokens."""
-    for letter in "abcdefghijklmnopqrstuvwxyz":
-        if model.generate(letter, max_tokens=LONG).finish_reason == "length":
-            return letter
-    raise AssertionError("every answer of the tiny model ends early")
+    Hook = Callable[[Sequence[int], Tensor], Tensor]
 
 
 @pytest.fixture(scope="module")
 def prompt() -> str:
-    return never_ending(tiny_model())
+    return never_ending()
 
 
 async def reached(gate: Gate) -> None:
@@ -105,16 +82,6 @@ class TestGenerate:
         assert 5 <= record.tokens.output <= 6  # at most the token that was under way
         assert record.visits.decode[0] == record.tokens.output - 1
 
-    async def test_a_timeout_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
-        gate = Gate(3)
-        answering = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=LONG, logits_hook=gate))
-        await reached(gate)
-        asyncio.get_running_loop().call_later(0.05, gate.opened.set)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(answering, 0.01)
-        assert records.records[0].outcome is Outcome.CANCELLED
-        assert records.records[0].tokens.output < LONG
-
     async def test_the_requests_own_timeout_surfaces(self, tiny: PolarModel, records: ListSink) -> None:
         with pytest.raises(RequestTimeoutError) as caught:
             await tiny.agenerate("hello", timeout=1e-9)
@@ -128,35 +95,6 @@ class TestGenerate:
     async def test_each_reaches_its_row(self, tiny: PolarModel, records: ListSink) -> None:
         done = await tiny.agenerate_batch(["a", "b"], each=[{"tenant": "one"}, {"tenant": "two"}], max_tokens=1)
         assert [answer.usage.tenant for answer in done] == ["one", "two"]
-
-    async def test_the_callers_cancel_gives_what_there_is(self, tiny: PolarModel, records: ListSink) -> None:
-        cancel = threading.Event()
-        cancel.set()
-        done = await tiny.agenerate("hello", cancel=cancel)
-        assert (done.finish_reason, done.text, done.token_ids) == ("cancelled", "", ())
-        assert records.records[0].flops.total == 0
-
-    async def test_requests_side_by_side(self, tiny: PolarModel, records: ListSink) -> None:
-        prompts = ["one", "two", "three", "four", "five", "six"]
-        tiers = ["economy", "standard", "premium"] * 2
-        done = await asyncio.gather(
-            *(tiny.agenerate(text, compute=tier, max_tokens=12) for text, tier in zip(prompts, tiers, strict=True))
-        )
-        for answer, text, tier in zip(done, prompts, tiers, strict=True):
-            assert answer.token_ids == tiny.generate(text, compute=tier, max_tokens=12).token_ids
-        assert len({answer.usage.request_id for answer in done}) == 6
-
-    async def test_a_bad_request_raises(self, tiny: PolarModel, records: ListSink) -> None:
-        with pytest.raises(EmptyPromptError):
-            await tiny.agenerate("")
-        assert records.records == []
-
-    async def test_an_engine_error_surfaces(self, records: ListSink) -> None:
-        model = broken(records)
-        with pytest.raises(RuntimeError, match="the weights are gone"):
-            await model.agenerate("hello")
-        assert records.records[0].outcome is Outcome.ERROR
-        assert records.records[0].error == "RuntimeError"
 
 
 class TestStream:
@@ -205,26 +143,6 @@ class TestStream:
             await stream.aclose()  # type: ignore[attr-defined]
         assert {record.outcome for record in records.records} == {Outcome.COMPLETED}
 
-    async def test_cancelling_the_consumer_stops_compute(
-        self, tiny: PolarModel, records: ListSink, prompt: str
-    ) -> None:
-        gate = Gate(4)
-
-        async def consume() -> None:
-            async for _ in tiny.astream(prompt, max_tokens=LONG, logits_hook=gate):
-                pass
-
-        task = asyncio.ensure_future(consume())
-        await reached(gate)
-        task.cancel()
-        await ticks()
-        gate.opened.set()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        (record,) = records.records
-        assert record.outcome is Outcome.CANCELLED
-        assert record.tokens.output < LONG
-
     async def test_the_loop_ticks_between_chunks(self, tiny: PolarModel, prompt: str) -> None:
         gate = Gate(3)
         chunks = tiny.astream(prompt, max_tokens=8, logits_hook=gate)
@@ -235,17 +153,24 @@ class TestStream:
         gate.opened.set()
         assert [chunk async for chunk in chunks][-1].generation is not None
 
-    async def test_a_bad_request_raises(self, tiny: PolarModel) -> None:
+
+class TestErrors:
+    async def test_of_a_request(self, tiny: PolarModel, records: ListSink) -> None:
+        with pytest.raises(EmptyPromptError):
+            await tiny.agenerate("")
         with pytest.raises(EmptyPromptError):
             await anext(tiny.astream(" "))
+        assert records.records == []
 
-    async def test_an_engine_error_surfaces(self, records: ListSink) -> None:
+    async def test_of_the_engine(self, records: ListSink) -> None:
+        model = broken(records)
         with pytest.raises(RuntimeError, match="the weights are gone"):
-            async for _ in broken(records).astream("hello"):
-                pass
-        assert records.records[0].outcome is Outcome.ERROR
+            await model.agenerate("hello")
+        with pytest.raises(RuntimeError, match="the weights are gone"):
+            await anext(model.astream("hello"))
+        assert [(record.outcome, record.error) for record in records.records] == [("error", "RuntimeError")] * 2
 
-    async def test_a_sink_that_fails_at_the_end_surfaces(self, prompt: str) -> None:
+    async def test_of_a_sink_at_the_end(self, prompt: str) -> None:
         class Full(ListSink):
             def emit(self, record: UsageRecord) -> None:
                 raise SinkError("the disk is full.")
@@ -254,8 +179,13 @@ class TestStream:
         with pytest.raises(SinkError):
             await model.agenerate(prompt, max_tokens=2)
         with pytest.raises(SinkError):
-            async for _ in model.astream(prompt, max_tokens=2):
-                pass
+            await read(model.astream(prompt, max_tokens=2))
+
+
+async def read(stream: AsyncIterator[object]) -> None:
+    """To its end."""
+    async for _ in stream:
+        pass
 
 
 class TestContext:
@@ -288,8 +218,7 @@ class TestContext:
         self.who.set("caller")
         model = tiny_model(sink=Watching())
         await model.agenerate(prompt, max_tokens=2)
-        async for _ in model.astream(prompt, max_tokens=2):
-            pass
+        await read(model.astream(prompt, max_tokens=2))
         assert seen == ["caller", "caller"]
 
 
@@ -318,39 +247,26 @@ class SlowSink(ListSink):
 class TestCancelledOften:
     """However often a task is cancelled, its call returns when the work has stopped and the record is stored."""
 
-    async def test_anyio_cancels_a_call_at_every_await(self, prompt: str) -> None:
-        sink = SlowSink()
-        model = tiny_model(sink=sink)
-        with anyio.move_on_after(0.1) as scope:
-            await model.agenerate(prompt, max_tokens=LONG, logits_hook=slowly)
-        assert scope.cancelled_caught
-        assert [record.outcome for record in sink.records] == ["cancelled"]
+    @staticmethod
+    def call(model: PolarModel, way: str, prompt: str, hook: Hook) -> Coroutine[object, object, object]:
+        if way == "generate":
+            return model.agenerate(prompt, max_tokens=LONG, logits_hook=hook)
+        if way == "batch":
+            return model.agenerate_batch([prompt, "b"], max_tokens=LONG, logits_hook=hook)
+        return read(model.astream(prompt, max_tokens=LONG, logits_hook=hook))
 
-    async def test_anyio_cancels_a_stream_at_every_await(self, prompt: str) -> None:
+    @pytest.mark.parametrize("way", ["generate", "stream"])
+    async def test_anyio_cancels_at_every_await(self, prompt: str, way: str) -> None:
         sink = SlowSink()
-        model = tiny_model(sink=sink)
         with anyio.move_on_after(0.1) as scope:
-            async for _ in model.astream(prompt, max_tokens=LONG, logits_hook=slowly):
-                pass
+            await self.call(tiny_model(sink=sink), way, prompt, slowly)
         assert scope.cancelled_caught
         assert [record.outcome for record in sink.records] == ["cancelled"]
 
     @pytest.mark.parametrize("way", ["generate", "stream", "batch"])
     async def test_a_task_cancelled_twice(self, prompt: str, way: str) -> None:
-        sink = SlowSink()
-        model = tiny_model(sink=sink)
-        gate = Gate(2)
-
-        async def consume() -> None:
-            async for _ in model.astream(prompt, max_tokens=LONG, logits_hook=gate):
-                pass
-
-        calls: dict[str, Callable[[], Coroutine[object, object, object]]] = {
-            "generate": lambda: model.agenerate(prompt, max_tokens=LONG, logits_hook=gate),
-            "stream": consume,
-            "batch": lambda: model.agenerate_batch([prompt, "b"], max_tokens=LONG, logits_hook=gate),
-        }
-        task = asyncio.ensure_future(calls[way]())
+        sink, gate = SlowSink(), Gate(2)
+        task = asyncio.ensure_future(self.call(tiny_model(sink=sink), way, prompt, gate))
         await reached(gate)
         gate.opened.set()
         task.cancel("first")
