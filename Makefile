@@ -42,7 +42,8 @@ test: model ## Run every test, the real model included
 test-quick: $(STAMP) ## Run the tests that need no model: what to run per edit; AREA=tests/billing restricts them
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m "not model and not long" $(AREA)
 
-test-long: model ## Run the long tests: tampering in full, crash loops, Ray, fuzz, simulations
+test-long: model ## Run the long tests: tampering in full, crash loops, Ray, fuzz, simulations, kernels on an emulated Arm
+	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null || echo "note: apt install g++-aarch64-linux-gnu qemu-user, or the kernels are not tested on Arm"
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m long
 
 standard-suite: model ## Run LangChain's suites for chat models, in process and over HTTP, and ours for PolarLLM, without a network

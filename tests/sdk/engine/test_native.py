@@ -716,7 +716,11 @@ def test_other_processors_and_dtypes_do_without(monkeypatch: pytest.MonkeyPatch)
     assert not library.load_library(HALF, CPU)
 
 
-@pytest.mark.parametrize(("limit", "newest"), [("avx2", "avx2"), ("none", None), ("sse9", DeviceError)])
+OLDEST = next(iter(build.INSTRUCTIONS), "none")
+"""Kind of library for the oldest processors of this machine's kind."""
+
+
+@pytest.mark.parametrize(("limit", "newest"), [(OLDEST, OLDEST), ("none", None), ("sse9", DeviceError)])
 def test_the_environment_restricts_the_instruction_set(limit: str, newest: object) -> None:
     code = "from polar_sdk.engine import native; print(*native._kinds_of_library())"
     command, environment = [sys.executable, "-c", code], os.environ | {library.ISA_VARIABLE: limit}
@@ -724,6 +728,25 @@ def test_the_environment_restricts_the_instruction_set(limit: str, newest: objec
     if newest is DeviceError:
         assert done.returncode
         assert limit in done.stderr
-        assert "avx512bf16" in done.stderr
+        assert all(kind in done.stderr for kind in build.INSTRUCTIONS)
     else:
         assert set(done.stdout.split()) <= {newest}
+
+
+@pytest.mark.parametrize(
+    ("features", "limit", "kinds"),
+    [
+        ("fp asimd crc32 atomics", "", ()),
+        ("fp asimd asimdhp asimddp sve", "", ("neon",)),
+        ("fp asimd asimddp bf16 i8mm", "", ("i8mm", "neon")),
+        ("fp asimd asimddp bf16 i8mm", "neon", ("neon",)),
+    ],
+)
+def test_what_a_processor_of_arm_runs(
+    features: str, limit: str, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "INSTRUCTIONS", build.KINDS["aarch64"])
+    monkeypatch.setattr(library, "is_possible", lambda: True)
+    monkeypatch.setattr(library, "_processor", lambda: f"Features\t: {features}")
+    monkeypatch.setenv(library.ISA_VARIABLE, limit)
+    assert library._kinds_of_library.__wrapped__() == kinds
