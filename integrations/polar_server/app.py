@@ -75,7 +75,7 @@ def build(settings: Settings) -> Starlette:
         Route("/metrics", _Metrics(server), methods=["GET"]),
     ]
     if settings.pages is not None:
-        routes += page_routes(settings.pages, server.guard, server.live)
+        routes += page_routes(settings.pages, server.live)
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Front, guard=server.guard, counts=server.metrics)],

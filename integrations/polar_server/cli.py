@@ -45,7 +45,8 @@ def serve(
         bool | None,
         typer.Option(
             "--require-keys/--no-require-keys",
-            help="Ask for API keys (`polar key create`); always where --host is not this machine.",
+            help="Every call needs an API key (`polar key create`), or none does; always where --host is not this "
+            "machine. Default: calls that do not come straight from this machine need one.",
             show_default=False,
             rich_help_panel=_SERVER,
         ),
@@ -114,12 +115,19 @@ def _serve_here(launch: Launch, port: int) -> None:
         from polar_server.app import build
         from polar_server.deployment.launch import log_as_json
         from polar_server.deployment.uvicorn_server import UvicornServer
+        from polar_server.settings import NOT_ENFORCED
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
     log_as_json()
-    app = build(launch.settings())
-    server = UvicornServer(app, host=launch.host, port=port)
-    server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
+    settings = launch.settings()
+    server = UvicornServer(build(settings), host=launch.host, port=port)
+
+    def say(where: str) -> None:
+        print_line(f"Serving {settings.model_id} on {where}/v1", err=True)
+        if (open_to := NOT_ENFORCED.get(settings.key_rule)) is not None:
+            print_line(open_to, err=True)
+
+    server.on_start = say
     server.run()
 
 
@@ -157,7 +165,8 @@ def dashboard(
         bool | None,
         typer.Option(
             "--require-keys/--no-require-keys",
-            help="Ask for API keys with the scope dashboard; always where --host is not this machine.",
+            help="Every look needs an API key with the scope dashboard, or none does; always where --host is not this "
+            "machine. Default: looks that do not come straight from this machine need one.",
             show_default=False,
         ),
     ] = None,
@@ -166,22 +175,28 @@ def dashboard(
 ) -> None:
     """Show the operations page of a ledger in the browser; needs no server and no model, and changes nothing."""
     try:
-        from polar_server.access.keys import find_access
+        from polar_server.access.keys import KeyGuard, find_access
         from polar_server.deployment.uvicorn_server import PlainServer
         from polar_server.http.pages import build_pages, find_pages
-        from polar_server.settings import is_open
+        from polar_server.settings import NOT_ENFORCED, key_rule
     except ModuleNotFoundError as error:
         raise _missing(error, "server", "polar dashboard") from error
-    keys = None if is_open(host, require_keys, "see this page") else find_access(ledger).keys
-    if keys is not None and not keys.any_active("dashboard"):
+    rule, keys = key_rule(host, require_keys, "see this page"), find_access(ledger).keys
+    if rule == "always" and not keys.any_active("dashboard"):
         raise InvalidRequestError(
             "there is no API key with the scope dashboard, so nobody could see this page; see `polar key create` and "
             "its --scope dashboard."
         )
     pages = find_pages(ledger, zone)
     pages.check()
-    server = PlainServer(build_pages(pages, keys), host=host, port=port)
-    server.on_start = lambda where: print_line(f"Operations page on {where}/polar/; Ctrl-C ends it.", err=True)
+    server = PlainServer(build_pages(pages, KeyGuard(keys, rule)), host=host, port=port)
+
+    def say(where: str) -> None:
+        print_line(f"Operations page on {where}/polar/; Ctrl-C ends it.", err=True)
+        if (open_to := NOT_ENFORCED.get(rule)) is not None:
+            print_line(open_to, err=True)
+
+    server.on_start = say
     server.run()
 
 

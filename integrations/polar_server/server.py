@@ -46,7 +46,7 @@ class Server:
         tiers: The engine, and other servers in its place for some tiers.
         catalog: The ids that requests may name.
         token_bytes: The bytes of the model's tokens.
-        guard: What asks for an API key; None where anybody may ask.
+        guard: What finds and checks API keys.
         replies: Answers to repeated requests.
         metrics: What it did.
         limits: What each key may use per minute and at a time.
@@ -65,7 +65,7 @@ class Server:
         self.catalog = Catalog(self.engine, settings.model_id, self.tiers.programs())
         self.answers = Answers(self.tiers, self.sink)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
-        self.guard = None if settings.keys is None else KeyGuard(settings.keys)
+        self.guard = KeyGuard(settings.keys, settings.key_rule)
         self.replies: ReplyStore = settings.replies or MemoryReplies()
         self.limits = Limits(settings.rates)
         self.live = LiveEngine(self.engine, settings.model_id, self.answers, self.sink)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polar_sdk import PolarModel
-    from polar_server.access.keys import AccountStore, KeyStore
+    from polar_server.access.keys import AccountStore, KeyRule, KeyStore
     from polar_server.access.limits import RateStore
     from polar_server.access.replies import ReplyStore
     from polar_server.http.pages import PageStore
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 
-def is_open(host: str, require_keys: bool | None, what: str) -> bool:
-    """Whether nobody is asked for a key, since only this machine can reach a server.
+def key_rule(host: str, require_keys: bool | None, what: str) -> KeyRule:
+    """The calls of a server that need a key.
 
     Args:
         host: Address that it listens on.
-        require_keys: Whether it asks for keys; None = where others can reach it.
+        require_keys: Whether all need one, or none; None = those that do not come straight from this machine.
         what: What anyone could do.
 
     Raises:
@@ -36,7 +36,18 @@ def is_open(host: str, require_keys: bool | None, what: str) -> bool:
         raise InvalidRequestError(
             f"--host {host} would let anyone on the network {what}; leave out --no-require-keys, or use {LOOPBACK[0]}."
         )
-    return local and not require_keys
+    if require_keys or not local:
+        return "always"
+    return "forwarded" if require_keys is None else "never"
+
+
+NOT_ENFORCED: Final[Mapping[KeyRule, str]] = {
+    "forwarded": "Calls from this machine need no API key; without one, no key's tenant, tiers, rates or scopes are "
+    "enforced. Calls through a proxy need one, and with --require-keys all do.",
+    "never": "No call needs an API key, also through a proxy; without one, no key's tenant, tiers, rates or scopes are "
+    "enforced.",
+}
+"""The line about it when a server starts, where some calls need no key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +63,9 @@ class Settings:
         usage_always: Send `usage` at the end of every stream, asked for or not.
         strict: Refuse fields that the API does not know, rather than count them.
         drain: How long a server that is told to stop lets answers run. Unit: seconds.
-        keys: Where API keys are kept; None = anybody may ask, in the engine's own name.
+        keys: Where API keys are kept; None = there are none, and no key is valid.
+        require_keys: The calls that need one; None = all where keys are kept, and else none. A call without a key is
+            made in the engine's own name.
         replies: Where answers to repeated requests are kept; None = in this process.
         rates: Where the use of keys' limits is kept; None = in this process.
         accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
@@ -72,6 +85,7 @@ class Settings:
     strict: bool = False
     drain: float = 30.0
     keys: KeyStore | None = None
+    require_keys: KeyRule | None = None
     replies: ReplyStore | None = None
     rates: RateStore | None = None
     accounts: AccountStore | None = None
@@ -85,3 +99,8 @@ class Settings:
     def model_id(self) -> str:
         """Id of the model without a tier."""
         return self.name or self.engine.name
+
+    @property
+    def key_rule(self) -> KeyRule:
+        """The calls that need an API key."""
+        return self.require_keys or ("never" if self.keys is None else "always")

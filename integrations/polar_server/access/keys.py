@@ -1,8 +1,9 @@
 """API keys, found and checked, and what each may do.
 
-Keys are kept by whoever registers them under the entry point `polar_server.access`. What was found is good for five
-seconds, and so is what was not, so that a revoked key is refused everywhere within that time and an unknown one costs
-one look-up. Knows HTTP headers, and no database.
+A key that is given counts, also where none is needed: a wrong one is refused, and a good one says who is billed and
+what it may. Keys are kept by whoever registers them under the entry point `polar_server.access`. What was found is good
+for five seconds, and so is what was not, so that a revoked key is refused everywhere within that time and an unknown
+one costs one look-up. Knows HTTP headers, and no database.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import re
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from polar_sdk.errors import MissingExtraError
 from polar_server.errors import ApiError
@@ -29,6 +31,14 @@ if TYPE_CHECKING:
 GROUP: Final = "polar_server.access"
 FRESH_S: Final = 5.0
 """How long a look-up is good. Unit: seconds."""
+KeyRule = Literal["always", "forwarded", "never"]
+"""The calls that need a key: all; those that did not come straight from this machine; none."""
+LOCAL_HOST: Final = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+"""A `host` header that names this machine."""
+_PLACEHOLDERS: Final = frozenset({"", "none", "no-key", "empty", "unused", "not-needed", "sk-no-key-required"})
+"""No key, as clients write it that do not go without one; in lower case."""
+_PROXIES: Final = frozenset({"forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip"})
+"""Headers that proxies add, beside those that begin with `x-forwarded-`."""
 _REMEMBERED: Final = 10_000
 _TEXT: Final = re.compile(r"pk_([a-z0-9]{4,16})_([A-Za-z0-9_-]{20,100})")
 
@@ -165,36 +175,47 @@ def find_access(url: str | None) -> Access:
 
 
 class KeyGuard:
-    """Finds the key of a call, and refuses calls without one.
+    """Finds the key of a call, and refuses calls that need one and have none.
 
     Args:
-        store: Where keys are kept.
+        store: Where keys are kept; None = there are none, so that none is valid.
+        rule: Which calls need one.
         clock: Returns seconds that only rise.
     """
 
-    def __init__(self, store: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store, self.clock = store, clock
+    def __init__(
+        self, store: KeyStore | None, rule: KeyRule = "always", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store, self._rule, self.clock = store, rule, clock
         self._found: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
 
-    async def check(self, headers: Mapping[str, str], scope: str, *, browser: bool = False) -> Key:
-        """The key of a call, which may do what the call wants.
+    async def check(
+        self, headers: Mapping[str, str], scope: str, *, peer: str | None = None, browser: bool = False
+    ) -> Key | None:
+        """The key of a call, which may do what the call wants; None where the call has none and needs none.
 
         Args:
             headers: Of the call.
             scope: What it needs: `infer`, `usage:read`, `metrics` or `dashboard`.
+            peer: Address that the call came from; None = a socket of this machine.
             browser: Let a browser ask its user for the key: as a password, with any name.
 
         Raises:
-            ApiError: 401 without a good key, 403 with one that may not do this.
+            ApiError: 401 with a key that is not valid, or without one that is needed; 403 with one that may not do
+                this.
         """
-        kind, _, text = headers.get("authorization", "").partition(" ")
-        if browser and kind.lower() == "basic":
-            kind, text = "bearer", _password(text)
-        match = _TEXT.fullmatch(text.strip()) if kind.lower() == "bearer" else None
+        given = _given(headers, browser=browser)
+        how = "as the password, with any name" if browser else "as `Authorization: Bearer pk_…`"
+        if given is None:
+            if self._rule == "never" or (self._rule == "forwarded" and _is_local(headers, peer)):
+                return None
+            why = " (it did not come straight from this machine)" if self._rule == "forwarded" else ""
+            raise _unauthorised(f"the call needs an API key{why}; pass it {how}.", browser=browser)
+        match = _TEXT.fullmatch(given)
         key = None if match is None else await self._find(match[1])
         if match is None or key is None or not _opens(key, match[2]):
-            how = "as the password, with any name" if browser else "as `Authorization: Bearer pk_…`"
-            raise _unauthorised(f"the API key is missing, unknown or wrong; pass it {how}.", browser=browser)
+            else_none = "" if self._rule == "always" else ", or none at all"
+            raise _unauthorised(f"the API key is unknown or wrong; pass a valid one {how}{else_none}.", browser=browser)
         if (state := key.state(datetime.now(UTC))) != "active":
             raise _unauthorised(f"API key {key.key_id} is {state}; ask for a new one.", browser=browser)
         if scope not in key.scopes:
@@ -206,12 +227,34 @@ class KeyGuard:
         known = self._found.get(key_id)
         if known is not None and now - known[0] < FRESH_S:
             return known[1]
-        key = await asyncio.to_thread(self._store.find, key_id)
+        key = None if self._store is None else await asyncio.to_thread(self._store.find, key_id)
         self._found[key_id] = (now, key)
         self._found.move_to_end(key_id)
         if len(self._found) > _REMEMBERED:
             self._found.popitem(last=False)
         return key
+
+
+def _given(headers: Mapping[str, str], *, browser: bool) -> str | None:
+    """The key of a call as it was sent; None where there is none."""
+    kind, _, text = headers.get("authorization", "").partition(" ")
+    if browser and kind.lower() == "basic":
+        text = _password(text)
+    elif kind.lower() != "bearer":
+        return None
+    return None if text.strip().lower() in _PLACEHOLDERS else text.strip()
+
+
+def _is_local(headers: Mapping[str, str], peer: str | None) -> bool:
+    """Whether a call came straight from this machine: from its address, to its name, and through no proxy."""
+    if any(name.startswith("x-forwarded-") or name in _PROXIES for name in headers):
+        return False
+    if LOCAL_HOST.fullmatch(headers.get("host", "localhost")) is None:
+        return False
+    try:
+        return peer is None or ipaddress.ip_address(peer).is_loopback
+    except ValueError:
+        return False
 
 
 def _opens(key: Key, secret: str) -> bool:

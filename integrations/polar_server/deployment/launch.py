@@ -19,7 +19,7 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
 from polar_server.access.keys import find_access
 from polar_server.http.pages import find_pages
-from polar_server.settings import LOOPBACK, Settings, is_open
+from polar_server.settings import LOOPBACK, Settings, key_rule
 from polar_server.telemetry.traces import Telemetry
 
 if TYPE_CHECKING:
@@ -98,21 +98,21 @@ class Launch:
         return backends
 
     def stores(self) -> dict[str, Any]:
-        """The stores of the ledger as `Settings` takes them; that of keys unless only this machine reaches the server.
+        """The stores of the ledger, and which calls need a key, as `Settings` takes them.
 
         Raises:
             InvalidRequestError: The server would be open to the network, or closed to everybody.
         """
-        anybody = is_open(self.host, self.require_keys, "use this model")
+        rule = key_rule(self.host, self.require_keys, "use this model")
         if self.no_ledger:
-            if not anybody:
+            if rule == "always":
                 raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
-            return {}
+            return {"require_keys": rule}
         access = find_access(self.ledger)
-        if not anybody and not access.keys.any_active():
+        if rule == "always" and not access.keys.any_active():
             raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
-        keys = None if anybody else access.keys
-        return {"keys": keys, "replies": access.replies, "rates": access.rates, "accounts": access.accounts}
+        stores = {"keys": access.keys, "replies": access.replies, "rates": access.rates, "accounts": access.accounts}
+        return {**stores, "require_keys": rule}
 
     def settings(self) -> Settings:
         """Find the stores, load the model, and say what to serve.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final
 
+from starlette._utils import get_route_path  # the router's own: both must read the same path
+
 from polar_sdk.reading import Unreadable, parse_object
 from polar_sdk.usage import new_request_id
 from polar_server.errors import ApiError, ClientLeftError
@@ -35,8 +37,11 @@ class Exchange:
 
     method: str
     path: str
+    """As the router reads it: without what the app is mounted under, on which the scope of a key must not depend."""
     headers: Mapping[str, str]
     """Headers of the request; the last one of a name counts."""
+    peer: str | None = None
+    """Address that the call came from; None = a socket of this machine."""
     request_id: str = field(default_factory=new_request_id)
     """Ours; of a call that computes, its id in the ledger."""
     started_ns: int = field(default_factory=time.perf_counter_ns)
@@ -55,7 +60,8 @@ class Exchange:
         state: dict[str, Any] = scope.setdefault("state", {})
         if _KEY not in state:
             headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-            state[_KEY] = cls(scope["method"], scope["path"], headers)
+            peer = scope.get("client")
+            state[_KEY] = cls(scope["method"], get_route_path(scope), headers, peer[0] if peer else None)
         exchange: Exchange = state[_KEY]
         return exchange
 

@@ -71,11 +71,11 @@ class Front:
 
     Args:
         app: The router.
-        guard: Checks API keys; None where anybody may ask.
+        guard: Checks API keys.
         counts: Hears of every call; None = nobody does.
     """
 
-    def __init__(self, app: ASGIApp, guard: KeyGuard | None, counts: Counts | None) -> None:
+    def __init__(self, app: ASGIApp, guard: KeyGuard, counts: Counts | None) -> None:
         self._app, self._guard, self._counts = app, guard, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,9 +92,9 @@ class Front:
             await send(message)
 
         try:
-            if self._guard is not None and exchange.path not in _OPEN:
-                needed = _SCOPES.get(route := _route(exchange.path), "infer")
-                exchange.key = await self._guard.check(exchange.headers, needed, browser=route == PAGES)
+            if exchange.path not in _OPEN:
+                needed, browser = _SCOPES.get(route := _route(exchange.path), "infer"), route == PAGES
+                exchange.key = await self._guard.check(exchange.headers, needed, peer=exchange.peer, browser=browser)
             await self._app(scope, receive, send_on)
         except ClientLeftError:
             exchange.status = exchange.status or ClientLeftError().status

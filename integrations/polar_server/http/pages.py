@@ -1,14 +1,13 @@
 """`/polar/`: the operations page over HTTP. What it shows comes from whoever registers it under `polar_server.pages`.
 
 The page may load nothing but its own style sheet, script and icon, may be framed by nobody and is kept by no cache.
-Where no key is asked for, it answers to names of this machine alone: a web site whose name was made to lead here
+Without a key it answers to names of this machine alone: a web site whose name was made to lead here
 (DNS rebinding) could read it otherwise. Knows no ledger.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from starlette.applications import Starlette
@@ -18,7 +17,7 @@ from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
 from polar_sdk.errors import MissingExtraError
-from polar_server.access.keys import KeyGuard, find_installed
+from polar_server.access.keys import LOCAL_HOST, find_installed
 from polar_server.errors import ApiError
 from polar_server.http.exchange import Exchange, send_bytes
 from polar_server.http.front import PAGES, Front, unrouted
@@ -28,10 +27,9 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from polar_server.access.keys import KeyStore
+    from polar_server.access.keys import KeyGuard
 
 GROUP: Final = "polar_server.pages"
-_LOCAL: Final = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _HEADERS: Final = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -102,24 +100,23 @@ def find_pages(url: str | None, zone: str = "UTC") -> PageStore:
     )
 
 
-def page_routes(pages: PageStore, guard: KeyGuard | None, live: LiveSource | None) -> list[Route]:
+def page_routes(pages: PageStore, live: LiveSource | None) -> list[Route]:
     """Routes of the page: `/polar/`, and `/polar` leads there."""
     return [
         Route(PAGES, _to_the_page, methods=["GET"]),
-        Route(f"{PAGES}/{{path:path}}", _Pages(pages, guard, live), methods=["GET"]),
+        Route(f"{PAGES}/{{path:path}}", _Pages(pages, live), methods=["GET"]),
     ]
 
 
-def build_pages(pages: PageStore, keys: KeyStore | None = None) -> Starlette:
+def build_pages(pages: PageStore, guard: KeyGuard) -> Starlette:
     """An app of the page alone, without an engine.
 
     Args:
         pages: The page.
-        keys: Where API keys are kept; None = anybody on this machine may look.
+        guard: Checks API keys.
     """
-    guard = None if keys is None else KeyGuard(keys)
     app = Starlette(
-        routes=[*page_routes(pages, guard, None), Route("/", _to_the_page, methods=["GET"])],
+        routes=[*page_routes(pages, None), Route("/", _to_the_page, methods=["GET"])],
         middleware=[Middleware(Front, guard=guard, counts=None)],
         exception_handlers={HTTPException: unrouted},
     )
@@ -135,8 +132,8 @@ async def _to_the_page(request: Request) -> Response:
 class _Pages:
     """`GET /polar/…`."""
 
-    def __init__(self, pages: PageStore, guard: KeyGuard | None, live: LiveSource | None) -> None:
-        self._pages, self._guard, self._live = pages, guard, live
+    def __init__(self, pages: PageStore, live: LiveSource | None) -> None:
+        self._pages, self._live = pages, live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send a page, or a file of it.
@@ -145,10 +142,10 @@ class _Pages:
             ApiError: It was asked for by a name that is not this machine's own.
         """
         exchange = Exchange.of(scope)
-        if self._guard is None and _LOCAL.fullmatch(exchange.headers.get("host", "")) is None:
+        if exchange.key is None and LOCAL_HOST.fullmatch(exchange.headers.get("host", "")) is None:
             raise ApiError(
-                "without keys this page answers to 127.0.0.1 and localhost alone; start the server with "
-                "--require-keys to reach it by another name.",
+                "without a key this page answers to 127.0.0.1 and localhost alone; create one with the scope "
+                "dashboard to reach it by another name.",
                 status=403,
                 code="host_not_allowed",
             )

@@ -9,15 +9,22 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
+from polar_billing.access.accounts import Accounts
+from polar_billing.access.keys import SCOPES
 from polar_billing.access.rates import Rates
 from polar_billing.access.replies import Replies
+from polar_billing.dashboard.page import Dashboard
 from polar_billing.errors import StoreLockedError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
+from polar_server import Settings, build
 from polar_server.access import keys as access
 from polar_server.access.replies import MemoryReplies
 from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
@@ -84,7 +91,6 @@ def test_the_secret_of_another_key_opens_nothing(guarded: Served, keys: ApiKeys)
 
 def test_a_revoked_key_is_refused_within_five_seconds(guarded: Served, keys: ApiKeys) -> None:
     guard = guarded.server.guard
-    assert guard is not None
     now = [0.0]
     guard.clock = lambda: now[0]
     made, text = keys.create("acme", "search")
@@ -94,6 +100,68 @@ def test_a_revoked_key_is_refused_within_five_seconds(guarded: Served, keys: Api
     status, _, body = ask(guarded, text)
     assert (status, "revoked" in body["error"]["message"]) == (401, True)
     assert access.FRESH_S <= 5
+
+
+def test_a_key_counts_also_where_none_is_needed(
+    serve: Callable[..., Served], keys: ApiKeys, sink: RecordingSink
+) -> None:
+    served = serve(keys=keys, require_keys="forwarded")
+    made, text = keys.create("globex", "search", tiers=("economy",))
+    revoked, old = keys.create("globex", "old")
+    keys.revoke(revoked.key_id)
+    assert ask(served, text, model="tiny:economy")[2]["polar"]["tenant"] == "globex"
+    assert ask(served, text, model="tiny:exact")[0] == 404
+    assert ask(served, keys.create("globex", "figures", scopes=("metrics",))[1])[0] == 403
+    for wrong in (f"pk_{made.key_id}_{'a' * 43}", f"pk_nothing0_{'a' * 43}", text[:-1], old, "sk-invented", "x"):
+        assert ask(served, wrong)[2]["error"]["code"] == "invalid_api_key"
+        assert ask(serve(), wrong)[0] == 401, "where there are no keys, none is valid"
+    assert len(sink.records) == 1
+    for none in ("none", "EMPTY", ""):
+        assert ask(served, none)[2]["polar"]["tenant"] == "acme"
+    assert served.chat()["polar"]["tenant"] == "acme"
+
+
+def test_a_call_through_a_proxy_needs_a_key(serve: Callable[..., Served], keys: ApiKeys) -> None:
+    served, never = serve(keys=keys, require_keys="forwarded"), serve(keys=keys, require_keys="never")
+    _, text = keys.create("globex", "search")
+    for marks in (
+        {"x-forwarded-for": "10.0.0.5"},
+        {"X-Forwarded-Proto": "https"},
+        {"forwarded": "for=10.0.0.5"},
+        {"via": "1.1 proxy"},
+        {"x-real-ip": "127.0.0.1"},
+        {"host": "models.example.org"},
+    ):
+        assert served.call("POST", "/v1/chat/completions", chat_body(), marks)[0] == 401
+        assert served.call("POST", "/v1/chat/completions", chat_body(), {**marks, **bearer(text)})[0] == 200
+        assert never.call("GET", "/v1/models", headers=marks)[0] == 200
+        assert never.call("GET", "/v1/models", headers={**marks, **bearer(text[:-1])})[0] == 401
+
+
+@pytest.mark.parametrize(("peer", "status"), [("127.0.0.1", 200), ("::1", 200), ("10.0.0.5", 401), ("unknown", 401)])
+async def test_a_call_from_another_machine_needs_a_key(served: Served, keys: ApiKeys, peer: str, status: int) -> None:
+    app = build(Settings(engine=served.server.engine, keys=keys, require_keys="forwarded"))
+    transport = httpx.ASGITransport(app, client=(peer, 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        assert (await client.get("/v1/models")).status_code == status
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+async def test_every_path_needs_its_scope_wherever_the_app_is(
+    served: Served, keys: ApiKeys, ledger: Ledger, mounted: bool
+) -> None:
+    stores: dict[str, Any] = {"keys": keys, "pages": Dashboard(ledger), "accounts": Accounts(ledger)}
+    app = build(Settings(engine=served.server.engine, **stores))
+    outer = Starlette(routes=[Mount("/ai/v1", app)])
+    transport = httpx.ASGITransport(outer) if mounted else httpx.ASGITransport(app, root_path="/ai/v1")
+    scopes = {"infer": keys.create("acme", "infer")[1], "all": keys.create("acme", "all", scopes=SCOPES)[1]}
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost/ai/v1") as client:
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/v1/models", headers=bearer(scopes["infer"]))).status_code == 200
+        for path in ("/metrics", "/v1/polar/usage", "/v1/polar/receipts/x", "/polar/", "/polar/requests/1"):
+            assert (await client.get(path)).status_code == 401
+            assert (await client.get(path, headers=bearer(scopes["infer"]))).status_code == 403
+            assert (await client.get(path, headers=bearer(scopes["all"]))).status_code in {200, 404}
 
 
 def test_both_keys_work_while_a_rotation_overlaps(guarded: Served, keys: ApiKeys) -> None:

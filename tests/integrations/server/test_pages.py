@@ -15,6 +15,7 @@ from polar_billing.dashboard.page import Dashboard
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_server.access import keys as access_module
+from polar_server.access.keys import KeyGuard
 from polar_server.http.pages import build_pages, find_pages
 from polar_server.telemetry.live import LiveEngine
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from polar_billing.access.keys import ApiKeys
     from polar_billing.ledger.ledger import Ledger
     from tests.integrations.server.conftest import RecordingSink, Served
+
+
+OPEN = KeyGuard(None, "never")
 
 
 async def get(app: Starlette, path: str, **headers: str) -> httpx.Response:
@@ -46,7 +50,7 @@ def page(ledger: Ledger) -> Dashboard:
 
 async def test_the_page_and_its_files_are_there(page: Dashboard, ledger: Ledger) -> None:
     Meter(ledger).emit(usage_record())
-    app = build_pages(page)
+    app = build_pages(page, OPEN)
     answer = await get(app, "/polar/")
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -62,12 +66,12 @@ async def test_the_page_and_its_files_are_there(page: Dashboard, ledger: Ledger)
 
 async def test_short_addresses_lead_to_the_page(page: Dashboard) -> None:
     for path in ("/", "/polar"):
-        answer = await get(build_pages(page), path)
+        answer = await get(build_pages(page, OPEN), path)
         assert (answer.status_code, answer.headers["location"]) == (307, "./polar/")
 
 
 async def test_a_browser_may_run_and_load_nothing_else(page: Dashboard) -> None:
-    app = build_pages(page)
+    app = build_pages(page, OPEN)
     for path in ("/polar/", "/polar/page.js", "/polar/nowhere", "/polar/requests/1"):
         headers = (await get(app, path)).headers
         rules = dict(rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";"))
@@ -83,7 +87,7 @@ async def test_names_of_this_machine_are_answered_and_one_that_was_made_to_lead_
     page: Dashboard, keys: ApiKeys
 ) -> None:
     """A page of that name could read ours in its visitor's browser; with keys, it would have to know one."""
-    app = build_pages(page)
+    app = build_pages(page, OPEN)
     for host in ("localhost", "localhost:8001", "127.0.0.1", "127.8.8.8:80", "[::1]:8001"):
         assert (await get(app, "/polar/page.js", host=host)).status_code == 200
     foreign = ["example.org", "127.0.0.1.example.org", "localhost.example.org:80", "10.0.0.5:8001", "localhost@x.org"]
@@ -91,12 +95,14 @@ async def test_names_of_this_machine_are_answered_and_one_that_was_made_to_lead_
         answer = await get(app, "/polar/page.js", host=host)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
     _, text = keys.create("acme", "operator", scopes=("dashboard",))
-    guarded = await get(build_pages(page, keys), "/polar/page.js", host="example.org", authorization=basic(text))
+    guarded = await get(
+        build_pages(page, KeyGuard(keys)), "/polar/page.js", host="example.org", authorization=basic(text)
+    )
     assert guarded.status_code == 200
 
 
 async def test_keys_open_it_by_their_scope_alone(page: Dashboard, keys: ApiKeys) -> None:
-    app = build_pages(page, keys)
+    app = build_pages(page, KeyGuard(keys))
     _, opens = keys.create("acme", "operator", scopes=("dashboard",))
     _, other = keys.create("acme", "reader", scopes=("infer", "usage:read", "metrics"))
     for path in ("/polar/", "/polar/page.js", "/polar/requests/1", "/polar"):
@@ -111,7 +117,7 @@ async def test_keys_open_it_by_their_scope_alone(page: Dashboard, keys: ApiKeys)
 
 
 async def test_it_only_reads(page: Dashboard) -> None:
-    app = build_pages(page)
+    app = build_pages(page, OPEN)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         for method in ("POST", "PUT", "DELETE", "PATCH"):
             for path in ("/polar/", "/polar/requests/1", "/polar"):

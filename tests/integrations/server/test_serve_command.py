@@ -23,6 +23,7 @@ from polar_billing.testing import usage_record
 from polar_sdk.errors import InvalidRequestError, PolarError
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 from polar_server import cli
+from polar_server.deployment.launch import Launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,6 +128,25 @@ def test_the_dashboard_asks_for_keys_where_others_can_reach_it_and_ends_on_sigte
     assert "operator" in page
     assert "initech" in page
     assert "No engine runs behind this page" in page
+
+
+def test_the_start_says_what_is_not_enforced(ledger_url: str) -> None:
+    with serving("--port", "0", command="dashboard") as process:
+        url = url_of(process)
+        assert process.stderr is not None
+        assert "--require-keys" in process.stderr.readline()
+        urllib.request.urlopen(url, timeout=60).close()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(urllib.request.Request(url, headers={"x-forwarded-for": "10.0.0.5"}), timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [({}, "forwarded"), ({"require_keys": False}, "never"), ({"host": "::1", "no_ledger": True}, "forwarded")],
+)
+def test_calls_that_need_a_key(ledger_url: str, options: dict[str, Any], rule: str) -> None:
+    stores = Launch(**options).stores()
+    assert (stores["require_keys"], "keys" in stores) == (rule, "no_ledger" not in options)
 
 
 @pytest.mark.parametrize(
