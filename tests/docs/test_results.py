@@ -118,14 +118,11 @@ class TestRecorder:
 
 
 class TestFigure:
-    @pytest.mark.parametrize(
-        "wrong",
-        [{"low": 1.0}, {"low": 3.0, "high": 4.0, "interval": "95%"}, {"peer_value": 1.0}, {"value": float("nan")}],
-        ids=str,
-    )
-    def test_half_a_figure_is_refused(self, wrong: dict[str, Any]) -> None:
-        with pytest.raises(ValidationError):
-            Figure(**{"topic": "engine", "name": "x", "value": 2.0, "unit": "s", **wrong})
+    def test_half_a_figure_is_refused(self) -> None:
+        interval = {"low": 3.0, "high": 4.0, "interval": "95%"}
+        for wrong in ({"low": 1.0}, interval, {"peer_value": 1.0}, {"value": float("nan")}):
+            with pytest.raises(ValidationError):
+                Figure(**{"topic": "engine", "name": "x", "value": 2.0, "unit": "s", **wrong})
 
     @pytest.mark.parametrize(
         ("facts", "met"),

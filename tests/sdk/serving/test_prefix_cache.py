@@ -194,7 +194,7 @@ class TestPartsOfBlocks:
 
     @pytest.mark.parametrize("program", ["0-2 (3-5:8)", "0-5"])
     @given(data=st.data())
-    @settings(max_examples=15)
+    @settings(max_examples=8)
     def test_answers_and_figures_are_those_of_the_prompt_alone(self, program: str, data: st.DataObject) -> None:
         model, alone = TestFills.filled(), TestFills.filled()
         alone.scheduler.limits = Limits(prefix_share=0)
