@@ -183,6 +183,36 @@ class DataSets(Texts):
         distinct_items(read_items(self.file("data.jsonl", content)))
 
 
+class Menus(Texts):
+    """A menu of programs that a search found."""
+
+    name, share = "menu", 2
+
+    def prepare(self) -> None:
+        menu = {
+            **dict.fromkeys(("model", "fingerprint", "dtype", "bridges", "data"), "x"),
+            **{"format": "polar-menu-1", "seed": 0, "prompts": {"train": 1}, "tried": 1, "programs": []},
+        }
+        self.valid = [json.dumps(menu).encode()]
+
+    def read_text(self, content: bytes) -> None:
+        from polar_sdk.lab.program_search.menu import Menu
+
+        Menu.load(self.file("menu.json", content))
+
+
+class Evaluations(Texts):
+    """An evaluation of the lab, of which a statement quotes agreement."""
+
+    name, share = "evaluation", 2
+    valid = (b'{"sets": [{"prompts": 4, "systems": [{"role": "router", "name": "router (a)", "agreement": [0.5]}]}]}',)
+
+    def read_text(self, content: bytes) -> None:
+        from polar_billing.statements.promises import evaluated_agreement
+
+        evaluated_agreement(self.file("evaluation.json", content))
+
+
 class Spools(Texts):
     """A file of the spool that was left over."""
 
@@ -520,6 +550,8 @@ READERS: Final[Sequence[type[Reader]]] = (
     EnergyLogs,
     Policies,
     DataSets,
+    Menus,
+    Evaluations,
     Spools,
     Routers,
     MapSets,

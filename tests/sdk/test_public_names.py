@@ -72,33 +72,30 @@ def test_every_error_is_listed_and_drawn() -> None:
         assert name in errors.__doc__
 
 
-@pytest.mark.parametrize(
-    ("statement", "unwanted"),
-    [
-        ("import polar_sdk", f"{HEAVY} {FRAMEWORKS} pydantic"),
-        ("import polar_sdk.cli.main", f"{HEAVY} {FRAMEWORKS}"),
-        ("from polar_sdk import Program, Policy, UsageRecord, JsonlSink", f"{HEAVY} {FRAMEWORKS}"),
-        ("import polar_billing", f"{HEAVY} {FRAMEWORKS}"),
-        ("from polar_billing import *", f"{HEAVY} langchain_core llama_index.core"),
-        ("import langchain_polar", f"{HEAVY} {FRAMEWORKS}"),
-        ("import llama_index_polar", f"{HEAVY} {FRAMEWORKS}"),
-        (
-            "from polar_sdk.frameworks.settings import ModelSettings; ModelSettings(compute='economy')",
+def test_imports_stay_light() -> None:
+    """In one process, from the lightest on: each statement, and what it brings that it should not."""
+    statements = {
+        "import polar_sdk": f"{HEAVY} {FRAMEWORKS} pydantic",
+        **dict.fromkeys(
+            (
+                "import polar_sdk.cli.main",
+                "from polar_sdk import Program, Policy, UsageRecord, JsonlSink",
+                "import polar_billing",
+                "import langchain_polar",
+                "import llama_index_polar",
+                "from polar_sdk.frameworks.settings import ModelSettings; ModelSettings(compute='economy')",
+                "from polar_sdk.models.load import LoadOptions, adopt, load_pretrained",
+            ),
             f"{HEAVY} {FRAMEWORKS}",
         ),
-        ("from polar_sdk.models.load import LoadOptions, adopt, load_pretrained", f"{HEAVY} {FRAMEWORKS}"),
-    ],
-)
-def test_imports_stay_light(statement: str, unwanted: str) -> None:
-    code = f"import sys; {statement}; print(*[name for name in '{unwanted}'.split() if name in sys.modules])"
+        "from polar_billing import *": f"{HEAVY} langchain_core llama_index.core",
+    }
+    code = "import sys\n" + "\n".join(
+        f"{statement}\nprint({statement!r}, *[name for name in {unwanted.split()} if name in sys.modules])"
+        for statement, unwanted in statements.items()
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
-
-
-def test_the_star_import_brings_every_name() -> None:
-    code = f"from polar_sdk import *; print([n for n in '''{PUBLIC['polar_sdk']}'''.split() if n not in globals()])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.stdout.strip(), done.returncode) == ("[]", 0)
+    assert (done.stdout.splitlines(), done.stderr, done.returncode) == (list(statements), "", 0)
 
 
 def test_model_options_are_those_of_loading_and_of_the_constructor() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from io import FileIO
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from polar_billing.testing import usage_record
 from polar_sdk import sinks
 from polar_sdk.errors import SinkError, SinkNotFoundError
 from polar_sdk.sinks import JsonlSink, find_sink
@@ -149,12 +149,12 @@ class TestJsonl:
             raise KeyboardInterrupt
 
         for n, first in enumerate((True, False)):
-            made = record(f"r{n}")
+            made = usage_record(f"r{n}")
             with monkeypatch.context() as patched:
                 patched.setattr(sink, "_write", partial(cut_off, first))
                 with pytest.raises(KeyboardInterrupt):
                     sink.emit(made)
-            JsonlSink(sink.path).emit(record(f"other {n}"))  # another process
+            JsonlSink(sink.path).emit(usage_record(f"other {n}"))  # another process
             for _ in range(3):
                 sink.emit(made)
         lines = sink.path.read_text(encoding="utf-8").splitlines()
@@ -163,7 +163,7 @@ class TestJsonl:
 
     def test_a_full_disk_leaves_no_half_line(self, tmp_path: Path) -> None:
         sink = JsonlSink(tmp_path / "usage.jsonl")
-        sink.emit(record("first"))
+        sink.emit(usage_record("first"))
 
         class Full(FileIO):
             def write(self, line: Any, /) -> int:
@@ -179,7 +179,7 @@ class TestJsonl:
 
         def write(thread: int) -> None:
             for number in range(50):
-                sink.emit(record(f"{thread}-{number}", note="x" * 3000))
+                sink.emit(usage_record(f"{thread}-{number}", tags={"note": "x" * 3000}))
 
         threads = [threading.Thread(target=write, args=(thread,)) for thread in range(8)]
         for thread in threads:
@@ -198,7 +198,7 @@ class TestJsonl:
         with pytest.raises(SinkError):
             sink.check()
         with pytest.raises(SinkError):
-            sink.emit(record("r"))
+            sink.emit(usage_record("r"))
 
     def test_nothing_runs_that_cannot_be_recorded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_model(sink=JsonlSink(tmp_path / "absent" / "usage.jsonl"))
@@ -209,18 +209,3 @@ class TestJsonl:
         assert isinstance(caught.value, OSError)
         with pytest.raises(SinkError):
             next(model.stream("hello"))
-
-
-def record(request_id: str, note: str = "") -> UsageRecord:
-    return UsageRecord(
-        request_id=request_id,
-        tags={"note": note},
-        model="tiny",
-        model_fingerprint="f" * 64,
-        router="identity",
-        router_version="1",
-        program="0-5",
-        outcome=Outcome.COMPLETED,
-        finish_reason="stop",
-        started_at=datetime(2026, 11, 24, tzinfo=UTC),
-    )
