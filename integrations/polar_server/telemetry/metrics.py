@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from polar_sdk import UsageRecord
     from polar_server.telemetry.live import LiveEngine
 
+DISPUTED_TAG: Final = "polar.disputed"
+"""Tag of records whose upstream said what cannot be, so that the server counted itself."""
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _PARTS: Final = ("embed", "layers_prefill", "layers_decode", "head", "router", "drafts")
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0)
@@ -45,6 +47,7 @@ class Metrics:
         self._calls = counter("polar_http_requests", "HTTP calls.", "path", "status")
         self._unknown = counter("polar_unknown_fields", "Fields of bodies that the API does not know.")
         self._refused = counter("polar_budget_refusals", "Requests that a budget refused.")
+        self._disputed = counter("polar_disputed_requests", "Requests whose upstream said what cannot be.")
         self._flops = counter("polar_flops", "Executed FLOPs.", "tier", "part")
         self._saved = gauge("polar_flops_saved", "FLOPs saved against full depth; fewer after a loop.", "tier")
         self._visits = counter("polar_layer_visits", "Executed layer visits.", "kind")
@@ -81,6 +84,7 @@ class Metrics:
     def recorded(self, record: UsageRecord) -> None:
         """A request ended, and its record is stored."""
         tier = record.tier or "none"
+        self._disputed.inc(DISPUTED_TAG in record.tags)
         for part in _PARTS:
             self._flops.labels(tier, part).inc(getattr(record.flops, part))
         self._saved.labels(tier).inc(record.flops_saved)

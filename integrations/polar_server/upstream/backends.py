@@ -60,12 +60,14 @@ class Backend:
         program: What runs there.
         places: The upstreams, all of which run it.
         client: Connections to them.
+        longest_token: Characters of the longest token of their vocabulary.
     """
 
     tier: str
     program: Program
     places: tuple[Place, ...]
     client: Client
+    longest_token: int
 
     def by_load(self) -> list[Place]:
         """The upstreams in the order in which to ask them: those that answer, and of these the idlest first."""

@@ -7,6 +7,7 @@ through a queue, so that such a thread can stop waiting at any time. Knows OpenA
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
-from polar_sdk.reading import Unreadable, parse_object
+from polar_sdk.reading import Unreadable, check_size, parse_object
 from polar_server.errors import ApiError
 from polar_server.telemetry.traces import trace_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Mapping
     from concurrent.futures import Future
 
 _CONNECT_S: Final = 5.0
@@ -29,6 +30,8 @@ _MAX_EVENT_BYTES: Final = 2**20
 _MAX_BODY_BYTES: Final = 4 * 2**20
 _MAX_ERROR_BYTES: Final = 2**20
 _MAX_TEXT: Final = 500
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r(?=[^\n])")
+"""A CR at the end of what has arrived may be half of CR LF, and waits."""
 _SOON: Final = {"retry-after": "1"}
 
 
@@ -144,12 +147,13 @@ class Client:
     async def _served(self, base: str, wanted: str | None) -> Served:
         assert self._http is not None
         try:
-            answer = await self._http.get(f"{base}/models", timeout=_CONNECT_S)
+            async with self._http.stream("GET", f"{base}/models", timeout=_CONNECT_S) as answer:
+                content = await _content(answer, _MAX_BODY_BYTES)
         except httpx2.HTTPError as error:
             raise _unreachable(base, error) from error
         if answer.status_code != 200:
-            raise _refused(base, answer.status_code, answer.content, answer.headers)
-        listed = _models(answer.content)
+            raise _refused(base, answer.status_code, content, answer.headers)
+        listed = _models(content)
         if wanted is None:
             exact = [one for one in listed if str(one.get("id", "")).endswith(":exact")]
             if len(listed) > 1 and len(exact) != 1:
@@ -173,7 +177,7 @@ class Client:
         try:
             async with self._http.stream("POST", f"{base}/completions", json=body, headers=headers) as answer:
                 if answer.status_code != 200:
-                    content = await answer.aread()
+                    content = await _content(answer, _MAX_ERROR_BYTES)
                     news.put(Ended(_refused(base, answer.status_code, content, answer.headers)))
                     return
                 taken = True
@@ -188,21 +192,46 @@ class Client:
             raise
 
 
+async def _content(answer: httpx2.Response, most: int) -> bytes:
+    """The body of an answer, or its start where it is larger than `most` bytes."""
+    content = b""
+    async for part in answer.aiter_bytes():
+        content += part
+        if len(content) > most:
+            break
+    return content
+
+
+async def _lines(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    """The lines of a stream of events; they end by CR, LF or both, and by none of Unicode's other line ends.
+
+    Raises:
+        Unreadable: One of them does not end.
+    """
+    rest = b""
+    async for part in answer.aiter_bytes():
+        *lines, rest = _LINE_END.split(rest + part)
+        for line in lines:
+            yield line
+        check_size(rest, _MAX_EVENT_BYTES)
+    yield rest
+
+
 async def _relay(base: str, answer: httpx2.Response, news: SimpleQueue[News]) -> Ended:
     """Hand the events of a stream on; returns how it ended."""
-    async for line in answer.aiter_lines():
-        if not line.startswith("data:"):
-            continue
-        text = line[5:].strip()
-        if text == "[DONE]":
-            return Ended(None)
-        try:
-            data = parse_object(text.encode(), max_bytes=_MAX_EVENT_BYTES)
-        except Unreadable as error:
-            return Ended(UpstreamError(f"{base} sent an event that is {error.fault}.", code="upstream_error"))
-        if "error" in data:
-            return Ended(_refused(base, 500, text.encode(), {}))
-        news.put(Event(data))
+    try:
+        async for line in _lines(answer):
+            if not line.startswith(b"data:"):
+                continue
+            content = line[5:].strip()
+            if content == b"[DONE]":
+                return Ended(None)
+            data = parse_object(content, max_bytes=_MAX_EVENT_BYTES)
+            if "error" in data:
+                return Ended(_refused(base, 500, content, {}))
+            news.put(Event(data))
+    except Unreadable as error:
+        return Ended(UpstreamError(f"{base} sent an event that is {error.fault}.", code="upstream_error"))
     return Ended(_lost(base))
 
 

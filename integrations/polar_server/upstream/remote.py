@@ -3,13 +3,17 @@
 The prompt goes there as the token ids that the engine would run, so both count the same tokens. FLOPs are those of the
 program by the formula (`polar_sdk.programs.cost`), for the tokens that the upstream reports; where the answer was cut
 before it did, for the prompt and the tokens of the text that arrived. The tag `polar.measured_by` says which:
-`upstream` or `relay`. What an upstream computed without sending anything of it is not known, and not billed. Exactly
-one record per request that an upstream took, however it ends.
+`upstream` or `relay`. What an upstream computed without sending anything of it is not known, and not billed.
+
+An upstream is believed within the request: no answer is longer than was asked, and figures that cannot be those of
+prompt and answer are not billed; the relay counts instead. The tag `polar.disputed` says so: `length` or `usage`.
+Exactly one record per request that an upstream took, however it ends.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter
 from contextlib import suppress
@@ -25,6 +29,7 @@ from polar_sdk.programs.cost import pieces
 from polar_sdk.request.admission import admit
 from polar_sdk.serving.job import MARK_NS, MARK_TOKENS
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
+from polar_server.telemetry.metrics import DISPUTED_TAG
 from polar_server.upstream.client import Ended, Event, UpstreamError
 
 if TYPE_CHECKING:
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     from polar_server.upstream.client import News, Stream
 
 MEASURED_TAG: Final = "polar.measured_by"
+_HALVES: Final = re.compile("[\ud800-\udfff]")
+"""Halves of surrogate pairs, which JSON can express and no text can hold."""
 _LOOK_S: Final = 0.05
 """How often a request that waits for its upstream looks whether it should end. Unit: seconds."""
 _log: Final = logging.getLogger("polar_server")
@@ -46,13 +53,22 @@ _log: Final = logging.getLogger("polar_server")
 
 @dataclass
 class _Progress:
-    """The state of an answer under way."""
+    """The state of an answer under way.
 
+    Attributes:
+        max_pieces: Pieces of text that it may have.
+        max_characters: Characters that it may have.
+    """
+
+    max_pieces: int
+    max_characters: int
     text: str = ""
     pieces: int = 0
     finish: str | None = None
     reported: TokenUsage | None = None
     """The upstream's last figures."""
+    disputed: str | None = None
+    """What the upstream said that cannot be: `usage`, or `length` where its answer was cut."""
     opened_ns: int = 0
     first_ns: int = 0
     """When the first piece came, by the monotonic clock; 0 = none has."""
@@ -63,8 +79,10 @@ class _Progress:
     marked_ns: int = field(default_factory=time.perf_counter_ns)
 
     def take(self, data: Mapping[str, Any]) -> str:
-        """Note one event; returns its text."""
-        self.reported = _usage(data) or self.reported
+        """Note one event; returns its text, as far as the answer may have more."""
+        if isinstance(usage := data.get("usage"), dict):
+            self.reported = _usage(usage)
+            self.disputed = self.disputed or (None if self.reported else "usage")
         choices = data.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         if (reason := choice.get("finish_reason")) is not None:
@@ -72,17 +90,19 @@ class _Progress:
         text = choice.get("text")
         if not isinstance(text, str) or not text:
             return ""
+        text = _HALVES.sub("\ufffd", text)
+        room = self.max_characters - len(self.text) if self.pieces < self.max_pieces else 0
+        if len(text) > room:
+            self.finish, self.disputed = "length", "length"
+            text = text[:room]
         self.text += text
         self.pieces += 1
         self.first_ns = self.first_ns or time.perf_counter_ns()
         return text
 
 
-def _usage(data: Mapping[str, Any]) -> TokenUsage | None:
-    """The usage in an event, if it has one that can be."""
-    usage = data.get("usage")
-    if not isinstance(usage, dict):
-        return None
+def _usage(usage: Mapping[str, Any]) -> TokenUsage | None:
+    """The usage in an event, if it is one that can be."""
     details = usage.get("prompt_tokens_details")
     cached = (details.get("cached_tokens") if isinstance(details, dict) else 0) or 0
     try:
@@ -115,7 +135,7 @@ def stream(engine: PolarModel, backends: Mapping[str, Backend], request: Request
         answer = _Answer(engine, backends[request.tier], request)
         yield from answer.chunks()
     finally:
-        if answer is None or not answer.began:
+        if answer is None or not answer.recorded:
             for one in reserved:
                 with suppress(Exception):  # any sink, any error: a hold expires by itself
                     sink.release(one.tenant, one.request_id)
@@ -125,14 +145,15 @@ class _Answer:
     """One answer of an upstream.
 
     Attributes:
-        began: Whether it has, or will have, a record.
+        recorded: Whether it has a record.
     """
 
     def __init__(self, engine: PolarModel, backend: Backend, request: Request) -> None:
         self._engine, self._backend, self._request = engine, backend, request
         self._sink = engine.sink
-        self._progress = _Progress()
-        self.began = False
+        # One piece more than tokens: the last one may be what was left of a character.
+        self._progress = _Progress(request.max_tokens + 1, request.max_tokens * backend.longest_token)
+        self._began = self.recorded = False
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """The pieces of the answer; its record is stored however they end."""
@@ -147,7 +168,7 @@ class _Answer:
             error.usage = self._record(Outcome.CANCELLED)[0]
             raise
         except BaseException as error:
-            if self.began:
+            if self._began:
                 self._record(Outcome.ERROR, error)
             raise
         cut = progress.finish == "cancelled"
@@ -173,6 +194,8 @@ class _Answer:
                 if isinstance(news, Event) and (text := self._progress.take(news.data)):
                     self._mark()
                     yield text
+                if self._progress.disputed == "length":
+                    return
             self._progress.finish = "cancelled"
         finally:
             stream.close()
@@ -213,8 +236,8 @@ class _Answer:
         raise failure
 
     def _begin(self) -> None:
-        """From here on there is a record."""
-        self.began = True
+        """From here on there will be a record."""
+        self._began = True
         self._progress.opened_ns = time.perf_counter_ns()
         self._sink.watch(self._request.tenant, self._request.request_id, self._lose)
 
@@ -253,21 +276,25 @@ class _Answer:
                 _log.warning("request %r could not be marked (%s)", self._request.request_id, error)
 
     def _record(self, outcome: Outcome, error: BaseException | None = None) -> tuple[UsageRecord, Receipt | None]:
-        self.began = True
         record = self._made(outcome, error)
+        self.recorded = True
         return record, self._sink.emit(record)
 
     def _tokens(self) -> tuple[TokenUsage, str]:
-        """Tokens, and who counted them."""
-        progress, prompt = self._progress, len(self._request.tokens)
-        if progress.reported is not None:
-            return progress.reported, "upstream"
+        """Tokens, and who counted them: the upstream, where its figures can be those of prompt and answer."""
+        progress, prompt, most = self._progress, len(self._request.tokens), self._request.max_tokens
+        if progress.disputed is None and (said := progress.reported) is not None:
+            least = max(progress.pieces - 1, -(-len(progress.text) // self._backend.longest_token))
+            if said.input == prompt and said.cached <= prompt and least <= said.output <= most:
+                return said, "upstream"
+            progress.disputed = "usage"
         written = len(self._engine.encode(progress.text)) if progress.text else 0
-        return TokenUsage(input=prompt, output=written), "relay"
+        return TokenUsage(input=prompt, output=min(written, most)), "relay"
 
     def _made(self, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         request, progress, now = self._request, self._progress, time.perf_counter_ns()
         tokens, measured_by = self._tokens()
+        disputed = {} if progress.disputed is None else {DISPUTED_TAG: progress.disputed}
         program, cost = request.program, self._engine.decoder.cost
         flops, visits, identity = FlopUsage(), VisitUsage(), 0
         if tokens.output:
@@ -281,7 +308,7 @@ class _Answer:
         return UsageRecord(
             request_id=request.request_id,
             tenant=request.tenant,
-            tags={**request.tags, MEASURED_TAG: measured_by},
+            tags={**request.tags, MEASURED_TAG: measured_by, **disputed},
             model=self._engine.name,
             model_fingerprint=self._engine.fingerprint,
             router=request.router,

@@ -57,7 +57,8 @@ class Tiers:
             raise InvalidRequestError(f"--backend {tier}=…: the policy has no tier {tier!r}; it has: {known}.")
         _, program = self.engine.policy.program_for(tier, self.engine.depth)
         plain_layers(program)
-        return Backend(tier, program, tuple(place_of(url, self._client) for url in urls), self._client)
+        longest = max(map(len, self.engine.loaded.tokenizer.get_vocab()))
+        return Backend(tier, program, tuple(place_of(url, self._client) for url in urls), self._client, longest)
 
     def programs(self) -> dict[str, Program]:
         """Programs of the tiers with upstreams."""

@@ -219,10 +219,14 @@ def _head(status: int, kind: str, length: int | None = None) -> bytes:
     return f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{size}connection: close\r\n\r\n".encode()
 
 
-def _event(text: str, written: int | None = None) -> bytes:
-    usage = None if written is None else {"prompt_tokens": 6, "total_tokens": 6, "completion_tokens": written}
+def _event(text: str, written: int | None = None, read: int = 4) -> bytes:
+    usage = None if written is None else {"prompt_tokens": read, "completion_tokens": written}
     data = {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": usage}
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n\n"
+
+
+def _stream(*events: bytes) -> bytes:
+    return _head(200, "text/event-stream") + b"".join(events) + b"data: [DONE]\n\n"
 
 
 @pytest.fixture
@@ -255,6 +259,61 @@ def test_an_upstream_that_breaks_off(
     assert record.flops.total == executed(served, record)
     assert there.bodies[0]["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
     assert there.bodies[0]["prompt"] == list(served.server.engine.prompt_tokens([{"role": "user", "content": "hi"}]))
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_lines_of_a_stream_end_by_cr_and_lf_alone(
+    serve: Callable[..., Served], scripted: Callable[[bytes], Scripted], line_end: bytes
+) -> None:
+    text = "a\u2028b\u2029c\u0085d"
+    there = scripted(_stream(_event(text), _event("e", 11)).replace(b"\n\n", line_end * 2))
+    found = ask(serve(backends={"economy": [there.url]}), max_tokens=20)[2]
+    assert found["choices"][0]["message"]["content"] == text + "e"
+
+
+@pytest.mark.parametrize(
+    ("events", "written", "disputed"),
+    [
+        ([_event("ABC", 5_008)], 3, "usage"),
+        ([_event("ABC", 3, read=5_000)], 3, "usage"),
+        ([_event("A" * 20), _event("", 0, read=0)], 8, "usage"),
+        ([_event("AB", 2**70)], 2, "usage"),
+        ([_event("AB", -1)], 2, "usage"),
+        ([_event("AB", "many")], 2, "usage"),  # type: ignore[arg-type]
+        ([_event("A")] * 1_000, 8, "length"),
+        ([_event("A" * 100_000, 8)], 8, "length"),
+        ([_event("A\\ud800B", 3).replace(b"\\\\", b"\\")], 3, None),
+    ],
+)
+def test_an_upstream_is_believed_within_the_request(
+    serve: Callable[..., Served],
+    scripted: Callable[[bytes], Scripted],
+    sink: RecordingSink,
+    events: list[bytes],
+    written: int,
+    disputed: str | None,
+) -> None:
+    served = serve(backends={"economy": [scripted(_stream(*events)).url]})
+    status, _, body = ask(served)
+    assert status == 200
+    (record,) = sink.records
+    assert (record.tokens.input, record.tokens.output) == (4, written)
+    assert record.flops.total == executed(served, record)
+    assert record.tags.get("polar.disputed") == disputed
+    assert record.tags["polar.measured_by"] == ("relay" if disputed else "upstream")
+    assert served.server.sink.due == frozenset()
+    longest = served.server.tiers.backends["economy"].longest_token
+    assert len(body["choices"][0]["message"]["content"]) <= 8 * longest
+    counted = f"polar_disputed_requests_total {float(disputed is not None)}"
+    assert counted in served.call("GET", "/metrics")[2]
+
+
+def test_a_line_that_does_not_end_ends_the_answer(
+    serve: Callable[..., Served], scripted: Callable[[bytes], Scripted], sink: RecordingSink
+) -> None:
+    there = scripted(_head(200, "text/event-stream") + _event("A") + b"data: " + b"x" * 3_000_000)
+    assert ask(serve(backends={"economy": [there.url]}))[2]["error"]["code"] == "upstream_error"
+    assert [record.outcome for record in sink.records] == ["error"]
 
 
 @pytest.mark.parametrize(
