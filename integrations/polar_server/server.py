@@ -100,8 +100,26 @@ class Server:
             usage_always=self.settings.usage_always,
         )
 
-    async def start(self, call: Call, exchange: Exchange, *, holds_back: bool = False) -> Answer:
-        """Begin the answer to a call, within the limits of its key.
+    @asynccontextmanager
+    async def counted(self, exchange: Exchange) -> AsyncIterator[None]:
+        """Count a call among those of its key, before any of its body is read.
+
+        It counts until the block ends, or where an answer began in it, until that ends.
+
+        Raises:
+            ApiError: A limit is reached.
+        """
+        key = exchange.key
+        if key is not None:
+            exchange.answer_headers |= await self.limits.enter(key)
+            exchange.counted = True
+        try:
+            yield
+        finally:
+            self._leave(exchange)
+
+    def start(self, call: Call, exchange: Exchange, *, holds_back: bool = False) -> Answer:
+        """Begin the answer to a call.
 
         Args:
             call: What was asked.
@@ -109,42 +127,21 @@ class Server:
             holds_back: As for `Answers.start`.
 
         Raises:
-            ApiError: A limit is reached, or the server is about to end.
+            ApiError: The server is about to end.
         """
-        key = exchange.key
-        if key is None:
-            return self._begin(call, exchange, holds_back)
-        exchange.answer_headers |= await self.limits.enter(key)
-        try:
-            answer = self._begin(call, exchange, holds_back)
-        except BaseException:
-            self.limits.leave(key, 0)
-            raise
-        answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
-        return answer
-
-    def _begin(self, call: Call, exchange: Exchange, holds_back: bool) -> Answer:
         with self._traces.of_call(exchange, call.model, call.asks) as trace:
             answer = self.answers.start(call.asks, streamed=call.stream, holds_back=holds_back)
         answer.task.add_done_callback(lambda _: trace.ended(answer))
+        if exchange.counted:  # from here on until the answer ends, whoever waits for it
+            exchange.counted = False
+            answer.task.add_done_callback(lambda _: self._leave(exchange, answer))
         return answer
 
-    @asynccontextmanager
-    async def counted(self, exchange: Exchange) -> AsyncIterator[None]:
-        """Count a call that computes without an answer among those of its key.
-
-        Raises:
-            ApiError: A limit is reached.
-        """
-        key = exchange.key
-        if key is None:
-            yield
-            return
-        exchange.answer_headers |= await self.limits.enter(key)
-        try:
-            yield
-        finally:
-            self.limits.leave(key, 0)
+    def _leave(self, exchange: Exchange, answer: Answer | None = None) -> None:
+        """The limits count a call no more: as its answer has ended, or none began."""
+        if exchange.key is not None and (answer is not None or exchange.counted):
+            exchange.counted = False
+            self.limits.leave(exchange.key, 0 if answer is None else answer.tokens)
 
     async def ready(self) -> str | None:
         """Why no request should come here now; None if one may."""

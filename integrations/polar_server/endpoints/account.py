@@ -18,7 +18,7 @@ from polar_sdk.reading import shown
 from polar_sdk.serving.threads import run_in_thread
 from polar_sdk.usage import UsageBound, new_request_id
 from polar_server.errors import ApiError
-from polar_server.http.exchange import Exchange, read_object
+from polar_server.http.exchange import Exchange, read_body
 from polar_server.openai.chat import ChatBody
 from polar_server.openai.completions import TextBody
 from polar_server.openai.fields import invalid, read
@@ -65,12 +65,15 @@ class Quote:
         return {"object": "polar.quote", **quoted}
 
     async def _of_body(self, exchange: Exchange, receive: Receive) -> dict[str, Any]:
-        server = self._server
-        content = await read_object(exchange, receive, server.settings.max_body)
-        model = next((model for name, model in _BODIES.items() if name in content), ChatBody)
-        body, _ = read(content, model, strict=server.settings.strict)
-        call = body.call(server.rules(exchange))
+        server, settings = self._server, self._server.settings
+
+        def checked(content: dict[str, Any]) -> Call:
+            model = next((model for name, model in _BODIES.items() if name in content), ChatBody)
+            body, _ = read(content, model, strict=settings.strict)
+            return body.call(server.rules(exchange))
+
         async with server.counted(exchange):  # a router may run layers
+            call = await read_body(exchange, receive, settings.max_body, checked)
             return await run_in_thread(lambda _: self._quoted(call, server.caller(exchange)), None)
 
     def _quoted(self, call: Call, caller: Caller) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from polar_sdk.errors import PolarError
 from polar_server.endpoints.idempotency import answer_once, key_of
 from polar_server.errors import ClientLeftError, shutting_down
-from polar_server.http.exchange import Exchange, raw_headers, read_object, send_json, watching
+from polar_server.http.exchange import Exchange, raw_headers, read_body, send_json, watching
 from polar_server.openai.facts import Facts
 from polar_server.openai.fields import read
 
@@ -71,16 +71,23 @@ class Endpoint:
         Raises:
             ApiError: It cannot be answered; nothing was sent.
         """
-        server, exchange = self._server, Exchange.of(scope)
-        settings = server.settings
-        content = await read_object(exchange, receive, settings.max_body)
-        body, unknown = read(content, self._model, strict=settings.strict)
-        server.metrics.unknown(unknown)
-        call = body.call(server.rules(exchange))
+        exchange = Exchange.of(scope)
+        async with self._server.counted(exchange):
+            await self._answer(exchange, receive, send)
+
+    async def _answer(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        server, settings = self._server, self._server.settings
+
+        def checked(content: dict[str, Any]) -> tuple[dict[str, Any], Call]:
+            body, unknown = read(content, self._model, strict=settings.strict)
+            server.metrics.unknown(unknown)
+            return content, body.call(server.rules(exchange))
+
+        content, call = await read_body(exchange, receive, settings.max_body, checked)
         exchange.facts |= {"model": call.model, "stream": call.stream, "choices": len(call.asks)}
         key = key_of(exchange.headers)
         if key is None:
-            reply = await self._begin(exchange, call)
+            reply = self._begin(exchange, call)
             with watching(receive, reply.answer.leave):
                 await reply.send(send)
             return
@@ -88,9 +95,9 @@ class Endpoint:
         # In a task of its own: the answer is for whoever comes back, also when this client has left.
         await asyncio.shield(server.answers.keep(answer_once(server, exchange, key, content, begin, send)))
 
-    async def _begin(self, exchange: Exchange, call: Call, *, holds_back: bool = False) -> _Reply:
+    def _begin(self, exchange: Exchange, call: Call, *, holds_back: bool = False) -> _Reply:
         server = self._server
-        answer = await server.start(call, exchange, holds_back=holds_back)
+        answer = server.start(call, exchange, holds_back=holds_back)
         facts = Facts(call, answer, exchange, server.engine, server.token_bytes)
         return _Reply(server, facts, self._write(facts))
 

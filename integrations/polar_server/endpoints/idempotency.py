@@ -15,7 +15,7 @@ from polar_server.errors import ApiError
 from polar_server.http.exchange import raw_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
     from starlette.types import Message, Send
 
@@ -42,7 +42,7 @@ async def answer_once(
     exchange: Exchange,
     key: str,
     content: Mapping[str, Any],
-    begin: Callable[[], Awaitable[Reply]],
+    begin: Callable[[], Reply],
     send: Send,
 ) -> None:
     """Answer a call that may come again: by whoever claims its key first, and then from what was kept.
@@ -60,9 +60,8 @@ async def answer_once(
     Raises:
         ApiError: The key belongs to another call, or to one that is still being answered.
     """
-    store, fingerprint = server.replies, _fingerprint(exchange.path, content)
-    tenant = server.tenant(exchange)
-    state, kept = await asyncio.to_thread(store.claim, tenant, key, fingerprint)
+    store, tenant = server.replies, server.tenant(exchange)
+    state, kept = await asyncio.to_thread(lambda: store.claim(tenant, key, _fingerprint(exchange.path, content)))
     if state == "done" and kept is not None:
         await _send_again(kept, exchange, send)
         return
@@ -71,7 +70,7 @@ async def answer_once(
     copy, whole = _Copy(send), False
     reply: Reply | None = None
     try:
-        reply = await begin()
+        reply = begin()
         whole = await reply.send(copy)
     finally:
         try:

@@ -9,10 +9,11 @@ import asyncio
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette._utils import get_route_path  # the router's own: both must read the same path
 
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from polar_server.access.keys import Key
 
 _KEY: Final = "polar.exchange"
+_SMALL_BYTES: Final = 2**16
+"""Size of a body that takes the event loop no time worth a thread."""
+_MAX_NODES: Final = 2**18
+"""Values of a body: Python takes some microseconds for each, however small."""
+_STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_large_bodies: Final = ThreadPoolExecutor(2, "polar-body")
+"""Threads of their own: large bodies wait for each other, and nothing else waits for them."""
+_Read = TypeVar("_Read")
 _SAFE_ID: Final = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
@@ -51,6 +60,8 @@ class Exchange:
     """Status of the answer, once it began."""
     key: Key | None = None
     """The API key of the call, where the server asks for one."""
+    counted: bool = False
+    """Whether the limits of its key count it until its end."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the log: never a prompt or an answer."""
 
@@ -77,13 +88,40 @@ class Exchange:
         return (time.perf_counter_ns() - self.started_ns) / 1e6
 
 
-async def read_object(exchange: Exchange, receive: Receive, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in a request's body.
+async def read_body(
+    exchange: Exchange, receive: Receive, max_bytes: int, read: Callable[[dict[str, Any]], _Read]
+) -> _Read:
+    """The JSON object in a request's body, as `read` makes something of it.
+
+    A large body is parsed and read in a thread, so that the event loop goes on meanwhile.
 
     Raises:
-        ApiError: It is too large, compressed, nested too deeply, or not a JSON object.
+        ApiError: It is too large, compressed, nested too deeply, or not a JSON object; or `read` refuses it.
         ClientLeftError: The client left before it was complete.
     """
+    content = await _content(exchange, receive, max_bytes)
+    if len(content) <= _SMALL_BYTES:
+        return read(_parsed(content))
+    return await asyncio.get_running_loop().run_in_executor(_large_bodies, lambda: read(_parsed(content)))
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    if len(content) > _MAX_NODES:  # otherwise there cannot be so many
+        outside = _STRING.sub(b"", content)
+        nodes = outside.count(b",") + outside.count(b"[") + outside.count(b"{")
+        if nodes > _MAX_NODES:
+            raise ApiError(
+                f"the body has {nodes:,} values, and at most {_MAX_NODES:,} are read; send less.",
+                status=413,
+                code="request_too_large",
+            )
+    try:
+        return parse_object(content, max_bytes=len(content))
+    except Unreadable as error:
+        raise ApiError(f"the body is {error.fault}; send a JSON object.", code="invalid_json") from error
+
+
+async def _content(exchange: Exchange, receive: Receive, max_bytes: int) -> bytes:
     if exchange.headers.get("content-encoding", "identity") != "identity":
         raise ApiError("compressed bodies are not read; send it as it is.", status=415, code="unsupported_encoding")
     declared = exchange.headers.get("content-length", "")
@@ -105,10 +143,7 @@ async def read_object(exchange: Exchange, receive: Receive, max_bytes: int) -> d
             raise too_large
         parts.append(part)
         more = message.get("more_body", False)
-    try:
-        return parse_object(b"".join(parts), max_bytes=max_bytes)
-    except Unreadable as error:
-        raise ApiError(f"the body is {error.fault}; send a JSON object.", code="invalid_json") from error
+    return b"".join(parts)
 
 
 def packed_json(value: Any) -> bytes:

@@ -187,6 +187,24 @@ def test_a_key_is_held_to_its_models_tiers_and_length(guarded: Served, keys: Api
     assert ask(guarded, other)[0] == 404
 
 
+def test_limits_are_asked_before_a_body_is_read(guarded: Served, keys: ApiKeys) -> None:
+    _, text = keys.create("acme", "few", requests_per_minute=2)
+    wrong = b'{"messages": ' + b"[" * 60_000
+    for path, status in (
+        ("chat/completions", 400),
+        ("polar/quote", 400),
+        ("chat/completions", 429),
+        ("responses", 429),
+    ):
+        assert guarded.call("POST", f"/v1/{path}", wrong, bearer(text))[0] == status
+    _, text = keys.create("acme", "one at a time", parallel=1)
+    for body, status in ((wrong, 400), (chat_body(), 200)) * 2:
+        deadline = time.monotonic() + WAIT_S
+        while (found := guarded.call("POST", "/v1/chat/completions", body, bearer(text))[0]) == 429:
+            assert time.monotonic() < deadline, "the one before counts for ever"
+        assert found == status
+
+
 @pytest.fixture
 def replicas(serve: Callable[..., Served], keys: ApiKeys, ledger_url: str) -> Iterator[tuple[Served, Served]]:
     """Two servers with limits in one ledger, as two processes have them."""

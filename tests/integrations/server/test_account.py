@@ -101,10 +101,10 @@ def test_a_quote_holds_and_records_nothing(served: Served, sink: RecordingSink) 
 
 
 def test_a_quote_shows_what_the_key_may_use(billed: Served, keys: ApiKeys) -> None:
-    headers = key_of(keys, "acme", tiers=("economy",), requests_per_minute=2)
+    headers = key_of(keys, "acme", tiers=("economy",), requests_per_minute=3)
     _, found, quoted = billed.call("POST", "/v1/polar/quote", chat_body(model="tiny:economy"), headers)
     assert [offer["tier"] for offer in quoted["tiers"]] == ["economy"]
-    assert found["x-ratelimit-remaining-requests"] == "1"
+    assert found["x-ratelimit-remaining-requests"] == "2"
     assert billed.call("POST", "/v1/polar/quote", chat_body(model="tiny:exact"), headers)[0] == 404
     assert billed.call("POST", "/v1/polar/quote", chat_body(model="tiny:economy"), headers)[0] == 200
     assert billed.call("POST", "/v1/polar/quote", chat_body(model="tiny:economy"), headers)[0] == 429

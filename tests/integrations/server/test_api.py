@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from polar_sdk.errors import BudgetExceededError, SinkError
+from polar_sdk.reading import parse_object
 from tests.integrations.server.conftest import RecordingSink, chat_body
 
 if TYPE_CHECKING:
@@ -224,6 +226,25 @@ def test_a_body_beyond_a_limit_is_refused(serve: Callable[..., Served], body: by
     served = serve(max_body=65_536)
     found, _, answer = served.call("POST", "/v1/chat/completions", body)
     assert (found, answer["error"]["code"]) == (status, code)
+
+
+def test_a_body_of_too_many_values_is_refused_unread(refusing: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes Python some microseconds: 4 MiB of empty lists held the event loop for seconds."""
+    read_by: list[str] = []
+
+    def parse(content: bytes, **limits: Any) -> dict[str, Any]:
+        read_by.append(threading.current_thread().name)
+        return parse_object(content, **limits)
+
+    monkeypatch.setattr("polar_server.http.exchange.parse_object", parse)
+    many = b'{"model": "tiny", "messages": [' + b"[]," * 1_200_000 + b"[]]}"
+    status, _, body = refusing.call("POST", "/v1/chat/completions", many)
+    assert (status, body["error"]["code"], read_by) == (413, "request_too_large", [])
+    text = chat_body(messages=[{"role": "user", "content": 'a,[{"' * 200_000}])
+    assert refusing.call("POST", "/v1/chat/completions", text)[2]["error"]["code"] == "context_length_exceeded"
+    assert read_by[0].startswith("polar-body"), "large bodies are read beside the event loop"
+    refusing.call("POST", "/v1/chat/completions", b"{")
+    assert not read_by[1].startswith("polar-body")
 
 
 def test_a_chunked_body_is_counted_as_it_comes(serve: Callable[..., Served]) -> None:
