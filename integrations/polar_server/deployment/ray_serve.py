@@ -8,12 +8,16 @@ its prompts, unless another one is less busy by a few calls. Knows the options o
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import pickle
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from polar_sdk.errors import InvalidRequestError
@@ -22,11 +26,14 @@ from polar_server.deployment.launch import Launch, log_as_json
 from polar_server.settings import LOOPBACK
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from ray.serve import Application
+    from ray.serve.context import ReplicaContext
     from ray.serve.request_router import PendingRequest, RunningReplica
     from starlette.applications import Starlette
+
+    from polar_server.server import Server
 
 APPLICATION: Final = "polar"
 DEPLOYMENT: Final = "Polar"
@@ -41,6 +48,9 @@ SLACK: Final = 4
 IDLE_CONNECTION_S: Final = 75
 """Longer than what balancers in front keep a connection, so that they close it first."""
 _STARTS: Final = 4
+_LOOK_S: Final = 1.0
+"""How often a replica asks whether Ray ends it. Unit: seconds."""
+_log: Final = logging.getLogger("polar_server")
 _LAST_WORDS_S: Final = 10.0
 """Time of a replica, after its answers, to store records and close."""
 _AFFINE_HEADERS: Final = (b"authorization", b"x-session-id")
@@ -122,7 +132,43 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Starlette:  # Ray's name
         log_as_json()
-        return build(self._launch.settings())
+        app = build(self._launch.settings())
+        within, server = app.router.lifespan_context, app.state.server
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[Any]:
+            watching = asyncio.create_task(_drain_when_stopped(server))
+            try:
+                async with within(app) as state:
+                    yield state
+            finally:
+                watching.cancel()
+
+        app.router.lifespan_context = lifespan
+        return app
+
+
+async def _drain_when_stopped(server: Server) -> None:
+    """Begin the drain when Ray ends this replica.
+
+    Ray tells an app of its end only when the last call has ended, and kills the replica where that takes longer than
+    `graceful_shutdown_timeout_s`: an answer that ran until then would be lost, and billed up to its last mark.
+    """
+    own = serve.get_replica_context()
+    while not await asyncio.to_thread(_is_stopping, own):
+        await asyncio.sleep(_LOOK_S)
+    await server.answers.drain(server.settings.drain)
+
+
+def _is_stopping(own: ReplicaContext) -> bool:
+    """Whether Ray ends this replica; False where its controller cannot say."""
+    try:
+        applications = _get_global_client().get_serve_details()["applications"]
+        replicas = applications[own.app_name]["deployments"][own.deployment]["replicas"]
+    except Exception as error:  # the controller is away, or starts again; Ray's errors have no common class
+        _log.warning("Ray's controller does not say whether this replica ends (%s)", error)
+        return False
+    return any(one["replica_id"] == own.replica_tag and one["state"] == "STOPPING" for one in replicas)
 
 
 def deployment_options(launch: Launch, replicas: Replicas) -> dict[str, Any]:

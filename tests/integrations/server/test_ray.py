@@ -235,6 +235,41 @@ def test_a_rolling_update_loses_no_call(cluster: Cluster, ledger_of_cluster: str
 SESSIONS, TURNS = 8, 10
 
 
+def test_a_replica_that_ends_stops_and_records_what_outlasts_the_drain(
+    cluster: Cluster, ledger_of_cluster: str
+) -> None:
+    """Ray waits for the last call to end, or kills the replica with all that runs; it ends one after the other."""
+    cluster.deploy(replace(cluster.launch, drain=0.0), 2)
+    before, begun = len(records(ledger_of_cluster, 0)), threading.Semaphore(0)
+    try:
+        with ThreadPoolExecutor(SESSIONS) as pool:
+            reading = [pool.submit(read_long, cluster, number, begun) for number in range(SESSIONS)]
+            for _ in reading:
+                assert begun.acquire(timeout=WAIT_S)
+            cluster.deploy(cluster.launch, 2)
+            texts = [one.result() for one in reading]
+        stopped = [text for text in texts if b'"code":"shutting_down"' in text]
+        assert stopped, "answers of some seconds were left to run"
+        assert all(text in stopped or text.endswith(b"data: [DONE]\n\n") for text in texts)
+        found = records(ledger_of_cluster, before + SESSIONS)[before:]
+        assert len([one for one in found if one.outcome == "cancelled"]) == len(stopped)
+    finally:
+        cluster.deploy(cluster.launch, 2)
+
+
+def read_long(cluster: Cluster, number: int, begun: threading.Semaphore) -> bytes:
+    """All of a long stream; `begun` is released when its first event is there."""
+    content = json.dumps(body(stream=True, max_tokens=1_500, logit_bias={"65": 100}))
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=WAIT_S)
+    connection.request("POST", "/v1/chat/completions", content, {"x-session-id": f"long-{number}"})
+    answer = connection.getresponse()
+    text = answer.readline()
+    begun.release()
+    text += answer.read()
+    connection.close()
+    return text
+
+
 def conversation(session: int, ask: Callable[[list[dict[str, str]]], tuple[str, int]]) -> int:
     """Chat for some turns; returns how many tokens of its prompts were there already."""
     messages: list[dict[str, str]] = []
@@ -275,19 +310,8 @@ def test_four_replicas_keep_the_starts_of_prompts_as_one_does(cluster: Cluster) 
 def test_fewer_replicas_cut_no_stream(cluster: Cluster, ledger_of_cluster: str) -> None:
     before, begun = len(records(ledger_of_cluster, 0)), threading.Semaphore(0)
 
-    def read(number: int) -> bytes:
-        content = json.dumps(body(stream=True, max_tokens=1_500, logit_bias={"65": 100}))
-        connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=WAIT_S)
-        connection.request("POST", "/v1/chat/completions", content, {"x-session-id": f"long-{number}"})
-        answer = connection.getresponse()
-        text = answer.readline()
-        begun.release()
-        text += answer.read()
-        connection.close()
-        return text
-
     with ThreadPoolExecutor(SESSIONS) as pool:
-        reading = [pool.submit(read, number) for number in range(SESSIONS)]
+        reading = [pool.submit(read_long, cluster, number, begun) for number in range(SESSIONS)]
         for _ in reading:
             assert begun.acquire(timeout=WAIT_S)
         cluster.deploy(cluster.launch, 1)
