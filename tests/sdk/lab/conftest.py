@@ -42,7 +42,7 @@ def model() -> PolarModel:
     return tiny_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def matrix(model: PolarModel) -> Callable[..., RewardMatrix]:
     """Program 1 agrees on 70 % of all prompts, program 2 on those of letters of the first half (95 %), else on 20 %."""
 

@@ -56,19 +56,19 @@ def test_it_learns_what_a_model_says(cache: Path) -> None:
     items.append(lab.ChoiceItem(question="?", choices=("a", "b"), answer=0))
     brief = lab.train_draft_head(model, items, out=cache / "brief", answer_tokens=40, units=64, epochs=1)
     head = lab.train_draft_head(
-        model, items, answer_tokens=40, units=64, epochs=40, on_progress=lambda *step: seen.append(step)
+        model, items, answer_tokens=40, units=64, epochs=20, on_progress=lambda *step: seen.append(step)
     )
     answers = [model.generate(f"prompt {number}", max_tokens=40).token_ids for number in range(40) if number % 10 != 9]
     assert (head.facts.answers, head.facts.tokens) == (36, sum(map(len, answers)))
     assert head.facts.fingerprint == model.fingerprint
-    assert head.facts.options["epochs"] == 40
+    assert head.facts.options["epochs"] == 20
     assert None not in (brief.facts.right, brief.facts.guessed, head.facts.right, head.facts.guessed)
     assert head.facts.right > brief.facts.right + 0.1  # type: ignore[operator]
     assert head.facts.guessed > max(head.facts.right, brief.facts.guessed)  # type: ignore[type-var, operator]
     assert [step for step in seen if step[1] == step[2]] == [
         ("identity's answers", 40, 40),
         ("states", 36, 36),
-        ("training", 120, 120),
+        ("training", 60, 60),
         ("held-out states", 4, 4),
     ]
 

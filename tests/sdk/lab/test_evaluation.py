@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,43 +41,15 @@ QUICK = MenuSettings(targets=("agreement",), hidden=((),), penalties=(0.1,), see
 TIERS: dict[str, Any] = {"economy": (0.15, "differs"), "standard": (0.1, "harms")}
 
 
-def result(
-    model: PolarModel, matrix: Callable[..., RewardMatrix], *, learnable: bool = True, theta: float = 0.3
-) -> tuple[MenuRouter, SetResult]:
-    router = RouterTrainer(model, matrix(learnable=learnable), "embedding").menu(QUICK)
-    test = matrix(500, seed=3, learnable=learnable)
-    found = evaluate_set(
-        "synthetic",
-        Subjects(
-            router=router,
-            points={"main": theta},
-            outputs=router.outputs(router.reader.stack(test.tokens)),
-            outcomes=Outcomes(test, block=lambda rows, programs: _no_skip_agrees(test, rows, programs)),
-            static=[Program.parse(one["program"]) for one in router.facts.training["static"]],
-            policy=model.policy,
-            cost=model.decoder.cost,
-        ),
-    )
-    return router, found
+@pytest.fixture(scope="module")
+def router(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> MenuRouter:
+    """Trained on prompts of which half are easy."""
+    return RouterTrainer(model, matrix(), "embedding").menu(QUICK)
 
 
-def _no_skip_agrees(test: RewardMatrix, rows: Any, programs: Any) -> RewardMatrix:
-    """Programs off the menu agree nowhere and cost what the second one costs."""
-    from dataclasses import replace
-
-    part = test.rows(list(rows))
-    columns = [1] * len(programs)
-    tensors = {name: getattr(part, name)[:, columns] for name in ("share", "margin", "right", "flops")}
-    return replace(part, programs=tuple(programs), agree=part.agree[:, columns] & False, **tensors)
-
-
-def test_a_router_that_reads_beats_every_control(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    _, found = result(model, matrix)
-    assert found.main.flops_saved.total > 0.1
-    beaten = {one.control: one.beaten for one in found.comparisons}
-    assert all(beaten.values()), [one for one in found.comparisons if not one.beaten]
-    sentences = " ".join(verdict([found]))
-    assert "It beats the shuffled router" in sentences and "Use the static program" not in sentences
+@pytest.fixture(scope="module")
+def found(model: PolarModel, matrix: Callable[..., RewardMatrix], router: MenuRouter) -> SetResult:
+    return judged(model, router, matrix(500, seed=3), 0.3)
 
 
 def subjects(model: PolarModel, rows: RewardMatrix, router: MenuRouter, points: dict[str, float]) -> Subjects:
@@ -83,43 +57,66 @@ def subjects(model: PolarModel, rows: RewardMatrix, router: MenuRouter, points: 
         router=router,
         points=points,
         outputs=router.outputs(router.reader.stack(rows.tokens)),
-        outcomes=Outcomes(rows),
-        static=list(rows.programs),
+        outcomes=Outcomes(rows, block=lambda places, programs: _no_skip_agrees(rows, places, programs)),
+        static=[Program.parse(one["program"]) for one in router.facts.training["static"]],
         policy=model.policy,
         cost=model.decoder.cost,
     )
 
 
-def test_classes_are_judged_apart(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+def judged(model: PolarModel, router: MenuRouter, rows: RewardMatrix, theta: float) -> SetResult:
+    return evaluate_set("synthetic", subjects(model, rows, router, {"main": theta}))
+
+
+def _no_skip_agrees(test: RewardMatrix, rows: Any, programs: Any) -> RewardMatrix:
+    """Programs off the menu agree nowhere and cost what the second one costs."""
+    part = test.rows(list(rows))
+    columns = [1] * len(programs)
+    tensors = {name: getattr(part, name)[:, columns] for name in ("share", "margin", "right", "flops")}
+    return replace(part, programs=tuple(programs), agree=part.agree[:, columns] & False, **tensors)
+
+
+def test_a_router_that_reads_beats_every_control(found: SetResult) -> None:
+    assert found.main.flops_saved.total > 0.1
+    beaten = {one.control: one.beaten for one in found.comparisons}
+    assert all(beaten.values()), [one for one in found.comparisons if not one.beaten]
+    sentences = " ".join(verdict([found]))
+    assert "It beats the shuffled router" in sentences and "Use the static program" not in sentences
+
+
+def test_classes_are_judged_apart(
+    model: PolarModel, matrix: Callable[..., RewardMatrix], router: MenuRouter, found: SetResult
+) -> None:
     """Over easy and hard prompts together reading earns something; within either of them it cannot."""
-    router = RouterTrainer(model, matrix()).menu(QUICK)
     rows = matrix(600, seed=3)
     easy = [at for at, tokens in enumerate(rows.tokens) if max(tokens) < 78]
     hard = [at for at in range(600) if at not in set(easy)]
     classes = {"both": list(range(600)), "easy": easy, "hard": hard}
-    found = evaluate_classes(subjects(model, rows, router, {"exact": 0.0, "main": 0.3}), classes)
-    assert [(one.name, one.point) for one in found] == [(n, p) for n in classes for p in ("exact", "main")]
-    outcomes = {(one.name, one.point): one.outcome for one in found}
+    by_class = evaluate_classes(subjects(model, rows, router, {"exact": 0.0, "main": 0.3}), classes)
+    assert [(one.name, one.point) for one in by_class] == [(n, p) for n in classes for p in ("exact", "main")]
+    outcomes = {(one.name, one.point): one.outcome for one in by_class}
     assert outcomes["both", "exact"] == "identity" and outcomes["both", "main"] == "routed"
     assert outcomes["easy", "main"] == "static"
-    one = next(one for one in found if (one.name, one.point) == ("easy", "main"))
+    one = next(one for one in by_class if (one.name, one.point) == ("easy", "main"))
     assert one.prompts == len(easy) and one.program == "0-1 4-5" and one.program_share > 0.9
     chosen = router.choose_all(
         router.outputs(router.reader.stack(rows.tokens)), 0.3, [len(tokens) for tokens in rows.tokens]
     )
     assert one.agreement == sum(bool(rows.agree[at, rows.programs.index(chosen[at])]) for at in easy) / len(easy)
-    words = " ".join(verdict([result(model, matrix)[1]], found))
+    words = " ".join(verdict([found], by_class))
     assert "main: reading the prompt beats both" in words and "within easy (which it is: 0-1 4-5" in words
     assert "exact: full depth for all of both, easy, hard." in words
-    assert len(class_rows(found)) == 6
+    assert len(class_rows(by_class)) == 6
 
 
-def test_a_shuffled_router_is_never_cheaper(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+def test_a_shuffled_router_is_never_cheaper(
+    model: PolarModel, matrix: Callable[..., RewardMatrix], router: MenuRouter
+) -> None:
     """Long prompts at full depth: dealt at random, they would cross instead, so they are dealt among long ones."""
     from polar_sdk.lab.evaluation.evaluate import _Run, _SetEvaluator
 
     rows = matrix(400, seed=3)
-    evaluator = _SetEvaluator(subjects(model, rows, RouterTrainer(model, matrix()).menu(QUICK), {}))
+    evaluator = _SetEvaluator(subjects(model, rows, router, {}))
     for sign in (1, -1):
         programs = [rows.programs[2 if sign * (len(tokens) - 17) > 0 else 0] for tokens in rows.tokens]
         run = _Run(programs, 0, evaluator.subjects.outcomes.all(programs))
@@ -127,8 +124,7 @@ def test_a_shuffled_router_is_never_cheaper(model: PolarModel, matrix: Callable[
         assert sum(dealt) / len(dealt) > 0.99 * sum(one.flops for one in run.outcomes)
 
 
-def test_promises_are_tried_on_random_halves(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    router = RouterTrainer(model, matrix()).menu(QUICK)
+def test_promises_are_tried_on_random_halves(matrix: Callable[..., RewardMatrix], router: MenuRouter) -> None:
     rows = matrix(800, seed=5)
     walk = DialWalk.along(router, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
     whole = certify(router, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows), tiers=TIERS)
@@ -145,7 +141,8 @@ def test_promises_are_tried_on_random_halves(model: PolarModel, matrix: Callable
 def test_a_router_that_reads_nothing_is_told_to_go_static(
     model: PolarModel, matrix: Callable[..., RewardMatrix]
 ) -> None:
-    router, found = result(model, matrix, learnable=False, theta=0.45)
+    router = RouterTrainer(model, matrix(learnable=False), "embedding").menu(QUICK)
+    found = judged(model, router, matrix(500, seed=3, learnable=False), 0.45)
     assert router.facts.training["utility"] < 0.3
     assert not next(one for one in found.comparisons if one.control == "shuffled router").beaten
     sentences = " ".join(verdict([found]))
@@ -154,8 +151,9 @@ def test_a_router_that_reads_nothing_is_told_to_go_static(
     assert f"Use the static program instead: {static.note}" in sentences
 
 
-def test_the_figures_are_those_counted_by_hand(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    router, found = result(model, matrix)
+def test_the_figures_are_those_counted_by_hand(
+    matrix: Callable[..., RewardMatrix], router: MenuRouter, found: SetResult
+) -> None:
     test = matrix(500, seed=3)
     lengths = [len(tokens) for tokens in test.tokens]
     outputs = router.outputs(router.reader.stack(test.tokens))
@@ -173,8 +171,7 @@ def test_the_figures_are_those_counted_by_hand(model: PolarModel, matrix: Callab
     assert shuffled_system.non_identity_rate == main.non_identity_rate
 
 
-def test_calibration_counts_what_is_lost(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    router = RouterTrainer(model, matrix()).menu(QUICK)
+def test_calibration_counts_what_is_lost(matrix: Callable[..., RewardMatrix], router: MenuRouter) -> None:
     rows = matrix(300, seed=5)
     outputs = router.outputs(router.reader.stack(rows.tokens))
     certificate = certify(router, outputs, Outcomes(rows), tiers=TIERS)
@@ -194,8 +191,6 @@ def test_calibration_counts_what_is_lost(model: PolarModel, matrix: Callable[...
 
 
 def test_where_no_right_answer_is_known_an_answer_that_differs_is_lost(matrix: Callable[..., RewardMatrix]) -> None:
-    from dataclasses import replace
-
     rows = matrix(40, seed=5)
     known = torch.arange(40) % 2 == 0
     mixed = replace(rows, labelled=known)
@@ -212,8 +207,6 @@ def test_a_router_may_be_trained_on_the_drop_of_accuracy(
     model: PolarModel, matrix: Callable[..., RewardMatrix]
 ) -> None:
     """A program that turns as many wrong answers right as right ones wrong is free to use."""
-    from dataclasses import replace
-
     rows = matrix()
     right = torch.rand(rows.right.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = replace(rows, right=right, labelled=torch.ones(len(rows), dtype=torch.bool))
@@ -316,8 +309,7 @@ def test_a_router_without_a_dial_cannot_be_judged(model: PolarModel) -> None:
         lab.evaluate(tiny_model(), [PromptItem(prompt="x")])
 
 
-def test_the_page_stands_alone_and_escapes(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    router, found = result(model, matrix)
+def test_the_page_stands_alone_and_escapes(model: PolarModel, router: MenuRouter, found: SetResult) -> None:
     evaluation = Evaluation(
         model="<tiny>",
         fingerprint=model.fingerprint,
@@ -334,9 +326,7 @@ def test_the_page_stands_alone_and_escapes(model: PolarModel, matrix: Callable[.
     page = to_html(evaluation)
     assert "&lt;tiny&gt;" in page and "<tiny>" not in page
     assert "<svg" in page and "shuffled router" in page
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    )
+    assert not re.search(r"http://(?!www\.w3\.org|purl\.org|creativecommons\.org)", page)
     assert to_html(evaluation) == page
     plain = json.loads(json.dumps(evaluation.plain()))
     assert plain["flops_saved"] == found.main.flops_saved.total

@@ -14,7 +14,6 @@ from polar_sdk.cli.main import app
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pack import Question, packs
 from polar_sdk.engine.row import Row
-from polar_sdk.engine.scoring import score_programs, score_questions
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, PromptItem
 from polar_sdk.lab.layer_scan import Scanner, policy_of
@@ -75,18 +74,6 @@ def test_accuracy_is_the_share_of_right_choices(model: PolarModel) -> None:
         right += per_character.index(max(per_character)) == item.answer
     assert score.accuracy == right / len(CHOICES)
     assert score.agreement is None
-
-
-def test_shared_starts_change_no_score(model: PolarModel) -> None:
-    """The trie over programs gives what each program gives alone, whatever the order."""
-    questions = [Question((1, 2, 3), ((4, 5), (6,))), Question((9,) * 20, ((7, 8, 9),))]
-    texts = ["0-5", "0-1 3-5", "0 2-5", "0-1 2x2 3-5", "5 4 3", "0-4", "0-5"]
-    together = score_programs(model.loaded.decoder, questions, [Program.parse(text) for text in texts])
-    assert len(together) == len(set(texts))
-    for program, scores in together.items():
-        for ours, alone in zip(scores, score_questions(model.loaded.decoder, questions, program), strict=True):
-            assert ours.loglikelihoods == pytest.approx(alone.loglikelihoods, abs=1e-5)
-            assert ours.greedy == alone.greedy
 
 
 def test_packs_keep_order_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,25 +291,16 @@ def test_rows_of_a_matrix(found: SearchResult) -> None:
         matrix.rows([]).of("train")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (lambda path: path.unlink(), "cannot be read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
-        (
-            lambda path: path.write_bytes(path.read_bytes().replace(b"polar-rewards-1", b"polar-rewards-9")),
-            "not a reward matrix",
-        ),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"splits", b"splats")), "damaged"),
-    ],
-)
-def test_matrices_that_are_none(
-    spoil: Callable[[Path], object], says: str, found: SearchResult, tmp_path: Path
-) -> None:
+def test_a_damaged_matrix_is_refused(found: SearchResult, tmp_path: Path) -> None:
     path = found.save(tmp_path / "menu.json")
-    spoil(path)
-    with pytest.raises(DataError, match=says):
-        RewardMatrix.load(path)
+    whole = path.read_bytes()
+    damaged = whole[:100], whole.replace(b"polar-rewards-1", b"polar-rewards-9"), whole.replace(b"splits", b"splats")
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(DataError):
+            RewardMatrix.load(path)
+    with pytest.raises(DataError):
+        RewardMatrix.load(tmp_path / "absent.safetensors")
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.9, 0.75, 0.6]))
@@ -396,7 +387,7 @@ def test_data_and_policies_that_leave_nothing_to_search(model: PolarModel, all_i
             lab.search(model, items)
     closed = tiny_model(policy=Policy(protected=tuple(range(DEPTH))))
     with pytest.raises(DataError, match="no program that the policy allows"):
-        lab.search(closed, all_items, budgets=(0.5,), answer_tokens=2)
+        lab.search(closed, all_items[:6], budgets=(0.5,), answer_tokens=2)
 
 
 def test_a_cache_that_cannot_be_used(tmp_path: Path) -> None:

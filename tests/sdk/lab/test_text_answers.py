@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
+from polar_sdk.engine.scoring import score_programs
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_texts
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import text_rows
@@ -20,17 +20,16 @@ from polar_sdk.lab.evaluation.text_answers import (
     repeated,
     shared_start,
 )
-from polar_sdk.lab.items import AnswerItem, PromptItem
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
-from polar_sdk.lab.training.outcomes import PromptOutcome
+from polar_sdk.lab.training.outcomes import Bench, PromptOutcome
 from polar_sdk.programs.program import Program
-from polar_sdk.router.learned import RouterFacts
-from polar_sdk.router.menu import MenuRouter
-from polar_sdk.router.network import FeatureReader, Network
+from tests.sdk.fixed_router import fixed_router
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
+    from polar_sdk.router.menu import MenuRouter
 
 
 def run_of(shares: list[float], lengths: list[int], classes: list[str]) -> TextRun:
@@ -64,9 +63,6 @@ def test_figures_are_counted_by_length_and_by_kind() -> None:
     assert [row[4] for row in text_rows({"economy": whole})] == [
         "88.7% ± 18.4", "100.0%", "96.0% ± 96.0", "70.0% ± 70.0", "83.0% ± 25.5",
     ]  # fmt: skip
-    assert [row[1] for row in text_rows({"economy": whole})] == [
-        "all", "under 100", "100 to 500", "over 500", "worst: notes",
-    ]  # fmt: skip
     alone = run_of([1.0, 1.0, 1.0], [5, 6, 7], ["", "", ""]).whole()
     assert (list(alone.by_length), alone.by_kind, alone.worst_kind) == (["under_100"], {}, None)
 
@@ -94,10 +90,7 @@ def test_texts_are_compared_as_a_reader_would() -> None:
 def router(model: PolarModel) -> MenuRouter:
     """Skips two layers at θ of 0.2 and more."""
     menu = (Program.identity(6), Program.skipping(6, [2, 3]))
-    network = Network.fresh(FeatureReader(model.decoder).stack([[1, 2, 3], [4] * 9]), (), 1, seed=0)
-    network.biases[-1].copy_(torch.logit(torch.tensor([0.9])))
-    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.2), default_theta=0.2)
-    return MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)
+    return fixed_router(model, menu, [0.9], dial=(0.0, 0.2), default_theta=0.2)
 
 
 def test_exact_diverges_nowhere_and_another_program_does(model: PolarModel, router: MenuRouter) -> None:
@@ -117,9 +110,6 @@ def test_an_evaluation_has_every_tier_and_exact_under_texts(model: PolarModel, r
     evaluation = Judge(model, router, RewardCache()).evaluate({"data": items}, timed=0, free=2)
     plain = evaluation.plain()["texts"]
     assert set(plain) == {"uncalibrated", "exact"}
-    needed = {"flops_saved", "tokens_kept", "strict_kept", "noise_floor", "by_length"}
-    assert needed <= set(plain["exact"])
-    assert needed - {"by_length"} <= set(plain["exact"]["by_length"]["under_100"])
     assert (plain["exact"]["flops_saved"], plain["exact"]["tokens_kept"]) == (0, 1)
     assert 0 < plain["uncalibrated"]["flops_saved"] < 1
     assert plain["uncalibrated"]["free"]["prompts"] == 2
@@ -128,9 +118,6 @@ def test_an_evaluation_has_every_tier_and_exact_under_texts(model: PolarModel, r
 
 
 def test_nothing_is_said_of_texts_where_there_are_none(model: PolarModel, router: MenuRouter) -> None:
-    from polar_sdk.lab.items import ChoiceItem
-    from polar_sdk.lab.training.outcomes import Bench
-
     items = [ChoiceItem(question=f"which {word}?", choices=("red", "blue"), answer=0) for word in ("one", "two")]
     bench = Bench(model, cache=RewardCache())
     tasks = bench.tasks(items)
@@ -147,21 +134,15 @@ def test_nothing_is_said_of_texts_where_there_are_none(model: PolarModel, router
 
 
 def test_a_program_that_no_text_would_get_is_not_measured(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polar_sdk.engine import scoring
-
     measured: set[Program] = set()
-    original = scoring.score_programs
 
     def counted(decoder: Any, pack: Any, programs: Any, *rest: Any) -> Any:
         measured.update(programs)
-        return original(decoder, pack, programs, *rest)
+        return score_programs(decoder, pack, programs, *rest)
 
     monkeypatch.setattr("polar_sdk.lab.rewards.measure.score_programs", counted)
     menu = (Program.identity(6), Program.skipping(6, [2]), Program.skipping(6, [2, 3]))
-    network = Network.fresh(FeatureReader(model.decoder).stack([[1, 2, 3], [4] * 9]), (), 2, seed=0)
-    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.3])))
-    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.2), default_theta=0.2)
-    router = MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)
+    router = fixed_router(model, menu, (0.9, 0.3), dial=(0.0, 0.2), default_theta=0.2)
     items = [PromptItem(prompt=f"tell me of {word}") for word in ("pears", "boats", "trains")]
     evaluation = Judge(model, router, RewardCache()).evaluate({"data": items}, timed=0)
     assert measured == {menu[0], menu[1]}

@@ -1,4 +1,4 @@
-"""A menu router over the tiny model whose choice is known: it reads which half of the alphabet a prompt uses."""
+"""A menu router over the tiny model whose choice is known, with and without a certificate."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import pytest
 
 from polar_sdk.programs.program import Program
 from polar_sdk.router.certificate import Certificate, Counts
-from polar_sdk.router.learned import RouterFacts
-from polar_sdk.router.menu import MenuRouter
-from polar_sdk.router.network import FeatureReader, Network
 from polar_sdk.testing import tiny_model
+from tests.sdk.fixed_router import fixed_router
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polar_sdk.model import PolarModel
+    from polar_sdk.router.menu import MenuRouter
 
 DEPTH = 6
 MENU = (Program.identity(DEPTH), Program.skipping(DEPTH, [2]), Program.skipping(DEPTH, [2, 3]))
@@ -31,13 +30,7 @@ def model() -> PolarModel:
 @pytest.fixture
 def router(model: PolarModel) -> MenuRouter:
     """Predicts losses of 0.1 and 0.5 for the two cheaper programs, whatever the prompt."""
-    import torch
-
-    features = FeatureReader(model.decoder).stack([[1, 2, 3], [40, 50, 60], [7] * 9])
-    network = Network.fresh(features, (), len(MENU) - 1, seed=0)
-    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.5])))
-    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=DEPTH, dial=THETAS, default_theta=0.2)
-    return MenuRouter(facts, network, MENU).bind(model.decoder, model.fingerprint)
+    return fixed_router(model, MENU, (0.9, 0.5), dial=THETAS, default_theta=0.2)
 
 
 @pytest.fixture

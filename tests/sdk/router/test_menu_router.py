@@ -20,6 +20,7 @@ from polar_sdk.router.learned import AtTheta, RouterFacts
 from polar_sdk.router.menu import MenuRouter, Pricing, cheapest, menu_dial, needed_theta
 from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
 from polar_sdk.testing import tiny_model
+from tests.sdk.fixed_router import fixed_router
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,10 +57,7 @@ def test_one_prompt_and_many_are_decided_alike(router: MenuRouter) -> None:
 
 def test_a_more_expensive_program_is_never_chosen(model: PolarModel) -> None:
     menu = (Program.identity(6), Program.looping(6, {2: 2}))
-    network = Network.fresh(torch.randn(4, 49), (), 1, seed=0)
-    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6)
-    router = MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)
-    assert router.choose(TOKENS, 1.0).program == menu[0]
+    assert fixed_router(model, menu, [0.9]).choose(TOKENS, 1.0).program == menu[0]
 
 
 @pytest.mark.parametrize(("kind", "hidden"), [("embedding", ()), ("ending", (16,))])
@@ -110,12 +108,8 @@ def filled(model: PolarModel, **facts: Any) -> MenuRouter:
         bias = torch.zeros(6 - first, 2, family.kv_heads, family.head_dim)
         fill = Fill((torch.zeros(family.hidden, bias.numel()),), bias)
         model.decoder.set_fills({**model.decoder.fills, (first, 5): fill})
-    features = FeatureReader(model.decoder).stack([[1, 2, 3], [40, 50, 60], [7] * 9])
-    network = Network.fresh(features, (), 2, seed=0)
-    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.7])))
     menu = (Program.identity(6), Program.filling(6, [(4, 5)]), Program.filling(6, [(2, 5)]))
-    known = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, **facts)
-    return MenuRouter(known, network, menu).bind(model.decoder, model.fingerprint)
+    return fixed_router(model, menu, (0.9, 0.7), **facts)
 
 
 def test_a_long_prompt_may_take_a_deeper_cut_at_the_same_dial() -> None:
