@@ -161,22 +161,14 @@ class ApiKeys:
             return latest_keys(connection, tenant)
 
     def any_active(self, scope: str | None = None) -> bool:
-        """Whether there is a key that opens something now.
-
-        Args:
-            scope: One of `SCOPES` that it must open; None for any.
-        """
+        """Whether there is a key that opens something now; with a `scope`, one that opens that."""
         now = self._now()
         with self.ledger.snapshot() as connection:
             active = (key for key in _latest(connection, None) if key.state(now) == "active")
             return any(scope is None or scope in key.scopes for key in active)
 
     def rotate(self, key_id: str, overlap: timedelta) -> tuple[ApiKey, str]:
-        """Make a key that may do the same, and let the old one expire.
-
-        Args:
-            key_id: The old one.
-            overlap: How long both are good.
+        """Make a key that may do the same, and let the old one expire after an overlap.
 
         Raises:
             AccessError: There is no such key, or it is not active.

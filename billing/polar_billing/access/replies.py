@@ -110,12 +110,7 @@ class Replies:
         """Held while claims of this process are renewed, kept or given up in the database: in one order for all."""
 
     def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:
-        """Claim a key for a request, or say what became of the one that has it.
-
-        Args:
-            tenant: Whose.
-            key: The caller's.
-            fingerprint: SHA-256 of the request, hexadecimal.
+        """Claim a key for a request of this fingerprint, or say what became of the one that has it.
 
         Returns:
             `claimed`; `other`: the key belongs to another request; `running`: it is being answered; or `done` and the
@@ -305,10 +300,6 @@ def _of(claim: _Claim) -> tuple[Any, Any]:
 
 
 def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts, Rates]:
-    """Open the stores of a ledger for a server, which finds this function by its entry point.
-
-    Args:
-        url: As for `Ledger`.
-    """
+    """Open the stores of a ledger for a server, which finds this function by its entry point."""
     ledger = Ledger(url)
     return ApiKeys(ledger), Replies(ledger), Accounts(ledger), Rates(ledger)

@@ -89,12 +89,7 @@ def _was_pruned(connection: Connection, tenant: str, period: Period) -> bool:
 
 
 def wrong_holds(connection: Connection, tenant: str | None) -> Iterator[WrongHold]:
-    """The settled holds that differ from the usage and the receipt of their request.
-
-    Args:
-        connection: A transaction that sees one state of the ledger.
-        tenant: Whose; None for every tenant.
-    """
+    """The settled holds, of a tenant or of all, that differ from the usage and the receipt of their request."""
     hold = hold_table.c
     of_tenant = [hold.state == "settled", *([] if tenant is None else [hold.tenant == tenant])]
     currencies = {digest: book.currency for digest, book in read_books(connection).items()}

@@ -133,13 +133,9 @@ def _same_request() -> list[ColumnElement[bool]]:
 def _sums(
     counts: ColumnElement[Any], decimals: int, name: ColumnElement[Any] | None, names: set[str] | None
 ) -> Select[Any]:
-    """Sum counts of 10^-12, each rounded up to 10^-decimals, as millions and rest, by name.
+    """Sum counts of 10^-12, each rounded up to 10^-decimals, as millions and rest.
 
-    Args:
-        counts: What to sum.
-        decimals: Of the budgets.
-        name: Whose; None on the tenant's own level.
-        names: Only those; None for all.
+    By name, those of `names` or all of them; without a column of names it is the tenant's own level.
     """
     step = 10 ** (STORED_SCALE - decimals)
     rounded = counts if step == 1 else counts // step + case((counts % step > 0, 1), else_=0)
@@ -252,13 +248,7 @@ class Change:
 def standings(
     connection: Connection, windows: Iterable[tuple[Budget, Period]], scopes: Sequence[Scope]
 ) -> dict[tuple[Budget, Period], tuple[int, Standing]]:
-    """Budgets in windows of theirs, each with the number of its counter, which is created if needed.
-
-    Args:
-        connection: See the top of this module.
-        windows: Of requests with these scopes.
-        scopes: Which counters to look for.
-    """
+    """Budgets in windows of requests with these scopes, each with its counter's number, which is created if needed."""
     rows = {_key(row): row for row in touched(connection, scopes)}
     standings = {}
     for budget, period in windows:
@@ -314,9 +304,7 @@ def _counters_of(connection: Connection, tenants: Collection[str]) -> Sequence[R
 def raise_held(connection: Connection, amounts: Mapping[int, tuple[int, int]]) -> bool:
     """Hold amounts if all of them still fit; False if one does not, and then the caller rolls back.
 
-    Args:
-        connection: The transaction to roll back.
-        amounts: Number of the counter → amount and limit. Unit: 10^-decimals of the counter.
+    `amounts`: number of the counter → amount and limit. Unit: 10^-decimals of the counter.
     """
     if not amounts or any(amount > limit for amount, limit in amounts.values()):
         return not amounts

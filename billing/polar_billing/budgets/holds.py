@@ -119,12 +119,9 @@ def write_budget(connection: Connection, budget: Budget, *, closed: bool, now: d
 
 
 def in_force(connection: Connection, tenant: str | None, names: Collection[str] | None = None) -> list[Budget]:
-    """The budgets in force, in the order in which they were first set.
+    """The budgets in force, of a tenant or of all, in the order in which they were first set.
 
-    Args:
-        connection: Any transaction.
-        tenant: Whose; None for every tenant.
-        names: Only those with such a name on whatever level, "" being the tenant's own; None for all of them.
+    With `names` only those with such a name, on whatever level; the tenant's own is "".
     """
     values: dict[str, Any]
     query, values = (_BUDGETS, {}) if tenant is None else (_BUDGETS_OF, {"tenant": tenant})
@@ -167,13 +164,7 @@ def latest_holds(connection: Connection, identities: Iterable[Identity]) -> dict
 
 
 def open_holds(connection: Connection, tenant: str | None, *, due: datetime | None = None) -> list[Hold]:
-    """The open holds, the oldest first.
-
-    Args:
-        connection: Any transaction.
-        tenant: Whose; None for every tenant.
-        due: Only those that expire by then.
-    """
+    """The open holds, of a tenant or of all, the oldest first; with `due` only those that expire by then."""
     until = datetime.max.replace(tzinfo=UTC) if due is None else due
     query, whose = (_OPEN, {}) if tenant is None else (_OPEN_OF, {"tenant": tenant})
     return [_hold(row) for row in connection.execute(query, {"due": until, **whose})]
@@ -199,17 +190,9 @@ def _hold(row: Row[Any]) -> Hold:
 def resolve(
     connection: Connection, seqs: Sequence[int], state: HoldState, now: datetime, *, due: datetime | None = None
 ) -> set[int]:
-    """Resolve holds; a trigger refuses one that was resolved before.
+    """Resolve holds, and return those that were; a trigger refuses one that was resolved before.
 
-    Args:
-        connection: A transaction.
-        seqs: Which.
-        state: How.
-        now: When.
-        due: Only those that expire by then: their process may have renewed them since they were read.
-
-    Returns:
-        Those that were resolved.
+    With `due` only those that expire by then: their process may have renewed them since they were read.
     """
     statement = update(hold_table).values(state=str(state), resolved_at=now).returning(hold_table.c.seq)
     if due is not None:
@@ -223,8 +206,7 @@ def resolve(
 def renew(connection: Connection, seqs: Sequence[int], until: datetime) -> set[int]:
     """Renew open holds, in one statement however many there are; nothing need be locked.
 
-    Returns:
-        Those that were renewed; not those that are resolved, nor those that another transaction is changing.
+    Returns those that were renewed: not those that are resolved, nor those that another transaction is changing.
     """
     hold = hold_table.c
     if connection.dialect.name == "postgresql":
@@ -301,16 +283,9 @@ def hold(
 ) -> list[Answer]:
     """Hold for requests of one tenant, one after another, what the first offer that fits every budget may use.
 
-    Args:
-        connection: See the top of this module.
-        asks: What they want.
-        now: The time.
-        lifetime: How long a hold lives unless it is renewed.
-        again: Requests that this process has asked for before, without knowing what came of it.
-
-    Returns:
-        For each the offer and its hold, or why nothing is held for it: no offer fits, its id is in use or has been used
-        (`ConflictError`), or a budget is in another currency than the price book (`CurrencyMixError`).
+    Returns for each the offer and its hold, or why nothing is held for it: no offer fits, its id is in use or has been
+    used (`ConflictError`), or a budget is in another currency than the price book (`CurrencyMixError`). Requests
+    `again` are those that this process has asked for before, without knowing what came of it.
     """
     former = latest_holds(connection, [ask.identity for ask in asks])
     names = {name for ask in asks for name in ask.scope.names.values()}

@@ -360,11 +360,8 @@ class Budgets:
     ) -> Iterator[tuple[Connection, datetime]]:
         """A write transaction that has the tenant's counts to itself, and the time by the database's clock.
 
-        Args:
-            tenant: Whose.
-            chained: Whether it has the tenant's chain to itself as well, so that no usage is on its way that was stored
-                without regard to the tenant's budgets.
-            after_usage: As for `Ledger.transaction`.
+        Where `chained`, it has the tenant's chain as well, so that no usage is on its way that was stored without
+        regard to the tenant's budgets.
         """
         with self.ledger.transaction(after_usage=after_usage) as connection:
             if chained:

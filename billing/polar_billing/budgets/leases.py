@@ -54,12 +54,7 @@ class Lease:
 
 
 class Leases:
-    """The leases of one `Budgets`. Safe in several threads and after a fork.
-
-    Args:
-        lifetime_s: How long a hold lives. Unit: seconds.
-        renew: Renews leases; those that it could not renew are tried again.
-    """
+    """The leases of one `Budgets`. Safe in several threads and after a fork."""
 
     def __init__(self, lifetime_s: float, renew: Callable[[Sequence[Lease]], None]) -> None:
         self._lifetime_s = lifetime_s

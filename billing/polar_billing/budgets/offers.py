@@ -56,11 +56,7 @@ class Refusal:
     cost: Cost
 
     def error(self, what_happened: str = "") -> BudgetExceededError:
-        """The error, which says whose budget it is, what is left, what was needed and when it resets.
-
-        Args:
-            what_happened: How the message begins.
-        """
+        """The error, which says whose budget it is, what is left, what was needed and when it resets."""
         budget, standing = self.standing.budget, self.standing
         amount = needed(self.cost, budget)
         until = standing.period.until
@@ -105,11 +101,7 @@ def needed(cost: Cost, budget: Budget) -> int | None:
 
 
 def choose(standings: Sequence[Standing], offers: Sequence[Cost]) -> int | Refusal:
-    """Index of the first offer that fits every budget, or why none can be served.
-
-    Args:
-        standings: Every budget that covers the request.
-        offers: At least one, in order of preference.
+    """Index of the first offer, in order of preference, that fits every budget, or why none can be served.
 
     Raises:
         CurrencyMixError: Budget and price book are in different currencies.

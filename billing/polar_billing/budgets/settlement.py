@@ -39,12 +39,7 @@ Amounts = tuple[Scope, Decimal, int]
 
 
 def settle(connection: Connection, entries: Sequence[Entry]) -> None:
-    """Settle the holds of requests whose records have just been stored, and count what they used.
-
-    Args:
-        connection: The transaction that stored them.
-        entries: Records that were not stored before, each once.
-    """
+    """Settle the holds of requests whose records this transaction has stored as new, and count what they used."""
     tenants = with_budgets(connection, {entry.record.tenant for entry in entries})
     budgeted = [entry for entry in entries if entry.record.tenant in tenants]
     if not budgeted:

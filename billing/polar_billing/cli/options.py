@@ -56,9 +56,7 @@ Csv = Annotated[Path | None, typer.Option(help="Write CSV to this file; - is sta
 def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerStore]:
     """Open the ledger; if its database library is missing, the error says which extra installs it.
 
-    Args:
-        ledger: The value of `--ledger`.
-        recover: First store what waits in the spools of processes that have ended; a warning says what still waits.
+    Unless told not to `recover`, first store what ended processes left in their spools, and warn of what still waits.
 
     Raises:
         StoreDamagedError: It holds a value that means nothing; the block stops there.

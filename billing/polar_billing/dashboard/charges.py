@@ -87,11 +87,7 @@ class _Tenant(NamedTuple):
 
 
 class Cost:
-    """Works out charges of periods. For one caller at a time.
-
-    Args:
-        books: The price books.
-    """
+    """Works out charges of periods. For one caller at a time."""
 
     def __init__(self, books: Books) -> None:
         self._books = books
@@ -99,13 +95,7 @@ class Cost:
         """By currency and tenant, of the last look."""
 
     def of(self, connection: Connection, tenant: str | AllTenants, period: Period) -> list[Summary]:
-        """Sum up the charges of a period, by currency.
-
-        Args:
-            connection: A transaction that sees one state of the ledger.
-            tenant: Whose usage, or `ALL_TENANTS`.
-            period: With a beginning.
-        """
+        """Sum up the charges of a period that has a beginning, by currency."""
         self._books.refresh(connection)
         sums: defaultdict[str, defaultdict[str, list[_Use]]] = defaultdict(lambda: defaultdict(list))
         decimals: defaultdict[str, int] = defaultdict(int)
@@ -183,14 +173,7 @@ def _drafts(connection: Connection, usage: Sum, part: Period) -> int:
 
 
 def _rating(usage: Sum, book: PriceBook, moment: datetime, drafts: int) -> Rating:
-    """The rating of requests that are charged alike, by the book of their receipts.
-
-    Args:
-        usage: What they used together.
-        book: The book.
-        moment: When it is asked for prices.
-        drafts: FLOPs that it charges besides.
-    """
+    """The rating of requests that are charged alike, by the book of their receipts; it charges drafts besides."""
     charged_by = usage.unrated or rate_of(book, usage.tenant, usage.tier, moment)
     if isinstance(charged_by, str):
         return Rating(book.currency, unrated=charged_by)

@@ -118,10 +118,5 @@ class Dashboard:
 
 
 def open_pages(url: str | None, zone: str = "UTC") -> Dashboard:
-    """The operations page of a ledger, for a server that found this function by its entry point.
-
-    Args:
-        url: As for `Ledger`.
-        zone: As for `Dashboard`.
-    """
+    """The operations page of a ledger, for a server that found this function by its entry point."""
     return Dashboard(url, zone=zone)

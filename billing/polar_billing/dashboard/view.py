@@ -107,11 +107,7 @@ class Looks:
         self._uses = LastUses()
 
     def look(self, zone: str, live: Live | None) -> View:
-        """Ask everything.
-
-        Args:
-            zone: In whose calendar today is.
-            live: What the engine says.
+        """Ask everything; today is in the calendar of `zone`.
 
         Raises:
             PeriodError: No such zone.

@@ -36,13 +36,7 @@ def event_schema() -> dict[str, Any]:
 
 
 def usage_event(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None = None) -> dict[str, Any]:
-    """The event of one stored request.
-
-    Args:
-        stored: The request.
-        book: The one its receipt was made by.
-        energy: What to model its energy by; None to say nothing of it.
-    """
+    """The event of one stored request, by the book of its receipt; its energy is modelled if there is a basis."""
     record = stored.record
     modelled = {} if energy is None else {"energy": _energy(record.flops.executed, energy)}
     return {
@@ -108,11 +102,8 @@ def batch_text(
 ) -> Iterator[str]:
     """A batch as pieces of JSON text, one event a line, so that a long one is never whole in memory.
 
-    Args:
-        usage: The requests.
-        read_books: Reads every book of their receipts, by content hash. Called once, after the first request was read:
-            a record stored in between may have brought its book in.
-        energy: What to model energy by.
+    `read_books` reads every book by content hash. It is called once, after the first request was read: a record stored
+    in between may have brought its book in.
     """
     opening, books = "[\n", cache(read_books)
     for stored in usage:

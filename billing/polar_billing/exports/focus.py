@@ -72,9 +72,7 @@ _UNITS: Final = {
 def focus_rows(statements: Iterable[StatementOfPeriod], *, provider: str = "PoLar") -> Iterator[dict[str, Any]]:
     """One row per line of each statement, one for its rounding and one per prepaid credit that paid of it.
 
-    Args:
-        statements: What to export.
-        provider: Who serves and bills: `ProviderName`, `PublisherName` and `InvoiceIssuerName`.
+    `provider` serves and bills: `ProviderName`, `PublisherName` and `InvoiceIssuerName`.
     """
     for of_period in statements:
         statement = of_period.statement

@@ -41,16 +41,7 @@ def write_usage(
     read_books: Callable[[], Mapping[str, PriceBook]],
     energy: EnergyBasis | None = None,
 ) -> int:
-    """Write one row per request.
-
-    Args:
-        path: The file.
-        usage: The requests.
-        read_books: Reads every book of their receipts, by content hash; called once, after the first request was read.
-        energy: What to model energy by; None leaves its columns empty.
-
-    Returns:
-        The number of rows.
+    """Write one row per request, and return their number; see `cloud_events.batch_text` for `read_books`.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -129,10 +120,7 @@ def _energy(flops: int, basis: EnergyBasis) -> Row:
 
 
 def write_report(path: Path, report: Report) -> int:
-    """Write the rows of `polar report --csv`: one per tenant and tier, and one per tenant for its rounding line.
-
-    Returns:
-        The number of rows.
+    """Write the rows of `polar report --csv`, and return their number.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -153,10 +141,7 @@ def write_report(path: Path, report: Report) -> int:
 
 
 def write_focus(path: Path, rows: Iterable[Row]) -> int:
-    """Write FOCUS rows; costs that are not rounded have 18 decimals here, the rest are as in the CSV.
-
-    Returns:
-        The number of rows.
+    """Write FOCUS rows, and return their number; costs that are not rounded have 18 decimals here.
 
     Raises:
         MissingExtraError: pyarrow is not installed.

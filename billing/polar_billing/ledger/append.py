@@ -154,13 +154,9 @@ _RECEIPT_NAME: Final = str(receipt_table.name)
 def store_entries(
     connection: Connection, entries: Sequence[Entry], settle: Settle, *, as_new: bool
 ) -> list[StoredUsage | ConflictError]:
-    """Store what is not stored yet; see `Ledger.append_many`.
+    """Store what is not stored yet, in order; see `Ledger.append_many`.
 
-    Args:
-        connection: An open write transaction.
-        entries: In the order to store them in.
-        settle: Called with those that were new.
-        as_new: Insert first: retrying the rare duplicate is cheaper than checking every record.
+    Entries taken `as_new` are inserted first: retrying the rare duplicate is cheaper than checking every record.
 
     Raises:
         IntegrityError: One of them was not new, or the database does not take its content.
@@ -232,13 +228,7 @@ def missing_books(connection: Connection, books: Mapping[str, PriceBook]) -> dic
 def store_books(
     connection: Connection, books: Mapping[str, PriceBook], heads: dict[str, chain.Head] | None = None
 ) -> None:
-    """Store books as they are, by content hash, unless they are stored already.
-
-    Args:
-        connection: A write transaction.
-        books: By content hash.
-        heads: As for `chain.append_links`.
-    """
+    """Store books as they are, by content hash, unless they are stored already; `heads` as for `chain.append_links`."""
     for digest, book in missing_books(connection, books).items():
         values = {"hash": digest, "id": book.id, "document": book.document, "stored_at": datetime.now(UTC)}
         connection.execute(insert(price_book_table).values(values))

@@ -79,12 +79,7 @@ def _write_choice(connection: Connection, book: PriceBook, *, for_all: bool, put
 
 
 def read_choices(connection: Connection, known: MutableMapping[str, PriceBook]) -> list[Choice]:
-    """Every choice, in order.
-
-    Args:
-        connection: Any transaction of the ledger.
-        known: Books read before, by content hash; gets those that are new.
-    """
+    """Every choice, in order; books read before are `known` by content hash, and those that are new are added."""
     rows = connection.execute(select(in_force_table).order_by(in_force_table.c.seq)).all()
     missing = {row.price_book_hash for row in rows} - known.keys()
     if missing:

@@ -83,12 +83,7 @@ class Head(NamedTuple):
 
 
 def digest_of(subject: str, rows: Rows) -> bytes:
-    """The digest of a row and its parts, whatever types the database returned.
-
-    Args:
-        subject: The table's name in links.
-        rows: The row, then its parts.
-    """
+    """The digest of a row and then its parts, whatever types the database returned."""
     rows = list(rows)
     if all(_PLAIN.issuperset(map(type, values)) for _, values in rows):
         with suppress(TypeError):  # an integer beyond JSON's range, which only an altered table returns
@@ -136,14 +131,7 @@ def _typed_cell(value: Any) -> Any:
 
 
 def link(connection: Connection, table: Table, key: int | str, heads: dict[str, Head] | None = None) -> None:
-    """Append a stored row, with its parts, to the chain of its tenant.
-
-    Args:
-        connection: A write transaction in which the row was inserted.
-        table: One of `schema.CHAINED`.
-        key: Its primary key.
-        heads: As for `append_links`.
-    """
+    """Append a row, stored in this transaction, with its parts to the chain of its tenant."""
     subject = subject_of(table)
     chained = CHAINED[subject]
     rows = raw_rows(connection, chained, [key])[str(key)]
@@ -152,13 +140,9 @@ def link(connection: Connection, table: Table, key: int | str, heads: dict[str, 
 
 
 def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str, Head] | None = None) -> None:
-    """Append rows to the chains of their tenants, in the order given.
+    """Append rows, inserted in this transaction, to the chains of their tenants, in the order given.
 
-    Args:
-        connection: A write transaction in which the rows were inserted.
-        new: The rows to append.
-        heads: The result of `lock_heads` in this transaction for all their tenants; updated here. None to lock
-            them now.
+    `heads` is the result of `lock_heads` for all their tenants, and is updated here; None to lock them now.
     """
     heads = lock_heads(connection, {link.tenant for link in new}) if heads is None else heads
     ends: dict[str, tuple[int, bytes]] = {link.tenant: heads[link.tenant] for link in new}

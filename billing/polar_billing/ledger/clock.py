@@ -35,12 +35,7 @@ _LAST_EXPIRIES: Final = [
 
 
 def database_time(connection: Connection, *, writes: bool) -> datetime:
-    """The time by the database's clock, UTC.
-
-    Args:
-        connection: A transaction.
-        writes: Whether it may write, which the first one after a boot does on SQLite.
-    """
+    """The time by the database's clock, UTC; on SQLite the first transaction after a boot writes, if it may."""
     if connection.dialect.name == "postgresql":
         moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
         return moment.astimezone(UTC)

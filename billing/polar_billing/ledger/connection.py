@@ -265,10 +265,6 @@ def lock_counts(connection: Connection, tenants: Iterable[str]) -> None:
     Whoever reads a counter to decide by it takes this lock first; whoever stores usage takes it once that is written,
     so that others decide meanwhile. It comes after `chain.lock_heads` where both are taken. Locks are taken in one
     order, so that two cannot wait for each other. On SQLite a write transaction is alone already.
-
-    Args:
-        connection: A write transaction.
-        tenants: Whose.
     """
     if connection.dialect.name == "postgresql":
         digests = (hashlib.sha256(f"polar counts {tenant}".encode()).digest() for tenant in tenants)
@@ -281,10 +277,6 @@ class KeyedQuery:
 
     All texts travel as one parameter: thousands of parameters cost more than the query, and SQLite limits their
     number.
-
-    Args:
-        query: Everything else; may have parameters of its own.
-        column: The column.
     """
 
     def __init__(self, query: Select[Any], column: ColumnElement[str]) -> None:
@@ -293,26 +285,14 @@ class KeyedQuery:
         self._on_postgres = query.where(column == any_(bindparam(_TEXTS, type_=ARRAY(Text))))
 
     def run(self, connection: Connection, texts: Iterable[str], **others: Any) -> Result[Any]:
-        """Run it.
-
-        Args:
-            connection: A transaction.
-            texts: What the column may be.
-            **others: The query's own parameters.
-        """
+        """Run it for these texts, with the query's own parameters."""
         if connection.dialect.name == "postgresql":
             return connection.execute(self._on_postgres, {_TEXTS: list(texts), **others})
         return connection.execute(self._on_sqlite, {_TEXTS: canonical_json(list(texts)).decode(), **others})
 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert rows of raw values, in order.
-
-    Args:
-        connection: A write transaction.
-        table: The table to insert into.
-        rows: One tuple per row, in the order of the table's columns: integers, text, bytes or None.
-    """
+    """Insert rows of raw values: integers, text, bytes or None, in the order of the table's columns."""
     if not rows:
         return
     dialect = connection.dialect
@@ -325,13 +305,10 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, 
 
 
 def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]], changes: Sequence[str]) -> None:
-    """Insert rows of raw values, or change those of the same primary key, in order.
+    """Insert rows of raw values, or change those of the same primary key, which is one column; in order.
 
-    Args:
-        connection: A write transaction.
-        table: The table; its primary key is one column.
-        rows: As for `insert_rows`, no two of the same key.
-        changes: SQL assignments to the stored row, over `excluded`, the row given; none to leave it as it is.
+    No two rows have the same key. `changes` are SQL assignments to the stored row, over `excluded`, the row given;
+    without any it stays as it is.
     """
     if not rows:
         return

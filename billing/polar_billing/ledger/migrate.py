@@ -56,12 +56,7 @@ def migrate(ledger: Ledger) -> tuple[int, int]:
 
 
 def upgrade(connection: Connection, revision: str, migrations: str) -> None:
-    """Run all migrations after a revision.
-
-    Args:
-        connection: A write transaction, which becomes durable as a whole or not at all.
-        revision: What the database is at, `base` for nothing.
-        migrations: Folder of Alembic's scripts.
+    """Run all of Alembic's scripts in a folder after a revision (`base` for nothing), all of them or none.
 
     Raises:
         MissingExtraError: Alembic is not installed.

@@ -176,13 +176,7 @@ class Entry:
 
 
 def to_raw(seq: int, entry: Entry, stored_at: int) -> tuple[Any, ...]:
-    """The row of `polar_usage` as the database holds it, in the order of its columns.
-
-    Args:
-        seq: The number it is stored under.
-        entry: What is stored.
-        stored_at: Stored time. Unit: microseconds since 1970.
-    """
+    """The row of `polar_usage` as the database holds it, in the order of its columns; moments in microseconds."""
     record = entry.record
     visits = record.visits
     return (
@@ -284,12 +278,7 @@ def from_row(row: Row[Any]) -> StoredUsage:
 def conditions(selection: Selection, columns: Any, moment: Any, since: Any, until: Any) -> list[ColumnElement[bool]]:
     """The conditions of a selection in SQL, over usage or over its sums by hour; its tags are left to the caller.
 
-    Args:
-        selection: Whose usage, of which tier and model.
-        columns: Columns of a table with `tenant`, `tier` and `model`.
-        moment: The column that says when, in the unit of the two bounds.
-        since: First moment; None for no limit.
-        until: First moment after it; None for no limit.
+    `moment` is the column that says when, in the unit of the two bounds; None for no limit.
     """
     where = [] if isinstance(selection.tenant, AllTenants) else [columns.tenant == selection.tenant]
     where += [] if selection.tier is None else [columns.tier == selection.tier]

@@ -41,13 +41,7 @@ class Pruning:
 
 
 def prune(connection: Connection, tenant: str, before: datetime) -> Pruning:
-    """Delete the facts of a tenant's requests served before a moment.
-
-    Args:
-        connection: An open write transaction.
-        tenant: Whose.
-        before: Service time, itself excluded.
-    """
+    """Delete the facts of a tenant's requests served before a moment, itself excluded."""
     chain.lock_heads(connection, [tenant])
     lock_counts(connection, [tenant])  # who counts now must not find some of it gone halfway through
     old = (usage_table.c.tenant == tenant, usage_table.c.started_at < before)

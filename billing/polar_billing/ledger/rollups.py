@@ -219,13 +219,10 @@ def sum_of(stored: StoredUsage) -> Sum:
 
 
 def read_sums(connection: Connection, selection: Selection, *, hourly: bool, rollups: bool = True) -> Iterator[Sum]:
-    """Add usage up.
+    """Add up the usage of a selection, whose tags are ignored, from one state of the ledger.
 
-    Args:
-        connection: A transaction that sees one state of the ledger.
-        selection: Which usage; its tags are ignored.
-        hourly: Keep hours apart, because the query asks for days or months.
-        rollups: False to add it all up from usage.
+    Hours are kept apart (`hourly`) where the query asks for days or months; without `rollups` it is all added up from
+    usage.
     """
     since, until = _bounds(selection.period)
     first, last = (None if since is None else -(-since // _HOUR)), (None if until is None else until // _HOUR)

@@ -29,10 +29,6 @@ _LIMIT: Final = 2**20
 class InterimUsage:
     """The file of marks of one process, and the requests in it that still run. Safe in several threads.
 
-    Args:
-        path: The file; it must not exist.
-        limit: Size from which it is written anew. Unit: bytes.
-
     Raises:
         OSError: It cannot be created.
     """

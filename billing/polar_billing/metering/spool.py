@@ -171,11 +171,7 @@ class Spool:
             os.close(self._lock)
 
     def reject(self, entries: Sequence[Entry], answers: Sequence[StoredUsage | BillingError]) -> None:
-        """Keep those of some records that the ledger refused, flushed to the disk.
-
-        Args:
-            entries: The records.
-            answers: Of `Ledger.store` to each.
+        """Keep those of some records that `Ledger.store` refused, flushed to the disk.
 
         Raises:
             StoreError: They cannot be kept; the records stay where they are, and are refused once more later.

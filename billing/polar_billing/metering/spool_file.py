@@ -136,8 +136,7 @@ class Unfinished:
     def entries(self, find_books: Callable[[set[str]], Mapping[str, PriceBook]]) -> list[Entry]:
         """The records, ready to be stored; lines that are damaged or cannot be read are set aside.
 
-        Args:
-            find_books: Finds books in the ledger by their hashes, where the line with a record's book is damaged.
+        `find_books` finds books in the ledger by their hashes, where the line with a record's book is damaged.
         """
         read = self.lines()
         missing = {by for _, values in read.entries if isinstance(by := values.get("by"), str)} - read.books.keys()

@@ -121,14 +121,9 @@ class Writer:
             self._start_anew()
 
     def submit(self, entries: list[Entry], *, told: bool = True) -> tuple[list[Ticket], bool]:
-        """Hand records over.
+        """Hand records over, and return their tickets and whether they survive the end of this process already.
 
-        Args:
-            entries: The records.
-            told: Whether the caller is told if another record has taken a request id; else a new one is made.
-
-        Returns:
-            Their tickets, and whether they survive the end of this process already.
+        If another record has taken a request id, its caller is `told`; else a new id is made.
         """
         self._restart_after_fork()
         with self._lock:

@@ -50,11 +50,7 @@ class Choice:
 
 
 class InForce:
-    """The books in force over time.
-
-    Args:
-        choices: In the order they were put in force; `put_at` never falls.
-    """
+    """The books in force over time."""
 
     def __init__(self, choices: Sequence[Choice]) -> None:
         self.choices = tuple(choices)
@@ -62,11 +58,9 @@ class InForce:
         self._states = list(_states(choices))
 
     def book(self, tenant: str | None, moment: datetime) -> PriceBook | None:
-        """The book that charges a use; None where no book was ever put in force.
+        """The book that charges a use at a moment; None where no book was ever put in force.
 
-        Args:
-            tenant: Who used it; None for any that no book names.
-            moment: The time of use.
+        A tenant of None stands for any that no book names.
         """
         if not self._states:
             return None
@@ -92,9 +86,7 @@ def _states(choices: Sequence[Choice]) -> Iterator[tuple[tuple[PriceBook, ...], 
 class Prices:
     """Finds the book that charges each use in one ledger. Safe in several threads.
 
-    Args:
-        choices: Reads the books put in force, in order: `Ledger.price_choices`.
-        named: A book or its file, which then charges everything; None for what the top of this module says.
+    `choices` reads the books put in force, in order. A book that is `named`, or its file, charges everything.
     """
 
     def __init__(self, choices: Callable[[], Sequence[Choice]], named: PriceBook | str | Path | None = None) -> None:
@@ -104,11 +96,7 @@ class Prices:
         self._in_force = Remembered(self._read, _changes)
 
     def of(self, tenant: str | None, moment: datetime | None = None) -> PriceBook:
-        """Find the book that charges a tenant's use.
-
-        Args:
-            tenant: Who; None for any that no book names.
-            moment: The time of use; None for now.
+        """Find the book that charges a tenant's use, by default now; None for any tenant that no book names.
 
         Raises:
             PriceBookError: The file that is named is missing or wrong.

@@ -191,15 +191,7 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
 
 
 def rate_counts(counts: Counts, identity_flops: int, outcome: Outcome, charged_by: Rate, book: PriceBook) -> Rating:
-    """Price requests that end alike and are charged alike, all of them within what a receipt holds.
-
-    Args:
-        counts: What they used together.
-        identity_flops: The same tokens at full depth.
-        outcome: How they ended.
-        charged_by: What each of them is charged by.
-        book: Where that stands.
-    """
+    """Price requests that end alike and are charged alike, all of them within what a receipt holds."""
     entry = charged_by.entry
     if outcome in book.free_outcomes:
         free = free_lines(counts, entry, str(outcome))

@@ -63,13 +63,7 @@ def past_changes(old: PriceBook, new: PriceBook, until: datetime) -> list[Change
 
 
 def check_revision(old: PriceBook, new: PriceBook, *, now: datetime, last_use: datetime | None) -> None:
-    """Refuse a revision that changes the past.
-
-    Args:
-        old: The book in force.
-        new: The book that is to follow it; of the same id.
-        now: The clock's time.
-        last_use: Service time of the latest use that the old book rated; None where there is none.
+    """Refuse a revision that changes the past: before `now`, and the service time of the old book's last use.
 
     Raises:
         PriceBookError: A rate, term or plan that was in force, or that rated a use, would change.

@@ -36,12 +36,9 @@ class Fault:
 
 
 class ChainCheck:
-    """A check of the chain of one tenant.
+    """A check of the chain of one tenant, whose cells are checked already (`proof.column_types`).
 
-    Args:
-        connection: A transaction that sees one state of the ledger, its cells checked (`proof.column_types`).
-        tenant: Whose chain.
-        rows: Whether each link's row is looked at as well; False for links alone.
+    Without `rows`, the row of each link is not looked at.
     """
 
     def __init__(self, connection: Connection, tenant: str, *, rows: bool = True) -> None:
@@ -51,12 +48,7 @@ class ChainCheck:
         """Links that are as they were written."""
 
     def first_fault(self, head: Head, after: Head | None = None) -> Fault | None:
-        """Walk up to the first bad number.
-
-        Args:
-            head: The end of the chain as stored.
-            after: A link that is good; None to begin with the first.
-        """
+        """Walk up to the first bad number, or to the stored head; from the first link, or from a good one."""
         last = after or Head()
         for links in self._pages(after):
             rows = self._rows_of(links)

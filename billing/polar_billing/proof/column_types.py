@@ -65,12 +65,7 @@ class WrongCell:
 def well_typed(connection: Connection, tables: Sequence[Table] | None = None) -> Iterator[list[WrongCell]]:
     """Find the cells of another type than declared, and hide their rows until the block ends.
 
-    Args:
-        connection: A transaction that sees one state of the ledger.
-        tables: Which tables of the schema to look at; None for all of them.
-
-    Yields:
-        The cells, with at most `_MAX_ROWS` rows of a table named.
+    Yields the cells, with at most `_MAX_ROWS` rows of a table named; of these tables, or of the whole schema.
     """
     checks = [_TableCheck(connection, table) for table in (metadata.sorted_tables if tables is None else tables)]
     wrong = {check: cells for check in checks if (cells := check.wrong_cells())}

@@ -61,13 +61,7 @@ class ReceiptCheck:
 
 
 def make_receipt(connection: Connection, tenant: str, request_id: str, *, source: str | None = None) -> dict[str, Any]:
-    """The receipt of one stored request, JSON-like.
-
-    Args:
-        connection: A transaction that sees one state of the ledger.
-        tenant: The tenant that the request belongs to.
-        request_id: Its id.
-        source: The service that stored it; None for the one of this process, see `source_named`.
+    """The receipt of one stored request, JSON-like; of the `source` of this process if none is given.
 
     Raises:
         QueryError: The ledger holds no such request of this tenant.
@@ -115,10 +109,6 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
 
 def check_receipt(connection: Connection, receipt: Mapping[str, Any]) -> ReceiptCheck:
     """Check a receipt against the ledger: its fields, their values, and the chain from its link to the head.
-
-    Args:
-        connection: A transaction that sees one state of the ledger.
-        receipt: As read from JSON.
 
     Raises:
         QueryError: It is not a receipt.

@@ -65,10 +65,9 @@ def report_csv(report: Report) -> str:
 
 
 def report_rows(report: Report) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    """One row per tenant and tier, and one per tenant for its rounding line; the charges sum to the report's total.
+    """The columns, and one row per tenant and tier and one per tenant for its rounding line.
 
-    Returns:
-        The names of the columns, and the rows; a column that a row lacks is empty.
+    The charges sum to the report's total; a column that a row lacks is empty.
     """
     header = ["since", "until", "tenant", "kind", "tier", "currency", *_FIGURES, "unrated", *_OUTCOMES]
     return header, (row for tenant in report.tenants for row in _tenant(tenant, report))

@@ -147,14 +147,9 @@ def explain_request(
     source: str | None = None,
     costs: Callable[[UsageRecord], CostModel | str] = lambda _: "no sizes of the model were given",
 ) -> RequestExplanation:
-    """Explain the cost of a request.
+    """Explain the cost of a request; its tenant and source may be left out if only one has such a request.
 
-    Args:
-        ledger: Where it is.
-        request_id: Its id.
-        tenant: Whose; None if only one tenant has such a request.
-        source: Which meter stored it; None if only one did.
-        costs: Finds the sizes of the model that served a record, or says why it cannot.
+    `costs` finds the sizes of the model that served a record, or says why it cannot.
 
     Raises:
         QueryError: There is no such request, there are several, or retention has deleted its facts.
@@ -259,13 +254,7 @@ def _prices(record: UsageRecord, book: PriceBook) -> tuple[PriceStep, ...]:
 
 
 def explain_line(ledger: Ledger, name: str, *, tenant: str | None = None, records: int = 20) -> LineExplanation:
-    """Explain a line of an issued statement.
-
-    Args:
-        ledger: Where it is.
-        name: Its id, `st-…/1`.
-        tenant: Whose; None for whoever has the statement.
-        records: Number of usage records to list.
+    """Explain a line of an issued statement by its id, `st-…/1`, and list the first of its usage records.
 
     Raises:
         QueryError: There is no such statement or line.

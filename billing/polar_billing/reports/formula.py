@@ -92,11 +92,7 @@ def _product(visits: int, factors: tuple[int, ...]) -> str:
 
 
 def work_out(record: UsageRecord, cost: CostModel) -> Formula:
-    """Write the executed FLOPs of a request as products.
-
-    Args:
-        record: The facts.
-        cost: Sizes of the model that served it, its bridges and fills included.
+    """Write the executed FLOPs of a request as products, by the sizes of its model, bridges and fills.
 
     Raises:
         ProgramError: The program does not fit the model.

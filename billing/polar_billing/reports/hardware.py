@@ -139,12 +139,7 @@ def _union(spans: Iterable[tuple[int, int]]) -> int:
 
 
 def hardware_report(hardware: Hardware, busy: BusyTime, summary: Summary) -> HardwareReport:
-    """Set the cost of the hardware beside the charges.
-
-    Args:
-        hardware: What was stated.
-        busy: Recorded times, for a throughput that was not stated.
-        summary: What was used and charged.
+    """Set the cost of the hardware beside the charges; a throughput that was not stated is the recorded one.
 
     Raises:
         QueryError: No throughput was stated, and the usage has no times or no tokens.

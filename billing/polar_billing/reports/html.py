@@ -100,10 +100,6 @@ def report_html(report: Report) -> str:
 def new_environment(package: str, what: str) -> Environment:
     """Make an environment for the templates of a package and those shared here; every name is escaped and printable.
 
-    Args:
-        package: Where the templates are.
-        what: What needs them, in words.
-
     Raises:
         MissingExtraError: jinja2 is not installed.
     """

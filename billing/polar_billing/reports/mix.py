@@ -97,12 +97,7 @@ def _percent(text: str, tier: str, percent: str) -> Decimal:
 
 
 def check_mixes(mixes: Sequence[Mix], models: set[str], find: Callable[[str], Savings | None]) -> Savings:
-    """Look up what the tiers of some mixes save on the one model of the usage.
-
-    Args:
-        mixes: Which tiers.
-        models: Fingerprints of the models that served the usage.
-        find: From a model's fingerprint to what was measured.
+    """Look up what the tiers of some mixes save on the one model of the usage, given by fingerprint.
 
     Raises:
         QueryError: The usage is of several models with different measurements, or a tier was not measured.
@@ -183,11 +178,6 @@ class MixBasis:
 
     def charges(self, mix: Mix, savings: Savings, decimals: int) -> dict[str, Decimal]:
         """Charge each tenant for its requests, dealt out to the tiers of a mix.
-
-        Args:
-            mix: The shares.
-            savings: What each tier saves.
-            decimals: Of amounts.
 
         Raises:
             QueryError: A tier of the mix has no price.

@@ -81,11 +81,7 @@ class _Kept:
 
 
 class PromiseWatch:
-    """Collects latencies beside promises.
-
-    Args:
-        named: Tier → milliseconds, which go before what plans promise.
-    """
+    """Collects latencies beside promises; those named (tier → milliseconds) go before what plans promise."""
 
     def __init__(self, named: Mapping[str, int]) -> None:
         self._named = dict(named)

@@ -117,10 +117,7 @@ class TenantReport(Part):
 def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | None) -> Figures:
     """Work out the figures of several groups together.
 
-    Args:
-        groups: The sums.
-        decimals: Decimals of amounts.
-        charge: The sum of their lines; those are rounded one by one, so it cannot be worked out here.
+    `charge` is the sum of their lines: those are rounded one by one, so it cannot be worked out here.
     """
     parts = list(groups)
 
@@ -197,12 +194,7 @@ class Summary(NamedTuple):
 
 
 def tenants_of(groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int) -> list[TenantReport]:
-    """Sum up each tenant, by name; each line is rounded once.
-
-    Args:
-        groups: The sums, by tenant and tier.
-        decimals: Of a line.
-    """
+    """Sum up each tenant, by name, from sums by tenant and tier; each line is rounded once."""
     ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
     return [
         _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, decimals)
@@ -216,14 +208,7 @@ def summarise(
     currency: str | None,
     decimals: int,
 ) -> Summary:
-    """Sum up all tenants together.
-
-    Args:
-        tenants: What `tenants_of` made of the sums.
-        groups: The sums, by tenant and tier; by tier alone is enough.
-        currency: Of the amounts.
-        decimals: Of a line.
-    """
+    """Sum up all tenants together; of the sums those by tier alone are enough."""
     total = exact_sum((tenant.total for tenant in tenants), decimals)
     return Summary(
         tuple(tenants),

@@ -149,9 +149,7 @@ class UsageTotals(UsageSums):
     def merge_sums(self, other: UsageTotals, decimals: int) -> None:
         """Count in another group, less what only whole records tell: layers, programs and latencies.
 
-        Args:
-            other: The group.
-            decimals: Of amounts; what would have been charged otherwise is rounded to them here, once per group.
+        What would have been charged otherwise is rounded to `decimals` here, once per group.
         """
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))

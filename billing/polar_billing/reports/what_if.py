@@ -120,14 +120,9 @@ class Charged:
         compute_units: Decimal,
         unrated: int,
     ) -> Scenario:
-        """Set other amounts beside what was charged.
+        """Set other amounts, by tenant, beside what was charged.
 
-        Args:
-            book: The book that they were rated by; None for those of the receipts.
-            mix: The mix of tiers in words; None for the tiers as recorded.
-            amounts: By tenant.
-            compute_units: That would have been executed.
-            unrated: Requests without a price.
+        No book stands for those of the receipts, no mix for the tiers as recorded.
         """
         summary = self.summary
         currency = (summary.currency if book is None else book.currency) or ""
@@ -179,14 +174,9 @@ def what_if(
     bases: Sequence[MixBasis],
     find: Callable[[str], Savings | None],
 ) -> WhatIf:
-    """Work out what would have been.
+    """Work out what would have been: the same usage by other books, and by other mixes of tiers on each basis.
 
-    Args:
-        charged: What was charged.
-        repriced: The same usage by other books.
-        mixes: Other mixes of tiers.
-        bases: What mixes are worked out from, for each choice of price books.
-        find: From a model's fingerprint to what its tiers were measured to save; None where nothing was.
+    `find` leads from a model's fingerprint to what its tiers were measured to save; None where nothing was.
 
     Raises:
         QueryError: A tier was not measured or has no price.

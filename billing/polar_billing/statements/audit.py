@@ -45,15 +45,7 @@ def recheck(ledger: Ledger, issued: IssuedStatement) -> list[str]:
 
 
 def recheck_in(connection: Connection, issued: IssuedStatement) -> list[str]:
-    """Every difference between an issued statement and what follows from the ledger.
-
-    Args:
-        connection: Any transaction of the ledger.
-        issued: As `read_statements` returned it.
-
-    Returns:
-        One line per difference, empty where there is none.
-    """
+    """Every difference between an issued statement and what follows from the ledger."""
     return [f"statement {issued.statement.id}: {difference}" for difference in _differences(connection, issued)]
 
 

@@ -60,13 +60,7 @@ class _Quantity:
 
 
 def period_lines(item: PeriodPrice, phase: Phase, rated: Sequence[Rated]) -> list[ExactLine]:
-    """Price one item over a phase.
-
-    Args:
-        item: The item and its prices.
-        phase: A phase whose terms include the item.
-        rated: Charged usage of the phase, each with the rate that it is charged by.
-    """
+    """Price one item over a phase; its charged usage comes with the rate that it is charged by."""
     quantities = _by_tier(item, rated)
     if item.pool:
         quantities = [_Quantity(None, _ONE, pool_weights(item, rated).total(), item.decimals + _WEIGHT_SCALE)]
@@ -137,15 +131,7 @@ def _line(
 
 
 def graduated(quantity: int, bands: Sequence[tuple[int | None, BandPrice]]) -> Iterator[tuple[int, BandPrice]]:
-    """Split a quantity over bands.
-
-    Args:
-        quantity: Counted units, not negative.
-        bands: Upper bound (None for the last) and rate of each, bounds rising.
-
-    Yields:
-        The part in each band that has one, and the band's rate; the parts sum to the quantity.
-    """
+    """Split a quantity over bands of rising bounds (None for the last); the parts sum to it."""
     lower = 0
     for bound, rate in bands:
         upper = quantity if bound is None else min(quantity, bound)

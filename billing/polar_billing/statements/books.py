@@ -67,13 +67,9 @@ def _is_customer(book: PriceBook, tenant: str, period: Period) -> bool:
 
 
 def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | None) -> str:
-    """The time zone of a tenant's statement periods: what its book says, or UTC.
+    """The time zone of a tenant's statement periods: what its book, or the books in force, say, or UTC.
 
-    Args:
-        ledger: Where books in force are looked up.
-        tenant: Whose.
-        book: The book, if one is named.
-        month: The month of the statement, whose last day decides; None for today.
+    The last day of the month of the statement decides; today without one.
     """
     moment = datetime.now(UTC) if month is None else bounds(Period.month(month))[1] - timedelta(microseconds=1)
     if book is None:

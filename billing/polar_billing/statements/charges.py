@@ -52,14 +52,7 @@ class Charges:
 
 
 def charges_of(book: PriceBook, period: Period, phases: Iterable[Phase], usage: PeriodUsage) -> Charges:
-    """Rate a tenant's usage over a period.
-
-    Args:
-        book: The prices.
-        period: The whole period; each phase is charged its part of a fee, by time.
-        phases: How the book cuts the period for the tenant.
-        usage: What was used, in any order.
-    """
+    """Rate a tenant's usage over a period; each phase is charged its part of a fee, by time."""
     unrated: Counter[str] = Counter()
     lines: list[ExactLine] = []
     for phase in phases:

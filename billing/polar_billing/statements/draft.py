@@ -136,11 +136,7 @@ def compute_statement(
 ) -> Statement:
     """Compute a statement; the same arguments and usage give the same statement, to the byte.
 
-    Args:
-        connection: Any transaction of the ledger.
-        basis: Whose, when, by which book.
-        earlier: The tenant's statements issued before, in order.
-        late: The usage of their periods to charge here.
+    `late` is usage of the periods of earlier statements, which are given in order.
     """
     tenant, period, book = basis.tenant, basis.period, basis.book
     usage, charges = _charges(connection, basis)

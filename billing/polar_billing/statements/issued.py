@@ -127,11 +127,7 @@ def book_statement(
 ) -> None:
     """Book what a statement says: what is owed, what credits paid, and what became of credits.
 
-    Args:
-        connection: The write transaction in which the statement is stored.
-        statement: The statement.
-        book: Its book, which has the credits.
-        earlier_credits: Credits that earlier statements touched; the others are booked as received.
+    Credits that no earlier statement touched are booked as received.
     """
     granted = {credit.id: credit for credit in book.credits}
     for use in statement.credits:
@@ -177,16 +173,7 @@ def _book_expiry(connection: Connection, statement: Statement, use: CreditUse) -
 def book_credit_note(
     connection: Connection, statement: Statement, reference: str, amount: Decimal, at: datetime, corrects: int
 ) -> None:
-    """Take an amount off what a statement asked for.
-
-    Args:
-        connection: The write transaction in which the note is stored.
-        statement: The statement.
-        reference: The note's idempotency key within the tenant.
-        amount: Positive.
-        at: When it takes effect.
-        corrects: The transaction that booked the statement.
-    """
+    """Take an amount off what a statement asked for; `corrects` is the transaction that booked it."""
     lines = [
         Line(Account.REVENUE, amount, statement.currency),
         Line(Account.RECEIVABLE, amount.copy_negate(), statement.currency),

@@ -46,16 +46,7 @@ def read_usage(
     agreement: Mapping[str, Agreement],
     book: PriceBook,
 ) -> PeriodUsage:
-    """Read what rating needs; see `charges.charges_of`.
-
-    Args:
-        connection: Any transaction of the ledger.
-        tenant: Whose usage; no other tenant's is read.
-        phases: How the book cuts the period.
-        seqs: Which usage.
-        agreement: What was measured elsewhere about the answers, by tier.
-        book: The prices.
-    """
+    """Read what rating needs of a tenant, and of no other; see `charges.charges_of`."""
     stretches = [stretch for phase in phases for stretch in phase.stretches]
     return PeriodUsage(
         uses=tuple(use for stretch in stretches for use in _uses(connection, tenant, stretch, seqs, book)),

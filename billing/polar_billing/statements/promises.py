@@ -34,15 +34,7 @@ Figure = TypeVar("Figure")
 def service_credits(
     phase: Phase, terms: Terms, used: Sequence[ExactLine], rated: Sequence[Rated], usage: PeriodUsage
 ) -> Iterator[ExactLine]:
-    """One line for each tier that missed its promise in a phase.
-
-    Args:
-        phase: The phase.
-        terms: Its terms.
-        used: Its usage lines, before the discount.
-        rated: Its charged usage.
-        usage: What was measured over the period.
-    """
+    """One line for each tier that missed its promise in a phase, off its usage lines before the discount."""
     for tier, promise in sorted(terms.promises.items()):
         reasons = missed(promise, usage.latency_ns_p95.get((phase.since, tier)), usage.agreement.get(tier))
         base = _share_of(tier, terms, used, rated)
@@ -103,11 +95,9 @@ def evaluated_agreement(file: Path) -> dict[str, Agreement]:
 
 
 def evaluated_tiers(file: Path, read: Callable[[str, int, dict[str, Any]], Figure]) -> dict[str, Figure]:
-    """Read one figure of each tier from an evaluation.
+    """Read one figure of each tier from the output of `polar evaluate --json`.
 
-    Args:
-        file: Written by `polar evaluate --json`.
-        read: Takes the tier, the number of prompts and what was measured.
+    `read` takes the tier, the number of prompts and what was measured.
 
     Raises:
         QueryError: The file cannot be read, or is not an evaluation.

@@ -156,11 +156,7 @@ def statement_id(tenant: str, period: Period, currency: str) -> str:
 
 
 def rounded_lines(lines: Sequence[ExactLine], book: PriceBook) -> tuple[tuple[StatementLine, ...], Decimal, Decimal]:
-    """Round each line once.
-
-    Returns:
-        The lines, the residue and the total; the first two sum to the third.
-    """
+    """Round each line once; returns the lines, the residue and the total, which is the sum of both."""
     rounded = round_lines([line.exact for line in lines], book.statement_decimals)
     statement_lines = tuple(
         StatementLine(
@@ -191,17 +187,9 @@ def credits_left(statements: Iterable[Statement]) -> dict[str, Decimal]:
 def pay_with_credits(
     total: Decimal, tenant: str, period: Period, book: PriceBook, left: Mapping[str, Decimal]
 ) -> tuple[tuple[CreditUse, ...], Decimal]:
-    """Pay a total with the tenant's credits.
+    """Pay a total, if it is positive, with the tenant's credits, of which `left` says what earlier statements left.
 
-    Args:
-        total: The statement's total; nothing is paid unless it is positive.
-        tenant: Whose credits.
-        period: The statement's.
-        book: Defines the credits.
-        left: What is left of credits that earlier statements touched.
-
-    Returns:
-        What became of each credit that could pay, and what is due.
+    Returns what became of each credit that could pay, and what is due.
     """
     decimals = book.statement_decimals
     owed = to_scaled(total, decimals)

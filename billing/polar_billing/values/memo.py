@@ -29,12 +29,7 @@ class Changes:
 
 
 class Remembered(Generic[Value]):
-    """The value that was read last. Safe in several threads, which may read it twice.
-
-    Args:
-        read: Reads the value.
-        changes: Those of this process.
-    """
+    """The value that was read last. Safe in several threads, which may read it twice."""
 
     def __init__(self, read: Callable[[], Value], changes: Changes) -> None:
         self._read = read
@@ -48,9 +43,6 @@ class Remembered(Generic[Value]):
 
     def refresh(self, seconds: float) -> None:
         """Read the value if that is due; if it fails, the former one stays and is good for another period.
-
-        Args:
-            seconds: For how long a value is good.
 
         Raises:
             Exception: Whatever `read` raises.

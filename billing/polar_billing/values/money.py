@@ -111,13 +111,7 @@ def read_amount(text: str | int | Decimal) -> Decimal:
 
 
 def read_bounded(text: str, option: str, *, most: int, decimals: int) -> Decimal:
-    """A number above 0 that somebody wrote in an option.
-
-    Args:
-        text: What was written.
-        option: Its name, for messages.
-        most: The maximum.
-        decimals: Maximum number of decimals.
+    """A number above 0 and at most `most` that somebody wrote in an option.
 
     Raises:
         AmountError: It is not a finite number.
@@ -183,12 +177,7 @@ class RoundedLines:
 
 
 def round_lines(exact: Sequence[int], decimals: int) -> RoundedLines:
-    """Round each exact amount once, half to even, and put the residue on a line of its own.
-
-    Args:
-        exact: Amounts in units of 10^-30.
-        decimals: Decimals of the statement.
-    """
+    """Round each exact amount once, half to even, and put the residue on a line of its own."""
     lines = [round_half_even(amount, EXACT_SCALE, decimals) for amount in exact]
     total = round_half_even(sum(exact), EXACT_SCALE, decimals)
     return RoundedLines(
