@@ -285,7 +285,7 @@ def _read(tenant: str, request_id: str, answer: http.client.HTTPResponse) -> See
 
 def judge(url: str, load: Load, spools: list[str]) -> dict[str, Any]:
     """Hold the ledger against what the clients saw."""
-    from polar_billing.budgets.keeper import Budgets
+    from polar_billing.budgets.enforcement import Budgets
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import ALL_TENANTS, INTERRUPTED_TAG, Selection
     from polar_billing.metering.meter import Meter
@@ -340,7 +340,7 @@ def _prepare(url: str) -> dict[str, str]:
     """The tables, a budget for each tenant, and a key for each; returns the keys."""
     from polar_billing.access.keys import ApiKeys
     from polar_billing.budgets.budget import Budget
-    from polar_billing.budgets.keeper import Budgets
+    from polar_billing.budgets.enforcement import Budgets
     from polar_billing.ledger.ledger import Ledger
 
     with Ledger(url) as ledger:

@@ -2,7 +2,7 @@
 from .budgets.budget import Budget as Budget
 from .budgets.budget import Level as Level
 from .budgets.budget import OverBudget as OverBudget
-from .budgets.keeper import Budgets as Budgets
+from .budgets.enforcement import Budgets as Budgets
 from .errors import AccessError as AccessError
 from .errors import AmountError as AmountError
 from .errors import BillingError as BillingError
@@ -51,13 +51,10 @@ from .reports.query import UsageRow as UsageRow
 from .reports.query import usage_rows as usage_rows
 from .reports.report import Report as Report
 from .reports.report import build_report as build_report
-from .statements.audit import lines_of_usage as lines_of_usage
-from .statements.audit import recheck as recheck
-from .statements.audit import usage_of_line as usage_of_line
-from .statements.credit_notes import CreditNote as CreditNote
-from .statements.credit_notes import credit_note as credit_note
-from .statements.credit_notes import credit_notes as credit_notes
 from .statements.draft import draft_statement as draft_statement
+from .statements.issue import CreditNote as CreditNote
+from .statements.issue import credit_note as credit_note
+from .statements.issue import credit_notes as credit_notes
 from .statements.issue import issue_statement as issue_statement
 from .statements.issue import issued_statements as issued_statements
 from .statements.issued import IssuedStatement as IssuedStatement
@@ -66,6 +63,9 @@ from .statements.period import Repriced as Repriced
 from .statements.period import reprice as reprice
 from .statements.statement import Statement as Statement
 from .statements.statement import StatementLine as StatementLine
+from .statements.tracing import lines_of_usage as lines_of_usage
+from .statements.tracing import recheck as recheck
+from .statements.tracing import usage_of_line as usage_of_line
 from .values.periods import ALL_TIME as ALL_TIME
 from .values.periods import Period as Period
 from .values.periods import Window as Window

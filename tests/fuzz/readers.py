@@ -308,7 +308,7 @@ class Ledgers(Reader):
 
     def prepare(self) -> None:
         from polar_billing.budgets.budget import Budget
-        from polar_billing.budgets.keeper import Budgets
+        from polar_billing.budgets.enforcement import Budgets
         from polar_billing.ledger.ledger import Ledger
         from polar_billing.metering.meter import Meter
         from polar_billing.proof.receipts import make_receipt

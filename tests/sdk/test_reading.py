@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.cli.proof import _read_receipt
+from polar_billing.cli.ledger import _read_receipt
 from polar_billing.metering.spool_file import Unfinished
 from polar_billing.prices.book import PriceBook
 from polar_billing.statements.promises import evaluated_agreement

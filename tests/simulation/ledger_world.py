@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import create_engine
 
 from polar_billing.budgets.budget import Budget, OverBudget
-from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
+from polar_billing.budgets.enforcement import HOLD_LIFETIME, Budgets
 from polar_billing.errors import ConflictError, StoreError
 from polar_billing.ledger import pending_writers
 from polar_billing.ledger.ledger import Ledger
@@ -567,11 +567,11 @@ def _make_template(folder: Path) -> bytes:
 
 def _install() -> None:
     """Simulate what the product's billing does; once per process."""
-    from polar_billing.budgets import keeper
+    from polar_billing.budgets import enforcement
     from polar_billing.prices import in_force
 
     pairs = [*seams.replacements(), *disk.replacements(), (create_engine, database.make_engine)]
-    seams.install([*pairs, *((module._changes, seams.ChangesOfProcess()) for module in (keeper, in_force))])
+    seams.install([*pairs, *((module._changes, seams.ChangesOfProcess()) for module in (enforcement, in_force))])
 
 
 def _digest(record: UsageRecord) -> str:

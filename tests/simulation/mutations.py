@@ -81,13 +81,13 @@ def _answer_before_writing() -> AbstractContextManager[object]:
 
 
 def _forget_to_free() -> AbstractContextManager[object]:
+    from polar_billing.budgets import enforcement
     from polar_billing.budgets import holds as resolved
-    from polar_billing.budgets import keeper
 
     def free(connection: Any, holds: Any, state: Any, now: Any) -> None:
         resolved.resolve(connection, [hold.seq for hold in holds], state, now)
 
-    return patch.object(keeper, "free", free)
+    return patch.object(enforcement, "free", free)
 
 
 def _hold_nothing() -> AbstractContextManager[object]:

@@ -318,7 +318,7 @@ class Datetime(datetime_module.datetime, metaclass=_Datetime):
 
 
 class ChangesOfProcess:
-    """`polar_billing.values.memo.Changes`, of which each process has its own."""
+    """`polar_billing.values.cached.Changes`, of which each process has its own."""
 
     @property
     def last(self) -> int:

@@ -81,11 +81,7 @@ class Accounts:
         }
 
     def receipt(self, tenant: str, request_id: str) -> dict[str, Any] | None:
-        """The receipt of a tenant's request, JSON-like; None where the tenant has no such request.
-
-        Raises:
-            StoreError: The ledger cannot be read.
-        """
+        """The receipt of a tenant's request, JSON-like; None where the tenant has no such request."""
         with self.ledger.snapshot() as connection:
             try:
                 return make_receipt(connection, tenant, request_id)

@@ -122,7 +122,7 @@ class ApiKeys:
 
     def __init__(self, ledger: Ledger | str | None = None, *, clock: Callable[[], datetime] | None = None) -> None:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        self._now = clock or _utc_now
+        self._now = clock or (lambda: datetime.now(UTC))
 
     def create(
         self, tenant: str, name: str, *, expires_in: timedelta | None = None, **bounds: Any
@@ -137,9 +137,6 @@ class ApiKeys:
 
         Returns:
             The key, and the text that opens it, which nobody can find out again.
-
-        Raises:
-            AccessError: A name, scope or limit is not valid.
         """
         now = self._now()
         key, text = _new(tenant, name, now, None if expires_in is None else now + expires_in, bounds)
@@ -173,7 +170,9 @@ class ApiKeys:
         Raises:
             AccessError: There is no such key, or it is not active.
         """
-        old, now = self._active(key_id), self._now()
+        old, now = self._known(key_id), self._now()
+        if (state := old.state(now)) != "active":
+            raise AccessError(f"key {key_id!r} is {state}; create a new one.")
         until = now + overlap
         bounds = {name: getattr(old, name) for name in ("tags", "scopes", "models", "tiers", *_LIMITS)}
         new, text = _new(old.tenant, old.name, now, old.expires_at, {**bounds, "rotated_from": old.key_id})
@@ -184,11 +183,7 @@ class ApiKeys:
         return new, text
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Take a key back, from now on.
-
-        Raises:
-            AccessError: There is no such key.
-        """
+        """Take a key back, from now on."""
         key = replace(self._known(key_id), revoked=True)
         with self.ledger.transaction() as connection:
             _write(connection, key, self._now())
@@ -199,16 +194,6 @@ class ApiKeys:
         if key is None:
             raise AccessError(f"there is no key {key_id[:20]!r}; see `polar key list`.")
         return key
-
-    def _active(self, key_id: str) -> ApiKey:
-        key = self._known(key_id)
-        if (state := key.state(self._now())) != "active":
-            raise AccessError(f"key {key_id!r} is {state}; create a new one.")
-        return key
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 def _new(

@@ -130,7 +130,9 @@ class Replies:
             now = self._time(connection)
             connection.execute(delete(reply_table).where(reply_table.c.expires_at <= now))
             if not self._insert(connection, claim, now):
-                row = connection.execute(select(reply_table).where(*_at(claim))).one_or_none()
+                column = reply_table.c
+                query = select(reply_table).where(column.tenant == tenant, column.key_hash == claim.key_hash)
+                row = connection.execute(query).one_or_none()
                 # None: another process has just given it up, and may be asked again
                 return ("running", None) if row is None else _state(row.fingerprint == fingerprint, row.answer)
         self._renew_from_now_on(claim)
@@ -167,11 +169,7 @@ class Replies:
             _log.warning("a claim could not be given up now (%s); it expires within %s", error, self.lifetime)
 
     def renew(self) -> None:
-        """Renew the claims of this process now, and keep the answers that wait; a thread does so while there are any.
-
-        Raises:
-            StoreError: The ledger cannot be written; they are tried again.
-        """
+        """Renew the claims of this process now, and keep the answers that wait; a thread does so as long as needed."""
         with self._lock:
             claims = list(self._claims.values())
         if claims:
@@ -218,7 +216,12 @@ class Replies:
 
     def _insert(self, connection: Connection, claim: _Claim, now: datetime) -> bool:
         """Write the row of a claim; False if another one is there."""
-        added = insert(reply_table).values(_row(claim, now, self.lifetime)).returning(reply_table.c.seq)
+        values: dict[str, Any] = {"tenant": claim.tenant, "key_hash": claim.key_hash, "fingerprint": claim.fingerprint}
+        if claim.answer is None:
+            values |= {"state": "running", "claimed_at": now, "expires_at": now + self.lifetime}
+        else:
+            values |= {"state": "done", "answer": claim.answer, "claimed_at": now, "expires_at": now + KEPT}
+        added = insert(reply_table).values(values).returning(reply_table.c.seq)
         try:
             with connection.begin_nested():
                 claim.seq = connection.execute(added).scalar_one()
@@ -280,18 +283,6 @@ def _state(same: bool, answer: bytes | None) -> tuple[str, bytes | None]:
     if not same:
         return "other", None
     return ("running", None) if answer is None else ("done", bytes(answer))
-
-
-def _row(claim: _Claim, now: datetime, lifetime: timedelta) -> dict[str, Any]:
-    values: dict[str, Any] = {"tenant": claim.tenant, "key_hash": claim.key_hash, "fingerprint": claim.fingerprint}
-    if claim.answer is None:
-        return values | {"state": "running", "claimed_at": now, "expires_at": now + lifetime}
-    return values | {"state": "done", "answer": claim.answer, "claimed_at": now, "expires_at": now + KEPT}
-
-
-def _at(claim: _Claim) -> tuple[Any, Any]:
-    """The row that has what is claimed, whosever it is."""
-    return reply_table.c.tenant == claim.tenant, reply_table.c.key_hash == claim.key_hash
 
 
 def _of(claim: _Claim) -> tuple[Any, Any]:

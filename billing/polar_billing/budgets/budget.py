@@ -116,7 +116,13 @@ class Budget:
     @property
     def limit_count(self) -> int:
         """The limit in units of 10^-decimals."""
-        count = _scaled(self.limit, self.decimals)
+        try:
+            count = to_scaled(self.limit, self.decimals)
+        except ValueError:
+            raise BudgetError(
+                f"limit {self.limit:f} has more than {self.decimals} decimals.",
+                hint="Round it, or use a smaller limit.",
+            ) from None
         if count > MAX_COUNT:
             raise BudgetError(f"limit {self.limit} is too large.", hint=f"Use at most {MAX_COUNT:,}.")
         return count
@@ -164,15 +170,6 @@ def _limit(value: object) -> Decimal:
     if limit > MAX_COUNT:
         raise BudgetError(f"limit {limit} is too large.", hint=f"Use at most {MAX_COUNT:,}.")
     return limit
-
-
-def _scaled(limit: Decimal, decimals: int) -> int:
-    try:
-        return to_scaled(limit, decimals)
-    except ValueError:
-        raise BudgetError(
-            f"limit {limit:f} has more than {decimals} decimals.", hint="Round it, or use a smaller limit."
-        ) from None
 
 
 def _one_of(kind: type[StrEnum], field: str, value: object) -> StrEnum:

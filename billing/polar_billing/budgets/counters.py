@@ -75,19 +75,17 @@ def computed(connection: Connection, windows: Sequence[tuple[Budget, Period]]) -
     groups: defaultdict[_Group, set[str]] = defaultdict(set)
     for budget, period in windows:
         groups[_Group.of(budget, period)].add(budget.name or "")
-    sums = {group: _spent_and_held(connection, group, names) for group, names in groups.items()}
+    sums: dict[_Group, tuple[Counter[str], Counter[str]]] = {}
+    for group, names in groups.items():
+        only = names if len(names) <= _MAX_NAMES else None
+        held = _totals(connection, _over_holds(group, only, "held"))
+        pruned = _totals(connection, _over_holds(group, only, "settled").where(~exists().where(*_same_request())))
+        sums[group] = pruned + _totals(connection, _over_usage(connection, group, only)), held
     standings = []
     for budget, period in windows:
-        spent, held = (by_name[budget.name or ""] for by_name in sums[_Group.of(budget, period)])
-        standings.append(Standing(budget, period, min(spent, FULL), min(held, FULL)))
+        spent, in_hold = (by_name[budget.name or ""] for by_name in sums[_Group.of(budget, period)])
+        standings.append(Standing(budget, period, min(spent, FULL), min(in_hold, FULL)))
     return standings
-
-
-def _spent_and_held(connection: Connection, group: _Group, names: set[str]) -> tuple[Counter[str], Counter[str]]:
-    only = names if len(names) <= _MAX_NAMES else None
-    held = _totals(connection, _over_holds(group, only, "held"))
-    spent = _totals(connection, _over_holds(group, only, "settled").where(~_is_stored()))
-    return spent + _totals(connection, _over_usage(connection, group, only)), held
 
 
 def _over_holds(group: _Group, names: set[str] | None, state: str) -> Select[Any]:
@@ -104,28 +102,21 @@ def _over_usage(connection: Connection, group: _Group, names: set[str] | None) -
     usage, receipt = usage_table.c, receipt_table.c
     compute = group.unit == COMPUTE_UNIT
     # An unrated request counts what was held for it, if it was settled.
-    charged = func.coalesce(type_coerce(receipt.cost, BigInteger), _settled_cost())
+    settled = select(func.max(type_coerce(hold_table.c.cost, BigInteger)))
+    settled = settled.where(*_same_request(), hold_table.c.state == "settled").correlate(usage_table)
+    charged = func.coalesce(type_coerce(receipt.cost, BigInteger), settled.scalar_subquery())
     name = None if group.level is Level.TENANT else tag_of(connection, group.level)
     query = _sums(usage.flops_total if compute else charged, group.decimals, name, names)
     query = query.where(usage.tenant == group.tenant, *_within(usage.started_at, group.period))
     if not compute:
         query = query.join_from(usage_table, receipt_table, receipt.usage_seq == usage.seq)
-        query = query.where(receipt.price_book_hash.in_(_books(connection, group.unit)))
+        books = [digest for digest, book in read_books(connection).items() if book.currency == group.unit]
+        query = query.where(receipt.price_book_hash.in_(books))
     return query
 
 
-def _is_stored() -> ColumnElement[bool]:
-    """True of a hold whose request is in the ledger with its facts."""
-    return exists().where(*_same_request())
-
-
-def _settled_cost() -> ColumnElement[Any]:
-    """The cost of a request, by its settled hold."""
-    cost = select(func.max(type_coerce(hold_table.c.cost, BigInteger)))
-    return cost.where(*_same_request(), hold_table.c.state == "settled").correlate(usage_table).scalar_subquery()
-
-
 def _same_request() -> list[ColumnElement[bool]]:
+    """True of a hold and the stored usage of its request."""
     usage, hold = usage_table.c, hold_table.c
     return [usage.tenant == hold.tenant, usage.source == hold.source, usage.request_id == hold.request_id]
 
@@ -155,10 +146,6 @@ def _totals(connection: Connection, sums: Select[Any]) -> Counter[str]:
 def _within(column: ColumnElement[datetime], period: Period) -> list[ColumnElement[bool]]:
     since = [] if period.since is None else [column >= period.since]
     return since if period.until is None else [*since, column < period.until]
-
-
-def _books(connection: Connection, currency: str) -> list[str]:
-    return [digest for digest, book in read_books(connection).items() if book.currency == currency]
 
 
 def tag_of(connection: Connection, name: str) -> ColumnElement[Any]:

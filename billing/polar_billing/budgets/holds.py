@@ -20,28 +20,25 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from polar_billing.budgets import counters
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.counters import Scope
-from polar_billing.budgets.offers import Cost, Refusal, choose, needed
+from polar_billing.budgets.offers import Refusal, choose, needed
 from polar_billing.errors import BillingError, ConflictError, CurrencyMixError, StoreError, id_in_use
 from polar_billing.ledger import chain
 from polar_billing.ledger.connection import KeyedQuery
 from polar_billing.ledger.schema import budget_table, hold_table
-from polar_billing.prices.quote import charged_bound, quote
 from polar_billing.values.canonical import canonical_json, canonical_text
-from polar_billing.values.money import STORED_SCALE, from_scaled, to_scaled
+from polar_billing.values.money import STORED_SCALE, from_scaled
 from polar_billing.values.periods import Period, Window
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from datetime import timedelta
     from decimal import Decimal
 
-    from sqlalchemy import Connection, Row
+    from sqlalchemy import ColumnElement, Connection, Row
 
+    from polar_billing.budgets.offers import Cost
     from polar_billing.ledger.records import Identity
-    from polar_billing.prices.book import PriceBook
-    from polar_sdk.usage import Offer, UsageBound
-
-_ID_BATCH: Final = 500
+    from polar_sdk.usage import UsageBound
 
 # Built once: building a statement costs more than running it.
 _BUDGETS: Final = select(budget_table).order_by(budget_table.c.seq)
@@ -59,9 +56,6 @@ _IS_HELD: Final = hold_table.c.state == literal_column("'held'")
 """No parameter, so that a prepared statement may use the index of those that are held."""
 _OPEN: Final = (
     select(hold_table).where(_IS_HELD, hold_table.c.expires_at <= bindparam("due")).order_by(hold_table.c.seq)
-)
-_STATES: Final = select(hold_table.c.seq, hold_table.c.state).where(
-    hold_table.c.seq.in_(bindparam("seqs", expanding=True))
 )
 _OPEN_OF: Final = _OPEN.where(hold_table.c.tenant == bindparam("tenant"))
 _INSERT: Final = insert(hold_table).returning(hold_table.c.seq, sort_by_parameter_order=True)
@@ -194,13 +188,10 @@ def resolve(
 
     With `due` only those that expire by then: their process may have renewed them since they were read.
     """
-    statement = update(hold_table).values(state=str(state), resolved_at=now).returning(hold_table.c.seq)
+    statement = update(hold_table).where(_among(connection, seqs)).values(state=str(state), resolved_at=now)
     if due is not None:
         statement = statement.where(hold_table.c.expires_at <= due)
-    resolved: set[int] = set()
-    for batch in _batches(seqs):
-        resolved |= set(connection.execute(statement.where(hold_table.c.seq.in_(batch))).scalars())
-    return resolved
+    return set(connection.execute(statement.returning(hold_table.c.seq)).scalars()) if seqs else set()
 
 
 def renew(connection: Connection, seqs: Sequence[int], until: datetime) -> set[int]:
@@ -209,37 +200,25 @@ def renew(connection: Connection, seqs: Sequence[int], until: datetime) -> set[i
     Returns those that were renewed: not those that are resolved, nor those that another transaction is changing.
     """
     hold = hold_table.c
-    if connection.dialect.name == "postgresql":
-        among = hold.seq == func.any(bindparam("seqs", list(seqs), type_=ARRAY(BigInteger)))
-        # It waits for nobody, and so is in no deadlock with those who lock tenants first.
-        free = select(hold.seq).where(among, hold.state == "held").with_for_update(skip_locked=True)
-    else:
-        unpacked = func.json_each(canonical_text(list(seqs))).table_valued("value")
-        free = select(unpacked.c.value)
+    free = select(hold.seq).where(_among(connection, seqs), hold.state == "held")
+    # It waits for nobody, and so is in no deadlock with those who lock tenants first. SQLite has no such lock.
+    free = free.with_for_update(skip_locked=True)
     renewed = update(hold_table).where(hold.seq.in_(free), hold.state == "held").values(expires_at=until)
     return set(connection.execute(renewed.returning(hold.seq)).scalars())
 
 
 def states(connection: Connection, seqs: Sequence[int]) -> dict[int, HoldState]:
     """How holds stand."""
-    rows = [row for batch in _batches(seqs) for row in connection.execute(_STATES, {"seqs": batch})]
+    rows = connection.execute(select(hold_table.c.seq, hold_table.c.state).where(_among(connection, seqs)))
     return {row.seq: HoldState(row.state) for row in rows}
 
 
-def _batches(ids: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (ids[start : start + _ID_BATCH] for start in range(0, len(ids), _ID_BATCH))
-
-
-def costs(bound: UsageBound, book: PriceBook) -> list[Cost]:
-    """The maximum that each offer of a request can cost under a price book."""
-    return [_cost(bound, offer, book) for offer in bound.offers]
-
-
-def _cost(bound: UsageBound, offer: Offer, book: PriceBook) -> Cost:
-    flops = charged_bound(offer, book)
-    quoted = quote(book, bound.tenant, offer.tier, flops, bound.tokens_input, bound.tokens_output_max, bound.at)
-    money = None if quoted.amount is None else to_scaled(quoted.amount, STORED_SCALE)
-    return Cost(quoted.currency, money, offer.flops_bound, quoted.unrated)
+def _among(connection: Connection, seqs: Sequence[int]) -> ColumnElement[bool]:
+    """True of holds with these numbers, which travel as one parameter: SQLite limits how many there may be."""
+    if connection.dialect.name == "postgresql":
+        return hold_table.c.seq == func.any(bindparam("seqs", list(seqs), type_=ARRAY(BigInteger)))
+    unpacked = func.json_each(canonical_text(list(seqs))).table_valued("value")
+    return hold_table.c.seq.in_(select(unpacked.c.value))
 
 
 @dataclass(frozen=True)
@@ -299,7 +278,12 @@ def hold(
             if ask.identity in asked:
                 raise id_in_use(ask.bound.tenant, ask.bound.request_id, "is being served")
             if latest is not None and latest.state in {HoldState.HELD, HoldState.SETTLED}:
-                answers[place] = _repeated(latest, ask.bound, again=ask.identity in again)
+                # The answer of the first call, if this is the same call again and nobody knows that answer.
+                lost = latest.state is HoldState.HELD and ask.identity in again
+                if not (lost and latest.fingerprint == fingerprint(ask.bound)):
+                    how = "was served before" if latest.state is HoldState.SETTLED else "is being served"
+                    raise id_in_use(ask.bound.tenant, ask.bound.request_id, how)
+                answers[place] = Granted(latest.offer, latest.seq)
             else:
                 windows[place] = _windows(budgets, ask)
         except (ConflictError, CurrencyMixError) as error:
@@ -311,7 +295,7 @@ def hold(
 
 def _windows(budgets: Sequence[Budget], ask: Ask) -> list[_Window]:
     """The budgets that cover a request, in their windows."""
-    own = [budget for budget in budgets if ask.scope.names.get(budget.level) == (budget.name or "")]
+    own = [budget for budget in budgets if budget.covers(ask.bound.tags)]
     for budget in own:
         needed(next(iter(ask.offers.values())), budget)  # refuses another currency before any counter is created
     return [(budget, Period.containing(ask.bound.at, budget.window, budget.zone)) for budget in own]
@@ -346,8 +330,13 @@ def _hold_new(
         if windows:
             times = {"held_at": now, "expires_at": now + lifetime}
             rows[place] = _row(ask, offer, cost, former.get(ask.identity)) | times
-    _raise_held(connection, {standings[window][0]: (more, window[0]) for window, more in raised.items()})
-    for place, seq in zip(rows, _insert(connection, list(rows.values())), strict=True):
+    amounts = {standings[window][0]: (more, window[0].limit_count) for window, more in raised.items()}
+    if not counters.raise_held(connection, amounts):
+        # Never reached while every writer locks the tenant first; if one does not, nothing is held.
+        tenant = next(iter(raised))[0].tenant
+        raise StoreError(f"a budget of tenant {tenant!r} was changed by another writer.", hint="Try again.")
+    seqs = connection.execute(_INSERT, list(rows.values())).scalars().all() if rows else []
+    for place, seq in zip(rows, seqs, strict=True):
         granted[place] = replace(granted[place], seq=seq)
     return answers | granted
 
@@ -371,24 +360,3 @@ def _row(ask: Ask, offer: int, cost: Cost, former: Hold | None) -> dict[str, Any
         "flops_bound": cost.flops,
         "state": str(HoldState.HELD),
     }
-
-
-def _insert(connection: Connection, rows: Sequence[dict[str, Any]]) -> Sequence[int]:
-    """Write holds and return their numbers."""
-    return connection.execute(_INSERT, rows).scalars().all() if rows else []
-
-
-def _repeated(former: Hold, bound: UsageBound, *, again: bool) -> Granted:
-    """The answer of the first call, if this is the same call again and nobody knows that answer."""
-    if again and former.state is HoldState.HELD and former.fingerprint == fingerprint(bound):
-        return Granted(former.offer, former.seq)
-    how = "was served before" if former.state is HoldState.SETTLED else "is being served"
-    raise id_in_use(bound.tenant, bound.request_id, how)
-
-
-def _raise_held(connection: Connection, amounts: Mapping[int, tuple[int, Budget]]) -> None:
-    limits = {seq: (more, budget.limit_count) for seq, (more, budget) in amounts.items()}
-    if not counters.raise_held(connection, limits):
-        # Never reached while every writer locks the tenant first; if one does not, nothing is held.
-        tenant = next(budget.tenant for _, budget in amounts.values())
-        raise StoreError(f"a budget of tenant {tenant!r} was changed by another writer.", hint="Try again.")

@@ -1,4 +1,4 @@
-"""Which offer a request may be served with, given what its budgets have left. Pure: no clock, no database.
+"""The maximum cost of a request's offers, and which of them its budgets have room for. Pure: no clock, no database.
 
 An offer fits if every budget that covers the request has room for the maximum it can use. The first that fits is
 served; a budget that refuses ends the search, one that says `shallower` allows the next, cheaper offer.
@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, OverBudget, to_count
 from polar_billing.errors import CurrencyMixError
-from polar_billing.values.money import plain
+from polar_billing.prices.quote import quote_offers
+from polar_billing.values.money import STORED_SCALE, plain, to_scaled
 from polar_billing.values.periods import load_zone
 from polar_sdk.errors import BudgetExceededError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
+    from polar_sdk.usage import UsageBound
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,19 @@ class Refusal:
         )
 
 
+def costs(bound: UsageBound, book: PriceBook) -> list[Cost]:
+    """The maximum that each offer of a request can cost under a price book."""
+    return [
+        Cost(
+            quoted.currency,
+            None if quoted.amount is None else to_scaled(quoted.amount, STORED_SCALE),
+            offer.flops_bound,
+            quoted.unrated,
+        )
+        for offer, quoted in zip(bound.offers, quote_offers(book, bound), strict=True)
+    ]
+
+
 def needed(cost: Cost, budget: Budget) -> int | None:
     """The amount that a cost takes from a budget, in its counts; None if that is not known.
 
@@ -101,14 +117,12 @@ def needed(cost: Cost, budget: Budget) -> int | None:
 
 
 def choose(standings: Sequence[Standing], offers: Sequence[Cost]) -> int | Refusal:
-    """Index of the first offer, in order of preference, that fits every budget, or why none can be served.
-
-    Raises:
-        CurrencyMixError: Budget and price book are in different currencies.
-    """
+    """Index of the first offer, in order of preference, that fits every budget, or why none can be served."""
     refusal: Refusal | None = None
     for index, offer in enumerate(offers):
-        over = [standing for standing in standings if not _fits(offer, standing)]
+        amounts = [needed(offer, standing.budget) for standing in standings]
+        pairs = zip(standings, amounts, strict=True)
+        over = [standing for standing, amount in pairs if amount is None or amount > standing.left]
         if not over:
             return index
         strict = [standing for standing in over if standing.budget.over_budget is OverBudget.REFUSE]
@@ -117,8 +131,3 @@ def choose(standings: Sequence[Standing], offers: Sequence[Cost]) -> int | Refus
             break
     assert refusal is not None  # there is at least one offer
     return refusal
-
-
-def _fits(offer: Cost, standing: Standing) -> bool:
-    amount = needed(offer, standing.budget)
-    return amount is not None and amount <= standing.left

@@ -128,15 +128,13 @@ def _count(connection: Connection, spent: Iterable[Amounts], freed: Iterable[Hol
     """Update every counter that exists."""
     used = list(spent)
     held: list[Amounts] = [(hold.scope, hold.cost_bound, hold.flops_bound) for hold in freed]
+
+    def total(counter: Row[tuple[int, ...]], counted: Iterable[Amounts]) -> int:
+        return sum(
+            to_count(flops if counter.unit == COMPUTE_UNIT else to_scaled(money, STORED_SCALE), counter.decimals)
+            for scope, money, flops in counted
+            if scope.counts_in(counter)
+        )
+
     counters = touched(connection, [scope for scope, _, _ in [*used, *held]])
-    changes = ((counter.seq, Change(spent=_total(counter, used), freed=_total(counter, held))) for counter in counters)
-    change(connection, changes)
-
-
-def _total(counter: Row[tuple[int, ...]], counted: Iterable[Amounts]) -> int:
-    return sum(_amount(counter, amounts) for amounts in counted if amounts[0].counts_in(counter))
-
-
-def _amount(counter: Row[tuple[int, ...]], amounts: Amounts) -> int:
-    _, money, flops = amounts
-    return to_count(flops if counter.unit == COMPUTE_UNIT else to_scaled(money, STORED_SCALE), counter.decimals)
+    change(connection, ((each.seq, Change(spent=total(each, used), freed=total(each, held))) for each in counters))

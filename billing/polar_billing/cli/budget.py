@@ -6,6 +6,7 @@ Arguments in, text out; the work is done by `budgets`.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +14,13 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import BudgetError
-from polar_sdk.show.lines import print_line
+from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from polar_billing.budgets.budget import Level
-    from polar_billing.budgets.keeper import Budgets
-    from polar_billing.prices.book import PriceBook
+    from polar_billing.budgets.enforcement import Budgets
 
 
 _Tenant = Annotated[str, typer.Argument(help="The tenant.", metavar="TENANT")]
@@ -75,6 +75,7 @@ def set_(
         from polar_billing.values.periods import Window
 
         book = Prices(budgets.ledger.price_choices, prices).of(tenant)
+        customer = book.customer_at(datetime.now(UTC), tenant)
         level, name = _scope(project, user, key)
         new = Budget(
             tenant,
@@ -83,7 +84,7 @@ def set_(
             level,
             name,
             window=window,  # type: ignore[arg-type]  # likewise
-            zone=zone or _zone_of(tenant, book),
+            zone=zone or ("UTC" if customer is None else customer.zone),
             over_budget=over_budget,  # type: ignore[arg-type]
         )
         assert isinstance(new.window, Window)
@@ -158,7 +159,7 @@ def recheck(
                 {**standing_row(difference.counted), "should_be": standing_row(difference.computed)}
                 for difference in differences
             ]
-            opt.show_json([*rows, *map(vars, holds)])
+            print_json([*rows, *map(vars, holds)])
         else:
             for wrong in (*differences, *holds):
                 print_line(str(wrong))
@@ -171,7 +172,7 @@ def recheck(
 @contextmanager
 def _open(ledger: str | None) -> Iterator[Budgets]:
     with opt.open_ledger(ledger) as opened:
-        from polar_billing.budgets.keeper import Budgets
+        from polar_billing.budgets.enforcement import Budgets
 
         yield Budgets(opened)
 
@@ -186,13 +187,6 @@ def _scope(project: str | None, user: str | None, key: str | None) -> tuple[Leve
     return scopes[0] if scopes else (Level.TENANT, None)
 
 
-def _zone_of(tenant: str, book: PriceBook) -> str:
-    from datetime import UTC, datetime
-
-    customer = book.customer_at(datetime.now(UTC), tenant)
-    return "UTC" if customer is None else customer.zone
-
-
 def _of(tenant: str | None) -> str:
     return "" if tenant is None else f" of tenant {tenant!r}"
 
@@ -204,7 +198,7 @@ def _print(rows: list[dict[str, Any]], as_json: bool, csv: Path | None, *, title
     if csv is not None and rows:
         opt.write_file(csv, write_rows(list(rows[0]), map(with_figures, rows)))
     if as_json:
-        opt.show_json(rows)
+        print_json(rows)
     elif not rows:
         print_line(nothing)
     elif csv is None:

@@ -14,7 +14,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import AccessError
-from polar_sdk.show.lines import print_line
+from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,7 @@ def list_(tenant: opt.Tenant = None, as_json: opt.Json = False, ledger: opt.Ledg
     with _open(ledger) as keys:
         rows = [_row(found) for found in keys.all(opt.tenant_or_all(tenant))]
     if as_json:
-        opt.show_json(rows)
+        print_json(rows)
     elif not rows:
         print_line("There are no keys.")
     else:
@@ -119,7 +119,7 @@ def _open(ledger: str | None) -> Iterator[ApiKeys]:
 
 def _show_new(made: ApiKey, text: str, *, as_json: bool) -> None:
     if as_json:
-        opt.show_json({**_row(made), "key": text})
+        print_json({**_row(made), "key": text})
         return
     print_line(f"Key {made.key_id} ({made.name}) of tenant {made.tenant}; this is the only time that it is shown:")
     typer.echo(text)

@@ -1,22 +1,103 @@
-"""The commands that keep the ledger: `polar prune` and `migrate`.
+"""The commands about the ledger itself: `polar verify` and `receipt` prove it, `prune` and `migrate` keep it.
 
-Arguments in, text out; the work is done by `ledger`.
+Arguments in, text out; the work is done by `proof` and `ledger`.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from polar_billing.cli import options as opt
-from polar_sdk.show.lines import print_line
+from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
+from polar_sdk.reading import Unreadable, parse_object, read_bytes
+from polar_sdk.show.lines import print_json, print_line
+
+_MAX_RECEIPT = 2**20
+"""Unit: bytes."""
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
+    app.command("verify", epilog="Example: polar verify --ledger ledger.sqlite3")(verify)
+    app.command("receipt", epilog="Example: polar receipt 0193e1a2 --tenant acme")(receipt)
     app.command("prune", epilog="Example: polar prune --before 2026-01-01")(prune)
     app.command("migrate", epilog="Example: polar migrate --ledger postgresql://polar@db/polar")(migrate)
+
+
+def verify(
+    ledger: opt.Ledger = None,
+    tenant: opt.Tenant = None,
+    receipt: Annotated[
+        Path | None, typer.Option(help="Only check this receipt against the chain.", metavar="FILE", exists=False)
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Prove that nothing in the ledger was changed, deleted, inserted or moved since it was written.
+
+    Needs nothing but the database. It cannot detect a ledger that was rewritten as a whole or rolled back to an earlier
+    state: for that, keep receipts, or the heads that this prints, elsewhere, and check them here.
+    """
+    from polar_billing.proof.receipts import check_receipt
+    from polar_billing.proof.verify import verify_in
+
+    with opt.existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
+        if receipt is not None:
+            checked = check_receipt(connection, _read_receipt(receipt))
+            if checked.wrong is not None:
+                raise LedgerUnsoundError(f"receipt {str(receipt)!r}: {checked.wrong}")
+            agrees = f"The receipt {receipt} agrees with the ledger {store.location}"
+            fields = ", ".join(checked.unchecked)
+            but = f", but {fields} cannot be checked: the facts of the request were pruned" if fields else ""
+            print_line(f"{agrees}{but}.")
+            return
+        verified = verify_in(connection, tenant)
+    heads = sorted(verified.heads.items())
+    if as_json:
+        print_json(
+            {
+                "sound": verified.sound,
+                "links": verified.links,
+                "heads": {name: {"number": head.number, "hash": head.hash.hex()} for name, head in heads},
+                "findings": [vars(finding) for finding in verified.findings],
+            }
+        )
+    elif verified.sound:
+        print_line(f"The ledger {store.location} is sound: {verified.links:,} links of {len(verified.heads)} chains.")
+        for name, head in heads:
+            print_line(f"  {name or '(no tenant)'}: number {head.number:,}, hash {head.hash.hex()}")
+    if not verified.sound:
+        more = len(verified.findings) - 1
+        also = f" {more} more: --json lists them." if more else ""
+        raise LedgerUnsoundError(f"ledger {store.location!r} is not as it was written. {verified.findings[0]}{also}")
+
+
+def _read_receipt(path: Path) -> dict[str, object]:
+    try:
+        return parse_object(read_bytes(path, _MAX_RECEIPT))
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
+    except Unreadable as error:
+        raise QueryError(
+            f"{str(path)!r} is not a receipt: {error}.", hint="Use what `polar receipt` printed."
+        ) from error
+
+
+def receipt(
+    request: Annotated[str, typer.Argument(help="Id of the request.", metavar="REQUEST")],
+    ledger: opt.Ledger = None,
+    tenant: Annotated[str, typer.Option(help="Tenant of the request.", metavar="NAME")] = "default",
+    source: Annotated[
+        str | None, typer.Option(help="Service that stored it; default: POLAR_SOURCE, or polar.", metavar="NAME")
+    ] = None,
+) -> None:
+    """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
+    from polar_billing.proof.receipts import make_receipt
+
+    with opt.existing_ledger(ledger) as store, store.snapshot() as connection:
+        print_json(make_receipt(connection, tenant, request, source=source))
 
 
 def prune(
@@ -40,8 +121,8 @@ def prune(
             tenants = tenants_before(connection, until) if tenant is None else [tenant]
         for name in tenants:
             with store.transaction() as connection:
-                pruned = prune_tenant(connection, name, until)
-            print_line(f"{name}: {pruned.requests:,} requests pruned.")
+                requests = prune_tenant(connection, name, until)
+            print_line(f"{name}: {requests:,} requests pruned.")
         if not tenants:
             print_line(f"Nothing was served before {until.isoformat()}.")
 

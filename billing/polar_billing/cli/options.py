@@ -10,7 +10,7 @@ import typer
 
 from polar_billing.errors import MissingExtraError, OutputError, QueryError, StoreDamagedError
 from polar_sdk.errors import PolarError
-from polar_sdk.show.lines import print_json, print_line
+from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -57,9 +57,6 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerS
     """Open the ledger; if its database library is missing, the error says which extra installs it.
 
     Unless told not to `recover`, first store what ended processes left in their spools, and warn of what still waits.
-
-    Raises:
-        StoreDamagedError: It holds a value that means nothing; the block stops there.
     """
     try:
         from polar_billing.ledger.ledger import Ledger
@@ -166,11 +163,6 @@ def show(view: Any) -> None:
     if not console.is_terminal or console.is_dumb_terminal:
         console = Console(width=200, no_color=True, force_terminal=False)
     show_on(view, console)
-
-
-def show_json(data: object) -> None:
-    """Print JSON to standard output."""
-    print_json(data)
 
 
 def write_file(path: Path, content: str) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
-from polar_sdk.show.lines import print_line
+from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
@@ -83,7 +83,7 @@ def show_book(
 
     books = _books(file, ledger)
     if as_json:
-        opt.show_json([{"content_hash": book.content_hash, **book.model_dump(mode="json")} for book in books])
+        print_json([{"content_hash": book.content_hash, **book.model_dump(mode="json")} for book in books])
     elif not books:
         print_line("No price book in the ledger yet; `polar price add FILE` puts one in force.")
     else:
@@ -105,11 +105,13 @@ def diff(
     from polar_billing.prices.revisions import changes
 
     new = PriceBook.load(file)
-    old = PriceBook.load(other) if other is not None else _in_force(new.id, ledger)
+    old = next((book for book in _books(other, ledger) if other is not None or book.id == new.id), None)
+    if old is None:
+        raise QueryError(f"the ledger has no price book {new.id!r}.", hint="Name the file to compare with.")
     now = datetime.now(UTC)
     compared = [(change, change.effective_from is None or change.effective_from <= now) for change in changes(old, new)]
     if as_json:
-        opt.show_json(
+        print_json(
             [{"path": change.path, "old": change.old, "new": change.new, "past": past} for change, past in compared]
         )
     elif not compared:
@@ -139,13 +141,14 @@ def quote(
     from polar_billing.values.periods import Period
 
     moment = Period.between(at, None).since or datetime.now(UTC)
-    prices = _charging(tenant, book, moment, ledger)
+    with opt.open_ledger(ledger) as store:
+        from polar_billing.prices.in_force import Prices
+
+        prices = Prices(store.price_choices, book).of(tenant, moment)  # by which a meter charges
     quoted = quote_request(prices, tenant, tier, flops, input_tokens, output_tokens, moment)
     amount = None if quoted.amount is None else f"{quoted.amount:f}"
     if as_json:
-        opt.show_json(
-            {"amount": amount, "currency": quoted.currency, "unrated": quoted.unrated, "price_book": prices.id}
-        )
+        print_json({"amount": amount, "currency": quoted.currency, "unrated": quoted.unrated, "price_book": prices.id})
     elif amount is None:
         print_line(f"Unrated: {quoted.unrated}.")
     else:
@@ -161,18 +164,3 @@ def _books(file: Path | None, ledger: str | None) -> list[PriceBook]:
         from polar_billing.ledger.books import books_in_force
 
         return [book for _, book in sorted(books_in_force(connection).items())]
-
-
-def _in_force(book_id: str, ledger: str | None) -> PriceBook:
-    for book in _books(None, ledger):
-        if book.id == book_id:
-            return book
-    raise QueryError(f"the ledger has no price book {book_id!r}.", hint="Name the file to compare with.")
-
-
-def _charging(tenant: str, named: Path | None, moment: datetime, ledger: str | None) -> PriceBook:
-    """The book that a meter charges a tenant by."""
-    with opt.open_ledger(ledger) as store:
-        from polar_billing.prices.in_force import Prices
-
-        return Prices(store.price_choices, named).of(tenant, moment)

@@ -13,7 +13,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import OutputError, QueryError
-from polar_sdk.show.lines import print_line
+from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from polar_billing.reports.mix import Savings
@@ -112,7 +112,7 @@ def report(
         if csv is not None:
             opt.write_file(csv, report_csv(built))
         if as_json:
-            opt.show_json(built.model_dump(mode="json"))
+            print_json(built.model_dump(mode="json"))
         elif built.is_empty:
             opt.say_nothing_found(store, selection)
         elif csv is None and html is None:

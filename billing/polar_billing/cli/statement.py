@@ -14,7 +14,7 @@ import typer
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
 from polar_sdk.reading import shown
-from polar_sdk.show.lines import print_line
+from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
@@ -109,7 +109,7 @@ def _list(store: Ledger, tenant: str, as_json: bool) -> None:
 
     statements = issued_statements(store, tenant)
     if as_json:
-        opt.show_json([issued.statement.model_dump(mode="json") for issued in statements])
+        print_json([issued.statement.model_dump(mode="json") for issued in statements])
     elif statements:
         opt.show(issued_view(statements, tenant))
     else:
@@ -124,13 +124,13 @@ def _show(document: Statement, issued: IssuedStatement | None, as_json: bool, cs
         opt.write_file(csv, statement_csv(document))
     if as_json:
         issued_at = None if issued is None else issued.issued_at.isoformat()
-        opt.show_json({"issued_at": issued_at, **document.model_dump(mode="json")})
+        print_json({"issued_at": issued_at, **document.model_dump(mode="json")})
     elif csv is None:
         opt.show(statement_view(document, issued))
 
 
 def _trace(store: Ledger, issued: IssuedStatement | None, number: int, as_json: bool) -> None:
-    from polar_billing.statements.audit import usage_of_line
+    from polar_billing.statements.tracing import usage_of_line
 
     if issued is None:
         raise QueryError("a draft cannot be traced.", hint="Issue it with --issue.")
@@ -141,7 +141,7 @@ def _trace(store: Ledger, issued: IssuedStatement | None, number: int, as_json: 
         )
     seqs = usage_of_line(store, issued, lines[number - 1])
     if as_json:
-        opt.show_json(seqs)
+        print_json(seqs)
     else:
         for line in map(str, seqs) if seqs else ["No usage is charged by this line."]:
             print_line(line)
@@ -213,7 +213,7 @@ def reprice(
     if csv is not None:
         opt.write_file(csv, repriced_csv(rows))
     if as_json:
-        opt.show_json([row.model_dump(mode="json") for row in rows])
+        print_json([row.model_dump(mode="json") for row in rows])
     elif not rows:
         print_line(f"No usage in {period.label}.")
     elif csv is None:

@@ -13,6 +13,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_sdk.errors import PolarError
+from polar_sdk.show.lines import print_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +77,7 @@ def usage(
         if csv is not None:
             opt.write_file(csv, usage_csv(rows))
         if as_json:
-            opt.show_json([row.model_dump(mode="json") for row in rows])
+            print_json([row.model_dump(mode="json") for row in rows])
         elif not rows:
             opt.say_nothing_found(store, selection)
         elif csv is None:
@@ -89,7 +90,7 @@ def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool
     requests = list(store.read(selection, newest=last))
     currencies = {digest: book.currency for digest, book in store.price_books().items()}
     if as_json:
-        opt.show_json(
+        print_json(
             [
                 {
                     "seq": stored.seq,
@@ -140,10 +141,10 @@ def explain(
 
         if is_line_id(what):
             line = explain_line(store, what, tenant=tenant, records=records)
-            opt.show_json(line.model_dump(mode="json")) if as_json else opt.show(line_view(line))
+            print_json(line.model_dump(mode="json")) if as_json else opt.show(line_view(line))
             return
         request = explain_request(store, what, tenant=tenant, source=source, costs=_costs(model, router))
-        opt.show_json(request.model_dump(mode="json")) if as_json else opt.show(request_view(request))
+        print_json(request.model_dump(mode="json")) if as_json else opt.show(request_view(request))
 
 
 def _costs(model: str | None, router: Path | None) -> Callable[[UsageRecord], CostModel | str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from polar_billing.dashboard.live import Live
+    from polar_billing.dashboard.service import Live
 
 FRESH_S: Final = 0.4
 """Age at which a page is rendered again. Unit: seconds."""
@@ -67,11 +67,7 @@ class Dashboard:
         self._page: tuple[float, bytes] | None = None
 
     def check(self) -> None:
-        """Raise where the ledger cannot be read; one that does not exist yet can.
-
-        Raises:
-            StoreError: It cannot.
-        """
+        """Raise where the ledger cannot be read; one that does not exist yet can."""
         with self.ledger.snapshot():
             pass
 

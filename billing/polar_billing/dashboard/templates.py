@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 from decimal import Decimal
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from polar_billing.dashboard import charts
+from polar_billing.dashboard.layers import heat_strips, legend, program_strip
 from polar_billing.reports import text
 from polar_billing.reports.depth import WORDS, layers_of_record
-from polar_billing.reports.html import new_environment, read_template, ticks
+from polar_billing.reports.html import new_environment, read_template, ticks, tier_kind
 from polar_billing.reports.text import unit_for
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import load_zone
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from polar_billing.budgets.offers import Standing
     from polar_billing.dashboard.view import Receipt, View
     from polar_billing.ledger.records import StoredUsage
-    from polar_billing.reports.summary import Figures, Summary, TenantReport
+    from polar_billing.reports.summary import Figures, Summary, TierReport
     from polar_billing.reports.text import Unit
     from polar_billing.values.periods import Period
     from polar_sdk.usage import UsageRecord
@@ -52,28 +52,43 @@ KINDS: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg"
 """The files that go with the page, and what they are."""
 
 
-class Templates:
-    """Renders the page and what belongs to it.
+class Segment(NamedTuple):
+    """One coloured part of a bar."""
 
-    Raises:
-        MissingExtraError: jinja2 is not installed.
-    """
+    kind: str
+    """Key of its colour."""
+    start: str
+    """Unit: percent of the bar."""
+    width: str
+    """Unit: percent of the bar."""
+
+
+class Bar(NamedTuple):
+    """A bar, and its figures in words."""
+
+    label: str
+    segments: tuple[Segment, ...]
+    words: str
+
+
+class Templates:
+    """Renders the page and what belongs to it."""
 
     def __init__(self) -> None:
         self._environment = new_environment(_HERE, "the operations page")
         self._environment.filters.update(_FILTERS)
         self._environment.globals.update(
             version=self.version,
-            meter=charts.meter,
-            strips=charts.heat_strips,
-            kind_legend=charts.legend(),
-            program_strip=charts.program_strip,
-            budget_bar=charts.budget_bar,
+            meter=meter,
+            strips=heat_strips,
+            kind_legend=legend(),
+            program_strip=program_strip,
+            budget_bar=budget_bar,
             ticks=ticks,
             kind_words=WORDS,
             saved=_saved,
             saved_share=_saved_share,
-            largest=_largest,
+            largest=lambda tenants: sorted(tenants, key=lambda tenant: (-tenant.total, tenant.tenant))[:MAX_TENANTS],
             sections=list(SECTIONS.items()),
             max_tenants=MAX_TENANTS,
             max_keys=MAX_KEYS,
@@ -97,19 +112,23 @@ class Templates:
         """The whole page."""
         today_units = exact_sum((charges.figures.compute_units for charges in view.charges), 12)
         units = {charges.currency: _unit(charges) for charges in view.charges}
-        costs = _cost_units(view)
+        tiers = view.charges[0].tiers if len(view.charges) == 1 else ()
+        costs: dict[str, list[Decimal | None]] = {}
+        for stored in view.requests:
+            costs.setdefault(view.book_of(stored).currency, []).append(stored.cost)
+        cost_units = {currency: unit_for(amounts, currency) for currency, amounts in costs.items()}
         return self._environment.get_template("operations.html.jinja").render(
             base="",
             view=view,
             units=units,
-            bars={
-                charges.currency: charts.charge_bars(charges.tiers, units[charges.currency]) for charges in view.charges
-            },
-            budgets=sorted(view.budgets, key=_room)[:MAX_BUDGETS],
+            bars={charges.currency: charge_bars(charges.tiers, units[charges.currency]) for charges in view.charges},
+            # Those with the smallest share left.
+            budgets=sorted(view.budgets, key=lambda one: one.left / max(one.budget.limit_count, 1))[:MAX_BUDGETS],
             today_units=today_units,
             today_requests=sum(charges.figures.requests for charges in view.charges),
-            saved_today=_saved_by_tier(view),
-            cost_of=lambda stored: _cost(stored, costs[view.book_of(stored).currency]),
+            # By tier, where there is one currency.
+            saved_today={tier.tier: tier.figures.saved_share for tier in tiers}.get,
+            cost_of=lambda stored: _cost(stored, cost_units[view.book_of(stored).currency]),
             ago=lambda moment: _seconds(max((view.at - moment).total_seconds(), 0.0)),
             served=lambda moment: _served(view.today, moment),
             **_times(view.today.zone),
@@ -132,17 +151,51 @@ class Templates:
         return self._environment.get_template("error.html.jinja").render(base=base, title=title, message=message)
 
 
+def charge_bars(tiers: Sequence[TierReport], unit: Unit) -> tuple[Bar, ...]:
+    """Draw each tier's charge on the charge at full depth."""
+    known = [
+        (tier, charge, full)
+        for tier in tiers
+        if (charge := tier.figures.charge) is not None and (full := tier.figures.charge_full_depth) is not None
+    ]
+    longest = max((max(charge, full) for _, charge, full in known), default=None)
+    return tuple(
+        Bar(
+            text.tier_name(tier.tier),
+            (
+                Segment("depth", "0", _percent(full, longest)),
+                Segment(tier_kind(tier.tier), "0", _percent(charge, longest)),
+            ),
+            f"{unit.show(charge)} of {unit.show(full)} {unit.name}, "
+            f"{text.share(tier.figures.saved_share, signed=True)} compute saved",
+        )
+        for tier, charge, full in known
+    )
+
+
+def budget_bar(standing: Standing) -> tuple[Segment, ...]:
+    """Draw what is spent and held of a limit; longer than the limit where that was lowered."""
+    whole = max(standing.budget.limit_count, standing.spent + standing.held, 1)
+    spent, held = _share(standing.spent, whole), _share(standing.held, whole)
+    return Segment("spent", "0", spent), Segment("held", spent, held)
+
+
+def meter(part: int, whole: int) -> tuple[Segment, ...]:
+    """A part of a whole."""
+    return (Segment("used", "0", _share(min(part, whole), whole)),) if whole else ()
+
+
+def _percent(amount: Decimal, longest: Decimal | None) -> str:
+    return f"{float(amount / longest) * 100:.2f}" if longest and amount > 0 else "0"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole * 100:.2f}"
+
+
 def _unit(charges: Summary) -> Unit:
     amounts = [charges.figures.charge, *(tier.figures.charge for tier in charges.tiers)]
     return unit_for([*amounts, *(tenant.total for tenant in charges.tenants)], charges.currency)
-
-
-def _cost_units(view: View) -> dict[str, Unit]:
-    """The unit of single requests, by currency."""
-    costs: dict[str, list[Decimal | None]] = {}
-    for stored in view.requests:
-        costs.setdefault(view.book_of(stored).currency, []).append(stored.cost)
-    return {currency: unit_for(amounts, currency) for currency, amounts in costs.items()}
 
 
 def _cost(stored: StoredUsage, unit: Unit) -> str:
@@ -158,22 +211,6 @@ def _saved(figures: Figures, unit: Unit) -> str:
 
 def _saved_share(record: UsageRecord) -> Decimal | None:
     return Decimal(record.flops_saved) / record.identity_flops if record.identity_flops else None
-
-
-def _saved_by_tier(view: View) -> Callable[[str], Decimal | None]:
-    """The share of compute that a tier saved today, where there is one currency."""
-    tiers = view.charges[0].tiers if len(view.charges) == 1 else ()
-    shares = {tier.tier: tier.figures.saved_share for tier in tiers}
-    return shares.get
-
-
-def _largest(tenants: Sequence[TenantReport]) -> list[TenantReport]:
-    return sorted(tenants, key=lambda tenant: (-tenant.total, tenant.tenant))[:MAX_TENANTS]
-
-
-def _room(standing: Standing) -> float:
-    """The share of a budget that is left."""
-    return standing.left / max(standing.budget.limit_count, 1)
 
 
 def _rows(receipt: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -234,13 +271,9 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.0f} s"
 
 
-def _clip(value: str, most: int) -> str:
-    return value if len(value) <= most else f"{value[: most - 1]}…"
-
-
 _FILTERS: Final[dict[str, Callable[..., Any]]] = {
     "line": printable,
-    "clip": _clip,
+    "clip": lambda value, most: value if len(value) <= most else f"{value[: most - 1]}…",
     "giga": lambda flops: f"{Decimal(flops) / 10**9:,.2f}",
     "seconds": _seconds,
     "per_second": lambda rate: text.DASH if rate is None else f"{rate:,.1f}",

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 EVENT_TYPE: Final = "polar.usage"
 SCHEMA_ID: Final = "urn:polar-llm:schema:usage-event:1"
 _SCHEMA_FILE: Final = "usage_event.schema.json"
+_OF_RECORD: Final = (
+    "tenant", "tier", "model", "model_fingerprint", "router", "program", "finish_reason", "device", "queue_ns",
+    "prefill_ns", "decode_ns",
+)  # fmt: skip
 
 
 def event_schema() -> dict[str, Any]:
@@ -38,7 +42,17 @@ def event_schema() -> dict[str, Any]:
 def usage_event(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None = None) -> dict[str, Any]:
     """The event of one stored request, by the book of its receipt; its energy is modelled if there is a basis."""
     record = stored.record
-    modelled = {} if energy is None else {"energy": _energy(record.flops.executed, energy)}
+    modelled: dict[str, Any] = {}
+    if energy is not None:
+        joules, grams = energy.of_flops(record.flops.executed)
+        modelled["energy"] = {
+            "basis": energy.kind,
+            "source": energy.source,
+            "joules": f"{joules:f}",
+            "carbon_grams": None if grams is None else f"{grams:f}",
+            "grid_source": energy.grid_source,
+        }
+    facts = usage_facts(stored, book)
     return {
         "specversion": "1.0",
         "type": EVENT_TYPE,
@@ -49,49 +63,38 @@ def usage_event(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None
         "datacontenttype": "application/json",
         "dataschema": SCHEMA_ID,
         "data": {
-            "tenant": record.tenant,
-            "tier": record.tier,
+            **facts,
             "tags": dict(record.tags),
-            "model": record.model,
-            "model_fingerprint": record.model_fingerprint,
-            "router": record.router,
-            "program": record.program,
-            "outcome": record.outcome.value,
-            "finish_reason": record.finish_reason,
-            "tokens_input": record.tokens.input,
-            "tokens_cached": record.tokens.cached,
-            "tokens_output": record.tokens.output,
-            "tokens_drafted": record.tokens.drafted,
-            "tokens_accepted": record.tokens.accepted,
             "visits": record.visits.total,
-            "flops": record.flops.total,
-            "flops_drafts": record.flops.drafts,
-            "flops_full_depth": record.identity_flops,
-            "flops_saved": record.flops_saved,
-            "compute_units": plain(COMPUTE.quantity(record.flops.total)),
-            "queue_ns": record.queue_ns,
-            "prefill_ns": record.prefill_ns,
-            "decode_ns": record.decode_ns,
-            "device": record.device,
+            "compute_units": plain(facts["compute_units"]),
             "cost": None if stored.cost is None else f"{stored.cost:f}",
-            "currency": book.currency,
-            "price_book": book.id,
-            "price_book_hash": stored.price_book_hash,
-            "unrated": stored.unrated,
-            "sequence": stored.seq,
             **modelled,
         },
     }
 
 
-def _energy(flops: int, basis: EnergyBasis) -> dict[str, str | None]:
-    joules, grams = basis.of_flops(flops)
+def usage_facts(stored: StoredUsage, book: PriceBook) -> dict[str, Any]:
+    """The facts of one stored request and its receipt that every export of usage has, by the name of their column."""
+    record, tokens, flops = stored.record, stored.record.tokens, stored.record.flops
     return {
-        "basis": basis.kind,
-        "source": basis.source,
-        "joules": f"{joules:f}",
-        "carbon_grams": None if grams is None else f"{grams:f}",
-        "grid_source": basis.grid_source,
+        **{name: getattr(record, name) for name in _OF_RECORD},
+        "outcome": record.outcome.value,
+        "tokens_input": tokens.input,
+        "tokens_cached": tokens.cached,
+        "tokens_output": tokens.output,
+        "tokens_drafted": tokens.drafted,
+        "tokens_accepted": tokens.accepted,
+        "flops": flops.total,
+        "flops_drafts": flops.drafts,
+        "flops_full_depth": record.identity_flops,
+        "flops_saved": record.flops_saved,
+        "compute_units": COMPUTE.quantity(flops.total),
+        "cost": stored.cost,
+        "currency": book.currency,
+        "price_book": book.id,
+        "price_book_hash": stored.price_book_hash,
+        "unrated": stored.unrated,
+        "sequence": stored.seq,
     }
 
 

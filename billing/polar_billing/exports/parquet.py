@@ -1,7 +1,8 @@
 """Usage, the tables of a report, and FOCUS rows as Parquet files, by the extra `parquet`.
 
 Money and quantities are decimals, times are UTC to the microsecond, tags a map. Texts are as they are: nothing runs a
-cell of a Parquet file as a formula. Knows no ledger.
+cell of a Parquet file as a formula. Whoever writes raises `MissingExtraError` without pyarrow, and `OutputError` where
+the file cannot be written. Knows no ledger.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.errors import MissingExtraError, OutputError
+from polar_billing.exports.cloud_events import usage_facts
 from polar_billing.exports.focus import COLUMNS, COST_DECIMALS, NUMBERS, OWN_COLUMNS, TIMES
 from polar_billing.prices.rating import COMPUTE, UNIT_PRICE_SCALE
 from polar_billing.reports.csv import report_rows
 from polar_billing.values.money import STORED_SCALE, from_scaled, round_half_even, to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from decimal import Decimal
     from pathlib import Path
 
@@ -41,12 +43,7 @@ def write_usage(
     read_books: Callable[[], Mapping[str, PriceBook]],
     energy: EnergyBasis | None = None,
 ) -> int:
-    """Write one row per request, and return their number; see `cloud_events.batch_text` for `read_books`.
-
-    Raises:
-        MissingExtraError: pyarrow is not installed.
-        OutputError: The file cannot be written.
-    """
+    """Write one row per request, and return their number; see `cloud_events.batch_text` for `read_books`."""
     arrow = _arrow()
     text, count, moment = arrow.string(), arrow.int64(), arrow.timestamp("us", tz="UTC")
     layers, cost = arrow.list_(count), arrow.decimal128(_DIGITS, STORED_SCALE)
@@ -74,23 +71,18 @@ def write_usage(
 
 def _usage_row(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None) -> Row:
     record, flops = stored.record, stored.record.flops
-    same = (
-        "request_id", "tenant", "tier", "model", "model_fingerprint", "router", "router_version", "program",
-        "finish_reason", "error", "device", "dtype", "started_at", "kv_bytes_peak", "queue_ns", "prefill_ns",
-        "decode_ns",
-    )  # fmt: skip
+    more = ("request_id", "router_version", "error", "dtype", "started_at", "kv_bytes_peak")
+    modelled: Row = {}
+    if energy is not None:
+        joules, grams = energy.of_flops(flops.executed)
+        said = {"energy_basis": energy.kind, "energy_source": energy.source, "grid_source": energy.grid_source}
+        modelled = {"energy_joules": joules, "carbon_grams": grams, **said}
     return {
-        **{name: getattr(record, name) for name in same},
-        "sequence": stored.seq,
+        **usage_facts(stored, book),
+        **{name: getattr(record, name) for name in more},
         "source": stored.source,
         "tags": list(record.tags.items()),
-        "outcome": record.outcome.value,
         "stored_at": stored.stored_at,
-        "tokens_input": record.tokens.input,
-        "tokens_cached": record.tokens.cached,
-        "tokens_output": record.tokens.output,
-        "tokens_drafted": record.tokens.drafted,
-        "tokens_accepted": record.tokens.accepted,
         "visits_prefill": record.visits.prefill,
         "visits_prefill_filled": record.visits.prefill_filled,
         "visits_decode": record.visits.decode,
@@ -99,33 +91,12 @@ def _usage_row(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None)
         "flops_layers_decode": flops.layers_decode,
         "flops_head": flops.head,
         "flops_router": flops.router,
-        "flops": flops.total,
-        "flops_drafts": flops.drafts,
-        "flops_full_depth": record.identity_flops,
-        "flops_saved": record.flops_saved,
-        "compute_units": COMPUTE.quantity(flops.total),
-        "cost": stored.cost,
-        "currency": book.currency,
-        "price_book": book.id,
-        "price_book_hash": stored.price_book_hash,
-        "unrated": stored.unrated,
-        **({} if energy is None else _energy(flops.executed, energy)),
+        **modelled,
     }
 
 
-def _energy(flops: int, basis: EnergyBasis) -> Row:
-    joules, grams = basis.of_flops(flops)
-    said = {"energy_basis": basis.kind, "energy_source": basis.source, "grid_source": basis.grid_source}
-    return {"energy_joules": joules, "carbon_grams": grams, **said}
-
-
 def write_report(path: Path, report: Report) -> int:
-    """Write the rows of `polar report --csv`, and return their number.
-
-    Raises:
-        MissingExtraError: pyarrow is not installed.
-        OutputError: The file cannot be written.
-    """
+    """Write the rows of `polar report --csv`, and return their number."""
     arrow = _arrow()
     header, rows = report_rows(report)
     amounts = [
@@ -141,12 +112,7 @@ def write_report(path: Path, report: Report) -> int:
 
 
 def write_focus(path: Path, rows: Iterable[Row]) -> int:
-    """Write FOCUS rows, and return their number; costs that are not rounded have 18 decimals here.
-
-    Raises:
-        MissingExtraError: pyarrow is not installed.
-        OutputError: The file cannot be written.
-    """
+    """Write FOCUS rows, and return their number; costs that are not rounded have 18 decimals here."""
     arrow = _arrow()
     types = {
         **dict.fromkeys((*COLUMNS, *OWN_COLUMNS), arrow.string()),
@@ -154,17 +120,15 @@ def write_focus(path: Path, rows: Iterable[Row]) -> int:
         **dict.fromkeys(TIMES, arrow.timestamp("us", tz="UTC")),
         **dict.fromkeys(NUMBERS, arrow.decimal128(_DIGITS, UNIT_PRICE_SCALE)),
     }
-    return _write(path, types, ({**row, **_rounded(row)} for row in rows))
 
+    def rounded(cost: Decimal | None) -> Decimal | None:
+        if cost is None:
+            return None
+        units = round_half_even(to_scaled(cost, COST_DECIMALS), COST_DECIMALS, UNIT_PRICE_SCALE)
+        return from_scaled(units, UNIT_PRICE_SCALE)
 
-def _rounded(row: Row) -> dict[str, Decimal]:
-    names = [name for name in ("ContractedCost", "ListCost") if row.get(name) is not None]
-    return {name: _round(row[name]) for name in names}
-
-
-def _round(cost: Decimal) -> Decimal:
-    units = round_half_even(to_scaled(cost, COST_DECIMALS), COST_DECIMALS, UNIT_PRICE_SCALE)
-    return from_scaled(units, UNIT_PRICE_SCALE)
+    exact = ("ContractedCost", "ListCost")
+    return _write(path, types, ({**row, **{name: rounded(row.get(name)) for name in exact}} for row in rows))
 
 
 def _arrow() -> Any:
@@ -182,10 +146,10 @@ def _arrow() -> Any:
 def _write(path: Path, types: Mapping[str, pyarrow.DataType], rows: Iterable[Row]) -> int:
     arrow = _arrow()
     schema = arrow.schema(list(types.items()))
-    written = 0
+    written, following = 0, iter(rows)
     try:
         with arrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-            for batch in _batches(rows):
+            while batch := list(islice(following, BATCH)):
                 columns = [arrow.array([row.get(name) for row in batch], kind) for name, kind in types.items()]
                 writer.write_batch(arrow.record_batch(columns, schema=schema))
                 written += len(batch)
@@ -194,9 +158,3 @@ def _write(path: Path, types: Mapping[str, pyarrow.DataType], rows: Iterable[Row
             f"{str(path)!r} cannot be written ({error.strerror or error}).", hint="Check that its folder exists."
         ) from error
     return written
-
-
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    following = iter(rows)
-    while batch := list(islice(following, BATCH)):
-        yield batch

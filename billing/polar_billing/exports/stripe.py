@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_billing.errors import QueryError
 from polar_billing.ledger.books import books_in_force, read_books
 from polar_billing.ledger.records import AllTenants
-from polar_billing.prices.rating import COMPUTE, ITEMS, charged_flops, rate
+from polar_billing.prices.rating import COMPUTE, ITEMS, Counts, charged_flops, rate
 from polar_billing.statements.draft import check_kept
 from polar_billing.statements.period import known_tenants
 from polar_billing.values.money import from_scaled
@@ -48,7 +48,7 @@ MAX_AGE_DAYS: Final = 35
 """Stripe refuses older events."""
 _MAX_NAME: Final = 100
 _INSTANT: Final = timedelta(microseconds=1)
-_PLAIN: Final = re.compile(r"[a-z0-9]")
+_PLAIN: Final = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
 _CUSTOMER: Final = re.compile(r"cus_[A-Za-z0-9]+")
 
 
@@ -85,11 +85,7 @@ class MeterEvents:
     """The last one that was met: usage comes roughly by time."""
 
     def of(self, usage: Iterable[StoredUsage]) -> Iterator[dict[str, Any]]:
-        """The events of usage, which comes in the order it was stored.
-
-        Raises:
-            QueryError: A tenant has no customer.
-        """
+        """The events of usage, which comes in the order it was stored."""
         since, until = self.period.since, self.period.until
         for stored in usage:
             moment = stored.record.started_at
@@ -116,7 +112,11 @@ class MeterEvents:
         if record.outcome in book.free_outcomes:
             return
         counts = {line.item.name: line.count for line in rating.lines}
-        counts |= {name: _count(record, book, name) for name in _planned(record, book)}
+        plan = book.plan_at(record.started_at, record.tenant)
+        terms = None if plan is None else plan.terms_at(record.started_at)
+        used = Counts(1, charged_flops(record, book), record.tokens.input, record.tokens.output)
+        for item in () if terms is None else terms.items:  # which the plan prices over the period
+            counts[ITEMS[item.per].name] = used.by_item[item.per]
         yield from sorted(counts.items())
 
     def _grow(self, record: UsageRecord, item: str, count: int) -> int:
@@ -155,19 +155,6 @@ class MeterEvents:
         return customer
 
 
-def _planned(record: UsageRecord, book: PriceBook) -> Iterator[str]:
-    """Items that the tenant's plan prices over the period."""
-    plan = book.plan_at(record.started_at, record.tenant)
-    terms = None if plan is None else plan.terms_at(record.started_at)
-    for item in () if terms is None else terms.items:
-        yield ITEMS[item.per].name
-
-
-def _count(record: UsageRecord, book: PriceBook, name: str) -> int:
-    counts = (charged_flops(record, book), record.tokens.input, record.tokens.output, 1)
-    return dict(zip((item.name for item in ITEMS.values()), counts, strict=True))[name]
-
-
 @lru_cache(maxsize=1024)
 def meter_name(item: str, tier: str | None) -> str:
     """The `event_name` of one item of one tier: `polar_compute_standard`; tiers that differ have names that differ.
@@ -178,16 +165,9 @@ def meter_name(item: str, tier: str | None) -> str:
     base = f"polar_{item.replace(' ', '_')}"
     if tier is None:
         return f"{base}__by_hand"  # no tier begins with a single underscore and a letter that is no digit
-    name = f"{base}_{''.join(map(_spelled, tier))}"
-    if len(name) <= _MAX_NAME:
-        return name
-    return f"{base}_h_{hashlib.sha256(tier.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
-
-
-def _spelled(character: str) -> str:
-    if _PLAIN.fullmatch(character):
-        return character
-    return "".join(f"_{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))
+    written = tier.encode("utf-8", "surrogatepass")
+    name = f"{base}_{''.join(chr(byte) if byte in _PLAIN else f'_{byte:02x}' for byte in written)}"
+    return name if len(name) <= _MAX_NAME else f"{base}_h_{hashlib.sha256(written).hexdigest()[:32]}"
 
 
 def whole_months(period: Period) -> Period:
@@ -211,11 +191,7 @@ def charging_books(ledger: Ledger) -> dict[str, PriceBook]:
 
 
 def check_whole(ledger: Ledger, tenant: str | AllTenants, period: Period) -> None:
-    """Refuse a period of which retention has deleted usage.
-
-    Raises:
-        PeriodError: Some was deleted, or the period lacks an end.
-    """
+    """Refuse a period of which retention has deleted usage."""
     with ledger.snapshot() as connection:
         for name in known_tenants(connection) if isinstance(tenant, AllTenants) else [tenant]:
             check_kept(connection, name, period)

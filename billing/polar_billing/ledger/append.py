@@ -68,10 +68,11 @@ def find_pruned(connection: Connection, identities: Iterable[Identity]) -> Known
 
 
 def _pruned_among(connection: Connection, groups: Mapping[tuple[str, str], Sequence[str]]) -> Known:
-    return {
-        (row.tenant, row.source, row.request_id): (row.content_hash, _pruned(row))
-        for row in _rows(connection, _PRUNED, groups)
-    }
+    known: Known = {}
+    for row in _rows(connection, _PRUNED, groups):
+        left = PrunedUsage(row.seq, row.source, row.stored_at, row.price_book_hash, row.cost, row.unrated)
+        known[row.tenant, row.source, row.request_id] = (row.content_hash, left)
+    return known
 
 
 def is_stored(connection: Connection, identity: Identity) -> bool:
@@ -108,10 +109,6 @@ def _rows(
 ) -> Iterator[Row[Any]]:
     for (tenant, source), ids in groups.items():
         yield from query.run(connection, ids, of_tenant=tenant, of_source=source)
-
-
-def _pruned(row: Row[Any]) -> PrunedUsage:
-    return PrunedUsage(row.seq, row.source, row.stored_at, row.price_book_hash, row.cost, row.unrated)
 
 
 def _by_request(table: Table, query: Select[Any]) -> KeyedQuery:
@@ -196,18 +193,16 @@ def _write(connection: Connection, heads: dict[str, chain.Head], entries: Sequen
     receipts = list(map(receipt_to_raw, numbers, entries))
     insert_rows(connection, usage_table, usage)
     insert_rows(connection, receipt_table, receipts)
-    chain.append_links(connection, list(map(_link, usage, receipts)), heads)
+    links = []
+    for row, receipt in zip(usage, receipts, strict=True):
+        digest = chain.digest_of_plain(_SUBJECT, ((_USAGE_NAME, row), (_RECEIPT_NAME, receipt)))
+        links.append(chain.NewLink(row[1], _SUBJECT, str(row[0]), digest))
+    chain.append_links(connection, links, heads)
     add_to_rollups(connection, zip(usage, receipts, strict=True))
     return [
         StoredUsage(seq, entry.source, entry.record, now, entry.book.content_hash, entry.cost, entry.unrated)
         for seq, entry in zip(numbers, entries, strict=True)
     ]
-
-
-def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
-    seq, tenant = usage[:2]
-    digest = chain.digest_of_plain(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
-    return chain.NewLink(tenant, _SUBJECT, str(seq), digest)
 
 
 def _numbers(connection: Connection, count: int) -> Sequence[int]:

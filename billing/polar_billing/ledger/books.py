@@ -20,7 +20,7 @@ from polar_billing.prices.in_force import Choice, say_changed
 from polar_billing.prices.revisions import check_revision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, MutableMapping, Sequence
+    from collections.abc import Iterable, MutableMapping
     from contextlib import AbstractContextManager
 
     from sqlalchemy import Connection
@@ -55,27 +55,18 @@ def add_book(ledger: _Ledger, book: PriceBook, *, for_all: bool = False, now: da
             book.check_rates()
         if former is not None and former.content_hash != book.content_hash:
             check_revision(former, book, now=moment, last_use=_last_use(connection, book.id))
-        main = _main(choices)
+        main = next((choice.book.id for choice in reversed(choices) if choice.for_all), None)
         for_all = for_all or main in {None, book.id}
         latest = next((choice for choice in reversed(choices) if choice.book.id == book.id), None)
         if latest is not None and latest.book.content_hash == book.content_hash and (main == book.id) == for_all:
             return False
         store_books(connection, {book.content_hash: book})
         put_at = max([moment, *(choice.put_at for choice in choices[-1:])])  # the order holds whatever the clock does
-        _write_choice(connection, book, for_all=for_all, put_at=put_at)
+        values = {"price_book_hash": book.content_hash, "for_all": int(for_all), "put_at": put_at}
+        added = insert(in_force_table).values(values).returning(in_force_table.c.seq)
+        chain.link(connection, in_force_table, connection.execute(added).scalar_one())
     say_changed()
     return True
-
-
-def _main(choices: Sequence[Choice]) -> str | None:
-    """The id of the book that is in force for all; None if there is no book."""
-    return next((choice.book.id for choice in reversed(choices) if choice.for_all), None)
-
-
-def _write_choice(connection: Connection, book: PriceBook, *, for_all: bool, put_at: datetime) -> None:
-    values = {"price_book_hash": book.content_hash, "for_all": int(for_all), "put_at": put_at}
-    added = insert(in_force_table).values(values).returning(in_force_table.c.seq)
-    chain.link(connection, in_force_table, connection.execute(added).scalar_one())
 
 
 def read_choices(connection: Connection, known: MutableMapping[str, PriceBook]) -> list[Choice]:

@@ -119,11 +119,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the ledger throughout.
-
-        Raises:
-            StoreError: The database cannot be opened or read.
-        """
+        """A transaction that sees one state of the ledger throughout."""
         engine = self.engine
         if self.in_memory:  # its one connection is shared, so readers take turns as well
             with self._writing, self._translated(), engine.begin() as connection:
@@ -163,9 +159,6 @@ class Database:
         """Allow readers and a writer of a SQLite file to work side by side; the file remembers it.
 
         SQLite does not wait for its turn here as it does elsewhere, so this method does.
-
-        Raises:
-            StoreError: The file cannot be opened.
         """
         deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
         while True:

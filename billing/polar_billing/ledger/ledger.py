@@ -289,38 +289,22 @@ class Ledger:
         return self.find_books(None)
 
     def find_books(self, hashes: Iterable[str] | None) -> dict[str, PriceBook]:
-        """The stored books of these hashes, None for all; unlike `price_books` it waits for no record on its way.
-
-        Raises:
-            StoreError: They cannot be read.
-        """
+        """The stored books of these hashes, None for all; unlike `price_books` it waits for no record on its way."""
         with self._as_stored() as connection:
             return {} if connection is None else read_books(connection, hashes)
 
     def is_stored(self, identity: Identity) -> bool:
-        """True if a request is stored, or was before retention; it waits for no record on its way.
-
-        Raises:
-            StoreError: The ledger cannot be read.
-        """
+        """True if a request is stored, or was before retention; it waits for no record on its way."""
         with self._as_stored() as connection:
             return connection is not None and is_stored(connection, identity)
 
     def is_recorded(self, entry: Entry) -> bool:
-        """True if the request of an entry is stored, with this or with other content; see `append.is_recorded`.
-
-        Raises:
-            StoreError: The ledger cannot be read.
-        """
+        """True if the request of an entry is stored, with this or with other content; see `append.is_recorded`."""
         with self._as_stored() as connection:
             return connection is not None and is_recorded(connection, entry)
 
     def price_choices(self) -> Sequence[Choice]:
-        """The price books that were put in force, in order.
-
-        Raises:
-            StoreError: They cannot be read.
-        """
+        """The price books that were put in force, in order."""
         with self._as_stored() as connection:
             return () if connection is None else read_choices(connection, self._books)
 
@@ -366,11 +350,7 @@ class Ledger:
         return False
 
     def check_exists(self) -> None:
-        """Raise if there is nothing yet, for callers that would otherwise prove an empty ledger sound.
-
-        Raises:
-            StoreNotFoundError: The ledger does not exist yet, or is somewhere else.
-        """
+        """Raise if there is nothing yet, for callers that would otherwise prove an empty ledger sound."""
         if not self._has_tables():
             raise StoreNotFoundError(
                 f"ledger {self.location!r} holds nothing yet.", hint="Name another one with --ledger or POLAR_LEDGER."
@@ -425,11 +405,7 @@ class Ledger:
 
     @contextmanager
     def unprepared(self) -> Iterator[Connection]:
-        """A write transaction on a ledger of any schema version, tables untouched; for migrations.
-
-        Raises:
-            StoreError: The ledger cannot be written.
-        """
+        """A write transaction on a ledger of any schema version, tables untouched; for migrations."""
         drain(self.identity)
         with self._database.writing() as connection:
             yield connection

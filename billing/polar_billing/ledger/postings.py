@@ -120,10 +120,17 @@ def post(
     amounts = _checked(lines)
     chain.lock_heads(connection, [tenant])  # on PostgreSQL: no one else books for this tenant now
     values = {"corrects": corrects, "note": note, "effective_at": at}
-    if (booked := _booked(connection, tenant, kind, reference)) is not None:
+    column = transaction_table.c
+    same = (column.tenant == tenant, column.kind == kind, column.reference == reference)
+    if (booked := connection.execute(select(transaction_table).where(*same)).one_or_none()) is not None:
         return _booked_before(connection, booked, values, lines, amounts)
     if corrects is not None:
-        _check_corrected(connection, tenant, corrects)
+        query = select(column.id).where(column.id == corrects, column.tenant == tenant)
+        if connection.execute(query).first() is None:
+            raise QueryError(
+                f"transaction {corrects} of tenant {tenant!r} does not exist, so it cannot be corrected.",
+                hint="Name the id that post returned for this tenant.",
+            )
     identity = {"tenant": tenant, "kind": kind, "reference": reference, "booked_at": datetime.now(UTC)}
     added = insert(transaction_table).values(**identity, **values).returning(transaction_table.c.id)
     number: int = connection.execute(added).scalar_one()
@@ -159,22 +166,12 @@ def _entries(number: int, tenant: str, lines: Sequence[Line], amounts: Sequence[
             "tenant": tenant,
             "account": str(line.account),
             "currency": line.currency,
-            **_split(amount),
+            # Both with the sign of the amount.
+            "whole": abs(amount) // _UNIT * (1 if amount >= 0 else -1),
+            "rest": abs(amount) % _UNIT * (1 if amount >= 0 else -1),
         }
         for place, (line, amount) in enumerate(zip(lines, amounts, strict=True), start=1)
     ]
-
-
-def _split(amount: int) -> dict[str, int]:
-    """Whole units and rest, both with the sign of the amount."""
-    whole, rest = divmod(abs(amount), _UNIT)
-    return {"whole": whole, "rest": rest} if amount >= 0 else {"whole": -whole, "rest": -rest}
-
-
-def _booked(connection: Connection, tenant: str, kind: str, reference: str) -> Row[Any] | None:
-    booked = transaction_table.c
-    query = select(transaction_table).where(booked.tenant == tenant, booked.kind == kind, booked.reference == reference)
-    return connection.execute(query).one_or_none()
 
 
 def _booked_before(
@@ -193,16 +190,6 @@ def _booked_before(
             hint="Book a correction that names it; the first booking stands.",
         )
     return number
-
-
-def _check_corrected(connection: Connection, tenant: str, corrects: int) -> None:
-    booked = transaction_table.c
-    query = select(booked.id).where(booked.id == corrects, booked.tenant == tenant)
-    if connection.execute(query).first() is None:
-        raise QueryError(
-            f"transaction {corrects} of tenant {tenant!r} does not exist, so it cannot be corrected.",
-            hint="Name the id that post returned for this tenant.",
-        )
 
 
 def reversal(lines: Iterable[Line]) -> list[Line]:

@@ -61,7 +61,10 @@ _OF_RECEIPT: Final = frozenset({"price_book_hash", "unrated"})
 
 def raw_usage_query(selection: Selection) -> Select[Any]:
     """The query of a selection, whose tags are ignored; its columns are those of `RawUsage`, in no order of rows."""
-    columns: list[ColumnElement[Any]] = [literal_column(_source(name)).label(name) for name in RawUsage._fields]
+    sources = {name: f"polar_{'receipt' if name in _OF_RECEIPT else 'usage'}.{name}" for name in RawUsage._fields}
+    columns: list[ColumnElement[Any]] = [
+        literal_column(source).label(name) for name, source in (sources | _COMPUTED).items()
+    ]
     served = type_coerce(usage_table.c.started_at, BigInteger)
     since, until = selection.period.since, selection.period.until
     bounds = (moment and to_microseconds(moment) for moment in (since, until))
@@ -71,8 +74,3 @@ def raw_usage_query(selection: Selection) -> Select[Any]:
         .join(receipt_table, receipt_table.c.usage_seq == usage_table.c.seq)
         .where(*conditions(selection, usage_table.c, served, *bounds))
     )
-
-
-def _source(name: str) -> str:
-    table = "polar_receipt" if name in _OF_RECEIPT else "polar_usage"
-    return _COMPUTED.get(name, f"{table}.{name}")

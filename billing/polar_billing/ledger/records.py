@@ -135,6 +135,9 @@ class Entry:
     """None where unrated. Unit: currency units of the book."""
     unrated: str | None = None
 
+    def __post_init__(self) -> None:
+        _ = self.cost_units  # raises AmountError here, in the call it belongs to, if the ledger cannot hold it
+
     @cached_property
     def identity(self) -> Identity:
         """The unique key."""
@@ -142,11 +145,7 @@ class Entry:
 
     @cached_property
     def cost_units(self) -> int | None:
-        """The cost as the ledger holds it. Unit: 10^-12 of a currency unit.
-
-        Raises:
-            AmountError: It is beyond what the ledger can hold.
-        """
+        """The cost as the ledger holds it. Unit: 10^-12 of a currency unit."""
         return None if self.cost is None else to_units(self.cost)
 
     def renamed(self) -> Entry:

@@ -8,7 +8,6 @@ still recognised, the chain still closes, and totals stay what they were. Knows 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,17 +30,8 @@ _KEPT: Final = ("seq", "tenant", "source", "request_id", "content_hash", "stored
 _KEPT_OF_RECEIPT: Final = ("price_book_hash", "cost", "unrated")
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """One pruning, and how much it deleted."""
-
-    tenant: str
-    before: datetime
-    requests: int
-
-
-def prune(connection: Connection, tenant: str, before: datetime) -> Pruning:
-    """Delete the facts of a tenant's requests served before a moment, itself excluded."""
+def prune(connection: Connection, tenant: str, before: datetime) -> int:
+    """Delete the facts of a tenant's requests served before a moment, and return the number of requests."""
     chain.lock_heads(connection, [tenant])
     lock_counts(connection, [tenant])  # who counts now must not find some of it gone halfway through
     old = (usage_table.c.tenant == tenant, usage_table.c.started_at < before)
@@ -52,7 +42,7 @@ def prune(connection: Connection, tenant: str, before: datetime) -> Pruning:
         pruned = select(pruned_table.c.seq).where(pruned_table.c.tenant == tenant)
         connection.execute(delete(receipt_table).where(receipt_table.c.usage_seq.in_(pruned)))
         connection.execute(delete(usage_table).where(usage_table.c.tenant == tenant, usage_table.c.seq.in_(pruned)))
-    return Pruning(tenant, before, requests)
+    return requests
 
 
 def tenants_before(connection: Connection, before: datetime) -> list[str]:

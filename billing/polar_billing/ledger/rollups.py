@@ -87,8 +87,14 @@ class RawUsage(NamedTuple):
 
 
 def add_to_rollups(connection: Connection, rows: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> None:
-    """Add newly stored rows of `polar_usage`, each with its row of `polar_receipt`, to the sums."""
-    write_rollups(connection, sum_up(RawUsage(*_pick_usage(usage), *_pick_receipt(receipt)) for usage, receipt in rows))
+    """Add newly stored rows of `polar_usage`, each with its row of `polar_receipt`, to the stored sums."""
+    sums = sum_up(RawUsage(*_pick_usage(usage), *_pick_receipt(receipt)) for usage, receipt in rows)
+    values = []
+    for key in sorted(sums):  # in a fixed order, so that two writers cannot wait for each other's rows
+        requests, *others = sums[key]
+        split = (part for quantity in others for part in divmod(quantity, _MILLION))
+        values.append((rollup_id(key), *key, requests, *split))
+    upsert_rows(connection, rollup_table, values, _ADD)
 
 
 def sum_up(rows: Iterable[RawUsage]) -> Sums:
@@ -120,18 +126,6 @@ def merge(*many: Sums) -> Sums:
     return merged
 
 
-def write_rollups(connection: Connection, sums: Sums) -> None:
-    """Add sums to the stored ones."""
-    # In a fixed order, so that two writers cannot wait for each other's rows.
-    upsert_rows(connection, rollup_table, [_row(key, sums[key]) for key in sorted(sums)], _ADD)
-
-
-def _row(key: RollupKey, quantities: list[int]) -> tuple[Any, ...]:
-    requests, *others = quantities
-    split = (part for quantity in others for part in divmod(quantity, _MILLION))
-    return (rollup_id(key), *key, requests, *split)
-
-
 def rollup_id(key: RollupKey) -> bytes:
     """The primary key of a stored sum: SHA-256 over its `ROLLUP_KEYS`."""
     return hashlib.sha256(canonical_json(key)).digest()
@@ -153,14 +147,14 @@ def stored_rollups(connection: Connection, *conditions: ColumnElement[bool]) -> 
     keys = len(ROLLUP_KEYS)
     sums: Sums = {}
     for row in connection.execute(select(*columns).where(*conditions)):
-        requests, *split = row[keys:]
-        _add(sums, tuple(row[:keys]), [requests, *_joined(split)])
+        _add(sums, tuple(row[:keys]), [row[keys], *_joined(row[keys + 1 :])])
     return sums
 
 
-def _joined(split: list[int]) -> Iterator[int]:
+def _joined(split: Sequence[Any]) -> Iterator[int]:
+    """Quantities of their millions and their rest, one after the other."""
     for millions, rest in zip(split[::2], split[1::2], strict=True):
-        yield millions * _MILLION + rest
+        yield int(millions) * _MILLION + int(rest)
 
 
 def raw_usage(connection: Connection, *conditions: ColumnElement[bool]) -> Iterator[RawUsage]:
@@ -224,7 +218,8 @@ def read_sums(connection: Connection, selection: Selection, *, hourly: bool, rol
     Hours are kept apart (`hourly`) where the query asks for days or months; without `rollups` it is all added up from
     usage.
     """
-    since, until = _bounds(selection.period)
+    ends = (selection.period.since, selection.period.until)
+    since, until = (None if moment is None else to_microseconds(moment) for moment in ends)
     first, last = (None if since is None else -(-since // _HOUR)), (None if until is None else until // _HOUR)
     if not rollups or (first is not None and last is not None and first >= last):
         yield from _from_usage(connection, selection, since, until)
@@ -236,13 +231,6 @@ def read_sums(connection: Connection, selection: Selection, *, hourly: bool, rol
         yield from _from_usage(connection, selection, hour * _HOUR, (hour + 1) * _HOUR)
     if until is not None and last is not None and last * _HOUR < until:
         yield from _from_usage(connection, selection, last * _HOUR, until)
-
-
-def _bounds(period: Period) -> tuple[int | None, int | None]:
-    return (
-        None if period.since is None else to_microseconds(period.since),
-        None if period.until is None else to_microseconds(period.until),
-    )
 
 
 def _from_usage(connection: Connection, selection: Selection, since: int | None, until: int | None) -> Iterator[Sum]:
@@ -270,11 +258,7 @@ def _from_rollups(
         if hourly and _is_split(at, selection.period.zone):
             split[at] = None
             continue
-        values = map(int, parts)
-        quantities = [
-            int(requests),
-            *(millions * _MILLION + rest for millions, rest in zip(values, values, strict=True)),
-        ]
+        quantities = [int(requests), *_joined(parts)]
         yield Sum(tenant, tier or None, model, source, outcome, book, unrated or None, at * _HOUR, quantities)
     return list(split)
 

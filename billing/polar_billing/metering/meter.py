@@ -9,13 +9,12 @@ What has happened when `emit` returns is a choice, `durability`:
 * `spool`: the record is in a file of the spool, in the operating system's hands, and a thread commits it within
   milliseconds. The end of the process, SIGKILL included, loses nothing; a power cut or a crash of the operating
   system may lose the last moments. The engine uses this by default, because it costs a request next to nothing.
-* `sync`: committed by the calling thread itself, one at a time; no thread, no spool.
 
 A request that is still being answered is marked in the spool as it goes on (`marks`), so that what it has used is
-stored also if the process is killed; not with `sync`.
+stored also if the process is killed.
 
-If the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
-(but `sync`), and are stored exactly once when it is back.
+If the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice, and
+are stored exactly once when it is back.
 
 No answer is free through a request id that is used again: `reserve` refuses it, before compute. Where it cannot know
 (two processes at once; a ledger that does not answer), and where `emit` cannot raise (`spool`), the second use is
@@ -33,7 +32,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.budgets.settlement import settle
 from polar_billing.errors import StoreError, id_in_use
 from polar_billing.ledger.ledger import Ledger
@@ -42,7 +41,7 @@ from polar_billing.ledger.records import Entry, source_named
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.in_force import Prices
-from polar_billing.prices.quote import charged_bound, quote
+from polar_billing.prices.quote import quote_offers
 from polar_billing.prices.rating import COMPUTE, Rating, cost_of, rate
 from polar_billing.values.money import from_scaled, plain
 from polar_sdk.errors import InvalidRequestError
@@ -50,7 +49,6 @@ from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from decimal import Decimal
     from pathlib import Path
 
     from polar_billing.errors import ConflictError
@@ -109,7 +107,6 @@ class Meter(UsageSink):
         self._marks = marks
         self._checked_at = float("-inf")
         self._prices = Prices(self.ledger.price_choices, prices)
-        self._older_books: dict[str, PriceBook] = {}
 
     @property
     def price_book(self) -> PriceBook:
@@ -196,18 +193,6 @@ class Meter(UsageSink):
             StoreError: The ledger cannot be read, and never was.
         """
         book = self._prices.of(bound.tenant, bound.at)
-        quotes = [
-            quote(
-                book,
-                bound.tenant,
-                offer.tier,
-                charged_bound(offer, book),
-                bound.tokens_input,
-                bound.tokens_output_max,
-                bound.at,
-            )
-            for offer in bound.offers
-        ]
         return tuple(
             {
                 "cost": None if quoted.amount is None else f"{quoted.amount:f}",
@@ -215,7 +200,7 @@ class Meter(UsageSink):
                 "price_book": book.id,
                 "unrated": quoted.unrated,
             }
-            for quoted in quotes
+            for quoted in quote_offers(book, bound)
         )
 
     def release(self, tenant: str, request_id: str) -> None:
@@ -233,7 +218,7 @@ class Meter(UsageSink):
         return self._marks and self._writer.has_spool
 
     def mark(self, record: UsageRecord) -> None:
-        """Note what a request that still runs has used, in a line of the spool; see `interim_usage`.
+        """Note what a request that still runs has used, in a line of the spool; see `spool_file.InterimUsage`.
 
         Raises:
             StoreError: The spool cannot be written; the mark before holds.
@@ -275,9 +260,15 @@ class Meter(UsageSink):
         """
         book, rating = self._rated(record)
         receipt = receipt_of(record, book, rating)  # before the thread that stores wants the interpreter as well
-        stored = self._store(_entry(record, self.source, book, rating.cost, rating.unrated))
-        if stored is not None and stored.price_book_hash != book.content_hash:
-            book = self._older_book(stored.price_book_hash)  # a replay, first rated under another book
+        entry = Entry(record, self.source, book, rating.cost, rating.unrated)
+        self._budgets.forget(entry.identity)
+        # What was reserved has computed already: it is charged, under another id if need be.
+        reserved = self._ids.served(record.tenant, record.request_id)
+        (ticket,), safe = self._writer.submit([entry], told=self._waits and not reserved)
+        stored = ticket.result() if self._waits or not safe else None
+        self._writer.end_marks(entry.identity)
+        if stored is not None and (digest := stored.price_book_hash) != book.content_hash:
+            book = self.ledger.find_books([digest])[digest]  # a replay, first rated under another book
             return receipt_of(record, book, rate(record, book, counterfactuals=False))
         return receipt
 
@@ -298,7 +289,7 @@ class Meter(UsageSink):
         """A record with what its receipt says, as the ledger takes it."""
         book, unknown = self._book_of(record)
         cost, unrated = cost_of(record, book) if unknown is None else (None, unknown)
-        return _entry(record, self.source, book, cost, unrated)
+        return Entry(record, self.source, book, cost, unrated)
 
     def _rated(self, record: UsageRecord) -> tuple[PriceBook, Rating]:
         book, unknown = self._book_of(record)
@@ -314,17 +305,6 @@ class Meter(UsageSink):
             if not error.retryable or not self._writer.has_spool:
                 raise
             return PriceBook.example(), f"the price books in force could not be read ({type(error).__name__})"
-
-    def _store(self, entry: Entry) -> StoredUsage | None:
-        """Store one record; None if it is still on its way."""
-        self._budgets.forget(entry.identity)
-        # What was reserved has computed already: it is charged, under another id if need be.
-        reserved = self._ids.served(entry.record.tenant, entry.record.request_id)
-        told = self._waits and not reserved
-        (ticket,), safe = self._writer.submit([entry], told=told)
-        kept = ticket.result() if self._waits or not safe else None
-        self._writer.end_marks(entry.identity)
-        return kept
 
     def flush(self) -> None:
         """Return when every record emitted so far is in the ledger, or kept in the spool."""
@@ -342,11 +322,6 @@ class Meter(UsageSink):
     def spool(self) -> SpoolStatus | None:
         """The state of this ledger's spool; None if it has none."""
         return self._writer.status()
-
-    def _older_book(self, content_hash: str) -> PriceBook:
-        if content_hash not in self._older_books:
-            self._older_books = self.ledger.price_books()
-        return self._older_books[content_hash]
 
     def close(self) -> None:
         """Store what is on its way and release the ledger's connections; using the meter again opens new ones."""
@@ -410,29 +385,22 @@ class _RequestIds:
         return True
 
 
-def _entry(record: UsageRecord, source: str, book: PriceBook, cost: Decimal | None, unrated: str | None) -> Entry:
-    entry = Entry(record, source, book, cost, unrated)
-    _ = entry.cost_units  # raises here, in the call it belongs to, if it does not fit
-    return entry
-
-
 def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str, Any]:
     """The receipt of a request, JSON-like; the lines sum to the cost to the last of its 12 decimals."""
     rounded = rating.rounded
-    lines = [
-        _line(line.item.name, line.quantity, line.item.unit, line.unit_price, amount)
+    lines: list[dict[str, Any]] = [
+        {
+            "name": line.item.name,
+            "quantity": f"{line.quantity:f}",
+            "unit": line.item.unit,
+            "unit_price": plain(line.unit_price),
+            "amount": f"{amount:f}",
+        }
         for line, amount in zip(rating.lines, rounded.amounts, strict=True)
     ]
     if rounded.residue:
-        lines.append(
-            {
-                "name": "rounding",
-                "quantity": None,
-                "unit": None,
-                "unit_price": None,
-                "amount": f"{rounded.residue:f}",
-            }
-        )
+        without = dict.fromkeys(("quantity", "unit", "unit_price"))
+        lines.append({"name": "rounding", **without, "amount": f"{rounded.residue:f}"})
     return {
         "cost": None if rating.unrated is not None else f"{rounded.total:f}",
         "currency": rating.currency,
@@ -445,26 +413,7 @@ def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str
     }
 
 
-def _line(name: str, quantity: Decimal, unit: str, unit_price: Decimal, amount: Decimal) -> dict[str, Any]:
-    return {
-        "name": name,
-        "quantity": f"{quantity:f}",
-        "unit": unit,
-        "unit_price": plain(unit_price),
-        "amount": f"{amount:f}",
-    }
-
-
 MARKS_VARIABLE: Final = "POLAR_MARKS"
-
-
-def _marks_setting() -> bool:
-    setting = os.environ.get(MARKS_VARIABLE) or "on"
-    if setting not in {"on", "off"}:
-        raise InvalidRequestError(f"{MARKS_VARIABLE} is {setting!r}; set it to on or off.")
-    return setting == "on"
-
-
 _open: dict[tuple[str, str | None, bool, str], Meter] = {}
 _opening = threading.Lock()
 
@@ -481,11 +430,14 @@ def open_meter(url: str | None = None) -> UsageSink:
         LedgerUrlError: The URL names no supported store.
         InvalidRequestError: `POLAR_MARKS` is neither `on` nor `off`, or `POLAR_SOURCE` is not a valid name.
     """
-    location, marks, source = resolve(url).render_as_string(hide_password=False), _marks_setting(), source_named()
-    key = (location, os.environ.get(PRICE_BOOK_VARIABLE), marks, source)
+    location, source = resolve(url).render_as_string(hide_password=False), source_named()
+    marks = os.environ.get(MARKS_VARIABLE) or "on"
+    if marks not in {"on", "off"}:
+        raise InvalidRequestError(f"{MARKS_VARIABLE} is {marks!r}; set it to on or off.")
+    key = (location, os.environ.get(PRICE_BOOK_VARIABLE), marks == "on", source)
     with _opening:
         if key not in _open:
-            _open[key] = Meter(location, durability="spool", marks=marks, source=source)
+            _open[key] = Meter(location, durability="spool", marks=marks == "on", source=source)
         return _open[key]
 
 

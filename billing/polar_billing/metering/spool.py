@@ -10,7 +10,7 @@ One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest,
 cut off was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (that of
 a newer version, say), is kept aside in a file `*.damaged`, and the others are stored. Records that the ledger refuses
 for their content are kept in `rejected.jsonl`. What requests that still run have used is in a file of its own, see
-`interim_usage`. Knows no threads and no SQL.
+`spool_file.InterimUsage`. Knows no threads and no SQL.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ from platformdirs import user_data_path
 from polar_billing.budgets.settlement import settle
 from polar_billing.errors import BillingError, StoreError
 from polar_billing.ledger.location import sqlite_file
-from polar_billing.metering.interim_usage import InterimUsage, last_marks
-from polar_billing.metering.spool_file import Segment, Unfinished, count_damaged, line_of
+from polar_billing.metering.spool_file import (
+    InterimUsage,
+    Segment,
+    Unfinished,
+    count_damaged,
+    last_marks,
+    line_of,
+)
 from polar_sdk.usage import new_request_id
 
 try:
@@ -83,11 +89,7 @@ class SpoolStatus:
 
 
 def _lock(path: Path) -> int:
-    """Open a file and lock it, without waiting; the lock ends with its process, however that ends.
-
-    Raises:
-        OSError: Another process has it, or it cannot be opened.
-    """
+    """Open a file and lock it, without waiting; the lock ends with its process, however that ends."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,11 +110,7 @@ class Spool:
         self._interim: InterimUsage | None = None
 
     def segment(self) -> Segment:
-        """A new file to append to.
-
-        Raises:
-            OSError: The folder cannot be created or written.
-        """
+        """A new file to append to."""
         self._take_name()
         self._count += 1
         return Segment(self.folder / f"{self._name}-{self._count}.jsonl")
@@ -124,11 +122,7 @@ class Spool:
             self._lock = _lock(self.folder / f"{self._name}.lock")
 
     def interim(self) -> InterimUsage:
-        """The file for marks.
-
-        Raises:
-            OSError: The folder cannot be created or written.
-        """
+        """The file for marks."""
         if self._interim is None:
             self._take_name()
             self._interim = InterimUsage(self.folder / f"{self._name}{_MARKS}")
@@ -217,16 +211,9 @@ class Spool:
         return SpoolStatus(
             self.folder,
             sum(len(file.lines().entries) for file in files),
-            _count_lines(self.folder / _REJECTED),
+            sum(path.read_bytes().count(b"\n") for path in self.folder.glob(_REJECTED)),
             sum(count_damaged(path) for path in self.folder.glob("*.damaged")),
         )
-
-
-def _count_lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
 
 
 @contextmanager

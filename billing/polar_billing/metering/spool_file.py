@@ -1,8 +1,7 @@
-"""A file of the spool: written line by line, and read when it was left over.
+"""Files of the spool: of records and of marks, written line by line, and read when they were left over.
 
 A line is the first 16 hexadecimal digits of the SHA-256 of the rest, a space, and JSON: a record with its receipt, or a
-price book that records name by its hash. Whatever is wrong with one line, the others are read. Knows no threads and no
-SQL.
+price book that records name by its hash. Whatever is wrong with one line, the others are read. Knows no SQL.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import errno
 import hashlib
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
+    from polar_billing.ledger.records import Identity
+
 
 _log: Final = logging.getLogger("polar_billing")
 _CHECKSUM: Final = 16
 _MAX_LINE: Final = 128 * 2**20
 """A price book is a line of its own. Unit: bytes."""
+_MARKS_LIMIT: Final = 2**20
+"""Size at which a file of marks is written anew. Unit: bytes."""
 
 
 def _checked_line(content: bytes) -> bytes:
@@ -99,6 +103,88 @@ def line_of(entry: Entry) -> bytes:
     return _checked_line(receipt[:-1] + b',"record":' + entry.canonical + b"}")
 
 
+class InterimUsage:
+    """The file of marks of one process, and the requests in it that still run. Safe in several threads.
+
+    The engine marks a long answer as it goes on. Each mark is a line, as a record would be if the answer ended
+    there; it supersedes the request's earlier ones. When the request ends, its record counts and its marks do not.
+    If the process is killed first, whoever stores what its spool holds stores the last mark of each request that
+    has no record, as a cancelled one with the tag `polar.interrupted`: once, however often that is tried.
+
+    Marks are not flushed to the disk: a power cut may take those of the last seconds. The file is emptied whenever
+    no request that was marked runs any more, and written anew with the living marks when it has grown.
+    """
+
+    def __init__(self, path: Path, *, limit: int = _MARKS_LIMIT) -> None:
+        self._path = path
+        self._limit = self._rewrite_at = limit
+        self._lock = threading.Lock()
+        self._file: Segment | None = Segment(path)
+        self._running: dict[Identity, Entry] = {}
+        """The last mark of each."""
+
+    def write(self, entry: Entry) -> None:
+        """Mark a request; from then on this is what it has used.
+
+        Raises:
+            OSError: It could not be written; the mark before holds.
+        """
+        with self._lock:
+            if self._file is None:
+                return
+            self._running[entry.identity] = entry
+            if self._file.size >= self._rewrite_at:
+                self._write_anew(self._file)
+            else:
+                self._file.append([entry])
+
+    def _write_anew(self, former: Segment) -> None:
+        """Replace the file, in one step, by one with the last marks alone."""
+        path = self._path.with_name(self._path.name + ".new")
+        path.unlink(missing_ok=True)
+        new = Segment(path)
+        try:
+            new.append(self._running.values())
+            path.replace(self._path)
+        except OSError:
+            new.close()
+            path.unlink(missing_ok=True)
+            raise
+        new.path = self._path
+        former.close()
+        self._file = new
+        self._rewrite_at = max(self._limit, 2 * new.size)
+
+    def end(self, identity: Identity) -> None:
+        """A request has its record, so that its marks no longer count."""
+        if identity not in self._running:  # as for most
+            return
+        with self._lock:
+            self._running.pop(identity, None)
+            if not self._running and self._file is not None:
+                self._file.clear()
+                self._rewrite_at = self._limit
+
+    def close(self) -> None:
+        """Delete the file: what still runs will have its record."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._path.unlink(missing_ok=True)
+                self._file = None
+
+    def abandon(self) -> None:
+        """Close what a forked child inherited; waits for no lock, which a thread of the parent may have had."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def last_marks(entries: Iterable[Entry]) -> list[Entry]:
+    """The last mark of each request in a file."""
+    return list({(entry.identity, entry.record.started_at): entry for entry in entries}.values())
+
+
 @dataclass(frozen=True)
 class _Read:
     entries: list[tuple[bytes, dict[str, Any]]]
@@ -122,12 +208,9 @@ class Unfinished:
             return read
         *whole, _cut_off = content.split(b"\n")
         for line in whole:
-            try:
-                values = _values(line)
-            except Unreadable:
+            if (values := _values(line)) is None:
                 read.damaged.append(line)
-                continue
-            if (document := values.get("book")) is not None:
+            elif (document := values.get("book")) is not None:
                 read.books[hashlib.sha256(document.encode()).hexdigest()] = document
             else:
                 read.entries.append((line, values))
@@ -153,7 +236,11 @@ class Unfinished:
                     book = _checked_line(canonical_json({"book": document})).rstrip(b"\n")
                     damaged += [] if book in damaged else [book]  # without it nobody can tell what was charged
         if damaged:
-            _write_aside(self.path.with_suffix(".damaged"), damaged)
+            # Anew each time, as this file is read until it is stored.
+            with self.path.with_suffix(".damaged").open("wb") as file:
+                file.writelines(line + b"\n" for line in damaged)
+                file.flush()
+                os.fsync(file.fileno())
         return entries
 
     def remove(self) -> None:
@@ -161,20 +248,16 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
-def _values(line: bytes) -> dict[str, Any]:
-    """The content of a line.
-
-    Raises:
-        Unreadable: Its checksum is wrong, or it is neither a record nor a price book.
-    """
+def _values(line: bytes) -> dict[str, Any] | None:
+    """The content of a line; None if it is not the line that was written, or neither a record nor a price book."""
     checksum, _, text = line.partition(b" ")
     if hashlib.sha256(text).hexdigest()[:_CHECKSUM].encode() != checksum:
-        raise Unreadable("not the line that was written")
-    values = parse_object(text, max_bytes=_MAX_LINE)
+        return None
     try:
+        values = parse_object(text, max_bytes=_MAX_LINE)
         values.get("book", "").encode()
-    except (AttributeError, UnicodeEncodeError) as error:
-        raise Unreadable("not a price book") from error
+    except (Unreadable, AttributeError, UnicodeEncodeError):
+        return None
     return values
 
 
@@ -186,16 +269,8 @@ def _entry(values: dict[str, Any], books: Mapping[str, str], stored_books: Mappi
     if not isinstance(source, str) or not isinstance(unrated, str | None):
         raise TypeError("source and unrated are texts")
     entry = Entry(UsageRecord.model_validate(values["record"], context=AS_STORED), source, book, cost, unrated)
-    _ = entry.cost_units, entry.canonical  # raises here what storing would raise later, with all others of its batch
+    _ = entry.canonical  # raises here what storing would raise later, with all others of its batch
     return entry
-
-
-def _write_aside(path: Path, lines: list[bytes]) -> None:
-    """Keep the lines of a spool file, flushed to the disk; anew each time, as that file is read until it is stored."""
-    with path.open("wb") as file:
-        file.writelines(line + b"\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def count_damaged(path: Path) -> int:
@@ -204,15 +279,7 @@ def count_damaged(path: Path) -> int:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return 0
-    return sum(1 for line in lines if b' {"book":' not in line[: _CHECKSUM + 9] or not _is_whole(line))
-
-
-def _is_whole(line: bytes) -> bool:
-    try:
-        _values(line)
-    except Unreadable:
-        return False
-    return True
+    return sum(1 for line in lines if b' {"book":' not in line[: _CHECKSUM + 9] or _values(line) is None)
 
 
 @lru_cache(maxsize=16)

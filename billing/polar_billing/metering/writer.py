@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -235,26 +236,16 @@ class Writer:
 
     def _put_aside(self, tickets: list[Ticket], segment: Segment | None, error: StoreError) -> None:
         """Keep records on the disk. Callers that wait for them get an error only if it will not pass by itself."""
-        if segment is None or self._spool is None:
-            self._fail(tickets, error)
-            return
-        try:
-            self._kept.append(self._spool.keep(segment))
-        except OSError:
-            self._fail(tickets, error)
-            return
-        kept = [ticket for ticket in tickets if ticket.spooled]
-        self.kept_records += len(kept)
-        for ticket in kept:
-            ticket.error = None if error.retryable else error
-        self._finish(kept)
-        self._fail(tickets, error)  # the rest, which the full disk did not take
-
-    def _fail(self, tickets: list[Ticket], error: StoreError) -> None:
-        waiting = [ticket for ticket in tickets if not ticket.done]
-        for ticket in waiting:
-            ticket.error = error
-        self._finish(waiting)
+        kept = False
+        if segment is not None and self._spool is not None:
+            with suppress(OSError):
+                self._kept.append(self._spool.keep(segment))
+                kept = True
+        for ticket in tickets:
+            waits = kept and ticket.spooled  # a full disk may not have taken it
+            self.kept_records += waits
+            ticket.error = None if waits and error.retryable else error
+        self._finish(tickets)
 
     def _finish(self, tickets: list[Ticket]) -> None:
         with self._lock:
@@ -291,11 +282,7 @@ class Writer:
         return None if self._spool is None else self._spool.status()
 
     def recover(self) -> None:
-        """Store what waits in the spool now, of this process and of processes that have ended.
-
-        Raises:
-            StoreError: The ledger still cannot take it; nothing is lost.
-        """
+        """Store what waits in the spool now, of this process and of processes that have ended."""
         self._restart_after_fork()
         self.drain()
         with self._storing:

@@ -95,7 +95,13 @@ class PriceBook(Checked):
                     f"customer {customer.tenant!r} is on plan {customer.plan!r}, which the book does not have"
                 )
         for credit in self.credits:
-            _check_decimals(credit, self.statement_decimals)
+            try:
+                to_scaled(credit.amount, self.statement_decimals)
+            except AmountError:
+                raise ValueError(
+                    f"credit {credit.id!r} ({credit.amount}) has more than the {self.statement_decimals} decimals of a "
+                    "statement"
+                ) from None
         return self
 
     @field_serializer("free_outcomes")
@@ -265,15 +271,6 @@ def _check_entry(entry: PriceEntry, where: str, currency: str) -> None:
                     f"{from_scaled(STORED_MAX, STORED_SCALE):f} {currency}.",
                     hint="Lower the price or the multiplier.",
                 )
-
-
-def _check_decimals(credit: Credit, decimals: int) -> None:
-    try:
-        to_scaled(credit.amount, decimals)
-    except AmountError:
-        raise ValueError(
-            f"credit {credit.id!r} ({credit.amount}) has more than the {decimals} decimals of a statement"
-        ) from None
 
 
 def _problems(error: ValidationError) -> str:

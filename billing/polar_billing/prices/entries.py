@@ -61,44 +61,16 @@ def _aware(value: datetime) -> datetime:
         raise ValueError("is outside the years 1 to 9999 in UTC") from None
 
 
-Price = Annotated[
-    Decimal,
-    BeforeValidator(_decimal),
-    Field(ge=0, le=1_000_000, max_digits=19, decimal_places=STORED_SCALE),
-    AfterValidator(_plain),
-]
+_WRITTEN: Final = BeforeValidator(_decimal)
+_SHORT: Final = AfterValidator(_plain)
+Price = Annotated[Decimal, _WRITTEN, Field(ge=0, le=10**6, max_digits=19, decimal_places=STORED_SCALE), _SHORT]
 """Currency units; 12 decimals."""
-Amount = Annotated[
-    Decimal,
-    BeforeValidator(_decimal),
-    Field(ge=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE),
-    AfterValidator(_plain),
-]
+Amount = Annotated[Decimal, _WRITTEN, Field(ge=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE), _SHORT]
 """Currency units of a whole statement; 12 decimals."""
-Multiplier = Annotated[
-    Decimal,
-    BeforeValidator(_decimal),
-    Field(ge=0, le=1_000, max_digits=10, decimal_places=6),
-    AfterValidator(_plain),
-]
-Percent = Annotated[
-    Decimal,
-    BeforeValidator(_decimal),
-    Field(ge=0, le=100, max_digits=9, decimal_places=6),
-    AfterValidator(_plain),
-]
-Share = Annotated[
-    Decimal,
-    BeforeValidator(_decimal),
-    Field(ge=0, le=1, max_digits=7, decimal_places=6),
-    AfterValidator(_plain),
-]
-Quantity = Annotated[
-    Decimal,
-    BeforeValidator(_decimal),
-    Field(gt=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE),
-    AfterValidator(_plain),
-]
+Multiplier = Annotated[Decimal, _WRITTEN, Field(ge=0, le=1_000, max_digits=10, decimal_places=6), _SHORT]
+Percent = Annotated[Decimal, _WRITTEN, Field(ge=0, le=100, max_digits=9, decimal_places=6), _SHORT]
+Share = Annotated[Decimal, _WRITTEN, Field(ge=0, le=1, max_digits=7, decimal_places=6), _SHORT]
+Quantity = Annotated[Decimal, _WRITTEN, Field(gt=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE), _SHORT]
 """In the unit of what is counted: CU, million tokens, requests."""
 Moment = Annotated[datetime, BeforeValidator(_dated), AfterValidator(_aware)]
 """A date is midnight UTC."""
@@ -164,11 +136,7 @@ class PriceEntry(Checked):
 
 
 def timeline(entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
-    """Order entries by time, and refuse overlaps.
-
-    Raises:
-        ValueError: Two begin together, or one ends after the next has begun.
-    """
+    """Order entries by time, and refuse overlaps (`ValueError`)."""
     ordered = tuple(sorted(entries, key=lambda entry: entry.effective_from))
     for entry, following in pairwise(ordered):
         start = following.effective_from.isoformat()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import StoreError
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.values.memo import Changes, Remembered
+from polar_billing.values.cached import CachedValue, Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +93,8 @@ class Prices:
         self._read_choices = choices
         self._named = named
         self._book: PriceBook | None = None
-        self._in_force = Remembered(self._read, _changes)
+        """The book that charges everything, read once; None where the ledger says."""
+        self._in_force = CachedValue(self._read, _changes)
 
     def of(self, tenant: str | None, moment: datetime | None = None) -> PriceBook:
         """Find the book that charges a tenant's use, by default now; None for any tenant that no book names.
@@ -102,20 +103,13 @@ class Prices:
             PriceBookError: The file that is named is missing or wrong.
             StoreError: The ledger cannot be read, and never was, so what is in force is not known.
         """
-        if (named := self._named_book()) is not None:
-            return named
-        return self._known().book(tenant, moment or datetime.now(UTC)) or _example()
-
-    def _named_book(self) -> PriceBook | None:
-        """The book that charges everything, read once; None where the ledger says."""
         if self._book is None and (self._named is not None or os.environ.get(PRICE_BOOK_VARIABLE)):
             self._book = self._named if isinstance(self._named, PriceBook) else PriceBook.load(self._named)
-        return self._book
-
-    def _known(self) -> InForce:
+        if self._book is not None:
+            return self._book
         with suppress(StoreError):  # what was in force a moment ago is the best there is
             self._in_force.refresh(_SEEN_WITHIN_S)
-        return self._in_force.known()
+        return self._in_force.known().book(tenant, moment or datetime.now(UTC)) or _example()
 
     def _read(self) -> InForce:
         choices, known = tuple(self._read_choices()), self._in_force.value

@@ -214,11 +214,7 @@ class Credit(Checked):
 
 
 def in_order(items: Iterable[Item], key: Callable[[Item], tuple[object, ...]], what: str) -> list[Item]:
-    """Sort the entries of a list in a book, and refuse two with one key.
-
-    Raises:
-        ValueError: There are two; `what` names the list.
-    """
+    """Sort the entries of a list in a book, and refuse two with one key (`ValueError`); `what` names the list."""
     ordered = sorted(items, key=key)
     for item, following in pairwise(ordered):
         if key(item) == key(following):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from polar_billing.prices.book import PriceBook
-    from polar_sdk.usage import Offer
+    from polar_sdk.usage import UsageBound
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,20 @@ class Quote:
     unrated: str | None = None
 
 
-def charged_bound(offer: Offer, book: PriceBook) -> int:
-    """The FLOPs that a book may charge of a request served by an offer, at most."""
-    return offer.flops_bound + offer.drafts_bound if book.charge_drafts else offer.flops_bound
+def quote_offers(book: PriceBook, bound: UsageBound) -> list[Quote]:
+    """Quote a request served by each of its offers."""
+    tokens = (bound.tokens_input, bound.tokens_output_max)
+    return [
+        quote(
+            book,
+            bound.tenant,
+            offer.tier,
+            offer.flops_bound + offer.drafts_bound * book.charge_drafts,
+            *tokens,
+            bound.at,
+        )
+        for offer in bound.offers
+    ]
 
 
 def quote(
@@ -73,7 +84,8 @@ def quote(
         if count < 0:
             raise AmountError(f"{name} ({count}) is negative.", hint="Give the maximum the request can use.")
     counts = Counts(1, flops_bound, tokens_input, tokens_output)
-    ratings = [_rate(book, tenant, tier, counts, moment) for moment in _moments(book, tenant, at, until)]
+    changes = [] if until is None else [moment for moment in book.changes_of(tenant) if at < moment <= until]
+    ratings = [_rate(book, tenant, tier, counts, moment) for moment in (at, *changes)]
     for rating in ratings:
         if rating.unrated is not None:
             return Quote(book.currency, None, unrated=rating.unrated)
@@ -88,10 +100,3 @@ def _rate(book: PriceBook, tenant: str, tier: str | None, counts: Counts, moment
     lines = charge_lines(counts, rate.entry, rate.multiplier)
     beyond = reason_beyond(sum(line.exact for line in lines), book)
     return Rating(book.currency, lines) if beyond is None else Rating(book.currency, unrated=beyond)
-
-
-def _moments(book: PriceBook, tenant: str, at: datetime, until: datetime | None) -> list[datetime]:
-    """`at`, and every moment up to `until` at which the tenant's rates change."""
-    if until is None:
-        return [at]
-    return [at, *(moment for moment in book.changes_of(tenant) if at < moment <= until)]

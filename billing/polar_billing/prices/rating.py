@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property, lru_cache
+from operator import add, sub
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.values.money import (
@@ -131,30 +132,16 @@ class Counts:
     tokens_output: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.requests + other.requests,
-            self.flops + other.flops,
-            self.tokens_input + other.tokens_input,
-            self.tokens_output + other.tokens_output,
-        )
+        return Counts(*map(add, vars(self).values(), vars(other).values()))
 
     def __sub__(self, other: Counts) -> Counts:
-        return Counts(
-            self.requests - other.requests,
-            self.flops - other.flops,
-            self.tokens_input - other.tokens_input,
-            self.tokens_output - other.tokens_output,
-        )
+        return Counts(*map(sub, vars(self).values(), vars(other).values()))
 
     @property
     def by_item(self) -> dict[str, int]:
         """The counts, by the key that prices name them with."""
-        return {
-            "compute_units": self.flops,
-            "million_input_tokens": self.tokens_input,
-            "million_output_tokens": self.tokens_output,
-            "requests": self.requests,
-        }
+        counts = (self.flops, self.tokens_input, self.tokens_output, self.requests)
+        return dict(zip(ITEMS, counts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -231,8 +218,7 @@ def _exact(charged_by: Rate, requests: int, flops: int, tokens_input: int, token
 
 def beyond_receipt(counts: Counts, charged_by: Rate, book: PriceBook) -> str | None:
     """Say why a request with these counts is unrated although it has a price; None where it is rated."""
-    used = (counts.requests, counts.flops, counts.tokens_input, counts.tokens_output)
-    return reason_beyond(_exact(charged_by, *used), book)
+    return reason_beyond(_exact(charged_by, **vars(counts)), book)
 
 
 def always_within_receipt(entry: PriceEntry) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from polar_billing.ledger.schema import CHAINED, link_table, pruned_table, subje
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from sqlalchemy import Connection, Select
+    from sqlalchemy import Connection
 
     from polar_billing.ledger.schema import Chained
 
@@ -26,13 +26,18 @@ _USAGE: Final = subject_of(usage_table)
 
 
 @dataclass(frozen=True)
-class Fault:
-    """The first number of a chain that is not as it was written."""
+class Finding:
+    """Something that is not as it was written."""
 
     tenant: str
+    """Empty for what belongs to no tenant."""
     number: int | None
-    """None for a row that has no place in a chain."""
+    """In the tenant's chain; None for what has no place in it."""
     what: str
+
+    def __str__(self) -> str:
+        where = f"tenant {self.tenant!r}" if self.tenant else "price books and other rows of no tenant"
+        return f"{where}{'' if self.number is None else f', number {self.number}'}: {self.what}"
 
 
 class ChainCheck:
@@ -47,7 +52,7 @@ class ChainCheck:
         self.links = 0
         """Links that are as they were written."""
 
-    def first_fault(self, head: Head, after: Head | None = None) -> Fault | None:
+    def first_fault(self, head: Head, after: Head | None = None) -> Finding | None:
         """Walk up to the first bad number, or to the stored head; from the first link, or from a good one."""
         last = after or Head()
         for links in self._pages(after):
@@ -55,16 +60,16 @@ class ChainCheck:
             for link in links:
                 what = _wrong_link(link, last) or self._wrong_row(link, rows)
                 if what is not None:
-                    return Fault(self.tenant, min(link.number, last.number + 1), what)
+                    return Finding(self.tenant, min(link.number, last.number + 1), what)
                 last = Head(link.number, link.hash)
                 self.links += 1
             rows.clear()  # before the next are read
         if last.number < head.number:
             what = f"is missing; the head says the chain ends with number {head.number}."
-            return Fault(self.tenant, last.number + 1, what)
+            return Finding(self.tenant, last.number + 1, what)
         if last != head:
             what = f"is the last link, but the head says number {head.number} or another hash."
-            return Fault(self.tenant, last.number, what)
+            return Finding(self.tenant, last.number, what)
         return None
 
     def _pages(self, after: Head | None) -> Iterator[list[Link]]:
@@ -119,24 +124,21 @@ def _wrong_link(link: Link, last: Head) -> str | None:
     return None
 
 
-def unlinked(connection: Connection) -> Iterator[Fault]:
+def unlinked(connection: Connection) -> Iterator[Finding]:
     """Rows of chained tables that no link stands for, and parts that belong to no row."""
     for subject, one in CHAINED.items():
         key = one.table.c[one.key]
         linked = exists().where(link_table.c.subject == subject, link_table.c.key == cast(key, String))
-        for row in connection.execute(_keys_with_tenant(one, key).where(~linked).order_by(key).limit(1)):
+        tenant = one.table.c.tenant if "tenant" in one.table.c else cast("", String)
+        query = select(key.label("key"), tenant.label("tenant")).where(~linked).order_by(key).limit(1)
+        for row in connection.execute(query):
             number = _place(connection, row.tenant, one, row.key)
-            yield Fault(row.tenant, number, f"row {row.key} of {one.table.name} was added; no link stands for it.")
+            yield Finding(row.tenant, number, f"row {row.key} of {one.table.name} was added; no link stands for it.")
         for part, column in one.parts.items():
             orphan = select(part.c[column]).where(~exists().where(key == part.c[column])).limit(1)
             for named in connection.execute(orphan).scalars():
                 what = f"a row of {part.name} belongs to row {named} of {one.table.name}, which is missing."
-                yield Fault("", None, what)
-
-
-def _keys_with_tenant(chained: Chained, key: Any) -> Select[Any]:
-    tenant = chained.table.c.tenant if "tenant" in chained.table.c else cast("", String)
-    return select(key.label("key"), tenant.label("tenant"))
+                yield Finding("", None, what)
 
 
 def _place(connection: Connection, tenant: str, chained: Chained, key: object) -> int | None:

@@ -11,7 +11,7 @@ import reprlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, select
+from sqlalchemy import select
 
 from polar_billing.errors import QueryError
 from polar_billing.ledger.append import find_known
@@ -36,7 +36,7 @@ from polar_sdk.usage import COMPUTE_UNIT_VERSION
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sqlalchemy import Connection
+    from sqlalchemy import ColumnElement, Connection
 
 
 FORMAT: Final = "polar-receipt-1"
@@ -75,7 +75,9 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
             hint="List requests with `polar usage --requests --tenant NAME`.",
         )
     digest, stored = known
-    link = _link_of(connection, str(stored.seq))
+    link = _link(connection, link_table.c.subject == _SUBJECT, link_table.c.key == str(stored.seq))
+    if link is None:
+        raise QueryError(f"request number {stored.seq} has no link in the chain.", hint="Run `polar verify`.")
     flops = stored.record.flops.total if isinstance(stored, StoredUsage) else None
     book = read_book(connection, stored.price_book_hash)
     if book is None:
@@ -137,17 +139,15 @@ def _checked(
         return ReceiptCheck(f"{request} is not in the ledger; it was deleted or never stored.")
     except MALFORMED as error:
         return ReceiptCheck(f"the request in the ledger cannot be read ({type(error).__name__}).")
-    unchecked = _unchecked(receipt, stored)
+    # After pruning this field stays unchecked: the facts are gone, the proof is not.
+    pruned = stored[_LOST_WITH_FACTS] is None and isinstance(receipt.get(_LOST_WITH_FACTS), str)
+    unchecked = (_LOST_WITH_FACTS,) if pruned else ()
     wrong = _differing(receipt, {**stored, **{field: receipt[field] for field in unchecked}})
     return ReceiptCheck(wrong or _wrong_from(connection, tenant, int(stored["chain"]["number"])), unchecked)
 
 
 def _name(receipt: Mapping[str, Any], field: str) -> str:
-    """One of the three texts that identify the request.
-
-    Raises:
-        QueryError: It is missing, or not a text that a database can be asked for.
-    """
+    """One of the three texts that identify the request; a receipt without it names nothing."""
     value = receipt.get(field)
     if not isinstance(value, str) or not can_be_stored(value):
         raise QueryError(
@@ -164,12 +164,6 @@ def can_be_stored(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\x00" not in text
-
-
-def _unchecked(receipt: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[str, ...]:
-    """The field that stays unchecked after pruning: the facts are gone, the proof is not."""
-    pruned = stored[_LOST_WITH_FACTS] is None and isinstance(receipt.get(_LOST_WITH_FACTS), str)
-    return (_LOST_WITH_FACTS,) if pruned else ()
 
 
 def _differing(receipt: Mapping[str, Any], stored: Mapping[str, Any], within: str = "") -> str | None:
@@ -195,7 +189,8 @@ def _shown(value: object) -> str:
 
 def _wrong_from(connection: Connection, tenant: str, number: int) -> str | None:
     """The first fault of the request's row, or of the chain from its link to the head."""
-    link = _link_at(connection, tenant, number)
+    link = _link(connection, link_table.c.tenant == tenant, link_table.c.number == number)
+    assert link is not None  # the receipt was made of it
     if hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
         return f"number {number} of the chain was changed."
     rows = raw_rows(connection, CHAINED[_SUBJECT], [int(link.key)]).get(link.key)
@@ -207,15 +202,6 @@ def _wrong_from(connection: Connection, tenant: str, number: int) -> str | None:
     return None if fault is None else f"number {fault.number} of the chain {fault.what}"
 
 
-def _link_at(connection: Connection, tenant: str, number: int) -> Link:
-    where = and_(link_table.c.tenant == tenant, link_table.c.number == number)
-    row = connection.execute(select(link_table).where(where)).one()
-    return Link(*row[:4], *map(bytes, row[4:]))
-
-
-def _link_of(connection: Connection, key: str) -> Link:
-    where = and_(link_table.c.subject == _SUBJECT, link_table.c.key == key)
-    row = connection.execute(select(link_table).where(where)).one_or_none()
-    if row is None:
-        raise QueryError(f"request number {key} has no link in the chain.", hint="Run `polar verify`.")
-    return Link(*row[:4], *map(bytes, row[4:]))
+def _link(connection: Connection, *where: ColumnElement[bool]) -> Link | None:
+    row = connection.execute(select(link_table).where(*where)).one_or_none()
+    return None if row is None else Link(*row[:4], *map(bytes, row[4:]))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, and_, exists, func, select
 from sqlalchemy.exc import DataError
 
-from polar_billing.budgets.audit import wrong_counters, wrong_holds
+from polar_billing.budgets.discrepancies import wrong_counters, wrong_holds
 from polar_billing.budgets.settlement import with_budgets
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger.chain import Head
@@ -39,10 +39,10 @@ from polar_billing.ledger.schema import (
     statement_table,
     usage_table,
 )
-from polar_billing.proof.chain_check import ChainCheck, unlinked
+from polar_billing.proof.chain_check import ChainCheck, Finding, unlinked
 from polar_billing.proof.column_types import well_typed
-from polar_billing.statements.audit import recheck_in
 from polar_billing.statements.issued import read_statements
+from polar_billing.statements.tracing import recheck_in
 from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
@@ -53,21 +53,6 @@ _MILLION: Final = 10**6
 """Sums of a column are taken of its millions and of the rest, of which neither leaves 64 bits."""
 MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, PolarError, DataError)
 """Errors raised by stored values of the declared type that were changed into something they cannot mean."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not as it was written."""
-
-    tenant: str
-    """Empty for what belongs to no tenant."""
-    number: int | None
-    """In the tenant's chain; None for what has no place in it."""
-    what: str
-
-    def __str__(self) -> str:
-        where = f"tenant {self.tenant!r}" if self.tenant else "price books and other rows of no tenant"
-        return f"{where}{'' if self.number is None else f', number {self.number}'}: {self.what}"
 
 
 @dataclass
@@ -113,7 +98,7 @@ def verify_in(connection: Connection, tenant: str | None = None) -> Verification
         for name in sorted(tenants) if tenant is None else [tenant]:
             chain = ChainCheck(connection, name)
             fault = chain.first_fault(heads.get(name, Head()))
-            verification.findings += [] if fault is None else [Finding(name, fault.number, fault.what)]
+            verification.findings += [] if fault is None else [fault]
             verification.links += chain.links
             verification.heads[name] = heads.get(name, Head())
         for what, check in _CHECKS.items() if of_all else ():
@@ -147,12 +132,6 @@ def check_head(connection: Connection, tenant: str, kept: Head) -> Finding | Non
     if bytes(stored) != kept.hash:
         return Finding(tenant, kept.number, "has a different hash from the head kept elsewhere.")
     return None
-
-
-def _unlinked(connection: Connection) -> Iterator[Finding]:
-    """Rows of chained tables that no link stands for, and parts that belong to no row."""
-    for fault in unlinked(connection):
-        yield Finding(fault.tenant, fault.number, fault.what)
 
 
 def _without_book(connection: Connection) -> Iterator[Finding]:
@@ -223,7 +202,7 @@ def _wrong_budgets(connection: Connection) -> Iterator[Finding]:
 Check = Callable[[Connection], Iterator[Finding]]
 
 _CHECKS: Final[Mapping[str, Check]] = {
-    "links of rows": _unlinked,
+    "links of rows": unlinked,
     "price books of receipts": _without_book,
     "sums of transactions": _unbalanced,
     "sums by hour": _wrong_rollups,

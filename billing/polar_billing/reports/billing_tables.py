@@ -10,6 +10,7 @@ from rich.text import Text
 
 from polar_billing.prices.plans import Banded
 from polar_billing.reports import text
+from polar_billing.reports.usage_tables import unrated_notes
 from polar_billing.statements.lines import USAGE_KINDS
 from polar_billing.values.money import plain
 from polar_billing.values.periods import load_zone
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.plans import PeriodPrice, Terms
     from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.period import Repriced
-    from polar_billing.statements.statement import Statement, StatementLine
+    from polar_billing.statements.statement import Statement
 
 
 _AMOUNTS: Final = frozenset({"limit", "spent", "held", "left", "cost_bound", "compute_units_bound"})
@@ -56,7 +57,7 @@ def _rates(title: str, entries: tuple[PriceEntry, ...]) -> Table:
     for entry in entries:
         tiers = [f"{tier} × {plain(multiplier)}" for tier, multiplier in entry.tiers.items()]
         tiers += [] if entry.untiered is None else [f"{text.NO_TIER} × {plain(entry.untiered)}"]
-        prices = (_price(price) for price in entry.components.values())
+        prices = (text.DASH if price is None else plain(price) for price in entry.components.values())
         add_row(table, _moment(entry.effective_from), _moment(entry.effective_until), *prices, ", ".join(tiers))
     return table
 
@@ -77,12 +78,9 @@ def _terms(name: str, terms: Terms) -> Iterator[str]:
 def _period_price(item: PeriodPrice) -> str:
     if not isinstance(item, Banded):
         return f"{plain(item.price)} per started {plain(item.size)}"
-    bands = (f"{_price(band.unit_price)} {_upto(band.up_to)}" for band in item.bands)
+    upto = ("beyond" if band.up_to is None else f"up to {plain(band.up_to)}" for band in item.bands)
+    bands = (f"{plain(band.unit_price)} {end}" for band, end in zip(item.bands, upto, strict=True))
     return f"{item.model}: {', '.join(bands)}"
-
-
-def _upto(bound: Decimal | None) -> str:
-    return "beyond" if bound is None else f"up to {plain(bound)}"
 
 
 def _customers(book: PriceBook) -> Table:
@@ -106,10 +104,6 @@ def _moment(moment: datetime | None) -> str:
     if moment is None:
         return text.DASH
     return f"{moment:%Y-%m-%d}" if moment.hour == moment.minute == moment.second == 0 else moment.isoformat()
-
-
-def _price(price: Decimal | None) -> str:
-    return text.DASH if price is None else plain(price)
 
 
 def standing_row(standing: Standing) -> dict[str, Any]:
@@ -173,13 +167,24 @@ def statement_view(statement: Statement, issued: IssuedStatement | None) -> Rend
     table = new_table(heading, ["line", "tier", "item"])
     add_numbers(table, "quantity", "unit price", f"amount {statement.currency}")
     for line in statement.lines:
-        add_row(table, str(line.number), _tier(line), _item(line), *_figures(line), text.money(line.amount))
+        has_tier = line.kind == "usage" or line.tier is not None
+        late = "" if line.corrects is None else f", late on {line.corrects}"
+        note = "" if line.kind in USAGE_KINDS or line.note is None else f": {line.note}"
+        figures = ("", "")
+        if line.quantity is not None and line.unit_price is not None:
+            figures = (f"{plain(line.quantity)} {line.unit}", f"{plain(line.unit_price)} / {line.unit}")
+        tier, item = text.tier_name(line.tier) if has_tier else text.DASH, f"{line.item}{late}{note}"
+        add_row(table, str(line.number), tier, item, *figures, text.money(line.amount))
     add_row(table, "", "", "rounding", "", "", text.money(statement.rounding))
     table.add_section()
     add_row(table, "", "", "total", "", "", text.money(statement.total), style="bold")
-    _credits(table, statement)
+    for use in statement.credits:
+        left = f"{text.money(use.after)} left" + (f", {text.money(use.expired)} expired" if use.expired else "")
+        add_row(table, "", "", f"prepaid {use.id} ({left})", "", "", text.money(use.used.copy_negate()))
+    if statement.credits:
+        add_row(table, "", "", "due", "", "", text.money(statement.due), style="bold")
     facts = f"{statement.id} · price book {statement.price_book} {statement.price_book_hash[:12]}"
-    return Group(table, as_text(facts, style="dim"), *_unrated(statement))
+    return Group(table, as_text(facts, style="dim"), *unrated_notes(statement.unrated.items()))
 
 
 def issued_view(issued: Sequence[IssuedStatement], tenant: str) -> Table:
@@ -206,36 +211,3 @@ def repriced_view(rows: Sequence[Repriced], period: str) -> RenderableType:
         for reason, requests in row.other_unrated.items()
     ]
     return Group(table, *notes)
-
-
-def _tier(line: StatementLine) -> str:
-    if line.kind == "usage" or line.tier is not None:
-        return text.tier_name(line.tier)
-    return text.DASH
-
-
-def _item(line: StatementLine) -> str:
-    late = "" if line.corrects is None else f", late on {line.corrects}"
-    return f"{line.item}{late}" if line.kind in USAGE_KINDS or line.note is None else f"{line.item}{late}: {line.note}"
-
-
-def _figures(line: StatementLine) -> tuple[str, str]:
-    if line.quantity is None or line.unit_price is None:
-        return "", ""
-    return f"{plain(line.quantity)} {line.unit}", f"{plain(line.unit_price)} / {line.unit}"
-
-
-def _credits(table: Table, statement: Statement) -> None:
-    if not statement.credits:
-        return
-    for use in statement.credits:
-        left = f"{text.money(use.after)} left" + (f", {text.money(use.expired)} expired" if use.expired else "")
-        add_row(table, "", "", f"prepaid {use.id} ({left})", "", "", text.money(use.used.copy_negate()))
-    add_row(table, "", "", "due", "", "", text.money(statement.due), style="bold")
-
-
-def _unrated(statement: Statement) -> list[Text]:
-    return [
-        as_text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
-        for reason, requests in statement.unrated.items()
-    ]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from polar_billing.reports.query import UsageRow
     from polar_billing.reports.report import Report
-    from polar_billing.reports.summary import TenantReport, TierReport
     from polar_billing.statements.period import Repriced
     from polar_billing.statements.statement import Statement
 
@@ -46,12 +45,7 @@ def usage_csv(rows: Sequence[UsageRow]) -> str:
     return write_rows(
         header,
         (
-            {
-                **row.group,
-                **{name: getattr(row, name) for name in figures},
-                "unrated": sum(row.unrated.values()),
-                **{outcome: row.outcomes.get(outcome, 0) for outcome in _OUTCOMES},
-            }
+            {**row.group, **{name: getattr(row, name) for name in figures}, **_endings(row.unrated, row.outcomes)}
             for row in rows
         ),
     )
@@ -70,7 +64,19 @@ def report_rows(report: Report) -> tuple[list[str], Iterable[dict[str, Any]]]:
     The charges sum to the report's total; a column that a row lacks is empty.
     """
     header = ["since", "until", "tenant", "kind", "tier", "currency", *_FIGURES, "unrated", *_OUTCOMES]
-    return header, (row for tenant in report.tenants for row in _tenant(tenant, report))
+    rows: list[dict[str, Any]] = []
+    for tenant in report.tenants:
+        common = {"since": report.since, "until": report.until, "tenant": tenant.tenant, "currency": report.currency}
+        for tier in tenant.tiers:
+            figures = {name: getattr(tier.figures, name) for name in _FIGURES}
+            ended = _endings(tier.figures.unrated, tier.figures.outcomes)
+            rows.append({**common, "kind": "tier", "tier": tier.tier, **figures, **ended})
+        rows.append({**common, "kind": "rounding", "charge": tenant.rounding})
+    return header, rows
+
+
+def _endings(unrated: Mapping[str, int], outcomes: Mapping[str, int]) -> dict[str, int]:
+    return {"unrated": sum(unrated.values()), **{outcome: outcomes.get(outcome, 0) for outcome in _OUTCOMES}}
 
 
 def statement_csv(statement: Statement) -> str:
@@ -87,28 +93,6 @@ def statement_csv(statement: Statement) -> str:
 def repriced_csv(rows: Sequence[Repriced]) -> str:
     """One row per tenant."""
     return write_rows(list(_REPRICED), ({name: getattr(row, name) for name in _REPRICED} for row in rows))
-
-
-def _tenant(tenant: TenantReport, report: Report) -> Iterable[dict[str, Any]]:
-    common = {
-        "since": report.since,
-        "until": report.until,
-        "tenant": tenant.tenant,
-        "currency": report.currency,
-    }
-    for tier in tenant.tiers:
-        yield {**common, "kind": "tier", **_tier(tier)}
-    yield {**common, "kind": "rounding", "charge": tenant.rounding}
-
-
-def _tier(tier: TierReport) -> dict[str, Any]:
-    figures = tier.figures
-    return {
-        "tier": tier.tier,
-        **{name: getattr(figures, name) for name in _FIGURES},
-        "unrated": sum(figures.unrated.values()),
-        **{outcome: figures.outcomes.get(outcome, 0) for outcome in _OUTCOMES},
-    }
 
 
 def write_rows(header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

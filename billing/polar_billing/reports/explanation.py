@@ -24,10 +24,10 @@ from polar_billing.proof.receipts import can_be_stored, make_receipt
 from polar_billing.reports import Part
 from polar_billing.reports.depth import LayerState, layers_of_record
 from polar_billing.reports.formula import Formula, work_out
-from polar_billing.statements.audit import conditions_of, lines_of_usage, rated_in
 from polar_billing.statements.issued import find_statement
 from polar_billing.statements.period_usage import charged_flops
 from polar_billing.statements.statement import StatementLine
+from polar_billing.statements.tracing import conditions_of, lines_of_usage, rated_in
 from polar_billing.values.money import EXACT_SCALE, exact_sum, from_scaled
 from polar_sdk.errors import ProgramError
 from polar_sdk.reading import shown
@@ -165,9 +165,18 @@ def explain_request(
         receipt = make_receipt(connection, identity[0], request_id, source=identity[1])
         book = read_book(connection, stored.price_book_hash)
         assert book is not None  # or there was no receipt
-    lines = lines_of_usage(ledger, stored.record.tenant, stored.seq)
     record = stored.record
-    formula, why = _formula(record, costs)
+    lines = lines_of_usage(ledger, record.tenant, stored.seq)
+    formula = why = None
+    if not record.program:
+        why = "nothing was executed: the answer came from a cache"
+    elif isinstance(sizes := costs(record), str):
+        why = sizes
+    else:
+        try:
+            formula = work_out(record, sizes)
+        except ProgramError as error:
+            why = str(error)
     prices = _prices(record, book)
     return RequestExplanation(
         request_id=request_id,
@@ -214,18 +223,6 @@ def _identity(connection: Connection, request_id: str, tenant: str | None, sourc
             hint=f"Name one with {option}: {', '.join(map(shown, names[:5]))}.",
         )
     return (*found.pop(), request_id)
-
-
-def _formula(record: UsageRecord, costs: Callable[[UsageRecord], CostModel | str]) -> tuple[Formula | None, str | None]:
-    if not record.program:
-        return None, "nothing was executed: the answer came from a cache"
-    cost = costs(record)
-    if isinstance(cost, str):
-        return None, cost
-    try:
-        return work_out(record, cost), None
-    except ProgramError as error:
-        return None, str(error)
 
 
 def _prices(record: UsageRecord, book: PriceBook) -> tuple[PriceStep, ...]:
@@ -280,15 +277,12 @@ def explain_line(ledger: Ledger, name: str, *, tenant: str | None = None, record
         ).all()
     flops, tokens_input, tokens_output = summed[0] * _MILLION + summed[1], summed[2], summed[3]
     statement = issued.statement
+    same = ("tenant", "price_book", "price_book_hash", "currency", "decimals")
     return LineExplanation(
+        **{name: getattr(statement, name) for name in same},
         id=line_id(statement.id, line.number),
         statement=statement.id,
-        tenant=statement.tenant,
         period=statement.period.label,
-        price_book=statement.price_book,
-        price_book_hash=statement.price_book_hash,
-        currency=statement.currency,
-        decimals=statement.decimals,
         line=line,
         exact=None if line.quantity is None or line.unit_price is None else product(line.quantity, line.unit_price),
         requests=requests,
@@ -296,10 +290,7 @@ def explain_line(ledger: Ledger, name: str, *, tenant: str | None = None, record
         tokens_input=tokens_input,
         tokens_output=tokens_output,
         counted=_counted(line, (flops, tokens_input, tokens_output, requests)),
-        records=tuple(
-            Charged(seq=row[0], request_id=row[1], flops=row[2], tokens_input=row[3], tokens_output=row[4])
-            for row in listed
-        ),
+        records=tuple(Charged(**dict(zip(Charged.model_fields, row, strict=True))) for row in listed),
     )
 
 

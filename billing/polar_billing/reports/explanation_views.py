@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from polar_billing.reports.depth import LayerState
-    from polar_billing.reports.explanation import Charged, LineExplanation, RequestExplanation
+    from polar_billing.reports.explanation import LineExplanation, RequestExplanation
     from polar_billing.reports.formula import Formula
 
 MARKS: Final = {"run": "█", "skipped": "·", "bridged": "═", "filled": "▒"}
@@ -31,13 +31,7 @@ _TENS: Final = 10
 
 def strip(layers: Sequence[LayerState]) -> str:
     """One character per layer."""
-    return "".join(_mark(layer) for layer in layers)
-
-
-def _mark(layer: LayerState) -> str:
-    if layer.kind == "looped":
-        return str(layer.visits) if layer.visits < _TENS else "+"
-    return MARKS[layer.kind]
+    return "".join(MARKS.get(layer.kind) or (str(layer.visits) if layer.visits < _TENS else "+") for layer in layers)
 
 
 def request_view(explained: RequestExplanation) -> RenderableType:
@@ -123,13 +117,8 @@ def _agreement(formula: Formula) -> Iterator[Text]:
 def _recorded(explained: RequestExplanation) -> Iterator[RenderableType]:
     table = new_table("FLOPs as recorded", ["part"])
     add_numbers(table, "FLOPs")
-    names = {
-        "layers_prefill": "prompt",
-        "layers_decode": "answer",
-        "head": "head",
-        "router": "router",
-        "embed": "embedding",
-    }
+    names = {"layers_prefill": "prompt", "layers_decode": "answer", "head": "head", "router": "router"}
+    names |= {"embed": "embedding"}
     flops = explained.usage["flops"]
     for field, name in names.items():
         if flops[field]:
@@ -176,28 +165,29 @@ def line_view(explained: LineExplanation) -> RenderableType:
     """A statement line from its amount to the usage records."""
     line = explained.line
     late = "" if line.corrects is None else f", late usage of {line.corrects}"
+    tier = f", tier {text.tier_name(line.tier)}" if line.tier is not None or line.kind == "usage" else ""
+    note = "" if line.note is None else f" ({line.note})"
     parts: list[RenderableType] = [
         Text.assemble(("Line ", "bold"), as_text(explained.id, "bold")),
         as_text(
             f"tenant {explained.tenant} · {explained.period} · "
             f"price book {explained.price_book} ({explained.price_book_hash[:12]})"
         ),
-        as_text(f"{line.kind}: {_what(explained)}{late}"),
+        as_text(f"{line.kind}: {line.item}{tier}{note}{late}"),
         Text(),
         *_arithmetic(explained),
         *_count(explained),
     ]
     if explained.records:
-        parts += [Text(), _records(explained.records)]
+        table = new_table("Usage records; `polar explain REQUEST` goes on from here", ["request"])
+        add_numbers(table, "record", "FLOPs", "tokens\nin", "\nout")
+        for record in explained.records:
+            figures = (record.seq, record.flops, record.tokens_input, record.tokens_output)
+            add_row(table, record.request_id, *(f"{figure:,}" for figure in figures))
+        parts += [Text(), table]
     if (more := explained.requests - len(explained.records)) > 0:
         parts.append(as_text(f"{more:,} more: --records {explained.requests} lists them all.", "dim"))
     return Group(*parts)
-
-
-def _what(explained: LineExplanation) -> str:
-    line = explained.line
-    tier = f", tier {text.tier_name(line.tier)}" if line.tier is not None or line.kind == "usage" else ""
-    return f"{line.item}{tier}{'' if line.note is None else f' ({line.note})'}"
 
 
 def _arithmetic(explained: LineExplanation) -> Iterator[Text]:
@@ -226,12 +216,3 @@ def _count(explained: LineExplanation) -> Iterator[Text]:
             f"{plain(line.quantity) if line.quantity is not None else text.DASH}: usage was pruned, or changed.",
             "yellow",
         )
-
-
-def _records(records: Sequence[Charged]) -> Table:
-    table = new_table("Usage records; `polar explain REQUEST` goes on from here", ["request"])
-    add_numbers(table, "record", "FLOPs", "tokens\nin", "\nout")
-    for record in records:
-        figures = (record.seq, record.flops, record.tokens_input, record.tokens_output)
-        add_row(table, record.request_id, *(f"{figure:,}" for figure in figures))
-    return table

@@ -81,14 +81,10 @@ class _Sum:
         for part in order:
             for (own, what, unit, each), visits in self._visits.items():
                 if own == part:
-                    how = " + ".join(_product(count, factors) for factors, count in visits.items())
-                    quantity = sum(count * prod(factors) for factors, count in visits.items())
+                    products = [(count, *factors) if count > 1 else factors for factors, count in visits.items()]
+                    how = " + ".join(" × ".join(f"{factor:,}" for factor in factors) for factors in products)
+                    quantity = sum(map(prod, products))
                     yield Term(part=part, what=what, how=how, quantity=quantity, unit=unit, flops_each=each)
-
-
-def _product(visits: int, factors: tuple[int, ...]) -> str:
-    shown = [visits, *factors] if visits > 1 or not factors else factors
-    return " × ".join(f"{factor:,}" for factor in shown)
 
 
 def work_out(record: UsageRecord, cost: CostModel) -> Formula:

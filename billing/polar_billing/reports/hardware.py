@@ -26,8 +26,6 @@ from polar_billing.values.money import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from polar_billing.reports.summary import Figures, Summary
     from polar_sdk.usage import UsageRecord
 
@@ -126,16 +124,14 @@ class BusyTime:
     @property
     def ns(self) -> int:
         """Time in which each device had at least one request, added up over the devices. Unit: nanoseconds."""
-        return sum(_union(zip(*spans, strict=True)) for spans in self._spans.values())
-
-
-def _union(spans: Iterable[tuple[int, int]]) -> int:
-    total, reached = 0, -(2**63)
-    for begin, end in sorted(spans):
-        if end > reached:
-            total += end - max(begin, reached)
-            reached = end
-    return total
+        total = 0
+        for spans in self._spans.values():
+            reached = -(2**63)
+            for begin, end in sorted(zip(*spans, strict=True)):
+                if end > reached:
+                    total += end - max(begin, reached)
+                    reached = end
+        return total
 
 
 def hardware_report(hardware: Hardware, busy: BusyTime, summary: Summary) -> HardwareReport:

@@ -131,11 +131,7 @@ def as_share(value: float) -> Decimal:
 
 
 def evaluated_savings(file: Path) -> Savings:
-    """Read what tiers save from the file that `polar evaluate --json` writes; over all of its prompts.
-
-    Raises:
-        QueryError: The file cannot be read, or is not such a file.
-    """
+    """Read what tiers save from the file that `polar evaluate --json` writes; over all of its prompts."""
 
     def saving(tier: str, prompts: int, system: dict[str, Any]) -> TierSaving:
         saved = as_share(float(system["flops_saved"]["total"]))
@@ -177,11 +173,7 @@ class MixBasis:
             self.counts[key] = self.counts.get(key, Counts()) + used
 
     def charges(self, mix: Mix, savings: Savings, decimals: int) -> dict[str, Decimal]:
-        """Charge each tenant for its requests, dealt out to the tiers of a mix.
-
-        Raises:
-            QueryError: A tier of the mix has no price.
-        """
+        """Charge each tenant for its requests, dealt out to the tiers of a mix."""
         exact: defaultdict[str, int] = defaultdict(int)
         for key, (book, entry) in self.entries.items():
             exact[key[0]] += sum(_parts(mix, savings, book, entry, self.counts[key]))

@@ -21,13 +21,12 @@ from polar_billing.values.canonical import EPOCH
 from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, round_half_even
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection, StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
-    from polar_billing.values.periods import Period
 
 
 DIMENSIONS: Final = ("tenant", "tier", "model", "program", "router", "outcome", "device", "day", "month", "source")
@@ -99,19 +98,8 @@ def usage_rows(
         return _rows_of_receipts(ledger, selection, by, currency, rollups)
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
     groups = accumulate(ledger.read(selection), rater, lambda stored: tuple(read(stored) for read in readers))
-    rows = []
-    for group, named in _ordered(groups, by):
-        totals = groups[group]
-        cost = from_scaled(round_half_even(totals.exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE)
-        rows.append(_row(named, totals, cost, rater.currency))
-    return rows
-
-
-def _ordered(groups: Iterable[Group], by: Sequence[str]) -> list[tuple[Group, dict[str, str | None]]]:
-    def rank(group: Group) -> list[tuple[int, str]]:
-        return [_sort_key(name, value) for name, value in zip(by, group, strict=True)]
-
-    return [(group, dict(zip(by, group, strict=True))) for group in sorted(groups, key=rank)]
+    costs = {group: round_half_even(sums.exact, EXACT_SCALE, STORED_SCALE) for group, sums in groups.items()}
+    return _rows(by, groups, costs, rater.currency)
 
 
 def _rows_of_receipts(
@@ -127,11 +115,7 @@ def _rows_of_receipts(
         if currency is None or book_currency == currency:
             charged_in.add(book_currency)
             groups.setdefault(group, UsageSums()).add_sum(usage, usage.unrated)
-    row_currency = only_currency(charged_in)
-    return [
-        _row(named, groups[group], from_scaled(groups[group].receipts, STORED_SCALE), row_currency)
-        for group, named in _ordered(groups, by)
-    ]
+    return _rows(by, groups, {group: sums.receipts for group, sums in groups.items()}, only_currency(charged_in))
 
 
 def _sums(ledger: Ledger, selection: Selection, by: Sequence[str], rollups: bool) -> Iterator[tuple[Group, Sum]]:
@@ -141,21 +125,16 @@ def _sums(ledger: Ledger, selection: Selection, by: Sequence[str], rollups: bool
             yield tuple(read(stored) for read in readers), sum_of(stored)
         return
     hourly = "day" in by or "month" in by
-    dates = _dates(selection.period)
-    for usage in ledger.usage_sums(selection, hourly=hourly, rollups=rollups):
-        date = dates(usage.at) if hourly else ""
-        special = {"day": date, "month": date[:-3]}
-        yield tuple(special[name] if name in special else getattr(usage, name) for name in by), usage
-
-
-def _dates(period: Period) -> Callable[[int], str]:
-    """Microseconds since 1970 → day in the period's zone; the same throughout a quarter of an hour."""
 
     @lru_cache(maxsize=100_000)
-    def of_quarter(quarter: int) -> str:
-        return period.local_date(EPOCH + quarter * _QUARTER).isoformat()
+    def date_of(quarter: int) -> str:
+        """The day in the period's zone: the same throughout a quarter of an hour."""
+        return selection.period.local_date(EPOCH + quarter * _QUARTER).isoformat()
 
-    return lambda moment: of_quarter(moment // _QUARTER_US)
+    for usage in ledger.usage_sums(selection, hourly=hourly, rollups=rollups):
+        date = date_of(usage.at // _QUARTER_US) if hourly else ""
+        special = {"day": date, "month": date[:-3]}
+        yield tuple(special[name] if name in special else getattr(usage, name) for name in by), usage
 
 
 def _reader(dimension: str, selection: Selection) -> Callable[[StoredUsage], str | None]:
@@ -174,25 +153,31 @@ def _reader(dimension: str, selection: Selection) -> Callable[[StoredUsage], str
     return lambda stored: None if (value := getattr(stored.record, dimension)) is None else str(value)
 
 
-def _sort_key(dimension: str, value: str | None) -> tuple[int, str]:
-    if dimension == "tier":
-        return tier_order(value)
-    return (0, value) if value is not None else (1, "")
+def _rows(
+    by: Sequence[str], groups: Mapping[Group, UsageSums], costs: Mapping[Group, int], currency: str | None
+) -> list[UsageRow]:
+    """The rows of groups, in order; costs are in units of 10^-12."""
 
+    def rank(group: Group) -> list[tuple[int, str]]:
+        pairs = zip(by, group, strict=True)
+        return [tier_order(value) if name == "tier" else (value is None, value or "") for name, value in pairs]
 
-def _row(group: dict[str, str | None], sums: UsageSums, cost: Decimal, currency: str | None) -> UsageRow:
-    return UsageRow(
-        group=group,
-        requests=sums.requests,
-        outcomes=dict(sorted(sums.outcomes.items())),
-        tokens_input=sums.tokens_input,
-        tokens_cached=sums.tokens_cached,
-        tokens_output=sums.tokens_output,
-        visits=sums.visits,
-        flops=sums.flops,
-        compute_units=COMPUTE.quantity(sums.flops),
-        compute_units_saved=COMPUTE.quantity(sums.identity_flops - sums.flops),
-        cost=cost if sums.rated else None,
-        currency=currency,
-        unrated=dict(sorted(sums.unrated.items())),
-    )
+    return [
+        UsageRow(
+            group=dict(zip(by, group, strict=True)),
+            requests=sums.requests,
+            outcomes=dict(sorted(sums.outcomes.items())),
+            tokens_input=sums.tokens_input,
+            tokens_cached=sums.tokens_cached,
+            tokens_output=sums.tokens_output,
+            visits=sums.visits,
+            flops=sums.flops,
+            compute_units=COMPUTE.quantity(sums.flops),
+            compute_units_saved=COMPUTE.quantity(sums.identity_flops - sums.flops),
+            cost=from_scaled(costs[group], STORED_SCALE) if sums.rated else None,
+            currency=currency,
+            unrated=dict(sorted(sums.unrated.items())),
+        )
+        for group in sorted(groups, key=rank)
+        for sums in [groups[group]]
+    ]

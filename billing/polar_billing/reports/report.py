@@ -26,7 +26,7 @@ from polar_billing.reports.what_if import Charged, TokenPricing, UsageByBook, Wh
 from polar_billing.statements.issue import issued_statements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import StoredUsage
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from polar_billing.reports.hardware import Hardware
     from polar_billing.reports.mix import Mix, Savings
     from polar_billing.reports.summary import Summary
-    from polar_billing.statements.statement import Statement
-    from polar_billing.values.periods import Period
 
 
 @dataclass(frozen=True)
@@ -136,10 +134,13 @@ def build_report(
     tenants = tenants_of(groups, rater.decimals)
     # A report on one tier, or by another book, is not about what was owed.
     names = [] if prices or selection.tier else [tenant.tenant for tenant in tenants]
-    issued = _issued_within(ledger, names, selection.period)
+    period = selection.period
+    issued = {
+        name: tuple(one.statement for one in issued_statements(ledger, name) if one.statement.period.is_within(period))
+        for name in names
+    }
     tenants = [tenant.model_copy(update={"statements": issued.get(tenant.tenant, ())}) for tenant in tenants]
     summary = summarise(tenants, groups, rater.currency, rater.decimals)
-    period = selection.period
     return Report(
         generated_at=now or datetime.now(UTC),
         ledger=ledger.location,
@@ -184,15 +185,3 @@ def _answers(
     if questions.energy is not None:
         answers["energy"] = energy_report(questions.energy, summary, selection.period)
     return answers
-
-
-def _issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
-    """The statements of tenants whose periods are within a period, in the order they were issued."""
-    return {
-        tenant: tuple(
-            issued.statement
-            for issued in issued_statements(ledger, tenant)
-            if issued.statement.period.is_within(period)
-        )
-        for tenant in tenants
-    }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from polar_billing.values.money import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from polar_billing.reports.report import Report
 
@@ -130,15 +130,8 @@ class Amounts:
     @classmethod
     def of(cls, report: Report) -> Amounts:
         """Choose them."""
-        return cls(unit_for(_charges(report), report.currency), unit_for(_prices(report), report.currency))
-
-
-def _charges(report: Report) -> Iterator[Decimal | None]:
-    yield report.figures.charge
-    yield from (tier.figures.charge for tier in report.tiers)
-    yield from (tenant.total for tenant in report.tenants)
-
-
-def _prices(report: Report) -> Iterator[Decimal | None]:
-    for figures in (report.figures, *(tier.figures for tier in report.tiers)):
-        yield from (figures.price_per_1000_requests, figures.price_per_million_tokens)
+        figures = [report.figures, *(tier.figures for tier in report.tiers)]
+        charges = [*(each.charge for each in figures), *(tenant.total for tenant in report.tenants)]
+        prices = [*(each.price_per_1000_requests for each in figures)]
+        prices += (each.price_per_million_tokens for each in figures)
+        return cls(unit_for(charges, report.currency), unit_for(prices, report.currency))

@@ -35,6 +35,10 @@ Key = tuple[str, str | None]
 _MAX_WAITING: Final = 20_000
 """Different visits of alike requests that wait to be added up."""
 _NO_VISITS: Final = "[]"
+_SUMMED: Final = (
+    "requests", "tokens_input", "tokens_cached", "tokens_output", "flops", "identity_flops", "receipts",
+    "flops_router", "flops_answer", "tokens_drafted", "tokens_accepted", "flops_drafts",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -54,7 +58,8 @@ class _Alike:
     tokens_drafted: int = 0
     tokens_accepted: int = 0
     flops_drafts: int = 0
-    cost: int = 0
+    receipts: int = 0
+    """Unit: 10^-12 of the currency."""
     flops_most: int = 0
     """Maximum of one request, drafts included."""
     tokens_input_most: int = 0
@@ -85,11 +90,7 @@ _Group = tuple[str, str | None, str, str, str, str, str | None, int]
 
 
 def totals_by_tier(ledger: Ledger, selection: Selection, rater: Rater) -> dict[Key, UsageTotals]:
-    """The sums of each tenant and tier.
-
-    Raises:
-        StoreError: The ledger cannot be read.
-    """
+    """The sums of each tenant and tier."""
     if selection.tags:
         return _one_by_one(ledger, selection, rater)
     totals: dict[Key, UsageTotals] = {}
@@ -147,7 +148,7 @@ def _count(alike: _Alike, counted: list[int]) -> int:
     alike.identity_flops += identity_flops
     alike.flops_router += router
     alike.flops_answer += answer
-    alike.cost += cost
+    alike.receipts += cost
     if drafted:
         alike.tokens_drafted += drafted
         alike.tokens_accepted += accepted
@@ -183,20 +184,10 @@ def _rate(key: _Group, alike: _Alike, book: PriceBook) -> Rating | None:
 def _add(totals: UsageTotals, key: _Group, alike: _Alike, rating: Rating) -> None:
     _, _, model, program, outcome, *_ = key
     alike.add_waiting()
-    totals.requests += alike.requests
+    for name in _SUMMED:
+        setattr(totals, name, getattr(totals, name) + getattr(alike, name))
     totals.outcomes[outcome] += alike.requests
-    totals.tokens_input += alike.tokens_input
-    totals.tokens_cached += alike.tokens_cached
-    totals.tokens_output += alike.tokens_output
     totals.visits += sum(alike.layers.prefill) + sum(alike.layers.decode)
-    totals.flops += alike.flops
-    totals.identity_flops += alike.identity_flops
-    totals.receipts += alike.cost
-    totals.flops_router += alike.flops_router
-    totals.flops_answer += alike.flops_answer
-    totals.tokens_drafted += alike.tokens_drafted
-    totals.tokens_accepted += alike.tokens_accepted
-    totals.flops_drafts += alike.flops_drafts
     totals.latencies_ns += alike.latencies_ns
     if rating.unrated is not None:
         totals.unrated[rating.unrated] += alike.requests

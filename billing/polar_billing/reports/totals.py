@@ -254,11 +254,7 @@ class Rater:
 
     @property
     def currency(self) -> str | None:
-        """The one currency of everything rated; None where nothing was.
-
-        Raises:
-            CurrencyMixError: There are several.
-        """
+        """The one currency of everything rated; None where nothing was."""
         return only_currency({book.currency for book in self.used.values()})
 
     @property

@@ -6,7 +6,7 @@ The figures come from `query` and `report`; computes nothing.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Group
 from rich.text import Text
@@ -19,7 +19,7 @@ from polar_sdk.show.lines import printable
 from polar_sdk.show.tables import LABEL_WIDTH, add_labels, add_numbers, add_row, as_text, new_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -27,7 +27,30 @@ if TYPE_CHECKING:
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.reports.query import UsageRow
     from polar_billing.reports.report import Report
-    from polar_billing.reports.summary import Figures, TenantReport, TierReport
+    from polar_billing.reports.summary import Figures, TenantReport
+    from polar_billing.reports.text import Unit
+
+    Columns = Mapping[str, Callable[[Figures], str]]
+    """Heading → what stands in the column."""
+
+_NOT_COMPLETED: Final = "not completed"
+_USAGE: Final[Columns] = {
+    "requests": lambda figures: text.count(figures.requests),
+    "tokens\nin": lambda figures: text.count(figures.tokens_input),
+    "\nout": lambda figures: text.count(figures.tokens_output),
+    "CU": lambda figures: text.compute_units(figures.compute_units),
+    "CU of\nprompts": lambda figures: text.compute_units(figures.compute_units_prompt),
+    "\nanswers": lambda figures: text.compute_units(figures.compute_units_answer),
+    "CU\nsaved": lambda figures: text.compute_units(figures.compute_units_saved, signed=True),
+    "saved": lambda figures: text.share(figures.saved_share, signed=True),
+    "router": lambda figures: text.share(figures.router_share, decimals=2),
+}
+_SERVICE: Final[Columns] = {
+    "p50": lambda figures: text.milliseconds(figures.latency_ns_p50),
+    "p95": lambda figures: text.milliseconds(figures.latency_ns_p95),
+    "p99": lambda figures: text.milliseconds(figures.latency_ns_p99),
+    _NOT_COMPLETED: lambda figures: text.outcomes(figures.outcomes),
+}
 
 
 def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
@@ -36,12 +59,12 @@ def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
     table = new_table(title, dimensions)
     currency = rows[0].currency or ""
     add_numbers(table, "requests", "tokens\nin", "\nout", "visits", "CU", "CU\nsaved", f"cost\n{currency}".strip())
-    add_labels(table, "not completed", width=LABEL_WIDTH + 5)
+    add_labels(table, _NOT_COMPLETED, width=LABEL_WIDTH + 5)
     for row in rows:
-        labels = [_label(name, value) for name, value in row.group.items()]
+        nothing = {"tier": text.NO_TIER}
         add_row(
             table,
-            *labels,
+            *(nothing.get(name, text.DASH) if value is None else value for name, value in row.group.items()),
             text.count(row.requests),
             text.count(row.tokens_input),
             text.count(row.tokens_output),
@@ -51,7 +74,7 @@ def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
             text.money(row.cost),
             text.outcomes(row.outcomes),
         )
-    return Group(table, *_unrated(reason for row in rows for reason in row.unrated.items()))
+    return Group(table, *unrated_notes(reason for row in rows for reason in row.unrated.items()))
 
 
 def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[str, str]) -> RenderableType:
@@ -80,21 +103,26 @@ def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[
             cost,
             str(record.outcome),
         )
-    return Group(table, *_unrated((stored.unrated, 1) for stored in usage if stored.unrated is not None))
+    return Group(table, *unrated_notes((stored.unrated, 1) for stored in usage if stored.unrated is not None))
 
 
 def report_view(report: Report) -> RenderableType:
     """The whole report: usage, latency and charges of every tenant, then each tenant's lines."""
-    amounts = Amounts.of(report)
-    parts: list[RenderableType] = [_heading(report), _tiers(report), *_drafts(report.figures), Text()]
-    parts += [_service(report), Text()]
+    amounts, figures = Amounts.of(report), report.figures
+    parts: list[RenderableType] = [_heading(report), _by_tier(report, "Usage", _USAGE)]
+    if figures.tokens_drafted:
+        kept, drafted = text.count(figures.tokens_accepted), text.count(figures.tokens_drafted)
+        beyond = text.compute_units(figures.compute_units_drafts)
+        line = f"Drafts: {kept} of {drafted} tokens kept; {beyond} CU executed beyond those above."
+        parts.append(as_text(line, "dim"))
+    parts += [Text(), _by_tier(report, "Latency and outcome", _SERVICE), Text()]
     parts += [_promises(report, amounts), Text()] if report.promises else []
     parts += [_comparison(report, amounts), Text()]
     parts += what_if_view(report, amounts)
     parts += energy_view(report)
     for tenant in report.tenants:
         parts += [_statement(tenant, report, amounts), Text()]
-    parts += _unrated(report.figures.unrated.items())
+    parts += unrated_notes(report.figures.unrated.items())
     return Group(*parts)
 
 
@@ -110,68 +138,23 @@ def _heading(report: Report) -> Text:
     )
 
 
-def _tiers(report: Report) -> Table:
-    table = new_table("Usage", ["tenant", "tier"])
-    add_numbers(
-        table, "requests", "tokens\nin", "\nout", "CU", "CU of\nprompts", "\nanswers", "CU\nsaved", "saved", "router"
-    )
-    return _by_tier(table, report, _usage_cells)
-
-
-def _drafts(figures: Figures) -> list[Text]:
-    """A line about drafts, if there were any."""
-    if not figures.tokens_drafted:
-        return []
-    kept, drafted = text.count(figures.tokens_accepted), text.count(figures.tokens_drafted)
-    beyond = text.compute_units(figures.compute_units_drafts)
-    return [as_text(f"Drafts: {kept} of {drafted} tokens kept; {beyond} CU executed beyond those above.", "dim")]
-
-
-def _usage_cells(figures: Figures) -> list[str]:
-    return [
-        text.count(figures.requests),
-        text.count(figures.tokens_input),
-        text.count(figures.tokens_output),
-        text.compute_units(figures.compute_units),
-        text.compute_units(figures.compute_units_prompt),
-        text.compute_units(figures.compute_units_answer),
-        text.compute_units(figures.compute_units_saved, signed=True),
-        text.share(figures.saved_share, signed=True),
-        text.share(figures.router_share, decimals=2),
-    ]
-
-
-def _service(report: Report) -> Table:
-    """Latency and outcome by tenant and tier."""
-    table = new_table("Latency and outcome", ["tenant", "tier"])
-    add_numbers(table, "p50", "p95", "p99")
-    add_labels(table, "not completed", width=LABEL_WIDTH + 5)
-    return _by_tier(table, report, _service_cells)
-
-
-def _service_cells(figures: Figures) -> list[str]:
-    return [
-        text.milliseconds(figures.latency_ns_p50),
-        text.milliseconds(figures.latency_ns_p95),
-        text.milliseconds(figures.latency_ns_p99),
-        text.outcomes(figures.outcomes),
-    ]
-
-
-def _by_tier(table: Table, report: Report, cells: Callable[[Figures], Sequence[str]]) -> Table:
-    """A row for each tenant and tier, and one for the total."""
+def _by_tier(report: Report, title: str, columns: Columns, rounding: Unit | None = None) -> Table:
+    """A row for each tenant and tier, and one for the total; with a unit, one for each tenant's rounding as well."""
+    table = new_table(title, ["tenant", "tier"])
+    for name in columns:
+        if name == _NOT_COMPLETED:
+            add_labels(table, name, width=LABEL_WIDTH + 5)
+        else:
+            add_numbers(table, name)
     for tenant in report.tenants:
-        for name, tier in _rows(tenant):
-            add_row(table, name, text.tier_name(tier.tier), *cells(tier.figures))
+        for place, tier in enumerate(tenant.tiers):
+            cells = (show(tier.figures) for show in columns.values())
+            add_row(table, "" if place else tenant.tenant, text.tier_name(tier.tier), *cells)
+        if rounding is not None and tenant.rounding:
+            add_row(table, "", "rounding", rounding.show(tenant.rounding), *[""] * (len(columns) - 1))
         table.add_section()
-    add_row(table, "total", "", *cells(report.figures), style="bold")
+    add_row(table, "total", "", *(show(report.figures) for show in columns.values()), style="bold")
     return table
-
-
-def _rows(tenant: TenantReport) -> Iterator[tuple[str, TierReport]]:
-    """A tenant's tiers; only the first carries the tenant's name."""
-    for index, tier in enumerate(tenant.tiers):
-        yield ("" if index else tenant.tenant), tier
 
 
 def _promises(report: Report, amounts: Amounts) -> Table:
@@ -194,29 +177,16 @@ def _promises(report: Report, amounts: Amounts) -> Table:
 
 
 def _comparison(report: Report, amounts: Amounts) -> Table:
-    units = dict.fromkeys((amounts.charges.words, amounts.prices.words))
-    charges, prices = amounts.charges.name, amounts.prices.name
-    table = new_table(f"Charges, {' and '.join(units) or 'nothing rated'}", ["tenant", "tier"])
-    add_numbers(table, f"charge\n{charges}".strip(), "at full\ndepth", "per\ntoken")
-    add_numbers(table, f"{prices} per\n1,000 requests".strip(), f"{prices} per\nmillion tokens".strip())
-    for tenant in report.tenants:
-        for name, tier in _rows(tenant):
-            add_row(table, name, text.tier_name(tier.tier), *_money_cells(tier.figures, amounts))
-        if tenant.rounding:
-            add_row(table, "", "rounding", amounts.charges.show(tenant.rounding), "", "", "", "")
-        table.add_section()
-    add_row(table, "total", "", *_money_cells(report.figures, amounts), style="bold")
-    return table
-
-
-def _money_cells(figures: Figures, amounts: Amounts) -> list[str]:
-    return [
-        amounts.charges.show(figures.charge),
-        amounts.charges.show(figures.charge_full_depth),
-        amounts.charges.show(figures.charge_per_token),
-        amounts.prices.show(figures.price_per_1000_requests),
-        amounts.prices.show(figures.price_per_million_tokens),
-    ]
+    charges, prices = amounts.charges, amounts.prices
+    units = dict.fromkeys((charges.words, prices.words))
+    columns: Columns = {
+        f"charge\n{charges.name}".strip(): lambda figures: charges.show(figures.charge),
+        "at full\ndepth": lambda figures: charges.show(figures.charge_full_depth),
+        "per\ntoken": lambda figures: charges.show(figures.charge_per_token),
+        f"{prices.name} per\n1,000 requests".strip(): lambda figures: prices.show(figures.price_per_1000_requests),
+        f"{prices.name} per\nmillion tokens".strip(): lambda figures: prices.show(figures.price_per_million_tokens),
+    }
+    return _by_tier(report, f"Charges, {' and '.join(units) or 'nothing rated'}", columns, rounding=charges)
 
 
 def _statement(tenant: TenantReport, report: Report, amounts: Amounts) -> Table:
@@ -238,13 +208,8 @@ def _statement(tenant: TenantReport, report: Report, amounts: Amounts) -> Table:
     return table
 
 
-def _label(dimension: str, value: str | None) -> str:
-    if dimension == "tier":
-        return text.tier_name(value)
-    return text.DASH if value is None else value
-
-
-def _unrated(reasons: Iterable[tuple[str, int]]) -> list[Text]:
+def unrated_notes(reasons: Iterable[tuple[str, int]]) -> list[Text]:
+    """A line for each reason that requests have no price."""
     counts: Counter[str] = Counter()
     for reason, requests in reasons:
         counts[reason] += requests

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from polar_billing.prices.rating import COMPUTE
@@ -134,7 +135,11 @@ class Charged:
             return exact_difference(other, charged, fine) if same_currency and other is not None else None
 
         charge = exact_sum(amounts.values(), decimals) if amounts else None
-        cost = self._hardware_cost(compute_units) if same_currency else None
+        executed = to_scaled(summary.figures.compute_units, COMPUTE.decimals)
+        cost = None
+        if same_currency and self.hardware is not None and executed:  # in proportion to executed compute
+            stated = to_scaled(self.hardware.cost, summary.decimals) * to_scaled(compute_units, COMPUTE.decimals)
+            cost = quotient(stated, executed, summary.decimals)
         rated = summary.figures.requests - unrated
         return Scenario(
             price_book=self.price_books if book is None else book.id,
@@ -157,15 +162,6 @@ class Charged:
             ),
         )
 
-    def _hardware_cost(self, units: Decimal) -> Decimal | None:
-        """The stated cost, in proportion to executed compute."""
-        decimals = self.summary.decimals
-        executed = to_scaled(self.summary.figures.compute_units, COMPUTE.decimals)
-        if self.hardware is None or not executed:
-            return None
-        cost = to_scaled(self.hardware.cost, decimals) * to_scaled(units, COMPUTE.decimals)
-        return quotient(cost, executed, decimals)
-
 
 def what_if(
     charged: Charged,
@@ -177,16 +173,16 @@ def what_if(
     """Work out what would have been: the same usage by other books, and by other mixes of tiers on each basis.
 
     `find` leads from a model's fingerprint to what its tiers were measured to save; None where nothing was.
-
-    Raises:
-        QueryError: A tier was not measured or has no price.
     """
     savings = check_mixes(mixes, set().union(*(basis.models for basis in bases)), find) if mixes else {}
     assumptions = _assumptions(charged.summary, mixes, savings, [other.book for other in repriced])
     if charged.hardware is not None:
         assumptions += _hardware_assumptions(charged.hardware, charged.summary.currency)
     scenarios = [_by_book(charged, other) for other in repriced]
-    scenarios += [_by_mix(charged, basis, mix, savings) for mix in mixes for basis in bases]
+    for mix, basis in product(mixes, bases):
+        decimals = charged.summary.decimals if basis.book is None else basis.book.statement_decimals
+        amounts, units = basis.charges(mix, savings, decimals), basis.compute_units(mix, savings)
+        scenarios.append(charged.scenario(basis.book, mix.text, amounts, units, basis.unrated))
     rated = charged.summary.currency is not None
     return WhatIf(scenarios=tuple(scenarios) if rated else (), assumptions=tuple(assumptions))
 
@@ -204,12 +200,6 @@ def _by_book(charged: Charged, repriced: UsageByBook) -> Scenario:
     }
     unrated = sum(totals.unrated.total() for totals in repriced.groups.values())
     return charged.scenario(repriced.book, None, amounts, charged.summary.figures.compute_units, unrated)
-
-
-def _by_mix(charged: Charged, basis: MixBasis, mix: Mix, savings: Savings) -> Scenario:
-    decimals = charged.summary.decimals if basis.book is None else basis.book.statement_decimals
-    amounts = basis.charges(mix, savings, decimals)
-    return charged.scenario(basis.book, mix.text, amounts, basis.compute_units(mix, savings), basis.unrated)
 
 
 def token_pricing(summary: Summary) -> tuple[TokenPricing, ...]:

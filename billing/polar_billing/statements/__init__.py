@@ -7,5 +7,5 @@
 * `credit_note`, `credit_notes`         take an amount off an issued one
 
 Inside, arrows point one way: `lines` → `bands`, `promises`, `charges` (pure rating over a period) → `period_usage`
-(summed in the database) → `statement`, `issued` → `draft` → `issue`, `audit`, `period`, `credit_notes`.
+(summed in the database) → `statement`, `issued` → `draft` → `issue`, `tracing`, `period`.
 """

@@ -61,9 +61,14 @@ class _Quantity:
 
 def period_lines(item: PeriodPrice, phase: Phase, rated: Sequence[Rated]) -> list[ExactLine]:
     """Price one item over a phase; its charged usage comes with the rate that it is charged by."""
-    quantities = _by_tier(item, rated)
     if item.pool:
         quantities = [_Quantity(None, _ONE, pool_weights(item, rated).total(), item.decimals + _WEIGHT_SCALE)]
+    else:
+        units: Counter[tuple[str | None, int]] = Counter()
+        for use, rate in rated:
+            units[use.tier, to_scaled(rate.multiplier, _WEIGHT_SCALE)] += use.counts.by_item[item.per]
+        ordered = sorted(units.items(), key=lambda entry: (tier_order(entry[0][0]), entry[0][1]))
+        quantities = [_Quantity(tier, multiplier, count, item.decimals) for (tier, multiplier), count in ordered]
     lines_of = _band_lines if isinstance(item, Banded) else _package_lines
     return [line for counted in quantities for line in lines_of(item, phase, counted)]  # type: ignore[arg-type]
 
@@ -74,14 +79,6 @@ def pool_weights(item: PeriodPrice, rated: Iterable[Rated]) -> Counter[str | Non
     for use, rate in rated:
         weights[use.tier] += use.counts.by_item[item.per] * to_scaled(rate.multiplier, _WEIGHT_SCALE)
     return weights
-
-
-def _by_tier(item: PeriodPrice, rated: Sequence[Rated]) -> list[_Quantity]:
-    counted: Counter[tuple[str | None, int]] = Counter()
-    for use, rate in rated:
-        counted[use.tier, to_scaled(rate.multiplier, _WEIGHT_SCALE)] += use.counts.by_item[item.per]
-    ordered = sorted(counted.items(), key=lambda entry: (tier_order(entry[0][0]), entry[0][1]))
-    return [_Quantity(tier, multiplier, units, item.decimals) for (tier, multiplier), units in ordered]
 
 
 def _band_lines(item: Banded, phase: Phase, counted: _Quantity) -> Iterator[ExactLine]:

@@ -39,7 +39,13 @@ def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange
     """
     used = _used(connection, tenant, period, seqs)
     in_force = books_in_force(connection)
-    planned = {book_id for book_id, book in in_force.items() if _is_customer(book, tenant, period)}
+    since, until = bounds(period)
+    planned = {
+        book_id
+        for book_id, book in in_force.items()
+        for moment in (since, *(entry.effective_from for entry in book.customers_of(tenant)))
+        if since <= moment < until and book.plan_at(moment, tenant) is not None
+    }
     ids = sorted({book.id for book, _ in used} | planned) or _last_charged_book(connection, tenant)
     if not ids:
         raise QueryError(f"tenant {tenant!r} has no usage in the ledger and no plan.", hint="Check the name.")
@@ -57,13 +63,6 @@ def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange
                 hint="Name the book to charge by with --book FILE.",
             )
     return book
-
-
-def _is_customer(book: PriceBook, tenant: str, period: Period) -> bool:
-    """True if the book has the tenant on a plan at some time in the period."""
-    since, until = bounds(period)
-    changes = (entry.effective_from for entry in book.customers_of(tenant) if since < entry.effective_from < until)
-    return any(book.plan_at(moment, tenant) is not None for moment in (since, *changes))
 
 
 def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | None) -> str:

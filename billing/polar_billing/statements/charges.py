@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, groupby
+from datetime import timedelta
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.prices.entries import tier_order
@@ -29,7 +30,7 @@ from polar_billing.values.money import EXACT_SCALE, divide_half_even, plain, to_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from datetime import datetime, timedelta
+    from datetime import datetime
     from decimal import Decimal
 
     from polar_billing.prices.book import PriceBook
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 
 _PERCENT: Final = 100 * 10**6
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,20 @@ def charges_of(book: PriceBook, period: Period, phases: Iterable[Phase], usage: 
     unrated: Counter[str] = Counter()
     lines: list[ExactLine] = []
     for phase in phases:
-        uses = _in_order(use for use in usage.uses if use.stretch in phase.stretches)
+        uses = [use for use in usage.uses if use.stretch in phase.stretches]
+        uses.sort(key=lambda use: (use.stretch.since, tier_order(use.tier), use.outcome, use.beyond or ""))
         rated = _rated(uses, book, unrated)
         charged = [(use, rate) for use, rate in rated if use.outcome not in book.free_outcomes]
-        free = [(use, rate) for use, rate in rated if use.outcome in book.free_outcomes]
-        used = [*_usage(charged, phase.terms), *_period_items(phase, charged), *_free(free)]
+        used = list(_usage(charged, phase.terms))
+        for item in () if phase.terms is None else phase.terms.items:
+            used += period_lines(item, phase, charged)
+        for use, rate in (pair for pair in rated if pair[0].outcome in book.free_outcomes):
+            free = free_lines(use.counts, rate.entry, use.outcome)
+            used += (_line(line, use.stretch, use.tier, use.outcome) for line in free)
         lines += used
         if phase.terms is not None:
             lines += _terms(phase, phase.terms, period, used, charged, usage)
     return Charges(tuple(lines), dict(sorted(unrated.items())))
-
-
-def _in_order(uses: Iterable[Use]) -> list[Use]:
-    return sorted(uses, key=lambda use: (use.stretch.since, tier_order(use.tier), use.outcome, use.beyond or ""))
 
 
 def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[Rated]:
@@ -98,12 +101,6 @@ def _usage(charged: list[Rated], terms: Terms | None) -> Iterator[ExactLine]:
                 yield _line(line, use.stretch, use.tier)
 
 
-def _free(free: list[Rated]) -> Iterator[ExactLine]:
-    for use, rate in free:
-        for line in free_lines(use.counts, rate.entry, use.outcome):
-            yield _line(line, use.stretch, use.tier, use.outcome)
-
-
 def _line(line: ChargeLine, stretch: Stretch, tier: str | None, outcome: str | None = None) -> ExactLine:
     return ExactLine(
         kind="usage",
@@ -117,11 +114,6 @@ def _line(line: ChargeLine, stretch: Stretch, tier: str | None, outcome: str | N
         unit_price=line.unit_price,
         outcome=outcome,
     )
-
-
-def _period_items(phase: Phase, charged: list[Rated]) -> list[ExactLine]:
-    items = phase.terms.items if phase.terms is not None else ()
-    return list(chain.from_iterable(period_lines(item, phase, charged) for item in items))
 
 
 def _terms(
@@ -145,12 +137,8 @@ def _part_of(amount: Decimal | None, phase: Phase, period: Period) -> int:
     """A phase's part of an amount per period, by time; the parts of all phases sum to the amount."""
     since, until = bounds(period)
     exact = to_scaled(amount or 0, EXACT_SCALE)
-    return _up_to(exact, phase.until, since, until - since) - _up_to(exact, phase.since, since, until - since)
 
+    def up_to(moment: datetime) -> int:
+        return divide_half_even(exact * ((moment - since) // _MICROSECOND), (until - since) // _MICROSECOND)
 
-def _up_to(exact: int, moment: datetime, since: datetime, length: timedelta) -> int:
-    return divide_half_even(exact * _microseconds(moment - since), _microseconds(length))
-
-
-def _microseconds(duration: timedelta) -> int:
-    return (duration.days * 86_400 + duration.seconds) * 10**6 + duration.microseconds
+    return up_to(phase.until) - up_to(phase.since)

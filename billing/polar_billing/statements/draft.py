@@ -97,11 +97,7 @@ def draft_statement(
 
 
 def check_kept(connection: Connection, tenant: str, period: Period) -> None:
-    """Refuse a period of which retention has deleted usage: a statement over it would be too low.
-
-    Raises:
-        PeriodError: Some was deleted.
-    """
+    """Refuse a period of which retention has deleted usage: a statement over it would be too low."""
     since, _ = bounds(period)
     pruned = prune_table.c
     query = select(func.max(pruned.before)).where(pruned.tenant == tenant, pruned.before > since, pruned.requests > 0)
@@ -144,6 +140,9 @@ def compute_statement(
     corrected = [(by_id[late_usage.statement], late_usage.seqs) for late_usage in late]
     corrections = [_correction(connection, statement, seqs) for statement, seqs in corrected]
     correction_lines = (line for correction in corrections for line in correction.lines)
+    unrated = Counter(charges.unrated)
+    for correction in corrections:
+        unrated.update(correction.unrated)
     lines, rounding, total = rounded_lines([*charges.lines, *correction_lines], book)
     credits_, due = pay_with_credits(total, tenant, period, book, credits_left(by_id.values()))
     since, until = bounds(period)
@@ -159,7 +158,7 @@ def compute_statement(
         price_book_hash=book.content_hash,
         requests=sum(use.counts.requests for use in usage.uses),
         requests_late=sum(_count_late(connection, statement, seqs) for statement, seqs in corrected),
-        unrated=_added(charges.unrated, *(correction.unrated for correction in corrections)),
+        unrated=dict(sorted(unrated.items())),
         usage=usage_by_tier(usage),
         agreement={tier: (counts.agreed, counts.compared) for tier, counts in sorted(basis.agreement.items())},
         lines=lines,
@@ -224,10 +223,3 @@ def _minus(quantity: Decimal | None, former: Decimal | None) -> Decimal | None:
 
 def _count_late(connection: Connection, statement: Statement, seqs: SeqRange) -> int:
     return count_requests(connection, statement.tenant, statement.since, statement.until, seqs)
-
-
-def _added(*counts: Mapping[str, int]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for by_reason in counts:
-        total.update(by_reason)
-    return dict(sorted(total.items()))

@@ -1,4 +1,6 @@
-"""Issue statements: store, chain and book them, each once and for ever.
+"""Issue statements and credit notes: store, chain and book them, each once and for ever.
+
+A credit note takes money off an issued statement, which itself is not changed.
 
 Usage is read outside the write transaction, so that metering goes on meanwhile. That is safe because a statement
 takes usage up to a sequence number that was fixed while nobody else stored usage of the tenant, and such usage never
@@ -7,28 +9,41 @@ changes; if another statement of the tenant is issued in between, usage is read 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
-from polar_billing.errors import CurrencyMixError, PeriodError
+from sqlalchemy import insert, select
+
+from polar_billing.errors import AmountError, ConflictError, CurrencyMixError, PeriodError, QueryError
 from polar_billing.ledger import chain
 from polar_billing.ledger.append import store_books
-from polar_billing.ledger.schema import NO_TENANT
+from polar_billing.ledger.schema import NO_TENANT, credit_note_table, transaction_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, check_kept, compute_statement, find_late_usage
-from polar_billing.statements.issued import book_statement, read_statements, store_statement
+from polar_billing.statements.issued import (
+    STATEMENT,
+    book_credit_note,
+    book_statement,
+    find_statement,
+    read_statements,
+    store_statement,
+)
 from polar_billing.statements.lines import bounds
 from polar_billing.statements.period_usage import SeqRange, last_seq
 from polar_billing.statements.statement import credits_left
+from polar_billing.values.money import exact_sum, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from sqlalchemy import Connection, Row
+
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.issued import IssuedStatement, LateUsage
+    from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.lines import Agreement
-    from polar_billing.statements.statement import Statement
     from polar_billing.values.periods import Period
 
 
@@ -63,7 +78,11 @@ def issue_statement(
         StoreError: It could not be stored; then nothing was stored or booked.
     """
     moment = now or datetime.now(UTC)
-    _check_over(period, moment)
+    if (until := bounds(period)[1]) > moment:
+        raise PeriodError(
+            f"period {period.label} ends at {until.isoformat()}, which is still to come.",
+            hint="Issue it once the period is over; until then make a draft.",
+        )
     while True:
         with ledger.transaction() as connection:
             chain.lock_heads(connection, [tenant])  # no usage of this tenant is on its way now
@@ -78,9 +97,13 @@ def issue_statement(
             _check_fits(basis, earlier)
             late = find_late_usage(connection, basis, earlier)
             statement = compute_statement(connection, basis, earlier, late)
-        stored = _store(ledger, basis, statement, late, earlier, moment)
-        if stored is not None:
-            return stored
+        with ledger.transaction() as connection:
+            chain.lock_heads(connection, [NO_TENANT, tenant])
+            if len(read_statements(connection, tenant)) == len(earlier):  # else another one came first
+                store_books(connection, {chosen.content_hash: chosen})
+                stored = store_statement(connection, statement, basis.seq_until, late, moment)
+                book_statement(connection, statement, chosen, credits_left(issued.statement for issued in earlier))
+                return stored
 
 
 def issued_statements(ledger: Ledger, tenant: str) -> list[IssuedStatement]:
@@ -89,44 +112,14 @@ def issued_statements(ledger: Ledger, tenant: str) -> list[IssuedStatement]:
         return read_statements(connection, tenant)
 
 
-def _store(
-    ledger: Ledger,
-    basis: Basis,
-    statement: Statement,
-    late: tuple[LateUsage, ...],
-    earlier: Sequence[IssuedStatement],
-    moment: datetime,
-) -> IssuedStatement | None:
-    """Store and book it; None if another statement of the tenant came first."""
-    with ledger.transaction() as connection:
-        chain.lock_heads(connection, [NO_TENANT, basis.tenant])
-        if len(read_statements(connection, basis.tenant)) != len(earlier):
-            return None
-        store_books(connection, {basis.book.content_hash: basis.book})
-        stored = store_statement(connection, statement, basis.seq_until, late, moment)
-        touched = credits_left(issued.statement for issued in earlier)
-        book_statement(connection, statement, basis.book, touched)
-    return stored
-
-
 def _issued(earlier: Sequence[IssuedStatement], period: Period, book: PriceBook | None) -> IssuedStatement | None:
     """The statement of a period if it was issued; where a book was named, in its currency."""
-    since, until = bounds(period)
     for issued in earlier:
         statement = issued.statement
         same_currency = book is None or book.currency == statement.currency
-        if (statement.since, statement.until) == (since, until) and same_currency:
+        if (statement.since, statement.until) == bounds(period) and same_currency:
             return issued
     return None
-
-
-def _check_over(period: Period, moment: datetime) -> None:
-    _, until = bounds(period)
-    if until > moment:
-        raise PeriodError(
-            f"period {period.label} ends at {until.isoformat()}, which is still to come.",
-            hint="Issue it once the period is over; until then make a draft.",
-        )
 
 
 def _check_fits(basis: Basis, earlier: Sequence[IssuedStatement]) -> None:
@@ -144,3 +137,118 @@ def _check_fits(basis: Basis, earlier: Sequence[IssuedStatement]) -> None:
                 f"period {basis.period.label} overlaps statement {statement.id!r} over {statement.period.label}.",
                 hint="Begin where that one ends; usage that is missing from it becomes late usage.",
             )
+
+
+@dataclass(frozen=True)
+class CreditNote:
+    """An amount taken off one statement."""
+
+    number: int
+    statement: str
+    """Its id."""
+    reference: str
+    amount: Decimal
+    """Positive; in the statement's currency and decimals."""
+    reason: str
+    issued_at: datetime
+
+
+def credit_note(
+    ledger: Ledger,
+    tenant: str,
+    statement_id: str,
+    amount: Decimal,
+    *,
+    reason: str,
+    reference: str,
+    now: datetime | None = None,
+) -> CreditNote:
+    """Take an amount off an issued statement, once per reference.
+
+    Args:
+        ledger: Where the statement is.
+        tenant: Whose.
+        statement_id: Its id.
+        amount: Positive, with at most the statement's decimals; together with earlier notes at most its total.
+        reason: For people.
+        reference: The caller's idempotency key within the tenant.
+        now: Statement time of the note; by default the current time.
+
+    Raises:
+        QueryError: The tenant has no such statement.
+        AmountError: The amount is not finite, not positive, too fine or more than is left of the statement.
+        ConflictError: The reference was used with other content.
+        StoreError: It could not be stored; then nothing was stored or booked.
+    """
+    with ledger.transaction() as connection:
+        chain.lock_heads(connection, [tenant])
+        issued = find_statement(connection, tenant, statement_id)
+        if issued is None:
+            raise QueryError(
+                f"tenant {tenant!r} has no statement {statement_id!r}.",
+                hint="`polar statement --tenant NAME` lists them.",
+            )
+        note = credit_note_table.c
+        query = select(credit_note_table).where(note.tenant == tenant, note.reference == reference)
+        stored = connection.execute(query).one_or_none()
+        if stored is not None:
+            if (stored.statement, Decimal(stored.amount), stored.reason) != (issued.number, amount, reason):
+                raise ConflictError(
+                    f"credit note {reference!r} of tenant {tenant!r} exists with other content.",
+                    hint="Give every note its own reference.",
+                )
+            return _from_row(stored, statement_id)
+        _check_amount(amount, issued, _notes(connection, issued))
+        moment, booked = now or datetime.now(UTC), transaction_table.c
+        booking = select(booked.id).where(
+            booked.tenant == tenant, booked.kind == STATEMENT, booked.reference == statement_id
+        )
+        transaction: int = connection.execute(booking).scalar_one()
+        book_credit_note(connection, issued.statement, reference, amount, moment, transaction)
+        return _store(connection, issued, reference, amount, reason, moment)
+
+
+def credit_notes(ledger: Ledger, issued: IssuedStatement) -> list[CreditNote]:
+    """The credit notes of a statement, in order."""
+    with ledger.snapshot() as connection:
+        return _notes(connection, issued)
+
+
+def _check_amount(amount: Decimal, issued: IssuedStatement, earlier: list[CreditNote]) -> None:
+    statement = issued.statement
+    if to_scaled(amount, statement.decimals) <= 0:
+        raise AmountError(f"a credit note of {amount} takes nothing off.", hint="Give a positive amount.")
+    taken = exact_sum((amount, *(note.amount for note in earlier)), statement.decimals)
+    if taken > statement.total:
+        raise AmountError(
+            f"credit notes of {taken} {statement.currency} exceed statement {statement.id!r}, which came to "
+            f"{statement.total}.",
+            hint="Give at most what is left of it.",
+        )
+
+
+def _store(
+    connection: Connection, issued: IssuedStatement, reference: str, amount: Decimal, reason: str, moment: datetime
+) -> CreditNote:
+    values = {
+        "tenant": issued.statement.tenant,
+        "statement": issued.number,
+        "reference": reference,
+        "amount": f"{amount:f}",
+        "reason": reason,
+        "issued_at": moment,
+    }
+    added = insert(credit_note_table).values(values).returning(credit_note_table.c.number)
+    number: int = connection.execute(added).scalar_one()
+    chain.link(connection, credit_note_table, number)
+    return CreditNote(number, issued.statement.id, reference, amount, reason, moment)
+
+
+def _notes(connection: Connection, issued: IssuedStatement) -> list[CreditNote]:
+    note = credit_note_table.c
+    query = select(credit_note_table).where(note.statement == issued.number, note.tenant == issued.statement.tenant)
+    return [_from_row(row, issued.statement.id) for row in connection.execute(query.order_by(note.number))]
+
+
+def _from_row(row: Row[Any], statement_id: str) -> CreditNote:
+    return CreditNote(row.number, statement_id, row.reference, Decimal(row.amount), row.reason, row.issued_at)

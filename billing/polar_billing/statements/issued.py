@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
     from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.statement import CreditUse
 
 STATEMENT: Final = "statement"
 """Kind of the transaction that books a statement; its reference is the statement's id."""
@@ -59,11 +58,6 @@ class IssuedStatement:
     late: tuple[LateUsage, ...]
     issued_at: datetime
     """Statement time, UTC."""
-
-    @property
-    def reference(self) -> str:
-        """The reference of its bookings."""
-        return self.statement.id
 
 
 def store_statement(
@@ -106,11 +100,7 @@ def find_statement(connection: Connection, tenant: str, statement_id: str) -> Is
 
 
 def _from_row(row: Row[Any]) -> IssuedStatement:
-    """Read a row.
-
-    Raises:
-        StoreDamagedError: Its content is not a statement.
-    """
+    """Read a row; one whose content is not a statement is damaged."""
     try:
         late = tuple(LateUsage(name, SeqRange(until=until, after=after)) for name, after, until in json.loads(row.late))
         statement = Statement.model_validate_json(row.document)
@@ -129,14 +119,17 @@ def book_statement(
 
     Credits that no earlier statement touched are booked as received.
     """
+    tenant, currency = statement.tenant, statement.currency
     granted = {credit.id: credit for credit in book.credits}
     for use in statement.credits:
         if use.id not in earlier_credits:
-            _book_credit(connection, statement, use, granted[use.id].effective_from)
-    post(connection, statement.tenant, STATEMENT, statement.id, statement_lines(statement), statement.until)
+            received = _pair(Account.CASH, Account.CREDITS, use.before, currency)
+            post(connection, tenant, "credit", use.id, received, granted[use.id].effective_from)
+    post(connection, tenant, STATEMENT, statement.id, statement_lines(statement), statement.until)
     for use in statement.credits:
         if use.expired:
-            _book_expiry(connection, statement, use)
+            lines = _pair(Account.CREDITS, Account.EXPIRED_CREDITS, use.expired, currency)
+            post(connection, tenant, "credit_expiry", use.id, lines, statement.until)
 
 
 def statement_lines(statement: Statement) -> list[Line]:
@@ -154,28 +147,13 @@ def statement_lines(statement: Statement) -> list[Line]:
     return [line for line in lines if line.amount or line.account in always]
 
 
-def _book_credit(connection: Connection, statement: Statement, use: CreditUse, at: datetime) -> None:
-    lines = [
-        Line(Account.CASH, use.before, statement.currency),
-        Line(Account.CREDITS, use.before.copy_negate(), statement.currency),
-    ]
-    post(connection, statement.tenant, "credit", use.id, lines, at)
-
-
-def _book_expiry(connection: Connection, statement: Statement, use: CreditUse) -> None:
-    lines = [
-        Line(Account.CREDITS, use.expired, statement.currency),
-        Line(Account.EXPIRED_CREDITS, use.expired.copy_negate(), statement.currency),
-    ]
-    post(connection, statement.tenant, "credit_expiry", use.id, lines, statement.until)
+def _pair(debit: Account, credit: Account, amount: Decimal, currency: str) -> list[Line]:
+    return [Line(debit, amount, currency), Line(credit, amount.copy_negate(), currency)]
 
 
 def book_credit_note(
     connection: Connection, statement: Statement, reference: str, amount: Decimal, at: datetime, corrects: int
 ) -> None:
     """Take an amount off what a statement asked for; `corrects` is the transaction that booked it."""
-    lines = [
-        Line(Account.REVENUE, amount, statement.currency),
-        Line(Account.RECEIVABLE, amount.copy_negate(), statement.currency),
-    ]
+    lines = _pair(Account.REVENUE, Account.RECEIVABLE, amount, statement.currency)
     post(connection, statement.tenant, "credit_note", reference, lines, at, corrects=corrects)

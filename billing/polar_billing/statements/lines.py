@@ -127,11 +127,7 @@ def bounds(period: Period) -> tuple[datetime, datetime]:
 
 
 def phases_of(book: PriceBook, tenant: str, period: Period) -> tuple[Phase, ...]:
-    """Cut a period where the tenant's plan, terms or rates change.
-
-    Raises:
-        PeriodError: The period has no beginning or no end.
-    """
+    """Cut a period where the tenant's plan, terms or rates change."""
     since, until = bounds(period)
     cuts = [since, *(moment for moment in book.changes_of(tenant) if since < moment < until), until]
     stretches = [Stretch(begin, end, book.entry_at(begin, tenant)) for begin, end in pairwise(cuts)]

@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from polar_billing.errors import CurrencyMixError, QueryError, StoreDamagedError
 from polar_billing.ledger.books import books_in_force
-from polar_billing.ledger.records import AllTenants
+from polar_billing.ledger.records import AllTenants, Selection, conditions
 from polar_billing.ledger.schema import rollup_table, statement_table, usage_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, compute_statement, draft_statement
@@ -97,15 +97,14 @@ def statements_of_period(
     found: list[StatementOfPeriod] = []
     for name in names:
         try:
-            found += (of_one for of_one in _of_tenant(ledger, name, period_of(name), book) if _says_something(of_one))
+            found += (
+                one
+                for one in _of_tenant(ledger, name, period_of(name), book)
+                if one.issued_at is not None or one.statement.requests or one.statement.lines
+            )
         except QueryError:  # it had neither usage nor a plan yet
             continue
     return found
-
-
-def _says_something(of_one: StatementOfPeriod) -> bool:
-    statement = of_one.statement
-    return of_one.issued_at is not None or bool(statement.requests or statement.lines)
 
 
 def known_tenants(connection: Connection) -> Sequence[str]:
@@ -127,17 +126,14 @@ def _of_tenant(ledger: Ledger, tenant: str, period: Period, book: PriceBook | No
                 hint="Run `polar verify`.",
             )
         yield StatementOfPeriod(issued.statement, charged_by, issued.issued_at)
-    if not within:
-        yield _draft(ledger, tenant, period, book)
-
-
-def _draft(ledger: Ledger, tenant: str, period: Period, book: PriceBook | None) -> StatementOfPeriod:
+    if within:
+        return
     draft = draft_statement(ledger, tenant, period, book=book)
     if book is None:
         with ledger.snapshot() as connection:
             in_force = {charging.content_hash: charging for charging in books_in_force(connection).values()}
         book = in_force[draft.price_book_hash]
-    return StatementOfPeriod(draft, book, None)
+    yield StatementOfPeriod(draft, book, None)
 
 
 def reprice(ledger: Ledger, tenant: str | AllTenants, period: Period, book: PriceBook) -> list[Repriced]:
@@ -157,17 +153,11 @@ def reprice(ledger: Ledger, tenant: str | AllTenants, period: Period, book: Pric
         PeriodError: The period has no beginning or no end.
         PriceBookError: It is not clear which book a tenant was charged by.
     """
-    with ledger.snapshot() as connection:
-        return [_reprice(connection, name, period, book) for name in _tenants_with_usage(connection, tenant, period)]
-
-
-def _tenants_with_usage(connection: Connection, tenant: str | AllTenants, period: Period) -> list[str]:
-    since, until = bounds(period)
     usage = usage_table.c
-    query = select(usage.tenant).where(usage.started_at >= since, usage.started_at < until).distinct()
-    if not isinstance(tenant, AllTenants):
-        query = query.where(usage.tenant == tenant)
-    return sorted(connection.execute(query).scalars())
+    query = select(usage.tenant).where(*conditions(Selection(tenant), usage, usage.started_at, *bounds(period)))
+    with ledger.snapshot() as connection:
+        names = sorted(connection.execute(query.distinct()).scalars())
+        return [_reprice(connection, name, period, book) for name in names]
 
 
 def _reprice(connection: Connection, tenant: str, period: Period, other_book: PriceBook) -> Repriced:

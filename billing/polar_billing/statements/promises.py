@@ -82,11 +82,7 @@ def _share_of(tier: str, terms: Terms, used: Sequence[ExactLine], rated: Sequenc
 
 
 def evaluated_agreement(file: Path) -> dict[str, Agreement]:
-    """Read an evaluation: tier → agreement over all of its prompts.
-
-    Raises:
-        QueryError: The file cannot be read, or was not written by `polar evaluate --json`.
-    """
+    """Read an evaluation: tier → agreement over all of its prompts."""
 
     def agreement(_: str, prompts: int, system: dict[str, Any]) -> Agreement:
         return Agreement(round(system["agreement"][0] * prompts), prompts)

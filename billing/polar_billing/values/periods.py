@@ -123,11 +123,7 @@ ALL_TIME: Final = Period()
 
 
 def load_zone(name: str) -> ZoneInfo:
-    """Look up an IANA time zone.
-
-    Raises:
-        PeriodError: There is none of that name.
-    """
+    """Look up an IANA time zone."""
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:

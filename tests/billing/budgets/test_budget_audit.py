@@ -11,8 +11,8 @@ from sqlalchemy import event, text
 from polar_billing.budgets import counters
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.counters import Scope
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.budgets.holds import write_budget
-from polar_billing.budgets.keeper import Budgets
 from polar_billing.budgets.settlement import settle
 from polar_billing.ledger import chain
 from polar_billing.ledger.ledger import Ledger
@@ -150,7 +150,7 @@ def test_verify_finds_a_counter_that_is_wrong(spent: Budgets, change: str, said:
 
 def test_a_pruned_request_counts_by_its_hold(spent: Budgets) -> None:
     with spent.ledger.transaction() as connection:
-        assert prune(connection, "acme", NOON + timedelta(days=1)).requests == 2
+        assert prune(connection, "acme", NOON + timedelta(days=1)) == 2
     assert findings(spent.ledger) == []
     assert spent.recheck("acme") == []  # the counters know more than is left to add up
     assert spent.recheck_holds("acme") == []

@@ -10,7 +10,7 @@ import pytest
 
 from langchain_polar import ChatPolar, PolarLLM
 from polar_billing.budgets.budget import Budget, Level, OverBudget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.ledger.records import Selection
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.request.admission import DOWNGRADED_TAG

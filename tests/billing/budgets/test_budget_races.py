@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_billing.budgets.budget import Budget, Level
-from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
+from polar_billing.budgets.enforcement import HOLD_LIFETIME, Budgets
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
 from tests.billing.conftest import ONE_DOLLAR_PER_CU

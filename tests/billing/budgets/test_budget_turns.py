@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.budgets.settlement import settle
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Entry
@@ -144,7 +144,7 @@ def test_others_wait_while_usage_is_pruned(budgets: Budgets) -> None:
     use(budgets.ledger, "old")
     budgets.set(Budget("acme", Decimal(11), "USD"), BOOK)  # another limit: its counter is to be computed again
     with budgets.ledger.transaction() as connection:
-        assert prune(connection, "acme", NOON + timedelta(days=1)).requests == 1
+        assert prune(connection, "acme", NOON + timedelta(days=1)) == 1
         deciding = threading.Thread(target=reserve, args=(budgets, "new"))
         deciding.start()
         wait_until_another_waits(budgets.ledger)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text, update
 
-from polar_billing.budgets import counters, keeper
+from polar_billing.budgets import counters, enforcement
 from polar_billing.budgets.budget import MAX_COUNT, Budget, Level, OverBudget, to_count
 from polar_billing.budgets.counters import FULL
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.budgets.offers import Cost, Refusal, Standing, choose
 from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, StoreError
 from polar_billing.ledger.ledger import Ledger
@@ -300,7 +300,7 @@ def test_a_tenant_without_budgets_costs_no_transaction(budgets: Budgets, monkeyp
     assert budgets.release("acme", "b", source="polar") is False
     with pytest.raises(SinkError):  # fail closed
         budgets.reserve(bound("c", CU, tenant="globex"), USD, source="polar")
-    monkeypatch.setattr(keeper, "SEEN_WITHIN_S", -1.0)  # it is time to look again
+    monkeypatch.setattr(enforcement, "SEEN_WITHIN_S", -1.0)  # it is time to look again
     assert budgets.reserve(bound("d", CU), USD, source="polar") == 0
     with pytest.raises(SinkError):
         budgets.reserve(bound("e", CU, tenant="globex"), USD, source="polar")
@@ -328,7 +328,7 @@ def test_another_process_sees_a_first_budget_before_long(tmp_path: Path, monkeyp
     assert here.reserve(bound("a", CU), USD, source="polar") == 0
     script = "import sys; from polar_billing import Budget, Budgets; Budgets(sys.argv[1]).set(Budget('acme', '0'))"
     subprocess.run([sys.executable, "-c", script, here.ledger.location], check=True, timeout=60)
-    monkeypatch.setattr(keeper, "SEEN_WITHIN_S", -1.0)  # as after five seconds
+    monkeypatch.setattr(enforcement, "SEEN_WITHIN_S", -1.0)  # as after five seconds
     with pytest.raises(BudgetExceededError):
         here.reserve(bound("b", CU), USD, source="polar")
 

@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import text, update
 
 from polar_billing.budgets.budget import Budget, Level, OverBudget
-from polar_billing.budgets.holds import Ask, Granted, HoldState, costs
-from polar_billing.budgets.keeper import Budgets, _Wanted
-from polar_billing.budgets.offers import Cost, Refusal
+from polar_billing.budgets.enforcement import Budgets, _Wanted
+from polar_billing.budgets.holds import Ask, Granted, HoldState
+from polar_billing.budgets.offers import Cost, Refusal, costs
 from polar_billing.errors import ConflictError, CurrencyMixError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Identity

@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import event
 
 from polar_billing.budgets.budget import Budget, Level
+from polar_billing.budgets.enforcement import HOLD_LIFETIME, Budgets
 from polar_billing.budgets.holds import HoldState
-from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
 from polar_billing.errors import ConflictError, StoreLockedError
 from polar_billing.ledger import clock
 from polar_billing.ledger.records import ALL_TENANTS, Selection

@@ -15,7 +15,7 @@ from sqlalchemy import update
 from typer.testing import Result
 
 from polar_billing.budgets.budget import Budget, Level
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, PriceBookError
 from polar_billing.ledger.schema import counter_table
 from polar_billing.metering.meter import Meter

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import LedgerUrlError, StoreError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.metering.meter import Meter

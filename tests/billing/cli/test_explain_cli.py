@@ -12,8 +12,8 @@ from typer.testing import Result
 from polar_billing.errors import QueryError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
-from polar_billing.statements.audit import usage_of_line
 from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.tracing import usage_of_line
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.errors import ModelNotFoundError

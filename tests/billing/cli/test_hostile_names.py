@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import polar_billing
 from polar_billing.budgets.budget import Budget, Level
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.testing import usage_record

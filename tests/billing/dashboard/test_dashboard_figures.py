@@ -11,13 +11,12 @@ import pytest
 
 from polar_billing.access.keys import ApiKeys
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
-from polar_billing.dashboard import keys as key_uses
+from polar_billing.budgets.enforcement import Budgets
+from polar_billing.dashboard import view as key_uses
 from polar_billing.dashboard.charges import Books, Cost
-from polar_billing.dashboard.health import ledger_health, spool_health
-from polar_billing.dashboard.keys import LastUses, keys_of
-from polar_billing.dashboard.programs import heat_of
-from polar_billing.dashboard.view import Looks, latest_requests, receipt_of
+from polar_billing.dashboard.layers import heat_of
+from polar_billing.dashboard.service import ledger_health, spool_health
+from polar_billing.dashboard.view import LastUses, Looks, keys_of, latest_requests, receipt_of
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import link_table

@@ -16,7 +16,7 @@ import pytest
 
 from polar_billing.access.keys import ApiKeys
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.dashboard.page import FRESH_S, Dashboard
 from polar_billing.dashboard.templates import MAX_TENANTS
 from polar_billing.errors import PeriodError

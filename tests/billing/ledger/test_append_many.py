@@ -133,8 +133,8 @@ def test_a_pruned_request_is_still_known(store: Ledger) -> None:
     meter.emit_many([young, usage_record("of another", tenant="globex")])
     before = usage_rows(store, EVERYTHING)
     with store.transaction() as connection:
-        assert prune(connection, "acme", datetime(2026, 12, 1, tzinfo=UTC)).requests == 1
-        assert prune(connection, "acme", datetime(2026, 12, 1, tzinfo=UTC)).requests == 0
+        assert prune(connection, "acme", datetime(2026, 12, 1, tzinfo=UTC)) == 1
+        assert prune(connection, "acme", datetime(2026, 12, 1, tzinfo=UTC)) == 0
     assert sorted(one.record.request_id for one in store.read(EVERYTHING)) == ["of another", "young"]
     assert usage_rows(store, EVERYTHING) == before  # totals stay
     assert meter.emit(old) == receipt

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.cli.statement import register
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import INTERRUPTED_TAG, Selection

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import StoreError, StoreLockedError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import INTERRUPTED_TAG, REUSED_TAG, Selection
 from polar_billing.ledger.retention import prune
-from polar_billing.metering.interim_usage import InterimUsage
 from polar_billing.metering.meter import Meter, open_meter
 from polar_billing.metering.spool import recover_abandoned, spool_folder
-from polar_billing.metering.spool_file import Segment, Unfinished
+from polar_billing.metering.spool_file import InterimUsage, Segment, Unfinished
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger

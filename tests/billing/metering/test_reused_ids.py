@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import ConflictError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import REUSED_TAG, Selection

@@ -13,15 +13,14 @@ from polar_billing.access.keys import ApiKeys
 from polar_billing.access.rates import Rates
 from polar_billing.access.replies import Replies
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.statements.credit_notes import credit_note
-from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.issue import credit_note, issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Offer, UsageBound
@@ -48,7 +47,7 @@ def full_ledger(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         with ledger.transaction() as connection:
             for days in (6, 16):
                 for tenant in TENANTS:
-                    assert prune(connection, tenant, EARLIER + timedelta(days=days)).requests
+                    assert prune(connection, tenant, EARLIER + timedelta(days=days))
         yield ledger
 
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import inspect, text
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.receipts import check_receipt, make_receipt

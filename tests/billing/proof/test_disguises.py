@@ -16,15 +16,14 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.chain import Head
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.chain_check import ChainCheck
 from polar_billing.proof.verify import verify_in, verify_ledger
-from polar_billing.statements.credit_notes import credit_note
-from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.issue import credit_note, issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 

@@ -24,7 +24,7 @@ from sqlalchemy.exc import DBAPIError
 
 from polar_billing.ledger.schema import CHAINED, metadata
 from polar_billing.ledger.schema.proved import PROVED, ROWS_OUTSIDE, Proof, columns_of
-from polar_billing.proof.verify import Finding, verify_in
+from polar_billing.proof.verify import verify_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.schema import Chained
+    from polar_billing.proof.chain_check import Finding
 
     Row = dict[str, Any]
     Place = tuple[str, int]

@@ -17,9 +17,9 @@ from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import always_within_receipt, rate
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.query import usage_rows
-from polar_billing.statements.audit import lines_of_usage, recheck, usage_of_line
 from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.tracing import lines_of_usage, recheck, usage_of_line
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.cli.main import app

@@ -13,7 +13,7 @@ from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.prices.quote import charged_bound, quote
+from polar_billing.prices.quote import quote_offers
 from polar_billing.prices.rating import cost_of, rate
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.explanation import explain_line
@@ -21,7 +21,7 @@ from polar_billing.reports.report import build_report
 from polar_billing.statements.issue import issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
-from polar_sdk.usage import Offer
+from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,8 +55,9 @@ def test_a_request_costs_what_the_book_counts() -> None:
 def test_a_bound_holds_the_worst_case_that_may_be_charged() -> None:
     offer = Offer(tier="standard", program="0-5", flops_bound=NEEDED, drafts_bound=BEYOND)
     at = datetime(2026, 11, 15, tzinfo=UTC)
-    bounds = [quote(one, "acme", "standard", charged_bound(offer, one), 1, 1, at).amount for one in (USEFUL, EXECUTED)]
-    assert bounds == [Decimal(2), Decimal("2.6")]
+    bound = UsageBound(request_id="r", tenant="acme", offers=(offer,), tokens_input=1, tokens_output_max=1, at=at)
+    amounts = [quoted.amount for book in (USEFUL, EXECUTED) for quoted in quote_offers(book, bound)]
+    assert amounts == [Decimal(2), Decimal("2.6")]
 
 
 @pytest.mark.parametrize(("prices", "extra"), [(USEFUL, 0), (EXECUTED, BEYOND)])

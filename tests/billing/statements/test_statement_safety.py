@@ -17,11 +17,10 @@ from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import statement_table, transaction_table
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.proof.verify import verify_ledger
-from polar_billing.statements.audit import lines_of_usage, recheck, usage_of_line
-from polar_billing.statements.credit_notes import credit_note
 from polar_billing.statements.draft import draft_statement
-from polar_billing.statements.issue import issue_statement, issued_statements
+from polar_billing.statements.issue import credit_note, issue_statement, issued_statements
 from polar_billing.statements.period import reprice
+from polar_billing.statements.tracing import lines_of_usage, recheck, usage_of_line
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Entry
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
-from polar_billing.statements.audit import recheck
 from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.tracing import recheck
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord

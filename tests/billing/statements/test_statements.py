@@ -14,12 +14,11 @@ from polar_billing.ledger.books import add_book
 from polar_billing.ledger.postings import Account, balances
 from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
-from polar_billing.statements.audit import lines_of_usage, recheck, usage_of_line
-from polar_billing.statements.credit_notes import credit_note, credit_notes
 from polar_billing.statements.draft import draft_statement
-from polar_billing.statements.issue import issue_statement, issued_statements
+from polar_billing.statements.issue import credit_note, credit_notes, issue_statement, issued_statements
 from polar_billing.statements.lines import Agreement
 from polar_billing.statements.period import reprice
+from polar_billing.statements.tracing import lines_of_usage, recheck, usage_of_line
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import ALL_TIME, Period
 from polar_sdk.usage import Outcome, TokenUsage

@@ -13,7 +13,7 @@ import pytest
 
 from polar_billing.access.keys import ApiKeys
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.dashboard.page import Dashboard
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.formula import work_out

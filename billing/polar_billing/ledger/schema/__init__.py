@@ -1,8 +1,8 @@
 """The ledger's tables on one metadata, which of them are chained, and the triggers that forbid changes.
 
-`usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
-holds · `statements` what was issued · `access` API keys, replies and rates. A new table belongs in one of them or in a
-module of its own that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
+`usage` facts, receipts, price books, sums, retention · `ledger` the hash chain, double entry, statements · `budgets`
+budgets and holds · `access` API keys, replies and rates. A new table belongs in one of them or in a module of its own
+that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ from typing import Final
 from polar_billing.ledger.schema.access import api_key_table, rate_table, reply_table, running_table
 from polar_billing.ledger.schema.base import FIRST_VERSION, NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
 from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
-from polar_billing.ledger.schema.ledger import entry_table, head_table, link_table, transaction_table
-from polar_billing.ledger.schema.statements import credit_note_table, statement_table
+from polar_billing.ledger.schema.ledger import (
+    credit_note_table,
+    entry_table,
+    head_table,
+    link_table,
+    statement_table,
+    transaction_table,
+)
 from polar_billing.ledger.schema.usage import (
     ROLLUP_KEYS,
     ROLLUP_QUANTITIES,

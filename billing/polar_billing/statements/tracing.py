@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 
 def recheck(ledger: Ledger, issued: IssuedStatement) -> list[str]:
-    """Every difference between an issued statement and what follows from the ledger; see `recheck_in`."""
+    """Every difference between an issued statement and what follows from the ledger, one line each."""
     with ledger.snapshot() as connection:
         return recheck_in(connection, issued)
 
 
 def recheck_in(connection: Connection, issued: IssuedStatement) -> list[str]:
-    """Every difference between an issued statement and what follows from the ledger."""
+    """As `recheck`, in a transaction that sees one state of the ledger."""
     return [f"statement {issued.statement.id}: {difference}" for difference in _differences(connection, issued)]
 
 
@@ -89,7 +89,11 @@ def lines_of_usage(ledger: Ledger, tenant: str, seq: int) -> list[tuple[IssuedSt
             (issued, line)
             for issued in read_statements(connection, tenant)
             for line in issued.statement.lines
-            if line.kind in USAGE_KINDS and line.since <= served < line.until and _is_on(connection, issued, line, seq)
+            if line.kind in USAGE_KINDS
+            and line.since <= served < line.until
+            and connection.execute(
+                select(usage.seq).where(usage.seq == seq, *conditions_of(connection, issued, line))
+            ).first()
         ]
 
 
@@ -176,17 +180,8 @@ def _compare(stored: Statement, recomputed: Statement) -> Iterator[str]:
         for index in range(max(len(old), len(new))):
             old_line, new_line = (lines[index] if index < len(lines) else None for lines in (old, new))
             if old_line != new_line:
-                yield f"line {index + 1} is {_as_text(old_line)}, and the usage makes it {_as_text(new_line)}"
+                yield f"line {index + 1} is {old_line or 'missing'}, and the usage makes it {new_line or 'missing'}"
                 break
-
-
-def _as_text(line: StatementLine | None) -> str:
-    return "missing" if line is None else str(line)
-
-
-def _is_on(connection: Connection, issued: IssuedStatement, line: StatementLine, seq: int) -> bool:
-    query = select(usage_table.c.seq).where(usage_table.c.seq == seq, *conditions_of(connection, issued, line))
-    return connection.execute(query).first() is not None
 
 
 def conditions_of(connection: Connection, issued: IssuedStatement, line: StatementLine) -> list[ColumnElement[bool]]:

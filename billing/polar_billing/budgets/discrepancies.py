@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection, Row, Select
 
     from polar_billing.budgets.offers import Standing
-    from polar_billing.values.periods import Period
 
 
 _ROWS_BATCH: Final = 1_000
@@ -71,21 +70,15 @@ def wrong_counters(connection: Connection, tenant: str) -> Iterator[Difference]:
     counted = list(read_counters(connection, in_force(connection, tenant)))
     everything = computed(connection, [(standing.budget, standing.period) for standing, _ in counted])
     for (standing, filed), expected in zip(counted, everything, strict=True):
-        as_expected = standing == expected or (
-            standing.held == expected.held
-            and standing.spent > expected.spent
-            and _was_pruned(connection, tenant, standing.period)
-        )
-        if not (as_expected and filed):
+        differs = standing != expected
+        if differs and standing.held == expected.held and standing.spent > expected.spent:
+            since, pruned = standing.period.since, prune_table.c
+            query = select(pruned.id).where(
+                pruned.tenant == tenant, *([] if since is None else [pruned.before > since])
+            )
+            differs = connection.execute(query.limit(1)).first() is None
+        if differs or not filed:
             yield Difference(standing, expected, misfiled=not filed)
-
-
-def _was_pruned(connection: Connection, tenant: str, period: Period) -> bool:
-    pruned = prune_table.c
-    query = select(pruned.id).where(pruned.tenant == tenant).limit(1)
-    if period.since is not None:
-        query = query.where(pruned.before > period.since)
-    return connection.execute(query).first() is not None
 
 
 def wrong_holds(connection: Connection, tenant: str | None) -> Iterator[WrongHold]:

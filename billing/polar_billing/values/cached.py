@@ -28,7 +28,7 @@ class Changes:
         self.last = next(self._numbers)
 
 
-class Remembered(Generic[Value]):
+class CachedValue(Generic[Value]):
     """The value that was read last. Safe in several threads, which may read it twice."""
 
     def __init__(self, read: Callable[[], Value], changes: Changes) -> None:
@@ -42,11 +42,7 @@ class Remembered(Generic[Value]):
         """Why it could not be read the last time that it was tried without success."""
 
     def refresh(self, seconds: float) -> None:
-        """Read the value if that is due; if it fails, the former one stays and is good for another period.
-
-        Raises:
-            Exception: Whatever `read` raises.
-        """
+        """Read the value if that is due; if it fails, the former one stays and is good for another period."""
         now, after = time.monotonic(), self._changes.last
         if now - self._read_at < seconds and self._read_after == after:
             return
@@ -59,11 +55,7 @@ class Remembered(Generic[Value]):
             self._read_at, self._read_after = now, after
 
     def known(self) -> Value:
-        """The value that was read last.
-
-        Raises:
-            Exception: Why it could not be read, if it never was.
-        """
+        """The value that was read last; if it never could be, the error of that is raised."""
         if self.value is None:
             assert self.failure is not None, "refresh comes first"
             raise self.failure

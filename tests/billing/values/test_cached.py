@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.values.memo import Changes, Remembered
+from polar_billing.values.cached import CachedValue, Changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ def test_a_second_thread_reads_too_rather_than_take_what_is_not_read_yet() -> No
         both_read.wait()
         return "value"
 
-    remembered = Remembered(read, Changes())
+    remembered = CachedValue(read, Changes())
 
     def use() -> str:
         remembered.refresh(60)
@@ -33,7 +33,7 @@ def test_a_second_thread_reads_too_rather_than_take_what_is_not_read_yet() -> No
 
 def test_it_is_read_again_after_a_change_and_not_before() -> None:
     values, changes = iter([1, 2, 3]), Changes()
-    remembered = Remembered(lambda: next(values), changes)
+    remembered = CachedValue(lambda: next(values), changes)
     for _ in range(3):
         remembered.refresh(60)
     assert remembered.known() == 1
@@ -54,7 +54,7 @@ def test_a_failure_is_good_for_a_period_and_keeps_the_former_value() -> None:
             raise answer
         return answer
 
-    remembered = Remembered(read, changes := Changes())
+    remembered = CachedValue(read, changes := Changes())
     with pytest.raises(OSError, match="away"):
         remembered.refresh(60)
     remembered.refresh(60)  # not due: the ledger is not asked for every request

@@ -21,8 +21,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_billing.budgets import counters
-from polar_billing.budgets.audit import Difference, WrongHold, wrong_counters, wrong_holds
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
+from polar_billing.budgets.discrepancies import Difference, WrongHold, wrong_counters, wrong_holds
 from polar_billing.budgets.group_commit import GroupCommit
 from polar_billing.budgets.holds import (
     Answer,
@@ -30,7 +30,6 @@ from polar_billing.budgets.holds import (
     Granted,
     Hold,
     HoldState,
-    costs,
     hold,
     in_force,
     latest_holds,
@@ -40,7 +39,7 @@ from polar_billing.budgets.holds import (
     write_budget,
 )
 from polar_billing.budgets.leases import Lease, Leases
-from polar_billing.budgets.offers import Refusal, Standing
+from polar_billing.budgets.offers import Refusal, Standing, costs
 from polar_billing.budgets.settlement import free, with_budgets
 from polar_billing.errors import BillingError, BudgetError, CurrencyMixError, StoreError
 from polar_billing.ledger import chain, pending_writers
@@ -48,7 +47,7 @@ from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.connection import lock_counts
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Identity
-from polar_billing.values.memo import Changes, Remembered
+from polar_billing.values.cached import CachedValue, Changes
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import PolarError
 
@@ -100,7 +99,7 @@ class Budgets:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.lifetime = lifetime
         self._clock = clock
-        self._tenants = Remembered(self._tenants_with_budgets, _changes)
+        self._tenants = CachedValue(self._tenants_with_budgets, _changes)
         self._leases = Leases(lifetime.total_seconds(), self._renew)
         self._groups: dict[str, GroupCommit[_Call, Answer | bool]] = {}
         """By tenant: what makes holds and releases them."""
