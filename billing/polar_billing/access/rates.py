@@ -139,12 +139,9 @@ class _Account:
 
     def row(self) -> tuple[str, int, int]:
         """As it is stored."""
-        full_at = {what: bucket.full_at for what, bucket in self.buckets.items()}
-        return (
-            self.key_id,
-            full_at.get("requests", self.requests_full_at),
-            full_at.get("tokens", self.tokens_full_at),
-        )
+        former = {"requests": self.requests_full_at, "tokens": self.tokens_full_at}
+        full_at = former | {what: bucket.full_at for what, bucket in self.buckets.items()}
+        return (self.key_id, full_at["requests"], full_at["tokens"])
 
 
 class Rates:

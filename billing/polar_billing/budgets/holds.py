@@ -61,6 +61,13 @@ _OPEN_OF: Final = _OPEN.where(hold_table.c.tenant == bindparam("tenant"))
 _INSERT: Final = insert(hold_table).returning(hold_table.c.seq, sort_by_parameter_order=True)
 
 
+_SAME: Final = (
+    "seq", "source", "request_id", "attempt", "fingerprint", "offer", "cost_bound", "flops_bound", "held_at",
+    "expires_at",
+)  # fmt: skip
+"""Columns that are fields of a `Hold`."""
+
+
 class HoldState(StrEnum):
     """How a hold stands; it leaves `held` once, for one of the others."""
 
@@ -165,20 +172,8 @@ def open_holds(connection: Connection, tenant: str | None, *, due: datetime | No
 
 
 def _hold(row: Row[Any]) -> Hold:
-    return Hold(
-        seq=row.seq,
-        source=row.source,
-        request_id=row.request_id,
-        attempt=row.attempt,
-        scope=Scope(row.tenant, row.project, row.user_name, row.key_name, row.at, row.currency),
-        fingerprint=row.fingerprint,
-        offer=row.offer,
-        cost_bound=row.cost_bound,
-        flops_bound=row.flops_bound,
-        held_at=row.held_at,
-        expires_at=row.expires_at,
-        state=HoldState(row.state),
-    )
+    scope = Scope(row.tenant, row.project, row.user_name, row.key_name, row.at, row.currency)
+    return Hold(scope=scope, state=HoldState(row.state), **{name: getattr(row, name) for name in _SAME})
 
 
 def resolve(

@@ -289,12 +289,19 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, 
     if not rows:
         return
     dialect = connection.dialect
-    if dialect.name == "postgresql" and len(rows) >= _COPY_FROM:
-        _copy(connection, f"COPY {_place(table, dialect)} FROM STDIN", rows)
-    else:
+    if dialect.name != "postgresql" or len(rows) < _COPY_FROM:
         # An error rolls the whole transaction back, so SQLite need not keep what would undo a single row.
         verb = "INSERT OR FAIL" if dialect.name == "sqlite" else "INSERT"
         connection.exec_driver_sql(f"{verb} {_into(table, dialect)}", list(rows))
+        return
+    driver: Any = connection.connection.driver_connection
+    statement = f"COPY {_place(table, dialect)} FROM STDIN"
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
+    except dialect.loaded_dbapi.IntegrityError as error:
+        raise IntegrityError(statement, None, error) from error  # as SQLAlchemy's own statements do
 
 
 def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]], changes: Sequence[str]) -> None:
@@ -332,13 +339,3 @@ def _into(table: Table, dialect: Dialect) -> str:
 def _into_from_arrays(table: Table, dialect: Dialect) -> str:
     arrays = ", ".join(f"%s::{column.type.compile(dialect)}[]" for column in table.c)
     return f"INTO {_place(table, dialect)} SELECT * FROM unnest({arrays})"
-
-
-def _copy(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    driver: Any = connection.connection.driver_connection
-    try:
-        with driver.cursor() as cursor, cursor.copy(statement) as copy:
-            for row in rows:
-                copy.write_row(row)
-    except connection.dialect.loaded_dbapi.IntegrityError as error:
-        raise IntegrityError(statement, None, error) from error  # as SQLAlchemy's own statements do

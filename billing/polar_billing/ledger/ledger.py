@@ -37,9 +37,8 @@ from polar_billing.ledger.location import (
     translate,
 )
 from polar_billing.ledger.pending_writers import drain
-from polar_billing.ledger.raw_usage import raw_usage_query
 from polar_billing.ledger.records import conditions, from_row
-from polar_billing.ledger.rollups import read_sums
+from polar_billing.ledger.rollups import raw_usage_query, read_sums
 from polar_billing.ledger.schema import (
     FIRST_VERSION,
     SCHEMA_VERSION,
@@ -55,9 +54,8 @@ if TYPE_CHECKING:
     from sqlalchemy import URL, Row, Select
 
     from polar_billing.ledger.append import Settle
-    from polar_billing.ledger.raw_usage import RawUsage
     from polar_billing.ledger.records import Entry, Identity, Selection, StoredUsage
-    from polar_billing.ledger.rollups import Sum
+    from polar_billing.ledger.rollups import RawUsage, Sum
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.in_force import Choice
 

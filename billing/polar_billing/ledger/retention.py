@@ -15,7 +15,7 @@ from sqlalchemy import delete, insert, literal, select
 
 from polar_billing.ledger import chain
 from polar_billing.ledger.connection import lock_counts
-from polar_billing.ledger.rollups import raw_usage, sum_up
+from polar_billing.ledger.rollups import sum_up, usage_shares
 from polar_billing.ledger.schema import prune_table, pruned_table, receipt_table, usage_table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def prune(connection: Connection, tenant: str, before: datetime) -> int:
     chain.lock_heads(connection, [tenant])
     lock_counts(connection, [tenant])  # who counts now must not find some of it gone halfway through
     old = (usage_table.c.tenant == tenant, usage_table.c.started_at < before)
-    sums = sum_up(raw_usage(connection, *old))
+    sums = sum_up(usage_shares(connection, *old))
     requests = sum(quantities[0] for quantities in sums.values())
     if requests:
         _keep_proofs(connection, tenant, before, requests, sums)

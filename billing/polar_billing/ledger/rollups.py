@@ -3,8 +3,8 @@
 One way of adding up serves the writer, `verify` and retention: everything is added in Python integers and
 kept as whole millions and a rest, so nothing overflows and nothing is rounded. A query reads the sums by hour where it
 can; hours that a period cuts, and hours in which the day changes in the given time zone, are added up from usage. The
-two agree, because both are integers of the same facts; `verify` checks one against the other. Knows no prices and no
-output.
+two agree, because both are integers of the same facts; `verify` checks one against the other. Reports read usage
+request by request, as the database holds it (`RawUsage`). Knows no prices and no output.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from polar_billing.values.money import to_units
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from sqlalchemy import ColumnElement, Connection
+    from sqlalchemy import ColumnElement, Connection, Select
 
     from polar_billing.ledger.records import Selection, StoredUsage
 
@@ -47,11 +47,51 @@ _USAGE_COLUMNS: Final = (
     *("tokens_input", "tokens_cached", "tokens_output", "flops_total", "identity_flops"),
 )
 _RECEIPT_COLUMNS: Final = ("price_book_hash", "cost", "unrated")
+_COMPUTED: Final = {
+    "flops_answer": "polar_usage.flops_layers_decode + polar_usage.flops_head",
+    **{name: f"coalesce(polar_usage.{name}, 0)" for name in ("tokens_drafted", "tokens_accepted", "flops_drafts")},
+    "cost": "coalesce(polar_receipt.cost, 0)",
+}
 _pick_usage: Final = itemgetter(*(usage_table.c.keys().index(name) for name in _USAGE_COLUMNS))
 _pick_receipt: Final = itemgetter(*(receipt_table.c.keys().index(name) for name in _RECEIPT_COLUMNS))
 
 
 class RawUsage(NamedTuple):
+    """One request as the database holds it: times are microseconds since 1970, money is in 10^-12, visits are JSON.
+
+    See `UsageRecord` and `StoredUsage`.
+    """
+
+    tenant: str
+    tier: str | None
+    model: str
+    program: str
+    outcome: str
+    price_book_hash: str
+    unrated: str | None
+    started_at: int
+    visits_prefill: str
+    visits_prefill_filled: str | None
+    visits_decode: str
+    tokens_input: int
+    tokens_cached: int
+    tokens_output: int
+    flops_total: int
+    identity_flops: int
+    flops_router: int
+    flops_answer: int
+    """Decode steps and the head."""
+    tokens_drafted: int
+    tokens_accepted: int
+    flops_drafts: int
+    cost: int
+    """0 where unrated."""
+    queue_ns: int
+    prefill_ns: int
+    decode_ns: int
+
+
+class Share(NamedTuple):
     """One request's share of the sums, as the database holds it: `_USAGE_COLUMNS` and `_RECEIPT_COLUMNS`."""
 
     tenant: str
@@ -88,7 +128,7 @@ class RawUsage(NamedTuple):
 
 def add_to_rollups(connection: Connection, rows: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> None:
     """Add newly stored rows of `polar_usage`, each with its row of `polar_receipt`, to the stored sums."""
-    sums = sum_up(RawUsage(*_pick_usage(usage), *_pick_receipt(receipt)) for usage, receipt in rows)
+    sums = sum_up(Share(*_pick_usage(usage), *_pick_receipt(receipt)) for usage, receipt in rows)
     values = []
     for key in sorted(sums):  # in a fixed order, so that two writers cannot wait for each other's rows
         requests, *others = sums[key]
@@ -97,7 +137,7 @@ def add_to_rollups(connection: Connection, rows: Iterable[tuple[Sequence[Any], S
     upsert_rows(connection, rollup_table, values, _ADD)
 
 
-def sum_up(rows: Iterable[RawUsage]) -> Sums:
+def sum_up(rows: Iterable[Share]) -> Sums:
     """Add usage up by rollup key."""
     sums: Sums = {}
     for row in rows:
@@ -157,18 +197,29 @@ def _joined(split: Sequence[Any]) -> Iterator[int]:
         yield int(millions) * _MILLION + int(rest)
 
 
-def raw_usage(connection: Connection, *conditions: ColumnElement[bool]) -> Iterator[RawUsage]:
+def usage_shares(connection: Connection, *conditions: ColumnElement[bool]) -> Iterator[Share]:
     """Read the shares that usage and its receipts have in the sums."""
-    names = [f"polar_usage.{name}" for name in _USAGE_COLUMNS] + [f"polar_receipt.{name}" for name in _RECEIPT_COLUMNS]
-    columns: list[ColumnElement[Any]] = [literal_column(name) for name in names]
-    query = (
-        select(*columns)
-        .select_from(usage_table)
-        .join(receipt_table, receipt_table.c.usage_seq == usage_table.c.seq)
-        .where(*conditions)
-    )
+    names = {name: f"polar_usage.{name}" for name in _USAGE_COLUMNS}
+    names |= {name: f"polar_receipt.{name}" for name in _RECEIPT_COLUMNS}
+    query = _joined_usage(names).where(*conditions)
     with connection.execute(query, execution_options={"yield_per": 1_000}) as rows:
-        yield from map(RawUsage._make, rows)
+        yield from map(Share._make, rows)
+
+
+def raw_usage_query(selection: Selection) -> Select[Any]:
+    """The query of a selection, whose tags are ignored; its columns are those of `RawUsage`, in no order of rows."""
+    names = {name: f"polar_{'receipt' if name in _RECEIPT_COLUMNS else 'usage'}.{name}" for name in RawUsage._fields}
+    served = type_coerce(usage_table.c.started_at, BigInteger)
+    ends = (selection.period.since, selection.period.until)
+    bounds = (None if moment is None else to_microseconds(moment) for moment in ends)
+    return _joined_usage(names | _COMPUTED).where(*conditions(selection, usage_table.c, served, *bounds))
+
+
+def _joined_usage(names: Mapping[str, str]) -> Select[Any]:
+    """Usage with its receipts; names of columns → SQL."""
+    columns: list[ColumnElement[Any]] = [literal_column(sql).label(name) for name, sql in names.items()]
+    joined = select(*columns).select_from(usage_table)
+    return joined.join(receipt_table, receipt_table.c.usage_seq == usage_table.c.seq)
 
 
 SUM_DIMENSIONS: Final = frozenset({"tenant", "tier", "model", "source", "outcome", "day", "month"})
@@ -235,7 +286,7 @@ def read_sums(connection: Connection, selection: Selection, *, hourly: bool, rol
 
 def _from_usage(connection: Connection, selection: Selection, since: int | None, until: int | None) -> Iterator[Sum]:
     served = type_coerce(usage_table.c.started_at, BigInteger)
-    for row in raw_usage(connection, *conditions(selection, usage_table.c, served, since, until)):
+    for row in usage_shares(connection, *conditions(selection, usage_table.c, served, since, until)):
         quantities, moment = row.quantities, row.started_at
         what = (row.tenant, row.tier, row.model, row.source, row.outcome, row.price_book_hash, row.unrated)
         yield Sum(*what, moment, quantities)

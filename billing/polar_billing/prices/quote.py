@@ -85,18 +85,15 @@ def quote(
             raise AmountError(f"{name} ({count}) is negative.", hint="Give the maximum the request can use.")
     counts = Counts(1, flops_bound, tokens_input, tokens_output)
     changes = [] if until is None else [moment for moment in book.changes_of(tenant) if at < moment <= until]
-    ratings = [_rate(book, tenant, tier, counts, moment) for moment in (at, *changes)]
-    for rating in ratings:
-        if rating.unrated is not None:
-            return Quote(book.currency, None, unrated=rating.unrated)
-    highest = max(ratings, key=lambda rating: sum(line.exact for line in rating.lines))
+    highest, most = Rating(book.currency), -1
+    for moment in (at, *changes):
+        rate = rate_of(book, tenant, tier, moment)
+        if isinstance(rate, str):
+            return Quote(book.currency, None, unrated=rate)
+        lines = charge_lines(counts, rate.entry, rate.multiplier)
+        exact = sum(line.exact for line in lines)
+        if (beyond := reason_beyond(exact, book)) is not None:
+            return Quote(book.currency, None, unrated=beyond)
+        if exact > most:
+            highest, most = Rating(book.currency, lines), exact
     return Quote(book.currency, highest.cost, highest.lines)
-
-
-def _rate(book: PriceBook, tenant: str, tier: str | None, counts: Counts, moment: datetime) -> Rating:
-    rate = rate_of(book, tenant, tier, moment)
-    if isinstance(rate, str):
-        return Rating(book.currency, unrated=rate)
-    lines = charge_lines(counts, rate.entry, rate.multiplier)
-    beyond = reason_beyond(sum(line.exact for line in lines), book)
-    return Rating(book.currency, lines) if beyond is None else Rating(book.currency, unrated=beyond)

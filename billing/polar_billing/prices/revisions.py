@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.entries import Checked, PriceEntry
-    from polar_billing.prices.plans import Plan
 
 
 _MAX_NAMED: Final = 3
@@ -90,20 +89,14 @@ def _parts(book: PriceBook, former: PriceBook) -> Iterator[tuple[str, _Part]]:
     for entry in book.prices:
         yield _entry("prices", entry)
     for name, plan in book.plans.items():
-        fresh = name not in former.plans
-        for path, part in _plan(f"plans.{name}", plan):
-            yield path, replace(part, addable=fresh)
+        parts = [_entry(f"plans.{name}.prices", entry) for entry in plan.prices]
+        parts += [_part(f"plans.{name}.terms", terms.effective_from, terms) for terms in plan.terms]
+        for path, part in parts:
+            yield path, replace(part, addable=name not in former.plans)
     for customer in book.customers:
         yield _part(f"customers.{customer.tenant}", customer.effective_from, customer)
     for credit in book.credits:
         yield f"credits.{credit.id}", _Part(credit.effective_from, _leaves(credit), addable=True)
-
-
-def _plan(path: str, plan: Plan) -> Iterator[tuple[str, _Part]]:
-    for entry in plan.prices:
-        yield _entry(f"{path}.prices", entry)
-    for terms in plan.terms:
-        yield _part(f"{path}.terms", terms.effective_from, terms)
 
 
 def _entry(path: str, entry: PriceEntry) -> tuple[str, _Part]:

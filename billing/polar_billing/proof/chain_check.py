@@ -11,7 +11,7 @@ from polar_billing.ledger.chain import Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.schema import CHAINED, link_table, pruned_table, subject_of, usage_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from sqlalchemy import Connection
 
@@ -56,7 +56,11 @@ class ChainCheck:
         """Walk up to the first bad number, or to the stored head; from the first link, or from a good one."""
         last = after or Head()
         for links in self._pages(after):
-            rows = self._rows_of(links)
+            rows: Rows = {}
+            for subject, chained in self._chained.items():
+                keys = [chained.key_of(link.key) for link in links if link.subject == subject]
+                stored = raw_rows(self.connection, chained, [key for key in keys if key is not None])
+                rows |= {(subject, key): parts for key, parts in stored.items()}
             for link in links:
                 what = _wrong_link(link, last) or self._wrong_row(link, rows)
                 if what is not None:
@@ -84,14 +88,6 @@ class ChainCheck:
             yield links
             last = links[-1].number
 
-    def _rows_of(self, links: Sequence[Link]) -> Rows:
-        rows_by_link: Rows = {}
-        for subject, chained in self._chained.items():
-            keys = [key for link in links if link.subject == subject and (key := chained.key_of(link.key)) is not None]
-            for key, rows in raw_rows(self.connection, chained, keys).items():
-                rows_by_link[subject, key] = rows
-        return rows_by_link
-
     def _wrong_row(self, link: Link, rows: Rows) -> str | None:
         if link.subject not in self._chained:
             what = f"is of a kind that this polar-llm does not know, {link.subject!r}."
@@ -99,19 +95,15 @@ class ChainCheck:
         stored = rows.get((link.subject, link.key))
         name = f"row {link.key} of polar_{link.subject}"
         if stored is None:
-            return None if self._was_pruned(link) else f"{name} is missing."
+            key = CHAINED[_USAGE].key_of(link.key) if link.subject == _USAGE else None
+            pruned = select(pruned_table.c.seq).where(pruned_table.c.seq == key, pruned_table.c.tenant == link.tenant)
+            left = None if key is None else self.connection.execute(pruned).first()
+            return f"{name} is missing." if left is None else None
         if digest_of(link.subject, stored) != link.digest:
             return f"{name}, or a row that belongs to it, was changed, added or removed."
         if CHAINED[link.subject].tenant_of(stored[0][1]) != link.tenant:
             return f"{name} is of another tenant."
         return None
-
-    def _was_pruned(self, link: Link) -> bool:
-        if link.subject != _USAGE or (key := CHAINED[_USAGE].key_of(link.key)) is None:
-            return False
-        pruned = pruned_table.c
-        query = select(pruned.seq).where(pruned.seq == key, pruned.tenant == link.tenant)
-        return self.connection.execute(query).first() is not None
 
 
 def _wrong_link(link: Link, last: Head) -> str | None:

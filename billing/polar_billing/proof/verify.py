@@ -28,7 +28,7 @@ from polar_billing.budgets.settlement import with_budgets
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger.chain import Head
 from polar_billing.ledger.retention import pruned_totals
-from polar_billing.ledger.rollups import merge, misfiled_rollups, raw_usage, stored_rollups, sum_up
+from polar_billing.ledger.rollups import merge, misfiled_rollups, stored_rollups, sum_up, usage_shares
 from polar_billing.ledger.schema import (
     entry_table,
     head_table,
@@ -166,7 +166,7 @@ def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
             )
         stored = stored_rollups(connection, rollup_table.c.tenant == tenant)
         try:
-            usage = sum_up(raw_usage(connection, usage_table.c.tenant == tenant))
+            usage = sum_up(usage_shares(connection, usage_table.c.tenant == tenant))
             computed = merge(usage, *pruned_totals(connection, tenant))
             wrong = sorted(key for key in stored.keys() | computed.keys() if stored.get(key) != computed.get(key))
         except MALFORMED as error:

@@ -45,8 +45,19 @@ def book_view(book: PriceBook) -> RenderableType:
     for name, plan in book.plans.items():
         parts += [Text(), *([_rates(f"Plan {name}, its own rates", plan.prices)] if plan.prices else [])]
         parts += [as_text(line) for terms in plan.terms for line in _terms(name, terms)]
-    parts += [Text(), _customers(book)] if book.customers else []
-    parts += [Text(), _book_credits(book)] if book.credits else []
+    if book.customers:
+        table = new_table("Customers", ["tenant", "plan", "from", "zone"])
+        for customer in book.customers:
+            since = _moment(customer.effective_from)
+            add_row(table, customer.tenant, customer.plan or text.DASH, since, customer.zone)
+        parts += [Text(), table]
+    if book.credits:
+        table = new_table("Prepaid credits, in order of use", ["credit", "tenant", "from", "until"])
+        add_numbers(table, "priority", f"amount {book.currency}")
+        for credit in sorted(book.credits, key=lambda credit: (credit.tenant, credit.order)):
+            moments = (_moment(credit.effective_from), _moment(credit.expires_at))
+            add_row(table, credit.id, credit.tenant, *moments, str(credit.priority), plain(credit.amount))
+        parts += [Text(), table]
     return Group(*parts)
 
 
@@ -81,23 +92,6 @@ def _period_price(item: PeriodPrice) -> str:
     upto = ("beyond" if band.up_to is None else f"up to {plain(band.up_to)}" for band in item.bands)
     bands = (f"{plain(band.unit_price)} {end}" for band, end in zip(item.bands, upto, strict=True))
     return f"{item.model}: {', '.join(bands)}"
-
-
-def _customers(book: PriceBook) -> Table:
-    table = new_table("Customers", ["tenant", "plan", "from", "zone"])
-    for customer in book.customers:
-        since = _moment(customer.effective_from)
-        add_row(table, customer.tenant, customer.plan or text.DASH, since, customer.zone)
-    return table
-
-
-def _book_credits(book: PriceBook) -> Table:
-    table = new_table("Prepaid credits, in order of use", ["credit", "tenant", "from", "until"])
-    add_numbers(table, "priority", f"amount {book.currency}")
-    for credit in sorted(book.credits, key=lambda credit: (credit.tenant, credit.order)):
-        moments = (_moment(credit.effective_from), _moment(credit.expires_at))
-        add_row(table, credit.id, credit.tenant, *moments, str(credit.priority), plain(credit.amount))
-    return table
 
 
 def _moment(moment: datetime | None) -> str:

@@ -86,6 +86,7 @@ def report_html(report: Report) -> str:
     environment = new_environment(_HERE, "the HTML report")
     environment.filters.update(_filters(report, amounts))
     charged = report.currency is not None and report.figures.charge is not None
+    panels = sorted((panel for tier in report.tiers for panel in tier.depth), key=lambda panel: panel.model)
     return environment.get_template("report.html.jinja").render(
         report=report,
         amounts=amounts,
@@ -93,7 +94,10 @@ def report_html(report: Report) -> str:
         compute=_compute_by_tier(report),
         charges=_charges_by_tier(report, amounts.charges) if charged else (),
         tenants=_charges_by_tenant(report, amounts.charges) if charged else (),
-        depth=_depth(report),
+        depth=[
+            (model, [(panel, _columns(panel), ticks(len(panel.visits))) for panel in members])
+            for model, members in groupby(panels, key=lambda panel: panel.model)
+        ],
     )
 
 
@@ -242,15 +246,6 @@ def _charges_by_tenant(report: Report, unit: Unit) -> tuple[Bar, ...]:
         )
         for tenant in ranked
     )
-
-
-def _depth(report: Report) -> list[tuple[str, list[tuple[DepthPanel, Any, Any]]]]:
-    """By model, a panel per tier."""
-    panels = sorted((panel for tier in report.tiers for panel in tier.depth), key=lambda panel: panel.model)
-    return [
-        (model, [(panel, _columns(panel), ticks(len(panel.visits))) for panel in members])
-        for model, members in groupby(panels, key=lambda panel: panel.model)
-    ]
 
 
 def _columns(panel: DepthPanel) -> tuple[Column, ...]:

@@ -125,9 +125,10 @@ class PromiseWatch:
     def report(self, summary: Summary) -> tuple[PromiseReport, ...]:
         """Say what was promised and kept, beside what was charged."""
         charges = {(each.tenant, tier.tier): tier.figures.charge for each in summary.tenants for tier in each.tiers}
+        promises = sorted(self._kept.items(), key=lambda item: str(item[0]))
         return tuple(
-            _report(promise, self._kept[promise], charges.get((promise.tenant, promise.tier)), summary.decimals)
-            for promise in sorted(self._kept, key=str)
+            _report(promise, kept, charges.get((promise.tenant, promise.tier)), summary.decimals)
+            for promise, kept in promises
         )
 
 

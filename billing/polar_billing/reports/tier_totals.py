@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.raw_usage import RawUsage
     from polar_billing.ledger.records import Selection
+    from polar_billing.ledger.rollups import RawUsage
     from polar_billing.prices.book import PriceBook
     from polar_billing.reports.totals import Rater
 

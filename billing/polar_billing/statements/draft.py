@@ -122,7 +122,7 @@ def find_late_usage(connection: Connection, basis: Basis, earlier: Sequence[Issu
         if statement.currency != basis.book.currency or statement.id == basis.id:
             continue
         seqs = SeqRange(basis.seq_until, after=charged[statement.id])
-        if _count_late(connection, statement, seqs):
+        if count_requests(connection, statement, seqs):
             found.append(LateUsage(statement.id, seqs))
     return tuple(found)
 
@@ -157,7 +157,7 @@ def compute_statement(
         price_book=book.id,
         price_book_hash=book.content_hash,
         requests=sum(use.counts.requests for use in usage.uses),
-        requests_late=sum(_count_late(connection, statement, seqs) for statement, seqs in corrected),
+        requests_late=sum(count_requests(connection, statement, seqs) for statement, seqs in corrected),
         unrated=dict(sorted(unrated.items())),
         usage=usage_by_tier(usage),
         agreement={tier: (counts.agreed, counts.compared) for tier, counts in sorted(basis.agreement.items())},
@@ -219,7 +219,3 @@ def _minus(quantity: Decimal | None, former: Decimal | None) -> Decimal | None:
     if quantity is None and former is None:
         return None
     return exact_difference(quantity or Decimal(0), former or Decimal(0), EXACT_SCALE)
-
-
-def _count_late(connection: Connection, statement: Statement, seqs: SeqRange) -> int:
-    return count_requests(connection, statement.tenant, statement.since, statement.until, seqs)

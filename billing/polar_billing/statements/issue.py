@@ -205,7 +205,12 @@ def credit_note(
         )
         transaction: int = connection.execute(booking).scalar_one()
         book_credit_note(connection, issued.statement, reference, amount, moment, transaction)
-        return _store(connection, issued, reference, amount, reason, moment)
+        values = {"tenant": tenant, "statement": issued.number, "reference": reference, "amount": f"{amount:f}"}
+        values |= {"reason": reason, "issued_at": moment}
+        added = insert(credit_note_table).values(values).returning(note.number)
+        number: int = connection.execute(added).scalar_one()
+        chain.link(connection, credit_note_table, number)
+        return CreditNote(number, statement_id, reference, amount, reason, moment)
 
 
 def credit_notes(ledger: Ledger, issued: IssuedStatement) -> list[CreditNote]:
@@ -225,23 +230,6 @@ def _check_amount(amount: Decimal, issued: IssuedStatement, earlier: list[Credit
             f"{statement.total}.",
             hint="Give at most what is left of it.",
         )
-
-
-def _store(
-    connection: Connection, issued: IssuedStatement, reference: str, amount: Decimal, reason: str, moment: datetime
-) -> CreditNote:
-    values = {
-        "tenant": issued.statement.tenant,
-        "statement": issued.number,
-        "reference": reference,
-        "amount": f"{amount:f}",
-        "reason": reason,
-        "issued_at": moment,
-    }
-    added = insert(credit_note_table).values(values).returning(credit_note_table.c.number)
-    number: int = connection.execute(added).scalar_one()
-    chain.link(connection, credit_note_table, number)
-    return CreditNote(number, issued.statement.id, reference, amount, reason, moment)
 
 
 def _notes(connection: Connection, issued: IssuedStatement) -> list[CreditNote]:

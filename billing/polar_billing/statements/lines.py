@@ -131,9 +131,16 @@ def phases_of(book: PriceBook, tenant: str, period: Period) -> tuple[Phase, ...]
     since, until = bounds(period)
     cuts = [since, *(moment for moment in book.changes_of(tenant) if since < moment < until), until]
     stretches = [Stretch(begin, end, book.entry_at(begin, tenant)) for begin, end in pairwise(cuts)]
-    parts = [(_terms(book, tenant, stretch.since), stretch) for stretch in stretches]
-    grouped = groupby(parts, key=lambda part: part[0])
-    return tuple(_phase(plan, terms, [stretch for _, stretch in members]) for (plan, terms), members in grouped)
+    phases = []
+    for (plan, terms), members in groupby(stretches, key=lambda stretch: _terms(book, tenant, stretch.since)):
+        merged: list[Stretch] = []
+        for stretch in members:  # changes of other plans cut nothing
+            if merged and merged[-1].entry == stretch.entry:
+                merged[-1] = Stretch(merged[-1].since, stretch.until, stretch.entry)
+            else:
+                merged.append(stretch)
+        phases.append(Phase(merged[0].since, merged[-1].until, plan, terms, tuple(merged)))
+    return tuple(phases)
 
 
 def _terms(book: PriceBook, tenant: str, moment: datetime) -> tuple[str | None, Terms | None]:
@@ -141,13 +148,3 @@ def _terms(book: PriceBook, tenant: str, moment: datetime) -> tuple[str | None, 
     if customer is None or customer.plan is None:
         return None, None
     return customer.plan, book.plans[customer.plan].terms_at(moment)
-
-
-def _phase(plan: str | None, terms: Terms | None, stretches: list[Stretch]) -> Phase:
-    merged: list[Stretch] = []
-    for stretch in stretches:  # changes of other plans cut nothing
-        if merged and merged[-1].entry == stretch.entry:
-            merged[-1] = Stretch(merged[-1].since, stretch.until, stretch.entry)
-        else:
-            merged.append(stretch)
-    return Phase(merged[0].since, merged[-1].until, plan, terms, tuple(merged))

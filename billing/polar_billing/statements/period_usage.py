@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.lines import Agreement, Phase, Stretch
+    from polar_billing.statements.statement import Statement
 
 
 _MILLION: Final = 10**6
@@ -48,11 +49,16 @@ def read_usage(
 ) -> PeriodUsage:
     """Read what rating needs of a tenant, and of no other; see `charges.charges_of`."""
     stretches = [stretch for phase in phases for stretch in phase.stretches]
-    return PeriodUsage(
-        uses=tuple(use for stretch in stretches for use in _uses(connection, tenant, stretch, seqs, book)),
-        latency_ns_p95=dict(_latencies(connection, tenant, phases, seqs)),
-        agreement=dict(agreement),
-    )
+    uses = tuple(use for stretch in stretches for use in _uses(connection, tenant, stretch, seqs, book))
+    latencies: dict[tuple[datetime, str], int] = {}
+    for phase in phases:
+        promises = {} if phase.terms is None else phase.terms.promises
+        for tier, promise in promises.items():
+            if promise.latency_ms_p95_max is not None:
+                conditions = within(tenant, phase.since, phase.until, seqs)
+                if (latency := _p95(connection, [*conditions, usage_table.c.tier == tier])) is not None:
+                    latencies[phase.since, tier] = latency
+    return PeriodUsage(uses, latencies, dict(agreement))
 
 
 def within(tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> list[ColumnElement[bool]]:
@@ -68,18 +74,16 @@ def charged_flops(book: PriceBook) -> ColumnElement[int]:
     return usage.flops_total + func.coalesce(usage.flops_drafts, 0) if book.charge_drafts else usage.flops_total
 
 
-def count_requests(connection: Connection, tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> int:
-    """The number of a tenant's requests served in a half-open span of time."""
-    query = select(func.count()).select_from(usage_table).where(*within(tenant, since, until, seqs))
-    return connection.execute(query).scalar_one()
+def count_requests(connection: Connection, statement: Statement, seqs: SeqRange) -> int:
+    """The number of its tenant's requests served in the period of a statement."""
+    served = within(statement.tenant, statement.since, statement.until, seqs)
+    return connection.execute(select(func.count()).select_from(usage_table).where(*served)).scalar_one()
 
 
 def last_seq(connection: Connection, tenant: str) -> int:
     """The sequence number of the tenant's latest usage; 0 where there is none."""
-    seq: int | None = connection.execute(
-        select(func.max(usage_table.c.seq)).where(usage_table.c.tenant == tenant)
-    ).scalar()
-    return seq or 0
+    query = select(func.coalesce(func.max(usage_table.c.seq), 0)).where(usage_table.c.tenant == tenant)
+    return int(connection.execute(query).scalar_one())
 
 
 def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange, book: PriceBook) -> Iterator[Use]:
@@ -131,19 +135,6 @@ def uses_beyond_receipt(
         if (reason := beyond_receipt(counts, rate, book)) is not None:
             found[seq] = Use(stretch, tier, outcome, counts, reason)
     return found
-
-
-def _latencies(
-    connection: Connection, tenant: str, phases: Sequence[Phase], seqs: SeqRange
-) -> Iterator[tuple[tuple[datetime, str], int]]:
-    for phase in phases:
-        promises = {} if phase.terms is None else phase.terms.promises
-        for tier, promise in promises.items():
-            if promise.latency_ms_p95_max is not None:
-                conditions = within(tenant, phase.since, phase.until, seqs)
-                latency = _p95(connection, [*conditions, usage_table.c.tier == tier])
-                if latency is not None:
-                    yield (phase.since, tier), latency
 
 
 def _p95(connection: Connection, conditions: list[ColumnElement[bool]]) -> int | None:

@@ -15,7 +15,7 @@ import hashlib
 import json
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
@@ -64,6 +64,10 @@ class StatementLine(_Part):
     note: str | None = None
     corrects: str | None = None
     """For late usage: the statement of the period in which it was served."""
+
+
+_SAME: Final = tuple(name for name in StatementLine.model_fields if name not in {"number", "amount"})
+"""Fields that a line has before it is rounded as well."""
 
 
 class TierUsage(_Part):
@@ -159,21 +163,7 @@ def rounded_lines(lines: Sequence[ExactLine], book: PriceBook) -> tuple[tuple[St
     """Round each line once; returns the lines, the residue and the total, which is the sum of both."""
     rounded = round_lines([line.exact for line in lines], book.statement_decimals)
     statement_lines = tuple(
-        StatementLine(
-            number=number,
-            kind=line.kind,
-            tier=line.tier,
-            item=line.item,
-            quantity=line.quantity,
-            unit=line.unit,
-            unit_price=line.unit_price,
-            amount=amount,
-            since=line.since,
-            until=line.until,
-            outcome=line.outcome,
-            note=line.note,
-            corrects=line.corrects,
-        )
+        StatementLine(number=number, amount=amount, **{name: getattr(line, name) for name in _SAME})
         for number, (line, amount) in enumerate(zip(lines, rounded.amounts, strict=True), start=1)
     )
     return statement_lines, rounded.residue, rounded.total
@@ -205,10 +195,7 @@ def pay_with_credits(
         used = min(before, max(owed, 0)) if usable else 0
         owed -= used
         expired = before - used if over else 0
-        amounts = (from_scaled(units, decimals) for units in (before, used, expired, before - used - expired))
-        uses.append(
-            CreditUse.model_validate(
-                dict(zip(("id", "before", "used", "expired", "after"), (credit.id, *amounts), strict=True))
-            )
-        )
+        units = {"before": before, "used": used, "expired": expired, "after": before - used - expired}
+        amounts = {name: from_scaled(count, decimals) for name, count in units.items()}
+        uses.append(CreditUse(id=credit.id, **amounts))
     return tuple(uses), from_scaled(owed, decimals)

@@ -87,7 +87,11 @@ class Period:
         Raises:
             PeriodError: No such zone.
         """
-        first = _first_day(moment.astimezone(load_zone(zone)).date(), window)
+        first = moment.astimezone(load_zone(zone)).date()
+        if window is Window.MONTH:
+            first = first.replace(day=1)
+        elif window is Window.WEEK and first.toordinal() > first.weekday():
+            first -= timedelta(days=first.weekday())
         borders = {border for steps in (-2, -1, 0, 1, 2) if (border := _border(first, window, steps, zone))}
         return cls(
             max((border for border in borders if border <= moment), default=None),
@@ -130,12 +134,6 @@ def load_zone(name: str) -> ZoneInfo:
         raise PeriodError(
             f"time zone {name!r} is unknown.", hint="Use an IANA name like Europe/Berlin, or UTC."
         ) from error
-
-
-def _first_day(day: date, window: Window) -> date:
-    if window is Window.MONTH:
-        return day.replace(day=1)
-    return day - timedelta(days=day.weekday()) if window is Window.WEEK and day.toordinal() > day.weekday() else day
 
 
 def _border(first: date, window: Window, steps: int, zone: str) -> datetime | None:
