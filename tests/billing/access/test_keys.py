@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,26 +13,11 @@ from polar_billing.access.keys import ApiKeys
 from polar_billing.errors import AccessError
 from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.proof.verify import verify_ledger
+from tests.billing.storing import NOON
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
-
-NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
-
-
-class Clock:
-    """A clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = NOON
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+    from tests.billing.access.conftest import Clock
 
 
 @pytest.fixture
@@ -100,10 +85,9 @@ def test_rotation_never_prolongs_a_key(keys: ApiKeys) -> None:
     assert found.expires_at == new.expires_at == NOON + timedelta(hours=1)
 
 
-def test_tenants_see_their_own_keys(keys: ApiKeys) -> None:
-    made = {tenant: keys.create(tenant, "one")[0].key_id for tenant in ("acme", "globex")}
-    assert [key.key_id for key in keys.all("acme")] == [made["acme"]]
-    assert {key.key_id for key in keys.all(ALL_TENANTS)} == set(made.values())
+def test_a_tenant_sees_its_own_keys(keys: ApiKeys) -> None:
+    made = [keys.create(tenant, "one")[0].key_id for tenant in ("acme", "globex")]
+    assert [key.key_id for key in keys.all("acme")] == made[:1]
 
 
 def test_every_step_is_a_link_of_the_tenants_chain(keys: ApiKeys, store: Ledger) -> None:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-NOON = datetime(2026, 11, 26, 12, tzinfo=UTC)
+    from tests.billing.access.conftest import Clock
+
 PROCESSES, TRIES = 4, 40
 
 
@@ -31,22 +31,6 @@ class Key:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     parallel: int | None = None
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOON
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def pass_by(self, seconds: float) -> None:
-        self.now += timedelta(seconds=seconds)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import event, text
@@ -15,48 +16,34 @@ from polar_billing.budgets.enforcement import Budgets
 from polar_billing.budgets.holds import write_budget
 from polar_billing.budgets.settlement import settle
 from polar_billing.ledger import chain
-from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Entry
 from polar_billing.ledger.retention import prune
-from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
-from polar_sdk.usage import FlopUsage, Offer, UsageBound
-from tests.billing.conftest import ONE_DOLLAR_PER_CU
-from tests.billing.storing import store_record
+from polar_sdk.usage import FlopUsage
+from tests.billing.storing import CU, DOLLARS, NOON, bound_of, use
 
-CU = 10**12
-NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
+if TYPE_CHECKING:
+    from polar_billing.ledger.ledger import Ledger
+
 ANN = {"user": "ann"}
-BOOK = PriceBook.from_toml(ONE_DOLLAR_PER_CU)
 
 
-def reserve(budgets: Budgets, request_id: str, flops: int, tier: str = "standard") -> int:
-    offers = (Offer(tier=tier, program="0-5", flops_bound=flops),)
-    bound = UsageBound(
-        request_id=request_id, tenant="acme", tags=ANN, tokens_input=1, tokens_output_max=1, offers=offers, at=NOON
-    )
-    return budgets.reserve(bound, BOOK, source="polar")
-
-
-def use(ledger: Ledger, request_id: str, flops: int, tier: str = "standard") -> None:
-    work = FlopUsage(head=flops, total=flops)
-    record = usage_record(request_id, tenant="acme", tags=ANN, started_at=NOON, flops=work, tier=tier)
-    store_record(ledger, record, BOOK)
+def reserve(budgets: Budgets, request_id: str, flops: int) -> int:
+    return budgets.reserve(bound_of(request_id, flops, tags=ANN), DOLLARS, source="polar")
 
 
 @pytest.fixture
 def spent(store: Ledger) -> Budgets:
     """Budgets of 1 CU and 1 USD of which 0.9 are spent: 0.5 with a hold, 0.4 without."""
-    assert isinstance(store, Ledger)
     budgets = Budgets(store)
     for budget in (Budget("acme", Decimal(1)), Budget("acme", Decimal(1), "USD", Level.USER, "ann")):
-        budgets.set(budget, BOOK)
+        budgets.set(budget, DOLLARS)
     reserve(budgets, "held", CU * 6 // 10)
-    use(store, "held", CU // 2)
-    use(store, "not held", CU * 4 // 10)
+    use(store, "held", CU // 2, tags=ANN)
+    use(store, "not held", CU * 4 // 10, tags=ANN)
     assert verify_ledger(store).sound
     return budgets
 
@@ -160,11 +147,10 @@ def test_a_pruned_request_counts_by_its_hold(spent: Budgets) -> None:
 
 
 def test_what_was_held_for_a_request_without_a_price_is_what_it_cost(store: Ledger) -> None:
-    assert isinstance(store, Ledger)
     budgets = Budgets(store)
-    budgets.set(Budget("acme", Decimal(1), "USD"), BOOK)
+    budgets.set(Budget("acme", Decimal(1), "USD"), DOLLARS)
     reserve(budgets, "unrated", CU // 2)
-    use(store, "unrated", CU // 4, tier="gold")
+    use(store, "unrated", CU // 4, tags=ANN, tier="gold")
     assert findings(store) == []
     assert [standing.spent for standing in budgets.standings("acme", NOON)] == [CU // 2]
     change_past(store, "DELETE FROM polar_budget_counter")
@@ -181,24 +167,14 @@ def test_thousands_of_counters_are_rechecked_in_a_few_queries(store: Ledger) -> 
         chain.lock_heads(connection, {"acme"})
         for user in users:
             write_budget(connection, Budget("acme", Decimal(9), "CU", Level.USER, user), closed=False, now=NOON)
-    budgets.set(Budget("acme", Decimal(9_000)), BOOK)
+    budgets.set(Budget("acme", Decimal(9_000)), DOLLARS)
     entries = []
     for n, user in enumerate(users):
         work = FlopUsage(head=n, total=n)
         record = usage_record(f"r{n}", tags={"user": user}, started_at=NOON, flops=work)
-        entries.append(Entry(record, "polar", BOOK, rate(record, BOOK).cost))
+        entries.append(Entry(record, "polar", DOLLARS, rate(record, DOLLARS).cost))
     store.append_many(entries, settle)
-    offers = (Offer(tier="standard", program="0-5", flops_bound=5),)
-    bound = UsageBound(
-        request_id="open",
-        tenant="acme",
-        tags={"user": users[7]},
-        tokens_input=1,
-        tokens_output_max=1,
-        offers=offers,
-        at=NOON,
-    )
-    budgets.reserve(bound, BOOK, source="polar")
+    budgets.reserve(bound_of("open", 5, tags={"user": users[7]}), DOLLARS, source="polar")
     queries: list[str] = []
     engine = store._database.engine
     event.listen(engine, "before_cursor_execute", lambda _c, _u, statement, *_: queries.append(statement))
@@ -231,8 +207,6 @@ def test_a_request_that_is_tried_again_later_settles_the_hold_of_the_first_attem
     reserve(budgets, "again", CU // 2)
     budgets._unanswered.add(("acme", "polar", "again"))  # as if the answer had been lost
     reserve(budgets, "again", CU // 2)
-    work = FlopUsage(head=CU // 4, total=CU // 4)
-    record = usage_record("again", tenant="acme", tags=ANN, started_at=NOON + timedelta(minutes=5), flops=work)
-    store_record(store, record, BOOK)
+    use(store, "again", CU // 4, tags=ANN, started_at=NOON + timedelta(minutes=5))
     assert budgets.recheck_holds(ALL_TENANTS) == []
     assert verify_ledger(store).sound

@@ -1,30 +1,40 @@
-"""Many processes on the same budgets, and holders that are killed: nothing is overspent, nothing stays held."""
+"""Many on the same budgets, and holders that are killed: what is on its way counts once, and nothing is overspent."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.enforcement import HOLD_LIFETIME, Budgets
+from polar_billing.budgets.settlement import settle
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.records import Selection
-from tests.billing.conftest import ONE_DOLLAR_PER_CU
+from polar_billing.ledger.records import Entry, Selection
+from polar_billing.ledger.retention import prune
+from polar_billing.prices.rating import rate
+from polar_billing.testing import usage_record
+from polar_sdk.usage import FlopUsage
+from tests.billing.storing import CU, DOLLARS, NOON, ONE_DOLLAR_PER_CU, bound_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from sqlalchemy import Connection
 
-CU = 10**12
-AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
+    from polar_billing.ledger.append import Settle
+
 COMMON = """
 import os, random, signal, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +144,7 @@ def test_processes_race_three_levels_of_budgets(
         counts = [int(count) for count in out.split()]
         served, refused, wrongly = served + counts[0], refused + counts[1], wrongly + counts[2]
     seconds = perf_counter() - begin
-    standings = budgets.standings("acme", AT)
+    standings = budgets.standings("acme", NOON)
     overspent = [standing for standing in standings if standing.left < 0]
     store, rate = shared.url.get_backend_name(), demand / seconds
     print(f"{store}: {demand} reservations in {seconds:.1f} s, {rate:.0f}/s, {served} served, {refused} refused")
@@ -166,7 +176,7 @@ def test_what_a_killed_process_held_expires(shared: Ledger, prices: Path) -> Non
     assert holder.returncode == -signal.SIGKILL, errors
     (hold,) = budgets.holds("acme")
     assert hold.request_id == "killed"
-    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", AT)] == [(CU // 2, 3 * CU)] * 2
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", NOON)] == [(CU // 2, 3 * CU)] * 2
     assert budgets.expire() == 0  # not yet
     later = hold.expires_at - timedelta(microseconds=1)
     assert budgets.expire() == 0
@@ -174,5 +184,121 @@ def test_what_a_killed_process_held_expires(shared: Ledger, prices: Path) -> Non
     assert hold.expires_at - hold.held_at == HOLD_LIFETIME
     assert budgets.expire() == 1
     assert budgets.holds("acme") == []
-    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", AT)] == [(CU // 2, 0)] * 2
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", NOON)] == [(CU // 2, 0)] * 2
     assert budgets.recheck("acme") == []
+
+
+PATIENCE_S = 30
+
+on_postgres = pytest.mark.parametrize("store", ["postgresql"], indirect=True)
+"""Each test stops one transaction halfway and lets another one run, or wait for it."""
+
+
+@pytest.fixture
+def budgets(store: Ledger) -> Budgets:
+    budgets = Budgets(store)
+    budgets.set(Budget("acme", Decimal(10), "USD"), DOLLARS)
+    budgets.set(Budget("acme", Decimal(10), "CU"), DOLLARS)
+    return budgets
+
+
+def reserve(budgets: Budgets, request_id: str) -> None:
+    budgets.reserve(bound_of(request_id, 2 * CU), DOLLARS, source="polar")
+
+
+def use(ledger: Ledger, request_id: str, *settling: Settle) -> None:
+    record = usage_record(request_id, tenant="acme", started_at=NOON, flops=FlopUsage(head=CU, total=CU))
+
+    def settle_all(connection: Connection, entries: Sequence[Entry]) -> None:
+        for one in settling or [settle]:
+            one(connection, entries)
+
+    ledger.append_many([Entry(record, "polar", DOLLARS, rate(record, DOLLARS).cost)], settle_all)
+
+
+@contextmanager
+def beside(act: Callable[[], object]) -> Iterator[threading.Thread]:
+    """Run something in another thread, and see it end."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+class Stop:
+    """Stops whoever stores usage, in the transaction that does."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, connection: Connection, entries: Sequence[Entry]) -> None:
+        self.reached.set()
+        assert self.go_on.wait(PATIENCE_S)
+
+
+def wait_until_another_waits(ledger: Ledger) -> None:
+    """Until a transaction waits for the lock on a tenant's counts."""
+    waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+    for _ in range(PATIENCE_S * 100):
+        with ledger._database.reading() as connection:
+            if connection.execute(waiting).scalar_one():
+                return
+        threading.Event().wait(0.01)
+    raise AssertionError("nobody waits")
+
+
+def standing(budgets: Budgets) -> list[tuple[int, int]]:
+    """Spent and held of both budgets, which are what usage and holds add up to."""
+    assert budgets.recheck("acme") == []
+    return [(one.spent // CU, one.held // CU) for one in budgets.standings("acme", NOON)]
+
+
+@on_postgres
+def test_others_decide_while_usage_is_written(budgets: Budgets) -> None:
+    stop = Stop()
+    with beside(lambda: use(budgets.ledger, "stored", stop, settle)):  # before what it counts is settled
+        assert stop.reached.wait(PATIENCE_S)
+        reserve(budgets, "decided meanwhile")  # the first one: its counters are computed without what is on its way
+        stop.go_on.set()
+    assert standing(budgets) == [(1, 2), (1, 2)]
+
+
+@on_postgres
+def test_others_wait_once_it_is_settled(budgets: Budgets) -> None:
+    stop = Stop()
+    with beside(lambda: use(budgets.ledger, "stored", settle, stop)):
+        assert stop.reached.wait(PATIENCE_S)
+        with beside(lambda: reserve(budgets, "decided after it")):
+            wait_until_another_waits(budgets.ledger)
+            stop.go_on.set()
+    assert standing(budgets) == [(1, 2), (1, 2)]
+
+
+@on_postgres
+def test_a_first_budget_waits_for_usage_that_knows_of_none(store: Ledger) -> None:
+    stop, budgets = Stop(), Budgets(store)
+    with beside(lambda: use(store, "stored", settle, stop)):
+        assert stop.reached.wait(PATIENCE_S)
+        with beside(lambda: budgets.set(Budget("acme", Decimal(10), "USD"), DOLLARS)) as setting:
+            setting.join(0.2)
+            assert setting.is_alive()  # it waits for the tenant's chain
+            stop.go_on.set()
+    reserve(budgets, "first")
+    assert standing(budgets) == [(1, 2)]
+
+
+@on_postgres
+def test_others_wait_while_usage_is_pruned(budgets: Budgets) -> None:
+    reserve(budgets, "old")
+    use(budgets.ledger, "old")
+    budgets.set(Budget("acme", Decimal(11), "USD"), DOLLARS)  # another limit: its counter is to be computed again
+    with budgets.ledger.transaction() as connection:
+        assert prune(connection, "acme", NOON + timedelta(days=1)) == 1
+        deciding = threading.Thread(target=reserve, args=(budgets, "new"))
+        deciding.start()
+        wait_until_another_waits(budgets.ledger)
+    deciding.join(PATIENCE_S)
+    assert standing(budgets) == [(1, 2), (1, 2)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import count
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -22,45 +22,19 @@ from polar_billing.errors import ConflictError, CurrencyMixError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Identity
 from polar_billing.ledger.schema import hold_table
-from polar_billing.prices.book import PriceBook
-from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import BudgetExceededError
-from polar_sdk.usage import FlopUsage, Offer, UsageBound
-from tests.billing.conftest import ONE_DOLLAR_PER_CU
-from tests.billing.storing import store_record
+from tests.billing.storing import CU, DOLLARS, NOON, bound_of, use
 
-CU = 10**12
+if TYPE_CHECKING:
+    from polar_sdk.usage import UsageBound
+
 START = datetime(2026, 3, 28, 12, tzinfo=UTC)  # the day before clocks change in Berlin
 LIFETIME = timedelta(minutes=1)
-BOOK = PriceBook.from_toml(ONE_DOLLAR_PER_CU)
-
-
-def bound_of(
-    request_id: str, at: datetime, flops: int, *cheaper: int, tags: dict[str, str] | None = None, tenant: str = "acme"
-) -> UsageBound:
-    offers = [Offer(tier="standard", program="0-5", flops_bound=flops)]
-    offers += [Offer(tier="economy", program="0 5", flops_bound=flops) for flops in cheaper]
-    return UsageBound(
-        request_id=request_id,
-        tenant=tenant,
-        tags=tags or {},
-        tokens_input=10,
-        tokens_output_max=10,
-        offers=tuple(offers),
-        at=at,
-    )
 
 
 def emit(ledger: Ledger, bound: UsageBound, flops: int) -> None:
-    record = usage_record(
-        bound.request_id,
-        tenant=bound.tenant,
-        tags=dict(bound.tags),
-        started_at=bound.at,
-        flops=FlopUsage(head=flops, total=flops),
-    )
-    store_record(ledger, record, BOOK)
+    use(ledger, bound.request_id, flops, tenant=bound.tenant, tags=dict(bound.tags), started_at=bound.at)
 
 
 class Wanted(NamedTuple):
@@ -72,7 +46,7 @@ class Wanted(NamedTuple):
 
     def bound(self, request_id: str, at: datetime, tenant: str) -> UsageBound:
         offers = [one * CU - 1 for one in self.cheaper]
-        return bound_of(request_id, at, self.flops * CU, *offers, tags=self.tags, tenant=tenant)
+        return bound_of(request_id, self.flops * CU, *offers, tags=self.tags, tenant=tenant, at=at)
 
 
 _WANTED = st.builds(
@@ -119,7 +93,7 @@ class Holds(RuleBasedStateMachine):
             Budget("acme", Decimal(12), "CU", Level.KEY, "k1", Window.WEEK, "Asia/Kolkata", over_budget=over),
             Budget("globex", Decimal(5), "CU"),
         ):
-            self.budgets.set(budget, BOOK)
+            self.budgets.set(budget, DOLLARS)
         self.limits = {budget.key: budget for budget in self.budgets.in_force(ALL_TENANTS)}
 
     def teardown(self) -> None:
@@ -165,12 +139,12 @@ class Holds(RuleBasedStateMachine):
         offer = self.offer_for(bound)
         if offer is None:
             with pytest.raises(BudgetExceededError) as caught:
-                self.budgets.reserve(bound, BOOK, source="polar")
+                self.budgets.reserve(bound, DOLLARS, source="polar")
             assert Decimal(caught.value.needed or 0) > Decimal(caught.value.remaining or 0)
             assert caught.value.resets_at is not None
             assert caught.value.resets_at > self.now
         else:
-            assert self.budgets.reserve(bound, BOOK, source="polar") == offer
+            assert self.budgets.reserve(bound, DOLLARS, source="polar") == offer
 
     @rule(
         wanted=st.lists(_WANTED, min_size=1, max_size=6),
@@ -182,7 +156,7 @@ class Holds(RuleBasedStateMachine):
         mine = [request for request in self.requests if request.bound.tenant == tenant]
         back = data.draw(st.lists(st.sampled_from(mine), max_size=3)) if mine else []
         bounds = [one.bound(next(self.names), self.now, tenant) for one in wanted]
-        asks = [_Wanted(Ask(bound, dict(enumerate(costs(bound, BOOK))), "polar"), None) for bound in bounds]
+        asks = [_Wanted(Ask(bound, dict(enumerate(costs(bound, DOLLARS))), "polar"), None) for bound in bounds]
         euros = Ask(bounds[0], {0: Cost("EUR", CU, CU)}, "elsewhere")
         ids = [(tenant, "polar", request.bound.request_id) for request in back]
         calls: list[_Wanted | Identity] = [*asks, *ids, _Wanted(euros, None), asks[0]]
@@ -216,7 +190,7 @@ class Holds(RuleBasedStateMachine):
         how = {HoldState.HELD: "is being served", HoldState.SETTLED: "was served before"}.get(request.state)
         if how is not None:
             with pytest.raises(ConflictError, match=how):
-                self.budgets.reserve(request.bound, BOOK, source="polar")
+                self.budgets.reserve(request.bound, DOLLARS, source="polar")
 
     @rule(data=st.data(), share=st.floats(0, 1))
     def settle(self, data: st.DataObject, share: float) -> None:
@@ -259,7 +233,7 @@ class Holds(RuleBasedStateMachine):
     @rule(limit=st.integers(5, 60))
     def set_another_limit(self, limit: int) -> None:
         budget = replace(self.limits["acme", "tenant", "", "CU", "month"], limit=Decimal(limit))
-        self.budgets.set(budget, BOOK)
+        self.budgets.set(budget, DOLLARS)
         self.limits[budget.key] = budget
 
     @invariant()
@@ -277,40 +251,37 @@ TestHolds = Holds.TestCase
 
 
 def test_a_hold_is_resolved_once_whoever_tries(store: Ledger) -> None:
-    assert isinstance(store, Ledger)
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(10)))
-    budgets.reserve(bound_of("a", START, CU), BOOK, source="polar")
+    budgets.reserve(bound_of("a", CU), DOLLARS, source="polar")
     assert budgets.release("acme", "a", source="polar")
     for change in ({"state": "settled"}, {"state": "held", "resolved_at": None}, {"cost_bound": Decimal(0)}):
         with pytest.raises(Exception, match=r"resolved once|append-only"), store.transaction() as connection:
             connection.execute(update(hold_table).values(change))
-    budgets.reserve(bound_of("b", START, CU), BOOK, source="polar")
+    budgets.reserve(bound_of("b", CU), DOLLARS, source="polar")
     with pytest.raises(Exception, match=r"resolved once|append-only"), store.transaction() as connection:
         connection.execute(text("DELETE FROM polar_hold WHERE state = 'held'"))
     assert [hold.request_id for hold in budgets.holds("acme")] == ["b"]
 
 
 def test_a_released_request_may_be_tried_again(store: Ledger) -> None:
-    assert isinstance(store, Ledger)
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(1)))
     for _ in range(3):
-        assert budgets.reserve(bound_of("a", START, CU), BOOK, source="polar") == 0
+        assert budgets.reserve(bound_of("a", CU), DOLLARS, source="polar") == 0
         assert budgets.release("acme", "a", source="polar")
-    assert budgets.reserve(bound_of("a", START, CU), BOOK, source="polar") == 0
-    emit(store, bound_of("a", START, CU), CU // 2)
-    (standing,) = budgets.standings("acme", START)
+    assert budgets.reserve(bound_of("a", CU), DOLLARS, source="polar") == 0
+    use(store, "a", CU // 2)
+    (standing,) = budgets.standings("acme", NOON)
     assert (standing.spent, standing.held, standing.left) == (CU // 2, 0, CU // 2)
 
 
 def test_a_request_in_progress_keeps_its_id_to_itself(store: Ledger) -> None:
-    assert isinstance(store, Ledger)
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(10)))
-    budgets.reserve(bound_of("a", START, CU), BOOK, source="polar")
-    for again in (bound_of("a", START, 2 * CU), bound_of("a", START, CU)):
+    budgets.reserve(bound_of("a", CU), DOLLARS, source="polar")
+    for again in (bound_of("a", 2 * CU), bound_of("a", CU)):
         with pytest.raises(ConflictError, match="acme"):
-            budgets.reserve(again, BOOK, source="polar")
-    assert budgets.reserve(bound_of("a", START, CU), BOOK, source="elsewhere") == 0  # another meter's request
+            budgets.reserve(again, DOLLARS, source="polar")
+    assert budgets.reserve(bound_of("a", CU), DOLLARS, source="elsewhere") == 0  # another meter's request
     assert len(budgets.holds("acme")) == 2

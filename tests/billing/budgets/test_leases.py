@@ -20,10 +20,10 @@ from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.verify import verify_ledger
-from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.testing import tiny_model
-from polar_sdk.usage import FlopUsage, Offer, Outcome, UsageBound
+from polar_sdk.usage import Outcome
+from tests.billing.storing import CU, NOON, bound_of, use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,16 +32,9 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
 
-CU = 10**12
 MINUTE = timedelta(minutes=1)
 LIFETIME_US = HOLD_LIFETIME // timedelta(microseconds=1)
 BOOK = PriceBook.example()
-NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
-
-
-def bound_of(request_id: str, flops: int = CU, tenant: str = "acme") -> UsageBound:
-    offers = (Offer(tier="standard", program="0-5", flops_bound=flops),)
-    return UsageBound(request_id=request_id, tenant=tenant, tokens_input=1, tokens_output_max=1, offers=offers, at=NOON)
 
 
 class World:
@@ -154,8 +147,7 @@ def test_a_request_whose_money_was_given_away_is_ended(world: World) -> None:
 
 def test_a_hold_that_somebody_else_settled_is_not_made_again(world: World) -> None:
     world.reserve("a")
-    record = usage_record("a", flops=FlopUsage(head=CU, total=CU), started_at=NOON)
-    Meter(world.ledger).emit(record)
+    use(world.ledger, "a", CU)
     world.now += MINUTE
     world.mine.renew()
     (standing,) = world.mine.standings("acme", NOON)

@@ -1,31 +1,35 @@
+"""The commands about usage, reports and keys; ledgers that were changed past this package: one line, no traceback."""
+
 from __future__ import annotations
 
 import csv
 import io
 import json
 import re
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 
+from polar_billing.budgets.budget import Budget
+from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import (
     CurrencyMixError,
-    OutputError,
-    PeriodError,
-    PriceBookError,
-    QueryError,
-    StoreDamagedError,
-    StoreNotFoundError,
+    LedgerUrlError,
+    StoreError,
 )
+from polar_billing.ledger.ledger import Ledger
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.report import Report, build_report
 from polar_billing.reports.text import Amounts
 from polar_billing.reports.usage_tables import report_view
 from polar_billing.testing import usage_record
+from polar_sdk.cli.main import app
 from polar_sdk.errors import PolarError
 from polar_sdk.show.tables import show
 from polar_sdk.usage import Outcome
@@ -85,14 +89,6 @@ def test_usage_shows_every_tenant_unless_one_is_named(polar: Callable[..., Resul
     acme = polar("usage", "--tenant", "acme").output
     assert "acme" in acme
     assert "globex" not in acme
-
-
-@pytest.mark.usefixtures("filled")
-def test_what_is_not_found_is_said_with_the_conditions(polar: Callable[..., Result]) -> None:
-    result = polar("usage", "--tenant", "nobody", "--month", "2026-11")
-    assert result.exit_code == 0
-    assert "No usage for period 2026-11-01 to 2026-12-01 (end excluded), UTC, tenant nobody" in result.output
-    assert "it holds other usage" in result.output
 
 
 @pytest.mark.usefixtures("filled")
@@ -161,38 +157,6 @@ def test_other_prices_rate_the_same_usage_again(tmp_path: Path, polar: Callable[
     assert json.loads(polar("report", "--json").stdout)["currency"] == "USD"
 
 
-@pytest.mark.usefixtures("filled")
-@pytest.mark.parametrize(
-    ("arguments", "kind", "code"),
-    [
-        ("usage --month november", PeriodError, 2),
-        ("usage --month 2026-11 --since 2026-11-01", QueryError, 2),
-        ("report --since 2026-02-01 --until 2026-01-01", PeriodError, 2),
-        ("report --zone Mars/Olympus", PeriodError, 2),
-        ("usage --by colour", QueryError, 2),
-        ("usage --tag search", QueryError, 2),
-        ("report --prices /no/such/prices.toml", PriceBookError, 2),
-        ("report --ledger /no/such/folder/ledger.sqlite3", StoreNotFoundError, 1),
-        ("report --csv /no/such/folder/r.csv", OutputError, 1),
-    ],
-)
-def test_a_mistake_is_one_line_and_an_exit_code(
-    arguments: str, kind: type[PolarError], code: int, polar: Callable[..., Result]
-) -> None:
-    result = polar(*arguments.split())
-    assert isinstance(result.exception, kind)
-    assert result.exception.exit_code == code
-    assert "\n" not in str(result.exception)
-    assert result.stdout == ""
-
-
-def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, polar: Callable[..., Result]) -> None:
-    file = tmp_path / "notes.txt"
-    file.write_text("no database at all\n" * 100)
-    result = polar("usage", "--ledger", str(file))
-    assert isinstance(result.exception, StoreDamagedError)
-
-
 def test_currencies_are_chosen_by_the_reader(filled: Ledger, polar: Callable[..., Result]) -> None:
     book = Meter(filled).price_book
     euros = type(book).from_document(book.document.replace('"USD"', '"EUR"'))
@@ -240,19 +204,71 @@ tiers = { economy = 1, standard = 1, premium = 1, exact = 1 }
 """
 
 
-@pytest.mark.usefixtures("filled")
+def test_a_key_is_shown_once(ok: Callable[..., str]) -> None:
+    shown = ok("key", "create", "acme", "search", "--tier", "economy", "--rpm", "60", "--expires", "90d")
+    (text,) = re.findall(r"^pk_\w{8}_[\w-]{43}$", shown, re.MULTILINE)
+    listed = ok("key", "list")
+    assert text not in listed
+    assert "search" in listed
+    (row,) = json.loads(ok("key", "list", "--tenant", "acme", "--json"))
+    assert (row["id"], row["tiers"], row["rpm"], row["state"]) == (text.split("_")[1], "economy", 60, "active")
+    assert json.loads(ok("key", "list", "--tenant", "globex", "--json")) == []
+
+
+def test_rotate_and_revoke(ok: Callable[..., str]) -> None:
+    made = json.loads(ok("key", "create", "acme", "search", "--tag", "team=a", "--json"))
+    new = json.loads(ok("key", "rotate", made["id"], "--overlap", "0s", "--json"))
+    assert new["key"] != made["key"]
+    assert (new["rotated_from"], new["tags"]) == (made["id"], "team=a")
+    ok("key", "revoke", new["id"])
+    states = {row["id"]: row["state"] for row in json.loads(ok("key", "list", "--json"))}
+    assert states == {made["id"]: "expired", new["id"]: "revoked"}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("table", "change", "command"),
     [
-        ("--mix standard=100", "'standard'"),
-        ("--mix-from e.json", "--mix-from"),
-        ("--tokens-per-second 40", "--tokens-per-second"),
-        ("--what-if missing.toml", "missing.toml"),
+        ("polar_usage", "started_at = 9223372036854775807", "usage --requests"),
+        ("polar_usage", "visits_prefill = '01'", "explain r"),
+        ("polar_receipt", "cost = 'NaN of money'", "report"),
+        ("polar_receipt", "price_book_hash = x'00'", "usage --requests"),
+        ("polar_usage_hour", "tier = x'eda080'", "usage"),
+        ("polar_budget", "time_window = 'decade'", "budget show"),
     ],
 )
-def test_a_wrong_question_is_one_clear_line(arguments: str, said: str, polar: Callable[..., Result]) -> None:
-    error = polar("report", *arguments.split()).exception
-    assert isinstance(error, PolarError)
-    assert error.exit_code == 2
-    assert said in str(error)
-    assert len(str(error).splitlines()) == 1
+def test_a_value_that_means_nothing_is_an_error_of_one_line(
+    ledger_url: str, tmp_path: Path, table: str, change: str, command: str
+) -> None:
+    with Meter(ledger_url) as meter:
+        Budgets(meter.ledger).set(Budget("acme", Decimal(1)))
+        meter.emit(usage_record("r", tenant="acme"))
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)) as stranger:
+        for (name,) in stranger.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            stranger.execute(f"DROP TRIGGER {name}")
+        stranger.execute(f"UPDATE {table} SET {change}")
+    result = CliRunner().invoke(app, [*command.split(), "--ledger", ledger_url])
+    assert isinstance(result.exception, SystemExit), result.output
+    assert result.exit_code != 0
+    assert len(result.stderr.splitlines()) == 1
+    assert "polar verify" in result.stderr
+
+
+def test_an_argument_that_is_no_text_is_an_error_of_one_line(ledger_url: str) -> None:
+    with Meter(ledger_url) as meter:
+        meter.emit(usage_record("r"))
+    result = CliRunner().invoke(app, ["usage", "--tenant", "acme\udce8", "--ledger", ledger_url])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "is not valid utf-8" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["/tmp/\udce8", "sqlite:////tmp/\udce8", "/tmp/a\0b"])
+def test_a_ledger_whose_name_is_no_text_is_refused(name: str) -> None:
+    with pytest.raises(LedgerUrlError, match="UTF-8"):
+        Ledger(name)
+
+
+def test_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path / ("a" * 3_000)))
+    with pytest.raises(StoreError):
+        ledger.check()
+    assert ledger.price_books() == {}  # as of one that does not exist yet

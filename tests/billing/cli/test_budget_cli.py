@@ -16,7 +16,6 @@ from typer.testing import Result
 
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.enforcement import Budgets
-from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, PriceBookError
 from polar_billing.ledger.schema import counter_table
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_sdk.errors import PolarError
 
 
 @pytest.fixture
@@ -148,26 +146,3 @@ def test_recheck_finds_what_is_wrong(filled: Budgets, polar: Callable[..., Resul
     assert repaired.exit_code == 0
     assert [row["should_be"]["held"] for row in json.loads(repaired.output)] == ["0.1"]
     assert json.loads(polar("recheck", "--json").output) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "message"),
-    [
-        ("set acme nothing CU", BudgetError, "'nothing'"),
-        ("set acme 5 usd", BudgetError, "'USD'"),
-        ("set acme 5 EUR", CurrencyMixError, "USD"),
-        ("set acme 5 CU --over-budget warn", BudgetError, "'warn'"),
-        ("set acme 5 CU --zone Mars/Olympus", PeriodError, "'Mars/Olympus'"),
-        ("set acme 5 CU --user ann --key k", BudgetError, "--key"),
-        ("set acme 5 CU --prices no.toml", PriceBookError, "no.toml"),
-        ("close acme CU", BudgetError, "'acme'"),
-    ],
-)
-def test_a_mistake_is_one_line_and_an_exit_code(
-    arguments: str, kind: type[PolarError], message: str, polar: Callable[..., Result]
-) -> None:
-    result = polar(*arguments.split())
-    assert isinstance(result.exception, kind)
-    assert result.exception.exit_code == 2
-    assert message in str(result.exception)
-    assert "\n" not in str(result.exception)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import Result
 
-from polar_billing.errors import QueryError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.statements.issue import issue_statement
@@ -133,24 +132,6 @@ def test_a_request_names_its_lines_and_a_line_its_requests(issued: IssuedStateme
         assert "r1" in {record["request_id"] for record in explained(ok, line, "--records", "100")["records"]}
     text = ok("explain", lines[0], "--records", "3")
     assert "more: --records" in text
-
-
-@pytest.mark.usefixtures("issued")
-def test_an_unknown_name_is_one_clear_line(polar: Callable[..., Result]) -> None:
-    for arguments in ("nobody", "r1 --tenant acme", "r1 --source else", f"st-{'0' * 24}/1", "st-1/1"):
-        error = polar("explain", *arguments.split()).exception
-        assert isinstance(error, QueryError)
-        assert all(word.strip("-").split("/")[0] in str(error) for word in arguments.split())
-        assert len(str(error).splitlines()) == 1
-
-
-def test_a_statement_is_asked_for_a_line_that_it_has(issued: IssuedStatement, polar: Callable[..., Result]) -> None:
-    name, count = issued.statement.id, len(issued.statement.lines)
-    for text in (name, f"{name}/0", f"{name}/{count + 1}"):
-        error = polar("explain", text).exception
-        assert f"{name!r} has {count} lines" in str(error)
-        assert f"{name}/1" in str(error)
-    assert isinstance(polar("explain", f"{name}/1", "--tenant", "acme").exception, QueryError)
 
 
 def test_an_id_of_two_tenants_needs_one_named(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import Result
 
-from polar_billing.errors import AmountError, PeriodError, PriceBookError, QueryError
+from polar_billing.errors import PriceBookError, QueryError
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.testing import usage_record
 from polar_sdk.lab.evaluation.results import Evaluation, Saved, SetResult, SystemResult
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_sdk.errors import PolarError
 
 PLANS = PriceBook.example(EXAMPLE_PLANS)
 TOML = resources.files("polar_billing").joinpath(EXAMPLE_PLANS).read_text(encoding="utf-8")
@@ -185,31 +184,6 @@ def test_credit_note_and_reprice(plans: Path, ok: Callable[..., str]) -> None:
     listed = list(csv.DictReader(io.StringIO(ok("reprice", "--book", str(plans), *MONTH, "--csv", "-"))))
     assert [row["difference"] for row in listed] == [row["difference"] for row in rows]
     assert "No usage in" in ok("reprice", "--book", str(plans), "--month", "2020-01")
-
-
-@pytest.mark.usefixtures("filled")
-@pytest.mark.parametrize(
-    ("arguments", "kind"),
-    [
-        ("statement --tenant nobody --month 2026-10", QueryError),
-        ("statement --tenant globex --month 2999-10 --issue", PeriodError),
-        ("statement --tenant globex --since 2026-10-01", PeriodError),
-        ("statement --tenant globex --month 2026-10 --zone Mars/Olympus", PeriodError),
-        ("statement --tenant globex --month 2026-10 --agreement premium=2/1", QueryError),
-        ("statement --tenant globex --month 2026-10 --agreement premium", QueryError),
-        ("statement --tenant globex --month 2026-10 --trace 1", QueryError),
-        ("credit-note st-0 1 --tenant globex --reason x --reference 1", QueryError),
-        ("credit-note st-0 one --tenant globex --reason x --reference 1", AmountError),
-        ("price add /no/such/prices.toml", PriceBookError),
-        ("price quote --flops 1 --at yesterday", PeriodError),
-        ("reprice --book /no/such/prices.toml", PriceBookError),
-    ],
-)
-def test_a_mistake_is_one_line(arguments: str, kind: type[PolarError], polar: Callable[..., Result]) -> None:
-    result = polar(*arguments.split())
-    assert isinstance(result.exception, kind)
-    assert "\n" not in str(result.exception)
-    assert result.stdout == ""
 
 
 def test_a_further_book_says_whom_it_charges(

@@ -20,6 +20,7 @@ from polar_billing.budgets.enforcement import Budgets
 from polar_billing.dashboard.page import FRESH_S, Dashboard
 from polar_billing.dashboard.templates import MAX_TENANTS
 from polar_billing.errors import PeriodError
+from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
@@ -33,8 +34,6 @@ from tests.billing.reports.test_report_html import Page
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    from polar_billing.ledger.ledger import Ledger
 
 NOW = datetime(2026, 11, 15, 12, 30, tzinfo=UTC)
 HOSTILE = [
@@ -193,8 +192,8 @@ def test_a_hundred_requests_of_long_names_stay_below_150_kb(ledger: Ledger) -> N
     assert f"of all 60 tenants {report.figures.requests:,}" in section(page, "charges")
 
 
-def test_an_empty_ledger_makes_a_page_and_no_ledger(ledger: Ledger, tmp_path: Path) -> None:
-    page = html(ledger)
+def test_an_empty_ledger_makes_a_page_and_no_ledger(ledger_url: str, tmp_path: Path) -> None:
+    page = html(Ledger(ledger_url))
     assert "There is no usage in this ledger yet." in section(page, "charges")
     assert "No engine runs behind this page" in section(page, "now")
     assert "No layer ran" in section(page, "programs")

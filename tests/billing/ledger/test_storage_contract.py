@@ -30,6 +30,8 @@ EVERYTHING = Selection(ALL_TENANTS)
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
 BIG = 2**63 - 1
 
+pytestmark = pytest.mark.parametrize("store", ["sqlite-file", "sqlite-memory", "postgresql"], indirect=True)
+
 
 def extremes() -> list[UsageRecord]:
     return [

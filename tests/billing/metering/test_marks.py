@@ -23,7 +23,7 @@ from polar_billing.ledger.records import INTERRUPTED_TAG, REUSED_TAG, Selection
 from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter, open_meter
 from polar_billing.metering.spool import recover_abandoned, spool_folder
-from polar_billing.metering.spool_file import InterimUsage, Segment, Unfinished
+from polar_billing.metering.spool_file import InterimUsage, Unfinished
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
@@ -393,16 +393,3 @@ def test_marks_can_be_turned_off(ledger_url: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("POLAR_MARKS", "no")
     with pytest.raises(InvalidRequestError, match="POLAR_MARKS"):
         open_meter(ledger_url)
-
-
-def test_segments_and_marks_are_written_alike(tmp_path: Path) -> None:
-    """A record with its receipt, and the book of the receipt once."""
-    meter, marks = Meter("sqlite://"), InterimUsage(tmp_path / "a.marks")
-    segment = Segment(tmp_path / "a.jsonl")
-    entries = [meter.entry(mark_of("a", output)) for output in (64, 128)]
-    for entry in entries:
-        marks.write(entry)
-        segment.append([entry])
-    assert (tmp_path / "a.marks").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
-    marks.close()
-    segment.close()

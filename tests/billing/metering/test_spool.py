@@ -8,7 +8,7 @@ import subprocess
 import sys
 from contextlib import closing
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -182,6 +182,30 @@ except StoreError as error:
     stored, kind = done.stdout.split()
     assert kind in {"StoreFullError", "StoreError"}
     assert set(held(url)) >= {"first", *(f"r{n}" for n in range(int(stored)))}
+
+
+@pytest.mark.parametrize("durability", ["commit", "spool"])
+def test_a_file_is_emptied_after_its_records_are_stored(
+    ledger_url: str, durability: Durability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed in between has them in the file, and its successor in both: that adds nothing."""
+    waiting: list[int] = []
+    with Meter(ledger_url, durability=durability) as meter:
+        store = meter.ledger.store
+
+        def noting(entries: Any, *rest: Any, **named: Any) -> Any:
+            answers = store(entries, *rest, **named)
+            assert meter.spool is not None
+            waiting.append(meter.spool.waiting - len(entries))
+            return answers
+
+        monkeypatch.setattr(meter.ledger, "store", noting)
+        for n in range(3):
+            meter.emit(usage_record(f"r{n}"))
+            meter.flush()
+            assert meter.spool is not None
+            assert meter.spool.waiting == 0
+    assert waiting == [0, 0, 0]
 
 
 def test_a_report_finds_what_waits(ledger_url: str, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ tiers = {standard = 1}
 """
 PLAN = "[[plans.p.terms]]\neffective_from = 2026-01-01\n"
 BANDS = PLAN + '[[plans.p.terms.items]]\nper = "requests"\nmodel = "graduated"\nbands = '
-SIZE = "size = 1\nprice = 1"
 PROMISE = PLAN + "[plans.p.terms.promises.standard]\ncredit_percent = 10\n"
 CREDIT = '[[credits]]\nid = "c"\ntenant = "acme"\namount = 5\neffective_from = 2026-01-01\n'
 CUSTOMER = '[[customers]]\ntenant = "acme"\neffective_from = 2026-01-01\n'
@@ -70,7 +69,6 @@ def test_books_without_plans_keep_the_hash_of_their_first_release() -> None:
         ),
         (BANDS + "[{up_to = 0.5, unit_price = 1}, {unit_price = 3}]", "more than the 0 decimals of requests"),
         (BANDS + "[{unit_price = -1}]", "unit_price = '-1': input should be greater"),
-        (BANDS + "[{unit_price = inf}]", "finite"),
         (BANDS + "[]", "at least 1 item"),
         (
             BANDS
@@ -78,19 +76,16 @@ def test_books_without_plans_keep_the_hash_of_their_first_release() -> None:
             "requests is priced twice",
         ),
         (PLAN + "flat_fee = nan", "flat_fee = 'NaN'"),
-        (PLAN + "discount_percent = 101", "discount_percent = '101'"),
         (PLAN + "minimum = true", "must be a decimal number"),
         (PLAN + PLAN, "two terms are 2026-01-01"),
         (PROMISE, "promises nothing"),
         (PROMISE + "agreement_min = 1.5", "agreement_min = '1.5'"),
-        (PROMISE + "latency_ms_p95_max = 0", "latency_ms_p95_max = '0'"),
         (CUSTOMER + 'plan = "gold"', "customer 'acme' is on plan 'gold', which the book does not have"),
         (CUSTOMER + 'zone = "Mars/Olympus"', "time zone 'Mars/Olympus' is unknown"),
         (CUSTOMER + CUSTOMER, "two customers are acme from 2026-01-01"),
         (CREDIT + CREDIT, "two credits are c"),
         (CREDIT + "expires_at = 2025-01-01", "is not after"),
         (CREDIT.replace("= 5", "= 0.001"), "credit 'c' (0.001) has more than the 2 decimals of a statement"),
-        (CREDIT.replace("= 5", "= -5"), "amount = '-5'"),
     ],
 )
 def test_a_wrong_plan_is_refused(part: str, said: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -13,6 +13,7 @@ from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import PriceBookError
 from polar_billing.ledger.books import add_book
+from polar_billing.ledger.ledger import Ledger
 from polar_billing.metering.meter import Meter
 from polar_billing.prices import in_force as prices
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
@@ -20,9 +21,6 @@ from polar_billing.prices.in_force import Choice, InForce, Prices
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.testing import usage_record
 from polar_sdk.usage import Offer, UsageBound
-
-if TYPE_CHECKING:
-    from polar_billing.ledger.ledger import Ledger
 
 NOW = datetime(2026, 11, 15, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -138,7 +136,8 @@ def test_budgets_reserve_by_the_book_in_force(ledger: Ledger) -> None:
     assert hold.cost_bound == 4
 
 
-def test_looking_makes_no_ledger(ledger_url: str, ledger: Ledger) -> None:
+def test_looking_makes_no_ledger(ledger_url: str) -> None:
+    ledger = Ledger(ledger_url)
     assert Prices(ledger.price_choices).of("acme").id == "polar-example"
     assert not ledger.price_choices()
     assert not Path(ledger_url.removeprefix("sqlite:///")).exists()

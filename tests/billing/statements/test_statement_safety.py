@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime
-from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import func, select, text
 
-from polar_billing.errors import PeriodError, PriceBookError, QueryError
+from polar_billing.errors import PeriodError, PriceBookError
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import statement_table, transaction_table
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.statements.draft import draft_statement
-from polar_billing.statements.issue import credit_note, issue_statement, issued_statements
-from polar_billing.statements.period import reprice
-from polar_billing.statements.tracing import lines_of_usage, recheck, usage_of_line
+from polar_billing.statements.issue import issue_statement, issued_statements
+from polar_billing.statements.tracing import recheck, usage_of_line
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
@@ -115,29 +113,6 @@ def test_verify_makes_every_statement_again(ledger: Ledger, put: Callable[..., i
     assert "and the usage makes it" in findings
 
 
-@pytest.mark.parametrize("column", [column.name for column in statement_table.columns])
-def test_any_flipped_column_of_a_statement_is_found(ledger: Ledger, column: str, put: Callable[..., int]) -> None:
-    put(ledger, "r")
-    issue_statement(ledger, "someone", NOVEMBER, now=END)
-    changed = {
-        "number": "number + 7",
-        "since": "since + 1",
-        "until": "until + 1",
-        "seq_until": "seq_until + 1",
-        "issued_at": "issued_at + 1",
-        "price_book_hash": "price_book_hash || 'x'",
-        "late": """'[["st-1", 0, 1]]'""",
-    }.get(column, f"'x' || {column}")
-    with ledger.transaction() as connection:
-        connection.execute(text("PRAGMA defer_foreign_keys = ON"))
-        connection.execute(text("DROP TRIGGER polar_statement_no_update"))
-        if column == "price_book_hash":
-            copied = "INSERT INTO polar_price_book SELECT hash || 'x', id, document, stored_at FROM polar_price_book"
-            connection.execute(text(copied))
-        connection.execute(text(f"UPDATE polar_statement SET {column} = {changed}"))
-    assert not verify_ledger(ledger, None).sound
-
-
 def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r")
     issued = issue_statement(store, "someone", NOVEMBER, now=END)
@@ -160,24 +135,3 @@ def test_a_plan_in_another_book_than_the_receipts_is_not_passed_over(ledger: Led
     with pytest.raises(PriceBookError, match="'polar-example' and 'polar-example-plans'"):
         draft_statement(ledger, "acme", NOVEMBER)
     assert [line.kind for line in draft_statement(ledger, "acme", NOVEMBER, book=PLANS).lines][-1] == "fee"
-
-
-def test_no_public_function_reads_or_charges_another_tenant(ledger: Ledger, put: Callable[..., int]) -> None:
-    theirs = put(ledger, "theirs", tenant="victim")
-    put(ledger, "mine", tenant="thief")
-    hers = issue_statement(ledger, "victim", NOVEMBER, now=END)
-    before = draft_statement(ledger, "victim", DECEMBER, book=PLANS).document
-    mine = issue_statement(ledger, "thief", NOVEMBER, now=END)
-    assert mine.statement.requests == 1
-    assert [entry.statement.tenant for entry in issued_statements(ledger, "thief")] == ["thief"]
-    assert [row.tenant for row in reprice(ledger, "thief", NOVEMBER, PLANS)] == ["thief"]
-    for line in mine.statement.lines:
-        assert theirs not in usage_of_line(ledger, mine, line)
-    with pytest.raises(QueryError):
-        lines_of_usage(ledger, "thief", theirs)
-    with pytest.raises(QueryError):
-        credit_note(ledger, "thief", hers.statement.id, Decimal("0.1"), reason="mine now", reference="1")
-    with pytest.raises(QueryError):
-        usage_of_line(ledger, mine, hers.statement.lines[0].model_copy(update={"number": 99}))
-    assert draft_statement(ledger, "victim", DECEMBER, book=PLANS).document == before
-    assert issued_statements(ledger, "victim") == [hers]

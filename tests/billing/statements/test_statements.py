@@ -286,20 +286,6 @@ def test_a_revision_in_force_charges_by_the_time_of_use(ledger: Ledger, put: Cal
     ]
 
 
-def test_one_tenants_statement_never_reads_another(ledger: Ledger, put: Callable[..., int]) -> None:
-    put(ledger, "mine", tier="standard", units=1_000)
-    before = draft_statement(ledger, "someone", NOVEMBER).document
-    for tenant in ("other", "someone ", "Someone", "%"):
-        if tenant.strip() != "someone":
-            put(ledger, "mine", tenant=tenant, tier="standard", units=9_000_000)
-    assert draft_statement(ledger, "someone", NOVEMBER).document == before
-    issued = issue_statement(ledger, "someone", NOVEMBER, now=LATER)
-    assert issued_statements(ledger, "other") == []
-    with ledger.snapshot() as connection:
-        assert balances(connection, "other") == {}
-    assert usage_of_line(ledger, issued, issued.statement.lines[0]) == [1]
-
-
 def test_latency_promises_are_measured_on_completed_requests(store: Ledger, put: Callable[..., int]) -> None:
     for number in range(20):
         slow = number < 2
