@@ -1,17 +1,25 @@
 """The ledger's tables on one metadata, which of them are chained, and the triggers that forbid changes.
 
-`usage` facts, receipts, price books, sums, retention · `ledger` the hash chain, double entry, statements · `budgets`
-budgets and holds · `access` API keys, replies and rates. A new table belongs in one of them or in a module of its own
-that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
+`usage` facts, receipts, price books, sums, retention · `ledger` the hash chain, double entry, statements · `access`
+API keys, rates, replies, budgets and holds. A new table belongs in one of them or in a module of its own that is
+imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from polar_billing.ledger.schema.access import api_key_table, rate_table, reply_table, running_table
+from polar_billing.ledger.schema.access import (
+    api_key_table,
+    budget_table,
+    clock_table,
+    counter_table,
+    hold_table,
+    rate_table,
+    reply_table,
+    running_table,
+)
 from polar_billing.ledger.schema.base import FIRST_VERSION, NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
-from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
 from polar_billing.ledger.schema.ledger import (
     credit_note_table,
     entry_table,
