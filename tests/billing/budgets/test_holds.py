@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.enforcement import Budgets, _Wanted
@@ -274,6 +274,24 @@ def test_a_released_request_may_be_tried_again(store: Ledger) -> None:
     use(store, "a", CU // 2)
     (standing,) = budgets.standings("acme", NOON)
     assert (standing.spent, standing.held, standing.left) == (CU // 2, 0, CU // 2)
+
+
+def test_a_hold_that_ended_is_not_settled_by_what_is_used_after_it(store: Ledger) -> None:
+    now = [START]
+    budgets = Budgets(store, lifetime=LIFETIME, clock=lambda: now[0])
+    budgets.set(Budget("acme", Decimal(10)))
+    for name in ("released", "expired"):
+        budgets.reserve(bound_of(name, CU), DOLLARS, source="polar")
+    assert budgets.release("acme", "released", source="polar")
+    now[0] += LIFETIME
+    assert budgets.expire() == 1
+    for name in ("released", "expired"):
+        use(store, name, CU)
+    (standing,) = budgets.standings("acme", NOON)
+    assert (standing.spent, standing.held) == (2 * CU, 0)
+    with store.snapshot() as connection:
+        ended = connection.execute(select(hold_table.c.request_id, hold_table.c.state)).all()
+    assert {name: str(state) for name, state in ended} == {"released": "released", "expired": "expired"}
 
 
 def test_a_request_in_progress_keeps_its_id_to_itself(store: Ledger) -> None:
