@@ -34,9 +34,6 @@ def record_router(recorder: Recorder, evaluation: Path) -> None:
     for result in facts["classes"]:
         alpha = certificate["tiers"].get(result["point"], {}).get("alpha")
         _record_class(recorder, result, None if alpha is None else 100 * alpha)
-    for point, texts in facts["sets"][0]["generation"].items():
-        tier = point.removeprefix("router (").removesuffix(")")
-        recorder.add(f"{tier}: same tokens", 100 * texts["same_tokens"], "%", topic="texts")
     for tier, whole in facts["texts"].items():
         _record_texts(recorder, tier, whole)
     for comparison in facts["sets"][0]["comparisons"]:

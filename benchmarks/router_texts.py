@@ -1,6 +1,6 @@
 """Prompts as chains send them, by kind, for fills and for the router; and a fact at every depth of a long prompt.
 
-Used by `train_router.py`. Kinds come from the package's own prompts, from `lab.synthetic_prompts`, and, where
+Used by `train_router.py`. Kinds come from the package's own prompts, from `synthetic_prompts`, and, where
 POLAR_DATA names a folder, from its passages, abstracts, trivia and sums. A hash deals each prompt to one of two parts:
 fills are fitted on one, and the router is trained, calibrated and judged on the other, which no map has seen. It takes
 tasks about passages that neither part has as well.
@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from benchmarks.synthetic_prompts import long_items, notes
 from polar_sdk.lab.evaluation.text_answers import f1
 from polar_sdk.lab.items import (
     AnswerItem,
@@ -22,11 +23,8 @@ from polar_sdk.lab.items import (
     builtin_items,
     distinct_items,
     item_id,
-    long_items,
     split_of,
 )
-from polar_sdk.lab.rewards.tasks import BATCH
-from polar_sdk.lab.synthetic_prompts import notes
 from polar_sdk.reading import parse_json
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import mean_difference
@@ -270,8 +268,4 @@ def _found(written: str, right: str) -> float:
 
 def written_answers(model: PolarModel, prompts: Sequence[str], router: Router) -> list[str]:
     """Greedy answers of at most 32 tokens."""
-    return [
-        model.decode(answer)
-        for start in range(0, len(prompts), BATCH)
-        for answer in model.greedy_answers(prompts[start : start + BATCH], max_tokens=32, router=router)
-    ]
+    return [model.decode(answer) for answer in model.greedy_answers(prompts, max_tokens=32, router=router)]

@@ -7,7 +7,7 @@ same weights may differ. Knows no framework and no money.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Final, Literal, Self, Unpack, overload
 
 from polar_sdk.models.export import export
 from polar_sdk.models.load import adopt, load_pretrained
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from polar_sdk.serving.request import Request
     from polar_sdk.serving.scheduler import Scheduler
     from polar_sdk.usage import FlopUsage, UsageBound, UsageSink
+
+
+_QUEUED: Final = 128
+"""Greedy answers that wait for the engine at once."""
 
 
 class PolarModel:
@@ -374,11 +378,15 @@ class PolarModel:
         program: Program | None = None,
         router: Router | None = None,
     ) -> list[tuple[int, ...]]:
-        """Token ids of greedy answers, for calibration: as `router` chooses, or by `program` or identity. Unmetered."""
+        """Token ids of greedy answers, for calibration: as `router` chooses, or by `program` or identity. Unmetered.
+
+        Any number of prompts: they are queued some at a time.
+        """
         depth = self._loaded.decoder.depth
         maker = replace(self._maker, router=router or fixed_router(program or Program.identity(depth), depth))
         requests = [maker.make(prompt, {"max_tokens": max_tokens}) for prompt in prompts]
-        return [done.token_ids for done in answer(self._loaded, requests, NullSink())]
+        parts = (requests[start : start + _QUEUED] for start in range(0, len(requests), _QUEUED))
+        return [done.token_ids for part in parts for done in answer(self._loaded, part, NullSink())]
 
     def use_maps(self, maps: MapSet | str | Path) -> MapSet:
         """Add bridges or fills, or those in a folder that `polar lab heal` wrote, to those that the weights have.

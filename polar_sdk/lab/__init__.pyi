@@ -1,7 +1,10 @@
 # The public names, each once: `__init__.py` loads them from here on first use.
 from .drafting import DraftOptions as DraftOptions
 from .drafting import train_draft_head as train_draft_head
+from .evaluation.judge import calibrate as calibrate
+from .evaluation.judge import evaluate as evaluate
 from .evaluation.results import Evaluation as Evaluation
+from .healing.heal import heal as heal
 from .healing.method import BridgeOptions as BridgeOptions
 from .healing.method import FillOptions as FillOptions
 from .items import AnswerItem as AnswerItem
@@ -18,9 +21,6 @@ from .program_search.search import SearchResult as SearchResult
 from .program_search.search import search as search
 from .training.layerwise_training import LayerwiseSettings as LayerwiseSettings
 from .training.menu_training import MenuSettings as MenuSettings
-from .workflow import calibrate as calibrate
-from .workflow import evaluate as evaluate
-from .workflow import heal as heal
-from .workflow import train as train
+from .training.train import train as train
 
 __all__: list[str]

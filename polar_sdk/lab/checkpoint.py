@@ -1,23 +1,28 @@
-"""Checkpoints of a training run: safetensors files in a folder, so that Ctrl-C loses at most one step.
+"""Training that survives an interruption: checkpoints in a folder, and gradient descent that goes on from one.
 
-A run is named by a hash of its settings and data; files that another run left in the folder are ignored. No pickle.
+A checkpoint is a safetensors file, no pickle. A run is named by a hash of its settings and data; files that another run
+left in the folder are ignored.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from polar_sdk.engine.hashes import hash_texts
 from polar_sdk.reading import parse_object
 from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
 _MAX_FACTS = 2**30
 """Unit: bytes."""
@@ -40,7 +45,7 @@ class Checkpoint:
     folder: Path | None
     key: str
 
-    def save(self, step: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def save(self, step: str, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a step, replacing an earlier state of it."""
         if self.folder is None:
             return
@@ -78,3 +83,85 @@ class Checkpoint:
     def _path(self, step: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{step}.safetensors"
+
+
+def moments_of(optimizer: Optimizer, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state that an optimizer of the Adam family has of these tensors: `NAME.exp_avg` and so on."""
+    states = {name: optimizer.state.get(value, {}) for name, value in values.items()}
+    return {f"{name}.{key}": moment for name, state in states.items() for key, moment in state.items()}
+
+
+def restore(optimizer: Optimizer, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Set trained tensors, and the optimizer's state of them, to what a checkpoint holds."""
+    for name, value in values.items():
+        with torch.no_grad():
+            value.copy_(tensors[name])
+        moments = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+        if moments:  # Adam counts its steps on the CPU
+            optimizer.state[value] = {
+                key: each if key == "step" else each.to(value.device) for key, each in moments.items()
+            }
+
+
+@dataclass
+class Descent:
+    """Gradient descent whose learning rate rises, and then falls by half a cosine.
+
+    Attributes:
+        values: What is trained, by name.
+        optimizer: Of the Adam family, over these tensors.
+        checkpoint: Where the state is kept, under `name`.
+        steps: Number of steps.
+        rate: Highest learning rate.
+        warm_up: Steps over which it rises.
+        floor: Share of it that is left at the end.
+        every: Steps between checkpoints.
+    """
+
+    values: Mapping[str, Tensor]
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    name: str
+    steps: int
+    rate: float
+    warm_up: int
+    floor: float
+    every: int
+    losses: list[float] = field(default_factory=list, init=False)
+    """One per step that is done."""
+
+    def run(self, gradients: Callable[[int], float], on_step: Callable[[int, int], None]) -> None:
+        """Train to the end, from the checkpoint on; whatever stops it leaves a checkpoint.
+
+        Args:
+            gradients: Adds the gradients of a step, and returns its loss.
+            on_step: Called with the number of steps done, and of all.
+        """
+        if (found := self.checkpoint.load(self.name)) is not None:
+            self.losses = list(found[1]["losses"])
+            restore(self.optimizer, self.values, found[0])
+        consistent = True
+        try:
+            while (step := len(self.losses)) < self.steps:
+                cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+                for group in self.optimizer.param_groups:
+                    rise = min(1.0, (step + 1) / self.warm_up)
+                    group["lr"] = self.rate * rise * (self.floor + (1 - self.floor) * cosine)
+                self.optimizer.zero_grad()
+                loss = gradients(step)
+                torch.nn.utils.clip_grad_norm_(self.values.values(), 1.0)
+                consistent = False  # interrupted from here on, the values would be half old and half new
+                self.optimizer.step()
+                self.losses.append(loss)
+                consistent = True
+                if len(self.losses) % self.every == 0:
+                    self._keep()
+                on_step(len(self.losses), self.steps)
+        except BaseException:
+            if consistent:
+                self._keep()
+            raise
+
+    def _keep(self) -> None:
+        tensors = {**self.values, **moments_of(self.optimizer, self.values)}
+        self.checkpoint.save(self.name, tensors, {"losses": self.losses})

@@ -9,12 +9,11 @@ model said, one guess after another, each from the state that the one before it 
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -23,17 +22,17 @@ from pydantic import BaseModel, Field, ValidationError
 from polar_sdk.engine.draft_head import MAX_GUESSES, DraftHead
 from polar_sdk.engine.scoring import states_after
 from polar_sdk.errors import DataError, DraftHeadError
-from polar_sdk.lab.checkpoint import Checkpoint, run_key
+from polar_sdk.lab.checkpoint import Checkpoint, Descent, run_key
 from polar_sdk.lab.items import ChoiceItem, PromptItem, data_hash
 from polar_sdk.lab.rewards.cache import RewardCache
-from polar_sdk.lab.rewards.tasks import BATCH, make_tasks
+from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.models.draft_heads import DraftHeadFacts, DraftHeadFile, saved_head_path
 from polar_sdk.programs.program import Program
 from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -163,9 +162,9 @@ class _Maker:
     def _train(self, answers: Sequence[Question], key: str) -> dict[str, Tensor]:
         tokens = _frequent(answers, self.options.vocabulary)
         places = self._places(answers, "states")
-        training = _Training(self.model.loaded.decoder, self.options, tokens, places)
         checkpoint = Checkpoint(self.checkpoints, key)
-        training.run(checkpoint, lambda done, total: self.on_progress("training", done, total))
+        training = _Training(self.model.loaded.decoder, self.options, tokens, places, checkpoint)
+        training.descent.run(training.gradients, lambda done, total: self.on_progress("training", done, total))
         checkpoint.clear([_STEP])
         return training.tensors
 
@@ -221,15 +220,11 @@ class _Maker:
                 f"model {self.model.name} has no chat template by which it could ask itself questions.",
                 hint="Give it prompts: a JSONL file, or items.",
             )
-        name = f"asked {_QUESTION_TOKENS} {_TOP_P}"
-        seeds = [str(self.options.seed + number) for number in range(count)]
-        known = self.cache.get(seeds, name)
-        missing = [seed for seed in seeds if seed not in known]
-        for first in range(0, len(missing), BATCH):
-            batch = missing[first : first + BATCH]
+
+        def ask(seeds: Sequence[str]) -> list[str]:
             asked = self.model.generate_batch(
-                [start] * len(batch),
-                each=[{"seed": int(seed)} for seed in batch],
+                [start] * len(seeds),
+                each=[{"seed": int(seed)} for seed in seeds],
                 temperature=1.0,
                 top_p=_TOP_P,
                 max_tokens=_QUESTION_TOKENS,
@@ -237,11 +232,15 @@ class _Maker:
                 program=Program.identity(self.model.depth),
             )
             # One that was cut off is no whole question.
-            texts = [each.text.strip() if each.finish_reason == "stop" else "" for each in asked]
-            fresh = dict(zip(batch, texts, strict=True))
-            self.cache.put(name, fresh)
-            known |= fresh
-            self.on_progress("questions", first + len(batch), len(missing))
+            return [each.text.strip() if each.finish_reason == "stop" else "" for each in asked]
+
+        seeds = [str(self.options.seed + number) for number in range(count)]
+        known = self.cache.complete(
+            seeds,
+            f"asked {_QUESTION_TOKENS} {_TOP_P}",
+            ask,
+            lambda done, total: self.on_progress("questions", done, total),
+        )
         questions = [text for text in dict.fromkeys(known[seed] for seed in seeds) if text]
         if not questions:
             raise DataError(
@@ -272,12 +271,13 @@ class _Places(NamedTuple):
 
 
 class _Training:
-    """Adam on some places at a time, each once in an epoch; the learning rate rises, and falls by half a cosine."""
+    """Trains a head on some places at a time, each once in an epoch."""
 
-    def __init__(self, decoder: Decoder, options: DraftOptions, tokens: Tensor, places: _Places) -> None:
-        self._decoder, self._places = decoder, places
+    def __init__(
+        self, decoder: Decoder, options: DraftOptions, tokens: Tensor, places: _Places, checkpoint: Checkpoint
+    ) -> None:
+        self._decoder, self._places, self._seed = decoder, places, options.seed
         self._batches = -(-len(places) // _BATCH)
-        self._steps, self._seed = options.epochs * self._batches, options.seed
         self._device = decoder.placement.last
         self._tokens = tokens.to(self._device)
         width = decoder.family.hidden
@@ -289,27 +289,29 @@ class _Training:
         self._numbers[_NONE] = _IGNORED
         for value in self._values.values():
             value.requires_grad_()
-        self._adam = torch.optim.AdamW(self._values.values(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+        steps = options.epochs * self._batches
+        self.descent = Descent(
+            self._values,
+            torch.optim.AdamW(self._values.values(), betas=(0.9, 0.95), weight_decay=0.01),
+            checkpoint,
+            _STEP,
+            steps=steps,
+            rate=_RATE,
+            warm_up=min(_WARM_UP, steps),
+            floor=0.02,
+            every=_CHECKPOINT_EVERY,
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The head's, by name."""
         return {"tokens": self._tokens, **{name: value.detach() for name, value in self._values.items()}}
 
-    def run(self, checkpoint: Checkpoint, on_step: Callable[[int, int], None]) -> None:
-        """Train to the end, from the checkpoint on if there is one."""
-        for step in range(self._resume(checkpoint), self._steps):
-            rise = min(1.0, (step + 1) / min(_WARM_UP, self._steps))
-            for group in self._adam.param_groups:
-                group["lr"] = _RATE * rise * (0.02 + 0.49 * (1 + math.cos(math.pi * step / self._steps)))
-            self._adam.zero_grad()
-            loss: Any = self._loss(self._places.some(self._batch(step)))  # torch's `backward` has no types
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._values.values(), 1.0)
-            self._adam.step()
-            if (step + 1) % _CHECKPOINT_EVERY == 0:
-                self._keep(checkpoint, step + 1)
-            on_step(step + 1, self._steps)
+    def gradients(self, step: int) -> float:
+        """Add the gradients of a step; returns its loss."""
+        loss = self._loss(self._places.some(self._batch(step)))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
     def _loss(self, places: _Places) -> Tensor:
         head, device = DraftHead.of({"tokens": self._tokens, **self._values}, self._rows), self._device
@@ -330,27 +332,6 @@ class _Training:
         epoch, place = divmod(step, self._batches)
         dice = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)
         return torch.randperm(len(self._places), generator=dice)[place * _BATCH : (place + 1) * _BATCH]
-
-    def _keep(self, checkpoint: Checkpoint, done: int) -> None:
-        tensors = {name: value.detach() for name, value in self._values.items()}
-        for name, value in self._values.items():
-            tensors |= {f"{name}.{key}": moment for key, moment in self._adam.state[value].items()}
-        checkpoint.save(_STEP, tensors, {"done": done})
-
-    def _resume(self, checkpoint: Checkpoint) -> int:
-        """Take over what the checkpoint holds; returns the number of steps done."""
-        if (found := checkpoint.load(_STEP)) is None:
-            return 0
-        tensors, facts = found
-        with torch.no_grad():
-            for name, value in self._values.items():
-                value.copy_(tensors[name])
-                moments = {key.partition(".")[2]: each for key, each in tensors.items() if key.startswith(f"{name}.")}
-                # Adam counts its steps on the CPU.
-                self._adam.state[value] = {
-                    k: each if k == "step" else each.to(self._device) for k, each in moments.items()
-                }
-        return int(facts["done"])
 
 
 _IGNORED: Final = -100

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, ge
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, StringConstraints, ValidationError
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.synthetic_prompts import messages, notes, passages
 from polar_sdk.reading import Unreadable, parse_json, read_text, shown
 
 if TYPE_CHECKING:
@@ -45,8 +44,6 @@ NEAR: Final = 0.8
 _MAX_FILE: Final = 512 * 2**20
 _MAX_LINE: Final = 4 * 2**20
 """A text beyond the context window of any model. Unit: bytes."""
-_LONG: Final = 32
-"""Long prompts of each kind that come with the package."""
 _FORMS: Final = "{prompt}, {prompt, answer} or {question, choices, answer}"
 _KEPT: Final = re.compile(r"[\w+\-*/=<>%]")
 """Letters, digits, and the signs that tell one calculation from another."""
@@ -89,22 +86,8 @@ def builtin_items() -> list[Item]:
     kinds: dict[str, list[Item]] = {}
     for row in map(parse_json, text.splitlines()):
         kinds.setdefault(row["task"], []).append(PromptItem.model_validate(row))
-    for item in long_items(_LONG):
-        kinds.setdefault(str(item.task), []).append(PromptItem(prompt=item.prompt, task=item.task))
     longest = max(map(len, kinds.values()))
     return [items[place] for place in range(longest) for items in kinds.values() if place < len(items)]
-
-
-def long_items(count: int, *, seed: int = 0) -> list[PromptItem | AnswerItem]:
-    """Long prompts of `synthetic_prompts`, N of each of the kinds `notes`, `retrieval` and `message`.
-
-    Those about notes and passages have the text that answers them.
-    """
-    asked = {"notes": notes(count, seed=seed), "retrieval": passages(count, seed=seed)}
-    answered: list[PromptItem | AnswerItem] = [
-        AnswerItem(prompt=text.prompt, answer=text.answer, task=kind) for kind, texts in asked.items() for text in texts
-    ]
-    return [*answered, *(PromptItem(prompt=text.prompt, task="message") for text in messages(count, seed=seed))]
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:

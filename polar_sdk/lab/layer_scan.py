@@ -8,17 +8,17 @@ and `policy_of` turns picked programs into a policy whose tiers say what was mea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Final
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field
 
-from polar_sdk.engine.pack import Question, packs
-from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, builtin_items
-from polar_sdk.lab.rewards.measure import preferred_choice
-from polar_sdk.lab.rewards.tasks import choice_question
+from polar_sdk.lab.rewards.cache import RewardCache
+from polar_sdk.lab.rewards.measure import Measurer, preferred_choice
+from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.policy import Policy, Tier
 from polar_sdk.programs.program import Program
@@ -27,12 +27,11 @@ from polar_sdk.show.progress import Progress, silent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from polar_sdk.lab.items import AnswerItem, Item, PromptItem
+    from polar_sdk.engine.scoring import Score
+    from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
 
 Share = Annotated[float, Field(ge=0, le=1)]
-_BATCH: Final = 16
-"""Prompts answered together for the reference."""
 
 
 class ProgramScore(BaseModel, frozen=True):
@@ -113,14 +112,7 @@ def scan(
 
 @dataclass
 class Scanner:
-    """Scans one model on one calibration set.
-
-    Attributes:
-        model: The model; its policy's protected layers are never skipped.
-        items: Calibration items, at least one.
-        answer_tokens: Length of identity's answers to bare prompts. Unit: tokens.
-        on_progress: Called with (stage, steps done, steps in all).
-    """
+    """Scans one model on one calibration set; see `scan`."""
 
     model: PolarModel
     items: Sequence[Item]
@@ -128,22 +120,32 @@ class Scanner:
     on_progress: Progress = silent
 
     def __post_init__(self) -> None:
-        if not self.items:
-            raise DataError("the calibration set is empty; give at least one prompt.")
+        cache = RewardCache()
+        self._measurer = Measurer(self.model, cache, self.on_progress)
+        self._tasks = make_tasks(
+            self.model, self.items, cache, answer_tokens=self.answer_tokens, on_progress=self.on_progress
+        )
+        if not self._tasks:
+            raise DataError("the calibration set has no prompt that fits the model; give at least one.")
+        self._identity = Program.identity(self.model.depth)
+        protected = {layer % self.model.depth for layer in self.model.policy.protected}
+        self._free = [layer for layer in range(self.model.depth) if layer not in protected]
 
     def scan(self, lengths: Sequence[int] = (1, 2, 3), *, loops: bool = True, removals: int = 8) -> ScanReport:
-        """Measure blocks of skipped layers, loops, and a greedy path of removals; see the function `scan`."""
+        """Measure blocks of skipped layers, loops, and a greedy path of removals."""
+        depth = self.model.depth
         skips = [program for length in lengths for program in self._blocks(length)]
-        doubled = [Program.looping(self._depth, {layer: 2}) for layer in self._free] if loops else []
-        scores = self.measure([*skips, *doubled], "heat map")
+        doubled = [Program.looping(depth, {layer: 2}) for layer in self._free] if loops else []
+        scores = self.measure([self._identity, *skips, *doubled], "heat map")
+        written = [task for task in self._tasks if task.kind != "choice"]
         return ScanReport(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
             dtype=self.model.dtype,
-            prompts=len(self._prompts),
-            questions=len(self._choices),
-            answer_tokens=sum(question.tokens - len(question.prompt) for question in self._answers),
-            identity=self._score(self._identity, self._reference[0], self._reference[1]),
+            prompts=len(written),
+            questions=len(self._tasks) - len(written),
+            answer_tokens=sum(len(task.question.continuations[0]) for task in written),
+            identity=scores[self._identity],
             skips=tuple(scores[program] for program in skips),
             loops=tuple(scores[program] for program in doubled),
             path=tuple(self._remove(removals)),
@@ -152,109 +154,46 @@ class Scanner:
     def measure(self, programs: Iterable[Program], stage: str = "programs") -> dict[Program, ProgramScore]:
         """Score programs against identity on the calibration set."""
         distinct = list(dict.fromkeys(programs))
-        passes = len(list(packs(self._answers))) + len(list(packs(self._choice_questions)))
-        done = 0
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            self.on_progress(stage, done, passes * len(distinct))
-
-        answers = score_programs(self.model.loaded.decoder, self._answers, distinct, step)
-        choices = score_programs(self.model.loaded.decoder, self._choice_questions, distinct, step)
-        return {program: self._score(program, answers[program], choices[program]) for program in distinct}
-
-    @property
-    def _depth(self) -> int:
-        return self.model.depth
-
-    @cached_property
-    def _identity(self) -> Program:
-        return Program.identity(self._depth)
-
-    @cached_property
-    def _free(self) -> list[int]:
-        protected = {layer % self._depth for layer in self.model.policy.protected}
-        return [layer for layer in range(self._depth) if layer not in protected]
+        scores = self._measurer.scores(self._tasks, [self._identity, *distinct], stage)
+        return {program: self._score(program, scores[program], scores[self._identity]) for program in distinct}
 
     def _blocks(self, length: int) -> list[Program]:
         free = set(self._free)
         starts = [start for start in self._free if all(start + offset in free for offset in range(length))]
-        return [Program.skipping(self._depth, range(start, start + length)) for start in starts]
+        return [Program.skipping(self.model.depth, range(start, start + length)) for start in starts]
 
     def _remove(self, removals: int) -> Iterable[ProgramScore]:
         """Greedy path: remove the layer whose absence costs least, measured on top of those already gone."""
         gone: list[int] = []
         for count in range(1, min(removals, len(self._free)) + 1):
             candidates = {
-                Program.skipping(self._depth, [*gone, layer]): layer for layer in self._free if layer not in gone
+                Program.skipping(self.model.depth, [*gone, layer]): layer for layer in self._free if layer not in gone
             }
             scores = self.measure(candidates, f"removal {count} of {removals}")
             best = max(scores.values(), key=lambda score: (-(score.excess_nats or 0.0), score.fidelity))
             gone.append(candidates[best.program])
             yield best
 
-    @cached_property
-    def _prompts(self) -> list[PromptItem | AnswerItem]:
-        return [item for item in self.items if not isinstance(item, ChoiceItem)]
-
-    @cached_property
-    def _choices(self) -> list[ChoiceItem]:
-        return [item for item in self.items if isinstance(item, ChoiceItem)]
-
-    @cached_property
-    def _answers(self) -> list[Question]:
-        """Bare prompts, each continued by what identity answers."""
-        texts = [item.prompt for item in self._prompts]
-        questions: list[Question] = []
-        for start in range(0, len(texts), _BATCH):
-            self.on_progress("reference answers", start, len(texts))
-            batch = texts[start : start + _BATCH]
-            prompts = [tuple(self.model.prompt_tokens(text)) for text in batch]
-            answers = self.model.greedy_answers(batch, max_tokens=self.answer_tokens)
-            questions += [Question(prompt, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
-        return questions
-
-    @cached_property
-    def _choice_questions(self) -> list[Question]:
-        return [choice_question(self.model, item) for item in self._choices]
-
-    @cached_property
-    def _reference(self) -> tuple[list[Score], list[Score]]:
-        decoder = self.model.loaded.decoder
-        answers = score_programs(decoder, self._answers, [self._identity])[self._identity]
-        choices = score_programs(decoder, self._choice_questions, [self._identity])[self._identity]
-        return answers, choices
-
-    def _score(self, program: Program, answers: Sequence[Score], choices: Sequence[Score]) -> ProgramScore:
-        full = self.model.cost(prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT).total
-        ratio = self.model.cost(program, prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT).total / full
-        score = ProgramScore(program=program, flops_ratio=ratio)
-        if answers:
-            score = score.model_copy(update=self._on_answers(answers))
-        if choices:
-            score = score.model_copy(update=self._on_choices(choices))
-        return score
-
-    def _on_answers(self, answers: Sequence[Score]) -> dict[str, float]:
-        tokens = [token for question in self._answers for token in question.continuations[0]]
-        chosen = [token for score in answers for token in score.greedy[0]]
-        lost = sum(
-            full.loglikelihoods[0] - score.loglikelihoods[0]
-            for full, score in zip(self._reference[0], answers, strict=True)
+    def _score(self, program: Program, ours: Sequence[Score], full: Sequence[Score]) -> ProgramScore:
+        cost = partial(self.model.cost, prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT)
+        kept, chosen, right, lost = list[bool](), list[bool](), list[bool](), 0.0
+        for task, own, reference in zip(self._tasks, ours, full, strict=True):
+            if isinstance(task.item, ChoiceItem):
+                choice = preferred_choice(own, task.characters)
+                chosen.append(choice == preferred_choice(reference, task.characters))
+                right.append(choice == task.item.answer)
+            else:
+                written = task.question.continuations[0]
+                kept += [token == other for token, other in zip(own.greedy[0], written, strict=True)]
+                lost += reference.loglikelihoods[0] - own.loglikelihoods[0]
+        return ProgramScore(
+            program=program,
+            flops_ratio=cost(program).total / cost().total,
+            agreement=fmean(kept) if kept else None,
+            excess_nats=lost / len(kept) if kept else None,
+            same_choice=fmean(chosen) if chosen else None,
+            accuracy=fmean(right) if right else None,
         )
-        same = sum(a == b for a, b in zip(tokens, chosen, strict=True))
-        return {"agreement": same / len(tokens), "excess_nats": lost / len(tokens)}
-
-    def _on_choices(self, choices: Sequence[Score]) -> dict[str, float]:
-        lengths = [[len(choice) for choice in item.choices] for item in self._choices]
-        ours = [preferred_choice(score, size) for score, size in zip(choices, lengths, strict=True)]
-        full = [preferred_choice(score, size) for score, size in zip(self._reference[1], lengths, strict=True)]
-        right = [item.answer for item in self._choices]
-        return {
-            "same_choice": sum(a == b for a, b in zip(ours, full, strict=True)) / len(ours),
-            "accuracy": sum(a == b for a, b in zip(ours, right, strict=True)) / len(ours),
-        }
 
 
 def policy_of(report: ScanReport, picks: Mapping[str, ProgramScore]) -> Policy:

@@ -9,22 +9,28 @@ routers are trained.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from polar_sdk.engine.large_pages import give_back_freed_memory
-from polar_sdk.errors import MapError, ProgramError, RouterError
+from polar_sdk.errors import MapError, ModelNotFoundError, ProgramError, RouterError
+from polar_sdk.models.find import find_local
+from polar_sdk.models.network import read_config
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.programs.policy import Policy
-from polar_sdk.router.artifact import load_router
+from polar_sdk.programs.program import Program
+from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import Router
 from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.map_set import MapSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.programs.cost import CostModel, Segment
     from polar_sdk.router.map_set import MapKind
 
 MAP_FOLDERS: Final[Mapping[MapKind, str]] = {"bridge": "bridges", "fill": "fills"}
@@ -126,6 +132,66 @@ def _certified_routers(host: _Host) -> Iterator[Router]:
                     yield bound
         except (RouterError, MapError, ProgramError):
             continue
+
+
+def save_with_maps(router: LearnedRouter, folder: Path, maps: Iterable[MapSet]) -> None:
+    """Write a router's folder, and in it the bridges and fills that its programs use.
+
+    Raises:
+        RouterError: None of the sets has all of its bridges, or all of its fills.
+    """
+    sets = list(maps)
+    static = [Program.parse(row["program"]) for row in router.facts.training.get("static", ())]
+    programs = [*router.programs, *static]
+    used: dict[MapKind, set[Segment]] = {
+        "bridge": {segment for program in programs for segment in program.bridges},
+        "fill": {segment for program in programs for segment in program.fills},
+    }
+    for kind, segments in used.items():
+        found = [each for each in sets if each.facts.kind == kind and segments <= each.maps.keys()]
+        if segments and not found:
+            raise RouterError(
+                f"the router's programs use {kind}s, such as {min(segments)}, that would not be saved with it.",
+                hint="Name the folder that holds all of them with maps=, or --maps.",
+            )
+        if segments:
+            found[-1].only(segments).save(folder / MAP_FOLDERS[kind])
+    save_router(router, folder)
+
+
+def stored_costs(name: str, fingerprint: str, router: Path | None = None) -> CostModel:
+    """The costs of visits of a model on this host, for whoever checks a bill: from its configuration, without weights.
+
+    The model is found by the fingerprint of the usage record, so that no other model's sizes can stand in for it;
+    bridges and fills come with the routers that are stored for it. Fetches nothing.
+
+    Args:
+        name: Its name in the usage record, or a folder or hub id of the same model.
+        fingerprint: Fingerprint of the model, in the usage record.
+        router: A router's folder, whose bridges and fills go before those that are found.
+
+    Raises:
+        ModelNotFoundError: No model on this host has that fingerprint.
+        UnsupportedArchitectureError: The engine does not run it.
+    """
+    from polar_sdk.engine.families import find_family
+
+    local = find_local(name, fingerprint)
+    if local is None:
+        raise ModelNotFoundError(
+            f"no model {name!r} with the fingerprint {fingerprint[:12]}… is on this host.",
+            hint="Name its folder with --model.",
+        )
+    cost = find_family(read_config(local.folder)).cost()
+    known: dict[MapKind, dict[Segment, int]] = {"bridge": {}, "fill": {}}
+    folders = (*([] if router is None else [router]), *router_folders(fingerprint))
+    for folder in [maps for each in folders for maps in map_folders(each)]:
+        with suppress(MapError):  # damaged maps serve nobody
+            facts = MapSet.load(folder).facts
+            if facts.fingerprint == fingerprint:
+                own = {each.segment: each.flops_per_token for each in facts.segments}
+                known[facts.kind] = own | known[facts.kind]
+    return cost.with_bridges(known["bridge"]).with_fills(known["fill"])
 
 
 def map_folders(router: Path) -> list[Path]:

@@ -152,7 +152,7 @@ def _costs(model: str | None, router: Path | None) -> Callable[[UsageRecord], Co
 
     def find(record: UsageRecord) -> CostModel | str:
         try:
-            from polar_sdk.router.costs import stored_costs
+            from polar_sdk.router.store import stored_costs
 
             return stored_costs(model or record.model, record.model_fingerprint, router)
         except (PolarError, ImportError) as error:

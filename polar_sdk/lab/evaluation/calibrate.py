@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
 from polar_sdk.errors import DataError
+from polar_sdk.lab.training.outcomes import grouped
 from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, TierPromise, tier_promise
 from polar_sdk.show.progress import Progress, silent
 
@@ -62,7 +64,7 @@ def certify(
         DataError: A tier counts wrong answers, but the right ones are not known.
     """
     tiers = {tier: TierPromise(*promised) for tier, promised in tiers.items()}  # a plain pair will do
-    _check(_by_kind(outcomes, range(len(outcomes))), outcomes, tiers, delta)
+    _check(outcomes, tiers, delta)
     walk = DialWalk.along(router, outputs, outcomes, on_progress)
     return walk.certificate(range(len(outcomes)), tiers, delta)
 
@@ -126,15 +128,12 @@ class DialWalk:
 
     def by_kind(self, rows: Sequence[int]) -> dict[str, list[int]]:
         """Those rows, by kind of prompt."""
-        return _by_kind(self.outcomes, rows)
+        return grouped(rows, lambda row: self.outcomes.matrix.kinds[row])
 
     def by_class(self, rows: Sequence[int]) -> dict[str, list[int]]:
         """Those of the rows that are answered in text, by the class that their items name, where it has enough."""
         matrix = self.outcomes.matrix
-        classes: dict[str, list[int]] = {}
-        for row in rows:
-            if matrix.classes[row] and matrix.kinds[row] != "choice":
-                classes.setdefault(matrix.classes[row], []).append(row)
+        classes = grouped((row for row in rows if matrix.kinds[row] != "choice"), lambda row: matrix.classes[row])
         return {name: of_class for name, of_class in sorted(classes.items()) if len(of_class) >= _MIN_CLASS}
 
     def _count(self, rows: Sequence[int]) -> Counts:
@@ -147,14 +146,6 @@ class DialWalk:
         )
 
 
-def _by_kind(outcomes: Outcomes, rows: Sequence[int]) -> dict[str, list[int]]:
-    """Those rows, by kind of prompt."""
-    kinds: dict[str, list[int]] = {}
-    for row in rows:
-        kinds.setdefault(outcomes.matrix.kinds[row], []).append(row)
-    return kinds
-
-
 def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:
     """The losses that can be counted on these rows."""
     known = bool(outcomes.matrix.labelled[list(rows)].all())
@@ -163,9 +154,7 @@ def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:
     return tuple(loss for loss in LOSSES if needs[loss])
 
 
-def _check(
-    kinds: Mapping[str, Sequence[int]], outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float
-) -> None:
+def _check(outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float) -> None:
     """Check, before anything is measured, that the losses can be counted and that the prompts are enough."""
     labelled = outcomes.matrix.labelled
     countable = {"harms": bool(labelled.all()), "drops": bool(labelled.any())}
@@ -175,7 +164,7 @@ def _check(
         if not countable.get(loss, True):
             needed = "an answer for every calibration prompt" if loss == "harms" else "calibration prompts with answers"
             raise DataError(f"a tier that counts wrong answers (loss {loss!r}) needs {needed}.")
-    for kind, rows in kinds.items():
+    for kind, rows in grouped(range(len(outcomes)), lambda row: outcomes.matrix.kinds[row]).items():
         empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
         for alpha, loss, strict in tiers.values():
             empty.check_size(kind, alpha, delta, loss)
@@ -213,7 +202,8 @@ def resplit(walk: DialWalk, tiers: Mapping[str, TierPromise], delta: float, time
     kinds = walk.by_kind(range(len(walk.outcomes)))
     broken = {(tier, kind): [0, 0] for tier in tiers for kind in (*kinds, "any")}
     for seed in range(times):
-        here = _half(kinds, seed)
+        dice = random.Random(seed)
+        here = {row for rows in kinds.values() for row in dice.sample(rows, len(rows) // 2)}
         certificate = walk.certificate(sorted(here), tiers, delta)
         for tier in tiers:
             breaks = {kind: _breaks(walk, certificate, tier, rows, here) for kind, rows in kinds.items()}
@@ -222,12 +212,6 @@ def resplit(walk: DialWalk, tiers: Mapping[str, TierPromise], delta: float, time
                 broken[tier, kind][0] += other
                 broken[tier, kind][1] += pooled
     return [Resplits(tier, kind, times, *counts) for (tier, kind), counts in broken.items()]
-
-
-def _half(kinds: Mapping[str, Sequence[int]], seed: int) -> set[int]:
-    """Half of the rows of each kind."""
-    dice = random.Random(seed)
-    return {row for rows in kinds.values() for row in dice.sample(rows, len(rows) // 2)}
 
 
 def _breaks(
@@ -242,11 +226,7 @@ def _breaks(
     demands += [("strict", promise.strict.alpha)] if promise.strict is not None and "strict" in countable else []
     other = [row for row in rows if row not in here]
     broken = [
-        (_mean(lost[other].tolist()) > alpha, _mean(lost[list(rows)].tolist()) > alpha)
+        (fmean(lost[other].tolist()) > alpha, fmean(lost[list(rows)].tolist()) > alpha)
         for lost, alpha in ((walk.lost[counted][setting], alpha) for counted, alpha in demands)
     ]
     return any(of_other for of_other, _ in broken), any(of_both for _, of_both in broken)
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values)

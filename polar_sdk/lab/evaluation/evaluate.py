@@ -19,7 +19,6 @@ from polar_sdk.lab.evaluation.results import (
     ClassResult,
     Comparison,
     FrontierPoint,
-    Generated,
     Saved,
     SetResult,
     SystemResult,
@@ -95,7 +94,8 @@ def evaluate_set(name: str, subjects: Subjects) -> SetResult:
         again = replace(evaluator.identity_run, outcomes=subjects.rerun)
         systems.append(evaluator.system("identity again", "control", again))
     systems += [evaluator.system(control.name, "control", control.shown, control.note) for control in controls]
-    systems.append(evaluator.system("oracle", "oracle", evaluator.oracle_run(), "not deployable: it knows the outcome"))
+    hindsight = evaluator.run(oracle(subjects.outcomes, subjects.outcomes.matrix.programs))
+    systems.append(evaluator.system("oracle", "oracle", hindsight, "not deployable: it knows the outcome"))
     return SetResult(
         name=name,
         prompts=len(evaluator.rows),
@@ -104,7 +104,6 @@ def evaluate_set(name: str, subjects: Subjects) -> SetResult:
         systems=tuple(systems),
         comparisons=tuple(evaluator.compare(main, control) for control in controls),
         frontier=tuple(evaluator.frontier()),
-        generation={point: evaluator.generated(run) for point, run in routed.items()} if evaluator.written else {},
     )
 
 
@@ -138,6 +137,11 @@ class _Run:
     router_flops: int
     outcomes: Sequence[PromptOutcome]
 
+    @property
+    def share(self) -> float:
+        """Mean share of identity's answers that is kept."""
+        return fmean(outcome.share for outcome in self.outcomes)
+
 
 @dataclass(frozen=True)
 class _Control:
@@ -152,11 +156,6 @@ class _Control:
         return self.deals[0]
 
 
-def _share(run: _Run) -> float:
-    """Mean share of identity's answers that a run keeps."""
-    return fmean(outcome.share for outcome in run.outcomes)
-
-
 class _SetEvaluator:
     """Runs and measures systems on one set."""
 
@@ -167,10 +166,11 @@ class _SetEvaluator:
         self.labelled = [row for row, known in enumerate(matrix.labelled.tolist()) if known]
         self.written = [row for row, kind in enumerate(matrix.kinds) if kind != "choice"]
         self.lengths = [len(tokens) for tokens in matrix.tokens]
-        self.identity_run = self._run([Program.identity(subjects.cost.depth)] * len(self.rows))
+        self.identity_run = self.run([Program.identity(subjects.cost.depth)] * len(self.rows))
         self.full = self._flops(self.identity_run)
 
-    def _run(self, programs: Sequence[Program], router_flops: int = 0) -> _Run:
+    def run(self, programs: Sequence[Program], router_flops: int = 0) -> _Run:
+        """A system that runs these programs, one per prompt."""
         return _Run(programs, router_flops, self.subjects.outcomes.all(programs))
 
     def routed(self, theta: float) -> _Run:
@@ -179,11 +179,7 @@ class _SetEvaluator:
             return self.identity_run
         router = self.subjects.router
         programs = router.choose_all(self.subjects.outputs, theta, self.lengths)
-        return self._run(programs, router.network.flops)
-
-    def oracle_run(self) -> _Run:
-        """The cheapest agreeing program of the matrix, prompt by prompt."""
-        return self._run(oracle(self.subjects.outcomes, self.subjects.outcomes.matrix.programs))
+        return self.run(programs, router.network.flops)
 
     def controls(self, run: _Run) -> list[_Control]:
         """All rivals of a run.
@@ -219,10 +215,10 @@ class _SetEvaluator:
         Where long prompts run identity more often than short ones, dealing at random would be cheaper; there programs
         move among prompts of about the same size only.
         """
-        deals = [self._run(shuffled(run.programs, seed), run.router_flops) for seed in self._seeds()]
+        deals = [self.run(shuffled(run.programs, seed), run.router_flops) for seed in self._seeds()]
         spent = fmean(outcome.flops for deal in deals for outcome in deal.outcomes)
         if spent < (1 - _SAME_COST) * fmean(outcome.flops for outcome in run.outcomes):
-            deals = [self._run(shuffled(run.programs, seed, self.full), run.router_flops) for seed in self._seeds()]
+            deals = [self.run(shuffled(run.programs, seed, self.full), run.router_flops) for seed in self._seeds()]
         return _Control(SHUFFLED, deals)
 
     def _static(self, run: _Run) -> _Control:
@@ -231,9 +227,15 @@ class _SetEvaluator:
         Where several agree alike, as on texts, the one that keeps most of the answers. A mix of two is dealt several
         times.
         """
-        mix = best_static(self._static_quality(), self._static_costs(), sum(self._flops(run)))
+        matrix, static = self.subjects.outcomes.matrix, self.subjects.static
+        quality = (matrix.agree.double().mean(0) + 0.01 * matrix.share.double().mean(0)).tolist()
+        known = dict(
+            zip(matrix.programs, zip(quality, matrix.flops.double().sum(0).tolist(), strict=True), strict=True)
+        )
+        qualities, costs = ({program: known[program][which] for program in static} for which in (0, 1))
+        mix = best_static(qualities, costs, sum(self._flops(run)))
         seeds = self._seeds() if mix.cheap != mix.expensive else self._seeds()[:1]
-        return _Control(STATIC, [self._run(mix.deal(len(self.rows), seed)) for seed in seeds], mix.text)
+        return _Control(STATIC, [self.run(mix.deal(len(self.rows), seed)) for seed in seeds], mix.text)
 
     def _random(self, run: _Run) -> _Control:
         """A few programs that skip random layers, dealt to the prompts."""
@@ -241,23 +243,10 @@ class _SetEvaluator:
         ratio = min(1.0, sum(self._flops(run)) / sum(self.full))
         drawn = random_programs(ratio, _RANDOM_PROGRAMS, subjects.cost, subjects.policy, subjects.seed)
         dealt = shuffled([drawn[row % len(drawn)] for row in self.rows], subjects.seed)
-        return _Control(RANDOM, [self._run(dealt)])
+        return _Control(RANDOM, [self.run(dealt)])
 
     def _seeds(self) -> range:
         return range(self.subjects.seed, self.subjects.seed + _DEALS)
-
-    def _static_quality(self) -> dict[Program, float]:
-        """Agreement of each fixed program over all prompts, and a little of the share that it keeps."""
-        matrix = self.subjects.outcomes.matrix
-        quality = (matrix.agree.double().mean(0) + 0.01 * matrix.share.double().mean(0)).tolist()
-        known = dict(zip(matrix.programs, quality, strict=True))
-        return {program: known[program] for program in self.subjects.static}
-
-    def _static_costs(self) -> dict[Program, float]:
-        """FLOPs of each fixed program over all prompts."""
-        matrix = self.subjects.outcomes.matrix
-        totals = dict(zip(matrix.programs, matrix.flops.double().sum(0).tolist(), strict=True))
-        return {program: totals[program] for program in self.subjects.static}
 
     def _flops(self, run: _Run) -> list[float]:
         """Per prompt, the router's included."""
@@ -279,7 +268,7 @@ class _SetEvaluator:
                 "accuracy_drop": paired_difference(reference, right) if right else None,
                 "mcnemar_vs_identity_p": mcnemar(reference, right) if right else None,
                 "agreement": wilson(sum(agree), len(agree)),
-                "answer_share": fmean(outcome.share for outcome in run.outcomes),
+                "answer_share": run.share,
                 "non_identity_rate": fmean(program != identity for program in run.programs),
                 "programs": {
                     program.text: count / len(run.programs) for program, count in Counter(run.programs).most_common()
@@ -317,7 +306,7 @@ class _SetEvaluator:
             accuracy_gain=fmean(fmean(right) - fmean(other) for other, _ in theirs) if right else None,
             agreement_p=median(mcnemar(agree, other) for _, other in theirs),
             agreement_gain=fmean(fmean(agree) - fmean(other) for _, other in theirs),
-            share_gain=fmean(_share(run) - _share(deal) for deal in control.deals),
+            share_gain=fmean(run.share - deal.share for deal in control.deals),
         )
 
     def frontier(self) -> list[FrontierPoint]:
@@ -349,15 +338,4 @@ class _SetEvaluator:
             floor=[rerun[row] for row in self.written],
             lengths=[self.lengths[row] for row in self.written],
             classes=[matrix.classes[row] for row in self.written],
-        )
-
-    def generated(self, run: _Run) -> Generated:
-        """The prompts that are answered in text."""
-        outcomes = [run.outcomes[row] for row in self.written]
-        spent, full = self._flops(run), sum(self.identity_run.outcomes[row].flops for row in self.written)
-        return Generated(
-            prompts=len(outcomes),
-            same_answer=wilson(sum(outcome.agree for outcome in outcomes), len(outcomes)),
-            same_tokens=fmean(outcome.share for outcome in outcomes),
-            flops_saved=1 - sum(spent[row] for row in self.written) / full,
         )

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.errors import RouterError
+from polar_sdk.errors import DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
-from polar_sdk.lab.evaluation.text_answers import LENGTHS, FreeRunner
-from polar_sdk.lab.items import ChoiceItem
-from polar_sdk.lab.training.outcomes import Bench, id_prefixes, unseen
+from polar_sdk.lab.evaluation.text_answers import LENGTHS, FreeRunner, length_name
+from polar_sdk.lab.items import ChoiceItem, builtin_items
+from polar_sdk.lab.training.outcomes import Bench, grouped, id_prefixes, unseen
 from polar_sdk.programs.program import Program
 from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.map_set import MapSet
+from polar_sdk.router.store import find_router, map_folders, save_with_maps
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -37,21 +41,89 @@ _TIMED_TOKENS: Final = 16
 """Length of the answers that are timed."""
 
 
+def calibrate(
+    model: PolarModel,
+    items: Sequence[Item] | None = None,
+    *,
+    router: Router | str | Path | None = None,
+    tiers: Mapping[str, TierPromise] | None = None,
+    delta: float = 0.1,
+    out: str | Path | None = None,
+    on_progress: Progress = silent,
+) -> LearnedRouter:
+    """Certify what a router promises, on prompts it was not trained on.
+
+    Args:
+        model: The model.
+        items: Prompts; None = the prompts that come with the package. What the router was trained on is left out.
+        router: A trained router or its folder; None = this model's.
+        tiers: What each tier is to promise; None = `TIER_ALPHAS`.
+        delta: Maximum probability that a promise is wrong.
+        out: Folder to write the certified router to; None = the folder `router`, where that is one.
+        on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        CalibrationSizeError: A tier's α needs more prompts.
+        DataError: No unseen prompt is left, or the labels are of one class.
+        RouterError: There is no learned router.
+    """
+    judge = Judge(model, find_router(router, model, look=False), on_progress=on_progress)
+    certified = judge.calibrate(
+        builtin_items() if items is None else items, tiers=TIER_ALPHAS if tiers is None else tiers, delta=delta
+    )
+    beside = Path(router) if isinstance(router, str | Path) else None
+    if (target := beside if out is None else Path(out)) is not None:
+        save_with_maps(certified, target, [] if beside is None else map(MapSet.load, map_folders(beside)))
+    return certified
+
+
+def evaluate(
+    model: PolarModel,
+    data: Sequence[Item] | Mapping[str, Sequence[Item]] | None = None,
+    *,
+    router: Router | str | Path | None = None,
+    points: Mapping[str, float] | None = None,
+    timed: int = 8,
+    free: int = 0,
+    seed: int = 0,
+    on_progress: Progress = silent,
+) -> Evaluation:
+    """Measure a router beside identity and honest controls, on prompts it has not seen.
+
+    Args:
+        model: The model.
+        data: Items, or several sets by name; None = the prompts that come with the package. What the router was
+            trained or calibrated on is left out.
+        router: A trained router or its folder; None = this model's.
+        points: θ by name; None = the certified tiers. The first is compared with the controls.
+        timed: Prompts that are timed; 0 times none.
+        free: Prompts that every tier also answers freely, for texts as a reader sees them.
+        seed: Of the controls.
+        on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        DataError: There is no set, no unseen prompt is left, or the labels are of one class.
+        RouterError: There is no learned router.
+    """
+    items = builtin_items() if data is None else data
+    sets = items if isinstance(items, Mapping) else {"data": items}
+    if not sets:
+        raise DataError("there is no set to evaluate on; give at least one.")
+    judge = Judge(model, find_router(router, model, look=False), on_progress=on_progress)
+    return judge.evaluate(sets, points=points, timed=timed, free=free, seed=seed)
+
+
 @dataclass
 class Judge:
-    """Calibrates and evaluates one router.
+    """Calibrates and evaluates one learned router, or else the model's; rewards are kept on disk, or in another cache.
 
-    Attributes:
-        model: The model.
-        router: A learned router; None = the model's.
-        cache: Where rewards are kept; None = the file on disk.
-        on_progress: Called with (stage, steps done, steps in all).
+    See `calibrate` and `evaluate`.
     """
 
     model: PolarModel
     router: Router | None = None
     cache: RewardCache | None = None
-    on_progress: Progress = field(default=silent)
+    on_progress: Progress = silent
 
     def __post_init__(self) -> None:
         router = self.router or self.model.router
@@ -64,12 +136,7 @@ class Judge:
     def calibrate(
         self, items: Sequence[Item], *, tiers: Mapping[str, TierPromise] = TIER_ALPHAS, delta: float = 0.1
     ) -> LearnedRouter:
-        """The router with a certificate made on these items, without those that it was trained on.
-
-        Raises:
-            CalibrationSizeError: A tier's α needs more prompts.
-            DataError: No unseen item is left, or the labels are of one class.
-        """
+        """The router with a certificate made on these items, without those that it was trained on."""
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
         outputs = self._outputs(tasks)
@@ -102,15 +169,7 @@ class Judge:
         free: int = 0,
         seed: int = 0,
     ) -> Evaluation:
-        """Evaluate on sets of items, and on all of them together.
-
-        Args:
-            sets: Items by name; what the router was trained or calibrated on is left out.
-            points: θ by name; None = the certified tiers, or the default θ. The first is compared with the controls.
-            timed: Prompts that are timed; 0 times none.
-            free: Prompts, drawn by hash, that every tier also answers freely.
-            seed: Of the controls.
-        """
+        """Evaluate on sets of items, and on all of them together."""
         thetas = dict(points or self._points())
         training = self._router.facts.training
         tasks = {name: self._bench.tasks(unseen(items, training, calibrating=False)) for name, items in sets.items()}
@@ -147,12 +206,9 @@ class Judge:
         tiers = {} if certificate is None else {name: tier.theta for name, tier in certificate.tiers.items()}
         thetas = {**(tiers or subjects.points), "exact": 0.0}
         runs = evaluate_texts(subjects, thetas)
-        sample = sorted((task for task in tasks if not isinstance(task.item, ChoiceItem)), key=lambda task: task.id)[
-            :free
-        ]
-        written = (
-            FreeRunner(self.model, self._router, self.on_progress).figures(sample, thetas) if runs and sample else {}
-        )
+        sample = sorted((task for task in tasks if task.kind != "choice"), key=lambda task: task.id)[:free]
+        runner = FreeRunner(self.model, self._router, self.on_progress)
+        written = runner.figures(sample, thetas) if runs and sample else {}
         return {name: run.whole(written.get(name)) for name, run in runs.items()}
 
     def _points(self) -> dict[str, float]:
@@ -226,29 +282,20 @@ class Judge:
 
 def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:
     """Rows of choice questions and of prompts answered in text, where there are both."""
-    kinds: dict[str, list[int]] = {}
-    for row, task in enumerate(tasks):
-        kinds.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
+    kinds = grouped(range(len(tasks)), lambda row: "all choices" if tasks[row].kind == "choice" else "all texts")
     return kinds if len(kinds) > 1 else {}
 
 
 def _lengths(tasks: Sequence[Task]) -> dict[str, list[int]]:
     """Rows of prompts answered in text, by length, where there are several lengths."""
-    written = {
-        row: len(task.question.prompt) for row, task in enumerate(tasks) if not isinstance(task.item, ChoiceItem)
-    }
-    lengths = {
-        f"texts {name.replace('_', ' ')}": [row for row, length in written.items() if low <= length < high]
-        for name, (low, high) in LENGTHS.items()
-    }
-    found = {name: rows for name, rows in lengths.items() if rows}
-    return found if len(found) > 1 else {}
+    written = [row for row, task in enumerate(tasks) if task.kind != "choice"]
+    found = grouped(written, lambda row: length_name(len(tasks[row].question.prompt)))
+    if len(found) < 2:
+        return {}
+    return {f"texts {name.replace('_', ' ')}": found[name] for name in LENGTHS if name in found}
 
 
 def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:
     """Rows of each class of a set: all of it, and each task that its items name."""
-    classes = {name: list(range(len(tasks)))}
-    for row, task in enumerate(tasks):
-        if task.item.task is not None:
-            classes.setdefault(f"{name}/{task.item.task}", []).append(row)
-    return classes
+    named = grouped(range(len(tasks)), lambda row: tasks[row].item.task)
+    return {name: list(range(len(tasks))), **{f"{name}/{task}": rows for task, rows in named.items()}}

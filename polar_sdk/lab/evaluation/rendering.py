@@ -74,14 +74,6 @@ def rows(result: SetResult) -> list[tuple[str, ...]]:
     return [_row(system) for system in result.systems]
 
 
-def generation_rows(result: SetResult) -> list[tuple[str, ...]]:
-    """Per tier: prompts, same answers, same tokens, FLOPs saved."""
-    return [
-        (name, str(text.prompts), _interval(text.same_answer), f"{text.same_tokens:.1%}", f"{text.flops_saved:z.1%}")
-        for name, text in result.generation.items()
-    ]
-
-
 def class_rows(classes: Sequence[ClassResult]) -> list[tuple[str, ...]]:
     """One row per class and point."""
     return [
@@ -199,7 +191,7 @@ def to_html(evaluation: Evaluation) -> str:
 
     text = (resources.files("polar_sdk") / "lab" / "evaluation" / "page.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
-    sets = [(result, Markup(_chart(result)), rows(result), generation_rows(result)) for result in evaluation.sets]
+    sets = [(result, Markup(_chart(result)), rows(result)) for result in evaluation.sets]
     classes = class_rows(evaluation.classes)
     return template.render(
         e=evaluation,

@@ -123,15 +123,6 @@ class FrontierPoint(BaseModel, frozen=True):
     accuracy: float | None
 
 
-class Generated(BaseModel, frozen=True):
-    """Prompts answered in text, by one tier."""
-
-    prompts: int
-    same_answer: Interval
-    same_tokens: float
-    flops_saved: float
-
-
 class SetResult(BaseModel, frozen=True):
     """All systems on one set of prompts."""
 
@@ -143,8 +134,6 @@ class SetResult(BaseModel, frozen=True):
     systems: tuple[SystemResult, ...]
     comparisons: tuple[Comparison, ...]
     frontier: tuple[FrontierPoint, ...]
-    generation: dict[str, Generated]
-    """By router system; empty where the set has choice questions only."""
 
     @property
     def main(self) -> SystemResult:

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from polar_sdk.lab.healing.packs import make_packs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.lab.rewards.measure import STRICT_ANSWER
-from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS, BATCH
+from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
+from polar_sdk.lab.training.outcomes import grouped
 from polar_sdk.programs.program import Program
 from polar_sdk.router.base import IdentityRouter
 from polar_sdk.router.exact_tests import Interval, mean_difference
@@ -43,6 +44,11 @@ _CHRF: Final = 6
 """Longest runs of characters that chrF compares."""
 _PACK_TOKENS: Final = 2048
 """Maximum tokens that are compared together: their logits are held twice."""
+
+
+def length_name(tokens: int) -> str:
+    """Which of `LENGTHS` a prompt of that many tokens has."""
+    return next(name for name, (low, high) in LENGTHS.items() if low <= tokens < high)
 
 
 class TextFigures(BaseModel, frozen=True):
@@ -125,16 +131,12 @@ class TextRun(NamedTuple):
     def whole(self, free: FreeFigures | None = None) -> TierTexts:
         """Figures over all prompts, by length and by class."""
         rows = range(len(self.outcomes))
-        by_length = {
-            name: [row for row in rows if low <= self.lengths[row] < high] for name, (low, high) in LENGTHS.items()
-        }
-        by_kind = {
-            name: [row for row in rows if self.classes[row] == name] for name in sorted(set(self.classes)) if name
-        }
-        kinds = {name: self.figures(of_kind) for name, of_kind in by_kind.items()}
+        by_length = grouped(rows, lambda row: length_name(self.lengths[row]))
+        by_kind = grouped(rows, lambda row: self.classes[row])
+        kinds = {name: self.figures(of_kind) for name, of_kind in sorted(by_kind.items())}
         return TierTexts(
             **self.figures(rows).model_dump(),
-            by_length={name: self.figures(of_length) for name, of_length in by_length.items() if of_length},
+            by_length={name: self.figures(by_length[name]) for name in LENGTHS if name in by_length},
             by_kind=kinds,
             worst_kind=min(kinds, key=lambda name: (kinds[name].tokens_kept, name), default=None),
             free=free,
@@ -210,13 +212,7 @@ class FreeRunner:
 
     def _written(self, tasks: Sequence[Task], router: Router) -> list[Answer]:
         prompts = [task.item.prompt for task in tasks if not isinstance(task.item, ChoiceItem)]
-        answers = [
-            answer
-            for start in range(0, len(prompts), BATCH)
-            for answer in self.model.greedy_answers(
-                prompts[start : start + BATCH], max_tokens=ANSWER_TOKENS, router=router
-            )
-        ]
+        answers = self.model.greedy_answers(prompts, max_tokens=ANSWER_TOKENS, router=router)
         return [Answer(tokens, self.model.decode(tokens)) for tokens in answers]
 
     @torch.inference_mode()

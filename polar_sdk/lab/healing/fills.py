@@ -17,10 +17,10 @@ import torch
 
 from polar_sdk.engine.maps import Fill, normalise, reads, rms
 from polar_sdk.errors import MapError
+from polar_sdk.lab.healing.distillation import MapLoss
 from polar_sdk.lab.healing.method import FIT_TOKENS, TRAIN_TOKENS, Group, Lots, Method, drawn, segments_of
 from polar_sdk.lab.healing.packs import make_packs
 from polar_sdk.lab.healing.ridge import RidgeSums
-from polar_sdk.lab.healing.training import MapLoss
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:

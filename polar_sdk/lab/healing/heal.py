@@ -16,14 +16,14 @@ import torch
 from polar_sdk.errors import MapError
 from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.healing.bridges import BridgeMethod
+from polar_sdk.lab.healing.distillation import CHECKPOINT, MapTrainer
 from polar_sdk.lab.healing.fills import FillMethod
 from polar_sdk.lab.healing.method import TRAIN_TOKENS, BridgeOptions, FillOptions, segments_of
 from polar_sdk.lab.healing.packs import make_packs, trainable_copy
-from polar_sdk.lab.healing.training import CHECKPOINT, MapTrainer
 from polar_sdk.lab.items import ChoiceItem, builtin_items, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
-from polar_sdk.router.map_set import MapFacts, MapRecord, MapSet, stored
+from polar_sdk.router.map_set import MapFacts, MapKind, MapRecord, MapSet, stored
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -38,41 +38,60 @@ if TYPE_CHECKING:
     from polar_sdk.programs.cost import Segment
 
 
-CHECKPOINTS: Final = "checkpoints"
+_CHECKPOINTS: Final = "checkpoints"
 """Name of the folder of checkpoints, in the folder of the result."""
 _MEASURED: Final = {"losses", "held_out"}
 """Facts of a training that say how it went, not how it was set."""
 
 
+def heal(
+    model: PolarModel,
+    items: Sequence[Item] | None = None,
+    segments: str = "",
+    *,
+    kind: MapKind = "bridge",
+    out: str | Path | None = None,
+    cache: RewardCache | None = None,
+    on_progress: Progress = silent,
+    **options: Any,
+) -> MapSet:
+    """Fit maps that stand for layers; the model uses them from now on. What was interrupted resumes where it stopped.
+
+    Args:
+        model: The model.
+        items: Prompts to fit on; None = the prompts that come with the package. Choice questions are for bridges only.
+        segments: For bridges, first and last layers, e.g. `12-15,17-20`; groups that are not used together are
+            separated by `;`. For fills, cuts, from which all layers up to the last are filled, or first and last
+            layers, e.g. `27,24,20-23`, or several of these that one program fills, e.g. `18-21+23`; `default` = what
+            changes least, of 10 % to 50 % of the layers, found by measuring.
+        kind: Which maps to fit: bridges cross layers, fills write their keys and values for prompt tokens.
+        out: Folder to write the maps to; checkpoints are kept there until training is done.
+        cache: Where identity's answers to prompts are kept; None = in memory.
+        on_progress: Called with (stage, steps done, steps in all).
+        **options: Fields of `BridgeOptions` or `FillOptions`.
+
+    Raises:
+        DataError: The data is empty or nothing but copies.
+        MapError: An option is out of range, a segment does not fit the model, or no prompt is left to fit on.
+    """
+    chosen = BridgeOptions.of(**options) if kind == "bridge" else FillOptions.of(**options)
+    return model.use_maps(Healer(model, chosen, items, segments, out, cache or RewardCache(), on_progress).run())
+
+
 @dataclass(frozen=True)
 class Healer:
-    """Fits maps of one kind on one model.
-
-    Attributes:
-        model: The model; it is not changed.
-        options: How to fit, and so of which kind the maps are.
-        items: Prompts; None = the prompts that come with the package.
-        segments: Text form of what to fit.
-        out: Folder of the result and of the checkpoint; None keeps the result in memory and no checkpoint.
-        cache: Keeps identity's answers; None = in memory.
-        on_progress: Called with (stage, steps done, steps in all).
-    """
+    """Fits maps of one kind on one model, which is not changed; see `heal`."""
 
     model: PolarModel
     options: BridgeOptions | FillOptions
     items: Sequence[Item] | None
     segments: str
-    out: str | Path | None = None
-    cache: RewardCache | None = None
+    out: str | Path | None
+    cache: RewardCache
     on_progress: Progress = silent
 
     def run(self) -> MapSet:
-        """Fit, train if there are steps to train, measure, and save if there is a folder.
-
-        Raises:
-            DataError: The data is empty or nothing but copies.
-            MapError: A segment does not fit, or no prompt is left to fit on.
-        """
+        """Fit, train if there are steps to train, measure, and save if there is a folder."""
         method, options = self._method, self.options
         asked = method.groups(self.segments)
         if options.distil and self.model.dtype.startswith("int"):
@@ -102,7 +121,7 @@ class Healer:
         }
         data = data_hash(items)
         checkpoint = Checkpoint(
-            None if self.out is None else Path(self.out) / CHECKPOINTS,
+            None if self.out is None else Path(self.out) / _CHECKPOINTS,
             run_key(self.model.fingerprint, self.model.dtype, programs, data, options),
         )
         if options.distil:
@@ -130,10 +149,8 @@ class Healer:
 
     @property
     def _method(self) -> Method:
-        depth = self.model.depth
-        if isinstance(self.options, FillOptions):
-            return FillMethod(self.options, depth)
-        return BridgeMethod(self.options, depth)
+        depth, options = self.model.depth, self.options
+        return FillMethod(options, depth) if isinstance(options, FillOptions) else BridgeMethod(options, depth)
 
     def _usable(self, method: Method) -> list[Item]:
         items = distinct_items(builtin_items() if self.items is None else self.items)
@@ -144,13 +161,9 @@ class Healer:
         return items
 
     def _tasks(self, items: Sequence[Item], split: str) -> list[Task]:
-        return make_tasks(
-            self.model,
-            [item for item in items if split_of(item_id(item)) == split],
-            self.cache or RewardCache(),
-            answer_tokens=self.options.answer_tokens,
-            on_progress=self.on_progress,
-        )
+        chosen = [item for item in items if split_of(item_id(item)) == split]
+        tokens = self.options.answer_tokens
+        return make_tasks(self.model, chosen, self.cache, answer_tokens=tokens, on_progress=self.on_progress)
 
     def _start(self) -> MapSet | None:
         """The maps to start from."""
@@ -171,10 +184,10 @@ class Healer:
     ) -> tuple[dict[Segment, Map], dict[str, Any]]:
         """Train; the map of a segment stays as it was where held-out prompts lose in a program that uses it."""
         method = self._method
-        trainer = MapTrainer(
-            decoder, make_packs(decoder, lots.trained, TRAIN_TOKENS), method, groups, fitted, checkpoint
-        )
-        trainer.run(lambda done, total: self.on_progress(f"training {method.kind}s", done, total))
+        packs = make_packs(decoder, lots.trained, TRAIN_TOKENS)
+        trainer = MapTrainer(decoder, packs, method, groups, fitted, checkpoint)
+        stage = f"training {method.kind}s"
+        trainer.descent.run(trainer.gradients, lambda done, total: self.on_progress(stage, done, total))
         trained = {segment: each.to(dtype, decoder.device) for segment, each in trainer.maps.items()}
         measured = make_packs(decoder, lots.held_out or lots.fitted, TRAIN_TOKENS)
         before, after = trainer.loss.means(measured, fitted), trainer.loss.means(measured, trained)
@@ -192,7 +205,7 @@ class Healer:
             for group in groups
         ]
         chosen = {segment: each if segment in lost else trained[segment] for segment, each in fitted.items()}
-        return chosen, {"losses": trainer.losses, "held_out": rows}
+        return chosen, {"losses": trainer.descent.losses, "held_out": rows}
 
 
 def _provenance(start: MapSet) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Methods: how one kind of map is asked for, fitted, trained and measured, and with which options.
 
-`bridges` and `fills` are the two; what they have in common is done by `heal` and `training`. Knows no files.
+`bridges` and `fills` are the two; what they have in common is done by `heal` and `distillation`. Knows no files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Self
 from pydantic import BaseModel, Field, ValidationError
 
 from polar_sdk.errors import MapError
-from polar_sdk.lab.healing.loss import LossWeights
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.programs.cost import Segment
 from polar_sdk.programs.program import TAIL
@@ -38,9 +37,21 @@ FIT_TOKENS: Final = 4096
 TRAIN_TOKENS: Final = 2048
 """Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
 _SEGMENT: Final = re.compile(r"[\[(]?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?[\])]?")
-
 _SOFTENING: Final = 2.0
 """Temperature at which token distributions are compared where fills are trained."""
+
+
+class LossWeights(NamedTuple):
+    """Weights of the terms of the training's loss; see `distillation`."""
+
+    temperature: float = 1.0
+    """T at which token distributions are compared; their divergence counts T² times."""
+    hidden: float = 0.0
+    """Weight of the squared error of the last states, over their mean square (SwiftKV, arXiv 2410.03960)."""
+    choices: float = 0.0
+    """Weight of the difference between the choices' scores."""
+    labels: float = 0.0
+    """Weight of the cross-entropy on the right choice; 0 uses no label."""
 
 
 class HealOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):

@@ -9,7 +9,7 @@ interrupted search resumes where it stopped.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -149,42 +149,25 @@ def search(
             prompt is in the train split; or the policy allows no program of these budgets.
     """
     checked = SearchOptions(**options)  # type: ignore[arg-type]
-    return Search(model, items, checked, cache or RewardCache(), on_progress, programs).run()
+    measurer = Measurer(model, cache or RewardCache(), on_progress)
+    return _Search(model, measurer, checked, programs).run(builtin_items() if items is None else items)
 
 
-@dataclass
-class Search:
-    """A search on one model.
-
-    Attributes:
-        model: The model, with the bridges that programs may use; its policy bounds the programs.
-        items: Prompts; None = the prompts that come with the package.
-        options: How to search.
-        cache: What has been measured already.
-        on_progress: Called with (stage, steps done, steps in all).
-        programs: Go on the menu whatever is found; none = for each fill the program that uses it alone.
-    """
+@dataclass(frozen=True)
+class _Search:
+    """A search on one model; see `search`."""
 
     model: PolarModel
-    items: Sequence[Item] | None = None
-    options: SearchOptions = field(default_factory=SearchOptions)
-    cache: RewardCache = field(default_factory=RewardCache)
-    on_progress: Progress = silent
-    programs: Sequence[Program] = ()
+    measurer: Measurer
+    options: SearchOptions
+    programs: Sequence[Program]
 
-    def run(self) -> SearchResult:
-        """Search, pick and measure.
-
-        Raises:
-            DataError: The data is empty, nothing but copies, its labels are of one class, no prompt is in the train
-                split, or the policy allows no program of these budgets.
-        """
-        items = distinct_items(builtin_items() if self.items is None else self.items)
+    def run(self, given: Sequence[Item]) -> SearchResult:
+        """Search, pick and measure."""
+        items = distinct_items(given)
         check_labels(items)
-        tasks = make_tasks(
-            self.model, items, self.cache, answer_tokens=self.options.answer_tokens, on_progress=self.on_progress
-        )
-        self._measurer = Measurer(self.model, self.cache, self.on_progress)
+        measurer, tokens = self.measurer, self.options.answer_tokens
+        tasks = make_tasks(self.model, items, measurer.cache, answer_tokens=tokens, on_progress=measurer.on_progress)
         splits = [split_of(task.id, self.options.shares) for task in tasks]
         train = [task for task, split in zip(tasks, splits, strict=True) if split == "train"]
         dev = [task for task, split in zip(tasks, splits, strict=True) if split == "dev"]
@@ -220,7 +203,7 @@ class Search:
 
             def fitness_of(programs: Sequence[Program], share: float, stage: str = stage) -> dict[Program, float]:
                 first = tasks[: max(1, round(share * len(tasks)))]
-                rewards = self._measurer.rewards(first, programs, stage)
+                rewards = self.measurer.rewards(first, programs, stage)
                 return {program: self._fitness(first, program, reward) for program, reward in rewards.items()}
 
             fitness[budget] = evolve(
@@ -240,7 +223,7 @@ class Search:
             choice = torch.tensor([isinstance(task.item, ChoiceItem) for task in tasks])
             scored = [task for task in tasks if isinstance(task.item, ChoiceItem)]
             value = value.clone()
-            value[choice] = self._measurer.right(scored, program).float()
+            value[choice] = self.measurer.right(scored, program).float()
         return float(value.mean() + 0.01 * reward.margin.clamp(-1, 1).mean())
 
     def _pick(self, fitness: dict[float, dict[Program, float]], tasks: Sequence[Task]) -> list[Program]:
@@ -258,7 +241,7 @@ class Search:
         ]
         in_turn = [program for rank in zip_longest(*rankings) for program in rank if program is not None]
         pool = list(dict.fromkeys([self._identity, *filled, *winners, *in_turn]))[:_FINALISTS]
-        rewards = self._measurer.rewards(tasks, pool, "finalists")
+        rewards = self.measurer.rewards(tasks, pool, "finalists")
         gains = torch.stack([_gain(rewards[program], rewards[self._identity]) for program in pool], dim=1)
         must = [0, *(pool.index(program) for program in (*filled, *winners) if program in pool)]
         return [pool[column] for column in cover(gains, self.options.menu, must)]
@@ -274,7 +257,7 @@ class Search:
     def _matrix(self, tasks: Sequence[Task], programs: Sequence[Program], data: str) -> RewardMatrix:
         ordered = [self._identity, *sorted(programs, key=self._ratio, reverse=True)]
         return measured_matrix(
-            self._measurer,
+            self.measurer,
             tasks,
             list(dict.fromkeys(ordered)),
             splits=[split_of(task.id, self.options.shares) for task in tasks],

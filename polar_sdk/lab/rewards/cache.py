@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.engine import engine_version
 from polar_sdk.errors import DataError
@@ -17,11 +17,13 @@ from polar_sdk.models.paths import cache_folder
 from polar_sdk.reading import Unreadable, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
 
+BATCH: Final = 128
+"""Prompts that are handed to the engine at once: it decodes as many together as it can."""
 _LAYOUT = 2
 """Version of the values' layout, part of the file's name: files of other versions are not read."""
 _SCHEMA = """
@@ -70,6 +72,31 @@ class RewardCache:
             )
             values = ((prompt, cursor.fetchone()) for prompt, cursor in rows)
             return {prompt: parse_json(row[0]) for prompt, row in values if row is not None}
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        program: str,
+        measure: Callable[[Sequence[str]], Sequence[Any]],
+        on_progress: Callable[[int, int], None],
+    ) -> dict[str, Any]:
+        """The values of all these prompts: what is not stored is measured in batches, and stored after each.
+
+        Args:
+            prompts: At most `BATCH` are measured at once, in this order.
+            program: Under which.
+            measure: Values of some prompts.
+            on_progress: Called with the number measured, and of all that were not stored.
+        """
+        known = self.get(prompts, program)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
+            fresh = dict(zip(batch, measure(batch), strict=True))
+            self.put(program, fresh)
+            known |= fresh
+            on_progress(start + len(batch), len(missing))
+        return known
 
     def put(self, program: str, values: Mapping[str, Any]) -> None:
         """Store values by prompt under this program; they are on disk when this returns."""

@@ -17,7 +17,6 @@ from polar_sdk.engine.hashes import hash_maps
 from polar_sdk.engine.pack import packs
 from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
-from polar_sdk.lab.rewards.tasks import BATCH
 from polar_sdk.programs.cost import Piece
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
@@ -76,29 +75,16 @@ class Measurer:
     on_progress: Progress = silent
 
     def scores(
-        self, tasks: Sequence[Task], programs: Iterable[Program], stage: str = "programs"
+        self, tasks: Sequence[Task], programs: Iterable[Program], stage: str = "programs", *, again: bool = False
     ) -> dict[Program, list[Score]]:
-        """Score of every task under every program, in the order of the tasks."""
-        distinct = dict.fromkeys(programs)
-        known = {program: self.cache.get((task.key for task in tasks), self._name(program)) for program in distinct}
-        self._fill(tasks, known, stage)
-        return {program: [_read(values[task.key]) for task in tasks] for program, values in known.items()}
+        """Score of every task under every program, in the order of the tasks.
 
-    def repeated(self, tasks: Sequence[Task]) -> list[Score]:
-        """Scores under identity, measured a second time, in the packs that result from this order of the tasks."""
-        identity = Program.identity(self.model.depth)
-        name = f"{self._name(identity)} again"
-        known = self.cache.get((task.key for task in tasks), name)
-        missing = {task.key: task.question for task in tasks if task.key not in known}
-        keys = iter(missing)
-        missing_packs = list(packs(list(missing.values())))
-        for done, pack in enumerate(missing_packs):
-            self.on_progress("identity again", done, len(missing_packs))
-            scores = score_programs(self.model.loaded.decoder, pack, [identity])[identity]
-            fresh = dict(zip([next(keys) for _ in pack], map(_stored, scores), strict=True))
-            self.cache.put(name, fresh)
-            known |= fresh
-        return [_read(known[task.key]) for task in tasks]
+        `again` measures them a second time, in the packs that result from this order.
+        """
+        names = {program: self._name(program) + (" again" if again else "") for program in programs}
+        known = {program: self.cache.get((task.key for task in tasks), name) for program, name in names.items()}
+        self._fill(tasks, names, known, stage)
+        return {program: [_read(values[task.key]) for task in tasks] for program, values in known.items()}
 
     def rewards(
         self, tasks: Sequence[Task], programs: Iterable[Program], stage: str = "programs"
@@ -119,32 +105,35 @@ class Measurer:
         written = [task for task in tasks if isinstance(task.item, AnswerItem)]
         scores = dict(zip((task.key for task in scored), self.scores(scored, [program])[program], strict=True))
         texts = self._generated(written, program, max_tokens)
-        return torch.tensor([self._is_right(task, scores, texts) for task in tasks], dtype=torch.bool)
-
-    def _is_right(self, task: Task, scores: dict[str, Score], texts: dict[str, str]) -> bool:
-        if isinstance(task.item, ChoiceItem):
-            return preferred_choice(scores[task.key], task.characters) == task.item.answer
-        return isinstance(task.item, AnswerItem) and is_right(texts[task.key], task.item.answer)
+        right = []
+        for task in tasks:
+            if isinstance(task.item, ChoiceItem):
+                right.append(preferred_choice(scores[task.key], task.characters) == task.item.answer)
+            else:
+                right.append(isinstance(task.item, AnswerItem) and is_right(texts[task.key], task.item.answer))
+        return torch.tensor(right, dtype=torch.bool)
 
     def _generated(self, tasks: Sequence[Task], program: Program, max_tokens: int) -> dict[str, str]:
-        name = f"{self._name(program)} writes {max_tokens}"
-        known = self.cache.get((task.key for task in tasks), name)
-        missing = [task for task in tasks if task.key not in known]
-        for start in range(0, len(missing), BATCH):
-            batch = missing[start : start + BATCH]
-            prompts = [task.item.prompt for task in batch if isinstance(task.item, AnswerItem)]
-            answers = self.model.greedy_answers(prompts, max_tokens=max_tokens, program=program)
-            texts = [self.model.decode(answer) for answer in answers]
-            fresh = {task.key: text for task, text in zip(batch, texts, strict=True)}
-            self.cache.put(name, fresh)
-            known |= fresh
-            self.on_progress(f"writing under {program.text}", start + len(batch), len(missing))
-        return known
+        prompts = {task.key: task.item.prompt for task in tasks if isinstance(task.item, AnswerItem)}
+
+        def write(keys: Sequence[str]) -> list[str]:
+            asked = [prompts[key] for key in keys]
+            answers = self.model.greedy_answers(asked, max_tokens=max_tokens, program=program)
+            return [self.model.decode(answer) for answer in answers]
+
+        return self.cache.complete(
+            list(prompts),
+            f"{self._name(program)} writes {max_tokens}",
+            write,
+            lambda done, total: self.on_progress(f"writing under {program.text}", done, total),
+        )
 
     def _name(self, program: Program) -> str:
         return f"{program.text} {hash_maps(self.model.loaded.decoder, [program])[:24]}".strip()
 
-    def _fill(self, tasks: Sequence[Task], known: dict[Program, dict[str, Any]], stage: str) -> None:
+    def _fill(
+        self, tasks: Sequence[Task], names: dict[Program, str], known: dict[Program, dict[str, Any]], stage: str
+    ) -> None:
         """Score what is missing, pack by pack; tasks that lack the same programs go together."""
         groups: dict[tuple[Program, ...], dict[str, Question]] = defaultdict(dict)
         for task in tasks:
@@ -166,7 +155,7 @@ class Measurer:
                 pack_keys = [next(keys) for _ in pack]
                 for program in programs:
                     fresh = dict(zip(pack_keys, map(_stored, scores[program]), strict=True))
-                    self.cache.put(self._name(program), fresh)
+                    self.cache.put(names[program], fresh)
                     known[program] |= fresh
 
 

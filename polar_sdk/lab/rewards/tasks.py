@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 PromptKind = Literal["choice", "prompt", "answer"]
 ANSWER_TOKENS: Final = 48
 """Maximum tokens of identity's answers to prompts."""
-BATCH: Final = 128
-"""Prompts that are handed to the engine at once, of about one length: it decodes as many together as it can."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Task:
     @cached_property
     def key(self) -> str:
         """Hash of the token ids, on which a score depends."""
-        return hashlib.sha256(repr((self.question.prompt, self.question.continuations)).encode()).hexdigest()[:40]
+        return _key((self.question.prompt, self.question.continuations))
 
     @property
     def kind(self) -> PromptKind:
@@ -117,19 +115,17 @@ def _answers(
     """Prompt tokens and identity's answer, by prompt; prompts that leave no room for an answer are left out."""
     tokens = {prompt: tuple(model.prompt_tokens(prompt)) for prompt in prompts}
     room = model.context_window - answer_tokens
-    keys = {prompt: _prompt_key(ids) for prompt, ids in tokens.items() if len(ids) <= room}
-    program = f"{Program.identity(model.depth)} answers {answer_tokens}"
-    known = cache.get(keys.values(), program)
-    missing = sorted((prompt for prompt, key in keys.items() if key not in known), key=lambda text: len(tokens[text]))
-    for start in range(0, len(missing), BATCH):
-        batch = missing[start : start + BATCH]
-        written = model.greedy_answers(batch, max_tokens=answer_tokens)
-        fresh = {keys[prompt]: list(answer) for prompt, answer in zip(batch, written, strict=True)}
-        cache.put(program, fresh)
-        known |= fresh
-        on_progress("identity's answers", start + len(batch), len(missing))
+    keys = {prompt: _key(ids) for prompt, ids in tokens.items() if len(ids) <= room}
+    texts = {key: prompt for prompt, key in keys.items()}
+    known = cache.complete(
+        sorted(texts, key=lambda key: len(tokens[texts[key]])),
+        f"{Program.identity(model.depth)} answers {answer_tokens}",
+        lambda batch: model.greedy_answers([texts[key] for key in batch], max_tokens=answer_tokens),
+        lambda done, total: on_progress("identity's answers", done, total),
+    )
     return {prompt: Question(tokens[prompt], (tuple(known[key]),)) for prompt, key in keys.items()}
 
 
-def _prompt_key(tokens: tuple[int, ...]) -> str:
-    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:40]
+def _key(ids: object) -> str:
+    """Hash of token ids."""
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:40]

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Final, Protocol
 
 import torch
 from pydantic import BaseModel, Field
 
-from polar_sdk.lab.checkpoint import Checkpoint, run_key
+from polar_sdk.lab.checkpoint import Checkpoint, moments_of, restore, run_key
 from polar_sdk.lab.training.menu_training import Trained
 from polar_sdk.router.layerwise import ACTIONS, EXECUTE, HIDDEN, program_of
 from polar_sdk.router.network import Network
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.programs.program import Program
+
+
+_BEST: Final = "best "
+"""Begins the names of the best network's tensors in a checkpoint."""
 
 
 class LayerwiseSettings(BaseModel, frozen=True, extra="forbid"):
@@ -129,8 +133,7 @@ class _Run:
         self.network.biases[-1].copy_(self._start().flatten())
         self.best = (-float("inf"), Network.of(self.network.tensors()))
         self.history: list[float] = []
-        for tensor in self.network.trainable:
-            tensor.requires_grad_(True)
+        self.values = {str(place): tensor.requires_grad_() for place, tensor in enumerate(self.network.trainable)}
         self.optimizer = torch.optim.Adam(self.network.trainable, lr=settings.learning_rate)
 
     def train(self, show: Callable[[int], None]) -> tuple[float, Network, list[float]]:
@@ -198,31 +201,16 @@ class _Run:
         return len(self.history) > patience and max(self.history[-patience:]) < max(self.history[:-patience])
 
     def _save(self) -> None:
-        tensors = {f"now {name}": tensor for name, tensor in self.network.tensors().items()}
-        tensors |= {f"best {name}": tensor for name, tensor in self.best[1].tensors().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam {index} {name}": torch.as_tensor(value) for name, value in state.items()}
-        facts: dict[str, Any] = {"history": self.history, "utility": self.best[0]}
-        self.checkpoint.save(f"policy-{self.seed}", tensors, facts)
+        best = {f"{_BEST}{name}": tensor for name, tensor in self.best[1].tensors().items()}
+        tensors = {**self.values, **moments_of(self.optimizer, self.values), **best}
+        self.checkpoint.save(f"policy-{self.seed}", tensors, {"history": self.history, "utility": self.best[0]})
 
     def _resume(self) -> None:
         saved = self.checkpoint.load(f"policy-{self.seed}")
         if saved is None:
             return
         tensors, facts = saved
-        now = Network.of(_named(tensors, "now "))
-        with torch.no_grad():
-            for current, kept in zip(self.network.trainable, now.trainable, strict=True):
-                current.copy_(kept)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _named(tensors, "adam ").items():
-            index, _, key = name.partition(" ")
-            state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.best = (float(facts["utility"]), Network.of(_named(tensors, "best ")))
+        restore(self.optimizer, self.values, tensors)
+        best = {name.removeprefix(_BEST): each for name, each in tensors.items() if name.startswith(_BEST)}
+        self.best = (float(facts["utility"]), Network.of(best))
         self.history = list(facts["history"])
-
-
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names have the prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -115,12 +115,19 @@ def fit_menu(
     """
     configs: list[_Config] = list(product(settings.targets, settings.hidden, settings.penalties))
     runs = [(config, seed) for config in configs for seed in settings.seeds]
-    checkpoint = Checkpoint(checkpoints, run_key(settings, *map(_digest, (train, dev))))
+    sums = [
+        float(each.double().sum())
+        for part in (train, dev)
+        for each in (part.features, part.lost, part.margin, part.flops)
+    ]
+    checkpoint = Checkpoint(checkpoints, run_key(settings, sums))
     results: dict[tuple[_Config, int], tuple[float, Network]] = {}
     for index, (config, seed) in enumerate(runs):
         on_progress("training the menu router", index, len(runs))
-        results[config, seed] = _finished(checkpoint, index) or _run(train, dev, order, settings, config, seed)
-        utility, network = results[config, seed]
+        if (saved := checkpoint.load(f"run-{index}")) is not None:
+            results[config, seed] = float(saved[1]["utility"]), Network.of(saved[0])
+            continue
+        utility, network = results[config, seed] = _run(train, dev, order, settings, config, seed)
         checkpoint.save(f"run-{index}", network.tensors(), {"utility": utility})
     on_progress("training the menu router", len(runs), len(runs))
     checkpoint.clear(f"run-{index}" for index in range(len(runs)))
@@ -144,18 +151,6 @@ def _record(
             for config, values in utilities.items()
         ],
     }
-
-
-def _digest(examples: Examples) -> list[float]:
-    """Sums that change with the data, for a run's name."""
-    tensors = (examples.features, examples.lost, examples.margin, examples.flops)
-    return [float(tensor.double().sum()) for tensor in tensors]
-
-
-def _finished(checkpoint: Checkpoint, index: int) -> tuple[float, Network] | None:
-    """Utility and network of a run that an earlier call finished."""
-    saved = checkpoint.load(f"run-{index}")
-    return None if saved is None else (float(saved[1]["utility"]), Network.of(saved[0]))
 
 
 def _run(

@@ -143,6 +143,15 @@ def _lists(matrix: RewardMatrix) -> tuple[list[list[bool]], list[list[float]], l
     return agree, share, right, flops
 
 
+def grouped(rows: Iterable[int], name_of: Callable[[int], str | None]) -> dict[str, list[int]]:
+    """Rows by name, in the order of their first; those without a name are left out."""
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        if name := name_of(row):
+            groups.setdefault(name, []).append(row)
+    return groups
+
+
 _ID_DIGITS: Final = 8
 """Hexadecimal digits of a prompt's id that a router remembers; two prompts share them 1 time in 4 billion."""
 
@@ -236,16 +245,22 @@ class Bench:
         identity = Program.identity(self.model.depth)
         choices = [task for task in tasks if isinstance(task.item, ChoiceItem)]
         known = self._measurer.scores(tasks, [identity])[identity]
-        scores = self._measurer.repeated(list(reversed(choices))) if choices else []
-        fresh = dict(zip((task.key for task in reversed(choices)), scores, strict=True))
+        turned = choices[::-1]
+        scores = self._measurer.scores(turned, [identity], "identity again", again=True)[identity]
+        fresh = dict(zip((task.key for task in turned), scores, strict=True))
         afresh = [
-            fresh[task.key] if isinstance(task.item, ChoiceItem) else Score(score.loglikelihoods, (written(task),))
+            fresh[task.key]
+            if isinstance(task.item, ChoiceItem)
+            else Score(score.loglikelihoods, task.question.continuations)
             for task, score in zip(tasks, known, strict=True)
         ]
         reward = rewards_of(tasks, known, afresh, identity, self.model.decoder.cost)
-        right = [_chosen_right(task, score) for task, score in zip(tasks, afresh, strict=True)]
+        right = [
+            isinstance(task.item, ChoiceItem) and preferred_choice(score, task.characters) == task.item.answer
+            for task, score in zip(tasks, afresh, strict=True)
+        ]
         return [
-            PromptOutcome(agree, share, bool(chosen), flops)
+            PromptOutcome(agree, share, chosen, flops)
             for agree, share, chosen, flops in zip(
                 reward.agree.tolist(), reward.share.tolist(), right, reward.flops.tolist(), strict=True
             )
@@ -262,15 +277,3 @@ class Bench:
             data=data_hash(task.item for task in tasks),
             write_tokens=64 if labels else None,
         )
-
-
-def written(task: Task) -> tuple[int, ...]:
-    """Identity's answer to a prompt, token by token."""
-    return task.question.continuations[0]
-
-
-def _chosen_right(task: Task, score: Score) -> bool | None:
-    """Whether the preferred choice is the right one; None for prompts that are answered in text."""
-    if not isinstance(task.item, ChoiceItem):
-        return None
-    return preferred_choice(score, task.characters) == task.item.answer

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
-from polar_sdk.errors import DataError, RouterModelError
+from polar_sdk.errors import DataError, RouterError, RouterModelError
+from polar_sdk.lab.items import builtin_items
+from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.lab.training.examples import Examples, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
@@ -16,23 +19,26 @@ from polar_sdk.lab.training.outcomes import Bench, id_prefixes
 from polar_sdk.programs.program import Program
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
+from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.menu import MenuRouter, Pricing
 from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
+from polar_sdk.router.store import save_with_maps
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from polar_sdk.lab.items import Item
-    from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
     from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.learned import LearnedRouter
 
 
+_CHECKPOINTS: Final = "checkpoints"
+"""Name of the folder of checkpoints, in the router's folder."""
 RouterKind = Literal["menu", "policy", "static"]
 """`policy` decides layer by layer; `static` is a menu router that reads nothing, the baseline of routing."""
 _DEFAULT_RISK: Final = 0.05
@@ -43,23 +49,64 @@ _LIKELIEST_THETA: Final = 0.5
 """θ at which a layerwise router leaves "execute" where it is less likely than not."""
 
 
+def train(
+    model: PolarModel,
+    rewards: RewardMatrix | str | Path,
+    *,
+    kind: RouterKind = "menu",
+    items: Sequence[Item] | None = None,
+    features: FeatureKind = "ending",
+    settings: MenuSettings | LayerwiseSettings | None = None,
+    out: str | Path | None = None,
+    maps: str | Path | Sequence[str | Path] = (),
+    on_progress: Progress = silent,
+) -> LearnedRouter:
+    """Train a router on what programs do on prompts; once it is calibrated, it serves.
+
+    Args:
+        model: The model.
+        rewards: The reward matrix of `search`, or its file.
+        kind: `menu` chooses among the matrix's programs, `policy` layer by layer; `static` reads nothing.
+        items: For `policy`: the items that were searched on; None = the prompts that come with the package.
+        features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all.
+        settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
+        out: Folder to write the router to; checkpoints are kept there until training is done.
+        maps: Folder of the bridges or fills that the programs use, or several; these are written beside the router.
+        on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        RouterModelError: The rewards were measured on another model or in another dtype.
+        RouterError: The kind is unknown, the settings are for another kind, or maps that programs use are missing.
+        DataError: The matrix holds no train or no dev prompt, or its menu is identity alone.
+    """
+    by_kind = {"menu": MenuSettings, "policy": LayerwiseSettings, "static": MenuSettings}
+    if kind not in by_kind:
+        raise RouterError(f"router kind {kind!r} cannot be trained; choose from: {', '.join(by_kind)}.")
+    if settings is not None and not isinstance(settings, by_kind[kind]):
+        raise RouterError(f"kind {kind!r} takes {by_kind[kind].__name__}, not {type(settings).__name__}.")
+    matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
+    used = [model.use_maps(each) for each in MapSet.load_all(maps)]
+    checkpoints = None if out is None else Path(out) / _CHECKPOINTS
+    trainer = RouterTrainer(model, matrix, features, checkpoints, on_progress)
+    router: LearnedRouter
+    if isinstance(settings, LayerwiseSettings) or kind == "policy":
+        router = trainer.layerwise(builtin_items() if items is None else items, settings)
+    else:
+        router = trainer.menu(settings) if kind == "menu" else trainer.static(settings)
+    if out is not None:
+        save_with_maps(router, Path(out), used)
+    return router
+
+
 @dataclass
 class RouterTrainer:
-    """Trains routers for one model.
-
-    Attributes:
-        model: The model, with the bridges that programs use.
-        matrix: What programs do on the train and dev prompts (`polar lab search`).
-        features: What the router reads.
-        checkpoints: Folder for checkpoints; None keeps none.
-        on_progress: Called with (stage, steps done, steps in all).
-    """
+    """Trains routers for one model, which has the maps that programs use; see `train`."""
 
     model: PolarModel
     matrix: RewardMatrix
     features: FeatureKind = "ending"
     checkpoints: Path | None = None
-    on_progress: Progress = field(default=silent)
+    on_progress: Progress = silent
 
     def __post_init__(self) -> None:
         if self.matrix.fingerprint != self.model.fingerprint:

@@ -179,7 +179,7 @@ def test_training_that_was_interrupted_ends_where_it_would_have(
         on_progress=lambda stage, done, _: steps.append(done) if stage == "training" else None,
         **options,
     )
-    assert steps[0] == 6
+    assert steps[0] == 9
     assert not folder.exists()
     assert _same(cache / "half", cache / "whole")
     lab.train_draft_head(model, _prompts(40), out=cache / "other", checkpoints=folder, **options | {"seed": 1})

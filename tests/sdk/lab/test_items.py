@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.synthetic_prompts import long_items, messages, notes, passages
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import (
     NEAR,
@@ -25,12 +26,10 @@ from polar_sdk.lab.items import (
     data_hash,
     distinct_items,
     item_id,
-    long_items,
     normalised,
     read_items,
     split_of,
 )
-from polar_sdk.lab.synthetic_prompts import messages, notes, passages
 
 if TYPE_CHECKING:
     import random

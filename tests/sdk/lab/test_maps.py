@@ -17,12 +17,11 @@ from polar_sdk.engine.maps import Bridge
 from polar_sdk.engine.scoring import score_programs, states_after
 from polar_sdk.errors import DataError, MapDamagedError, MapError, MapModelError, MissingMapError
 from polar_sdk.lab.healing.bridges import BridgeMethod, bridge_between
+from polar_sdk.lab.healing.distillation import MapLoss, Predictions, choice_scores, loss_of, slots_of
 from polar_sdk.lab.healing.fills import FillMethod, candidates
 from polar_sdk.lab.healing.heal import Healer
-from polar_sdk.lab.healing.loss import LossWeights, Predictions, choice_scores, loss_of, slots_of
-from polar_sdk.lab.healing.method import BridgeOptions, FillOptions
+from polar_sdk.lab.healing.method import BridgeOptions, FillOptions, LossWeights
 from polar_sdk.lab.healing.packs import make_packs
-from polar_sdk.lab.healing.training import MapLoss
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer
@@ -84,7 +83,7 @@ def fit(texts: list[Item], mixed_items: list[Item]) -> Fit:
     ) -> MapSet:
         items = mixed_items if kind is BRIDGES else texts
         chosen = OPTIONS[kind.name].of(**{"answer_tokens": 6, **options})
-        return Healer(model, chosen, items, segments or kind.segments, out, on_progress=on_progress).run()
+        return Healer(model, chosen, items, segments or kind.segments, out, RewardCache(), on_progress).run()
 
     return run
 
@@ -527,7 +526,7 @@ def test_labels_change_the_training_only_where_they_are_asked_for(model: PolarMo
 
     def train(items: list[Item], labels: float) -> list[float]:
         options = BridgeOptions(distil=3, labels=labels, answer_tokens=4)
-        losses: list[float] = Healer(model, options, items, "2").run().facts.training["losses"]
+        losses: list[float] = Healer(model, options, items, "2", None, RewardCache()).run().facts.training["losses"]
         return losses
 
     assert train(mixed_items, 0.0) == train(turned, 0.0)
@@ -584,7 +583,7 @@ def test_training_by_products_of_bfloat16_takes_the_same_way(
 ) -> None:
     losses = []
     for pays in (False, True):
-        monkeypatch.setattr("polar_sdk.lab.healing.training._halves_pay", lambda _, pays=pays: pays)
+        monkeypatch.setattr("polar_sdk.lab.healing.distillation._halves_pay", lambda _, pays=pays: pays)
         losses.append(fit(model, FILLS, distil=8, rate=5e-4).facts.training["losses"])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -604,7 +603,7 @@ def test_states_that_do_not_fit_in_memory_are_computed_again(
 ) -> None:
     monkeypatch.setattr("polar_sdk.lab.healing.heal.TRAIN_TOKENS", 64)
     kept = fit(model, kind, distil=12)
-    monkeypatch.setattr("polar_sdk.lab.healing.training._MAX_KEPT", 20_000)
+    monkeypatch.setattr("polar_sdk.lab.healing.distillation._MAX_KEPT", 20_000)
     again = fit(model, kind, distil=12)
     assert again.facts.training["losses"] == kept.facts.training["losses"]
     assert digests(again) == digests(kept)
@@ -660,7 +659,7 @@ def test_the_command_fits_and_goes_on_after_ctrl_c(
 
     asking = [*command, kind.flag, kind.segments, "--out"]
     with monkeypatch.context() as patch:
-        patch.setattr("polar_sdk.lab.healing.training.loss_of", interrupted)
+        patch.setattr("polar_sdk.lab.healing.distillation.loss_of", interrupted)
         cut = CliRunner().invoke(app, [*asking, str(tmp_path / "cut")])
     assert (cut.exit_code, "the same command" in cut.output) == (130, True), cut.output
     again = CliRunner().invoke(app, [*asking, str(tmp_path / "cut"), "--json"])

@@ -20,7 +20,7 @@ from polar_sdk.lab.items import AnswerItem, ChoiceItem, Item, PromptItem, Shares
 from polar_sdk.lab.program_search.cuts import Edit, Space, evolve
 from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.program_search.menu import Menu, cover
-from polar_sdk.lab.program_search.search import Search, SearchOptions, SearchResult, rewards_path
+from polar_sdk.lab.program_search.search import SearchOptions, SearchResult, rewards_path
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, is_right, preferred_choice
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -260,8 +260,8 @@ def test_labels_as_the_objective_choose_by_what_is_right(
         for task, outcome in zip(tasks, outcomes, strict=True)
     ]
     everything = Shares(1, 0, 0, 0)
-    options = SearchOptions(budgets=(0.86,), population=12, objective="labels", loops=False, shares=everything)
-    train = Search(model, items, options).run().matrix.of("train")
+    found = lab.search(model, items, budgets=(0.86,), population=12, objective="labels", loops=False, shares=everything)
+    train = found.matrix.of("train")
     assert len(train) == len(items)
     assert train.right[:, 1:].all(0).any()
     assert not train.right[:, 0].all()

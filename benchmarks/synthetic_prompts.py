@@ -1,13 +1,16 @@
 """Long prompts made from a grammar: notes with a question, passages with a question, messages to summarise.
 
-They are made up, so that no model can know the answers by heart, and each seed gives others. In notes the asked fact
-stands at a known depth, so that one can see where in a long prompt a program stops finding it. Knows no model.
+They are made up, so that no model can know the answers by heart, and each seed gives others; 32 of each kind are among
+the prompts that come with the package (`shipped/prompts.jsonl`). In notes the asked fact stands at a known depth, so
+that one can see where in a long prompt a program stops finding it. Knows no model.
 """
 
 from __future__ import annotations
 
 import random
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from polar_sdk.lab.items import AnswerItem, PromptItem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -274,3 +277,15 @@ def _message(dice: random.Random, events: tuple[int, int]) -> Written:
     )
     letter = f"Dear {_person(dice)},\n\n{body}\n\nBest regards,\n{_person(dice)}"
     return Written(f"{task}\n\n{letter}", "", 1.0)
+
+
+def long_items(count: int, *, seed: int = 0) -> list[PromptItem | AnswerItem]:
+    """Long prompts, N of each of the kinds `notes`, `retrieval` and `message`.
+
+    Those about notes and passages have the text that answers them.
+    """
+    asked = {"notes": notes(count, seed=seed), "retrieval": passages(count, seed=seed)}
+    answered: list[PromptItem | AnswerItem] = [
+        AnswerItem(prompt=text.prompt, answer=text.answer, task=kind) for kind, texts in asked.items() for text in texts
+    ]
+    return [*answered, *(PromptItem(prompt=text.prompt, task="message") for text in messages(count, seed=seed))]
