@@ -1,8 +1,8 @@
 """The usage record of a job, and its marks.
 
-While a long answer runs, its sink is told what it has used, in case the process is killed. The engine's thread says how
-far a job has come (`Job.tell_progress`), and goes on; another thread makes the record of that and hands it to the sink.
-If the sink is slow, only the last one waits. Knows no store.
+While a long answer runs, its sink is told what it has used, in case the process is killed. The engine's thread notes
+how far a job has come, and goes on; another thread makes the record of that and hands it to the sink. If the sink is
+slow, only the last one waits. Knows no store.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageSink
 
 _log: Final = logging.getLogger(__name__)
+MARK_TOKENS: Final = 64
+MARK_NS: Final = 1_000_000_000
+"""A job that runs is marked after so many tokens, or so long. Unit: nanoseconds."""
 _IDLE_SECONDS: Final = 2.0
 """The thread ends after this time without a mark."""
 _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
@@ -96,11 +99,11 @@ def _identity_flops(job: Job, progress: Progress, executed: int) -> int:
 
 
 class Marker:
-    """Marks one job.
+    """Marks one job while it runs, from now on.
 
     Args:
         model: What runs it.
-        job: The job; from now on it says how far it has come.
+        job: The job.
         sink: Where the marks go.
     """
 
@@ -112,7 +115,21 @@ class Marker:
         self._ended = self._failed = False
         self._context = copy_context()
         """The caller's."""
-        job.on_progress = self.note
+        self._tokens = self._ns = self._flops = 0
+        """Progress at the last mark."""
+        job.on_round = self._look
+
+    def _look(self, now: int) -> None:
+        """Mark the job if enough was computed since the last mark; run by the engine's thread."""
+        job = self._job
+        if not job.begin_ns or job.done:
+            return
+        tokens = len(job.tokens)
+        if tokens - self._tokens < MARK_TOKENS and now - (self._ns or job.begin_ns) < MARK_NS:
+            return
+        if (flops := job.row.metered.total) > self._flops:  # else it runs again what has run, or is paused
+            self._tokens, self._ns, self._flops = tokens, now, flops
+            self.note(job.progress())
 
     def note(self, progress: Progress) -> None:
         """Mark that soon; waits for nothing."""
@@ -122,7 +139,7 @@ class Marker:
 
     def end(self) -> None:
         """The record comes next, and no mark after it."""
-        self._job.on_progress = None
+        self._job.on_round = None
         with self._marking:
             self._ended = True
 

@@ -12,12 +12,13 @@ weights.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from polar_sdk.engine.draft_head import MAX_GUESSES
-from polar_sdk.serving.pass_costs import MAX_ROWS, PassCosts
+from polar_sdk.serving.pass_costs import DraftedRow, PassCosts
+from polar_sdk.serving.prefixes import common_start
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -36,10 +37,6 @@ LONGEST_MATCH: Final = 3
 FREE_WASTE: Final = 8
 WASTE_PER_TOKEN: Final = 2
 """A request may waste so many rows, and so many for each token of its answer: what budgets hold follows from it."""
-_MIN_SPEED: Final = 0.98
-"""Minimum speed of any row beside drafts: those that gain nothing wait for those that do."""
-_GAIN: Final = 1.04
-"""Minimum that a wider pass must bring, in tokens for its time."""
 Source = Literal["request", "earlier", "head"]
 """Source of drafts: prompt and answer so far, an earlier answer to the tenant, or the model's draft head."""
 _HITS: Final[dict[Source, tuple[float, ...]]] = {
@@ -163,7 +160,7 @@ class _Share:
     def value(self) -> float:
         return self._right / self._tries
 
-    def tried(self, right: bool, expected: float = 1.0) -> None:
+    def tried(self, right: bool, expected: float) -> None:
         self._right, self._tries = _FADING * self._right + right, _FADING * self._tries + expected
 
 
@@ -175,13 +172,11 @@ class Hits:
     """
 
     def __init__(self, before: Hits | None = None) -> None:
+        known = {} if before is None else before._shares
         self._shares: dict[Source, list[_Share]] = {
-            source: [_Share(share) for share in (shares if before is None else before._values(source))]
+            source: [_Share(share) for share in ([each.value for each in known[source]] if known else shares)]
             for source, shares in _HITS.items()
         }
-
-    def _values(self, source: Source) -> list[float]:
-        return [share.value for share in self._shares[source]]
 
     def chances(self, proposal: Proposal) -> list[float]:
         """How likely it is that each of the proposed tokens is kept: less and less."""
@@ -279,9 +274,10 @@ class Drafts:
         return self._best.proposal
 
     @property
-    def chances(self) -> Sequence[float]:
-        """How likely it is that each of the proposed tokens is kept."""
-        return self._best.chances
+    def row(self) -> DraftedRow:
+        """The row as it is planned by what was proposed."""
+        probes = self._idle >= self._patience and bool(self._best.proposal.tokens)
+        return DraftedRow(self._best.chances, self.always, probes)
 
     def _rated(self, proposals: Iterable[Proposal], costs: PassCosts) -> list[_Rated]:
         assert self._hits is not None, "see `look_up`"
@@ -298,11 +294,6 @@ class Drafts:
             if found.tokens:
                 yield found._replace(tokens=[*tokens[:count], *found.tokens], said=said[:count])
 
-    @property
-    def probes(self) -> bool:
-        """Whether to draft once more although that does not seem to pay."""
-        return self._idle >= self._patience and bool(self._best.proposal.tokens)
-
     def passed(self, costs: PassCosts) -> None:
         """The row decodes without drafts."""
         self._idle += 1
@@ -317,7 +308,7 @@ class Drafts:
             experience: What other requests came to.
             settled: Whether the pass said which token follows the last one that it brought.
         """
-        self._patience = min(2 * self._patience, _MAX_PATIENCE) if self.probes else _PROBE_AFTER
+        self._patience = min(2 * self._patience, _MAX_PATIENCE) if self.row.probes else _PROBE_AFTER
         self._idle = 0
         self._wasted += 1 + drafted - brought
         self._alone = not settled
@@ -326,7 +317,8 @@ class Drafts:
             if hits is not None:
                 hits.tried(self._best.proposal, drafted, kept)
         guessed = [guess.token for guess in self._guesses]
-        self._head.brought(_agreeing(guessed, self._best.proposal.tokens[:kept]), len(guessed), experience.costs)
+        right = common_start(guessed, self._best.proposal.tokens[:kept])
+        self._head.brought(right, len(guessed), experience.costs)
 
 
 def _best(rated: Sequence[_Rated]) -> _Rated:
@@ -357,12 +349,6 @@ class _HeadWorth:
             self._wait, self._patience = self._patience, min(2 * self._patience, _MAX_PATIENCE)
         else:
             self._patience = _HEAD_WAIT
-
-
-def _agreeing(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Number of tokens at the beginning that are the same."""
-    differing = (place for place, (one, other) in enumerate(zip(tokens, others, strict=False)) if one != other)
-    return next(differing, min(len(tokens), len(others)))
 
 
 def drafts_of(
@@ -401,51 +387,6 @@ class Experience:
         self.costs, self.hits, self.others = PassCosts(), Hits(), OtherAnswers()
 
 
-class Plan:
-    """How many drafted tokens each of the rows of a pass runs: those most likely to be kept, as long as that pays.
-
-    Args:
-        rows: The drafts of each row of the pass, None for those that have none. Their proposals are made.
-        costs: What passes take.
-    """
-
-    def __init__(self, rows: Sequence[Drafts | None], costs: PassCosts) -> None:
-        self._costs = costs
-        self._chances = [() if drafts is None else drafts.chances for drafts in rows]
-        self._forced = [drafts is not None and drafts.always for drafts in rows]
-        self._probing = [drafts is not None and drafts.probes for drafts in rows]
-        self.counts = [0] * len(rows)
-        """Drafted tokens of each row."""
-        if len(rows) < MAX_ROWS:
-            self._fill(MAX_ROWS - len(rows))
-
-    def _fill(self, idle: int) -> None:
-        likeliest = sorted(
-            (not self._forced[row], -chance, row) for row, chances in enumerate(self._chances) for chance in chances
-        )[:idle]
-        steps = [row for _, _, row in likeliest]
-        best = max(
-            self._paying([(row, -chance) for _, chance, row in likeliest]), sum(map(self._forced.__getitem__, steps))
-        )
-        if not best and any(self._probing):
-            steps, best = [self._probing.index(True)], 1
-        for row in steps[:best]:
-            self.counts[row] += 1
-
-    def _paying(self, steps: Sequence[tuple[int, float]]) -> int:
-        """How many of these drafts, a row and a chance each, bring most tokens for their time and slow no row down."""
-        rows, took = len(self.counts), self._costs.by_width()
-        alone, brought, total = took[rows - 1], [1.0] * rows, float(rows)
-        best, best_gain = 0, _GAIN
-        for count, (row, chance) in enumerate(steps, start=1):
-            brought[row] += chance
-            total += chance
-            longer = took[rows + count - 1] / alone
-            if total / rows / longer > best_gain and min(brought) / longer >= _MIN_SPEED:
-                best, best_gain = count, total / rows / longer
-        return best
-
-
 def most_wasted(cost: CostModel, program: Program, prompt: int, output: int) -> int:
     """FLOPs that drafts of a request can execute beyond what its answer needs, at most."""
     costs = [cost.step(step) for step in program]
@@ -454,11 +395,3 @@ def most_wasted(cost: CostModel, program: Program, prompt: int, output: int) -> 
     whole = linear + attention * (prompt + output) + cost.head
     # A token that is kept was counted over the keys of the whole pass, too.
     return rows * whole + output * (MAX_DRAFT * attention + MAX_GUESSES * cost.guess)
-
-
-def spans(pieces: Sequence[Sequence[int]]) -> list[slice]:
-    """Slices of the tokens of each row among those of all."""
-    ends = [0]
-    for piece in pieces:
-        ends.append(ends[-1] + len(piece))
-    return [slice(start, end) for start, end in pairwise(ends)]

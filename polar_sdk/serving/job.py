@@ -23,22 +23,16 @@ if TYPE_CHECKING:
 
     import torch
 
-    from polar_sdk.engine.draft_head import Guess
-    from polar_sdk.engine.grammar import GrammarState
     from polar_sdk.engine.work import Work
     from polar_sdk.programs.policy import LoopGuard
-    from polar_sdk.serving.drafts import Experience, OtherAnswers
+    from polar_sdk.serving.drafts import Experience
     from polar_sdk.serving.loaded import LoadedModel
-    from polar_sdk.serving.pass_costs import PassCosts
     from polar_sdk.serving.request import Request
 
 
 FinishReason = Literal["stop", "length", "cancelled"]
 SCORED_AT_ONCE: Final = 64
 """Number of prompt tokens whose logits are held together: V floats each."""
-MARK_TOKENS: Final = 64
-MARK_NS: Final = 1_000_000_000
-"""A job that runs says how far it has come after so many tokens, or so long. Unit: nanoseconds."""
 
 
 class Progress(NamedTuple):
@@ -106,7 +100,8 @@ class Job:
         """One per sampled token, where the request wants them."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         """One per prompt token after the first, where the request wants them."""
-        self.grammar = _start_grammar(request)
+        budget = request.max_tokens if request.fit_max_tokens else None
+        self.grammar = None if request.grammar is None else request.grammar.start(budget)
         """State of the answer in its grammar; None = it has none."""
         exact, float32 = self.row.independent, decoder.dtype.itemsize == 4
         self.drafts = drafts_of(
@@ -114,7 +109,7 @@ class Job:
         )
         """Proposes its next tokens; None = nothing does."""
         self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))
-        """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""
+        """True if the request has a hook or a grammar or wants log-probabilities, so that logits are looked at."""
         self.cached = 0
         """Prompt tokens whose keys and values were already available."""
         self.finish: FinishReason | None = None
@@ -123,10 +118,8 @@ class Job:
         self.kv_bytes = 0
         """Largest key and value storage. Unit: bytes."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
-        self.on_progress: Callable[[Progress], None] | None = None
-        """Called now and then by the scheduler's thread with the progress; must not wait."""
-        self._told_tokens = self._told_ns = self._told_flops = 0
-        """Progress at the last call."""
+        self.on_round: Callable[[int], None] | None = None
+        """Called by the scheduler's thread after each round, with the time in nanoseconds; must not wait."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
         self._on_end = on_end
         self._shown = 0
@@ -153,11 +146,6 @@ class Job:
     def revoke(self, error: BaseException) -> None:
         """Request the job to end with an error; it does so before its next token. Waits for nothing."""
         self._revoked = error
-
-    def disown(self) -> None:
-        """In a forked child: the caller is in the parent, and so is the answer."""
-        self.delivery.reset()
-        self.cancel()
 
     def progress(self) -> Progress:
         """Progress so far; for the scheduler's thread, or when nothing more will be."""
@@ -212,27 +200,12 @@ class Job:
         elif self._revoked is not None:
             self.fail(self._revoked)
         elif self.request.late:
-            self.fail(_timed_out(self))
-
-    def tell_progress(self, now: int) -> None:
-        """Report the progress, if enough has been computed since the last report.
-
-        Args:
-            now: The time. Unit: nanoseconds of `time.perf_counter_ns`.
-        """
-        tell = self.on_progress
-        if tell is None or not self.begin_ns or self.done:
-            return
-        tokens = len(self.tokens)
-        if tokens - self._told_tokens < MARK_TOKENS and now - (self._told_ns or self.begin_ns) < MARK_NS:
-            return
-        if (flops := self.row.metered.total) > self._told_flops:  # else it runs again what has run, or is paused
-            self._told_tokens, self._told_ns, self._told_flops = tokens, now, flops
-            tell(self.progress())
-
-    def start_clock(self) -> None:
-        """Note that compute begins now."""
-        self.begin_ns = self.begin_ns or time.perf_counter_ns()
+            self.fail(
+                RequestTimeoutError(
+                    f"the answer was stopped after {len(self.tokens)} tokens by timeout={self.request.timeout} s.",
+                    hint="Raise timeout, lower max_tokens, or use a cheaper tier.",
+                )
+            )
 
     def score_prompt(self, states: torch.Tensor) -> None:
         """Read how likely each prompt token was, from the states (T, E) of prompt tokens that have just run.
@@ -246,9 +219,7 @@ class Job:
             some = targets[first : first + SCORED_AT_ONCE]
             logits = self.row.decoder.head(states[first : first + len(some)])
             self.row.work.head(len(some))
-            if not math.isfinite(highest := float(logits.max())):
-                self.row.page_table.clear(len(self.request.tokens))  # the next row must not find nan in its pages
-                raise _unusable(self, highest)
+            self._check(float(logits.max()))
             for place, token in enumerate(some):
                 self.prompt_logprobs.append(read_logprobs(logits[place], token, self.request.prompt_logprobs or 0))
 
@@ -257,15 +228,26 @@ class Job:
 
         Raises:
             LogitsError: The model computed nothing that a token could be chosen by.
-            Exception: As `sample`.
+            GrammarError: The grammar cannot be followed any further.
+            Exception: Whatever the hook raises.
         """
-        if not math.isfinite(logit):
-            self.row.page_table.clear(len(self.request.tokens))  # the next row must not find nan in its pages
-            raise _unusable(self, logit)
+        self._check(logit)
         if self.needs_logits:
-            self.sample(logits)
+            self._sample(logits)
         else:
-            self.take(likeliest if self.sampler.greedy else self.sampler(logits))
+            self._take(likeliest if self.sampler.greedy else self.sampler(logits))
+
+    def _check(self, highest: float) -> None:
+        """Refuse logits by which no token can be chosen, given the highest one."""
+        if math.isfinite(highest):
+            return
+        self.row.page_table.clear(len(self.request.tokens))  # the next row must not find nan in its pages
+        raise LogitsError(
+            f"the highest logit of model {self.model.name!r} is {highest} after {len(self.tokens)} tokens of request "
+            f"{self.request.request_id!r} (program {self.request.program.text!r}, {self.row.decoder.dtype_name}).",
+            hint="Try precision='fp32' and compute='exact': if that helps, the precision or the program's bridges are "
+            "to blame, else the weights or the configuration of the model.",
+        )
 
     def look_up_drafts(self, room: int, experience: Experience) -> int:
         """Look for tokens that may follow, at most `room`, and none that could not be kept.
@@ -278,15 +260,6 @@ class Job:
         room = min(room, self.request.max_tokens - len(self.tokens) - 1)
         count = self.drafts.look_up(self.tokens, room, experience, self.request.tenant)
         return 0 if self.row.states is None else count
-
-    def propose(self, guesses: Sequence[Guess], costs: PassCosts) -> list[int]:
-        """Tokens to run in the next pass, with guesses of the draft head; see `look_up_drafts`."""
-        return [] if self.drafts is None else self.drafts.propose(guesses, costs).tokens
-
-    def leave_to(self, others: OtherAnswers) -> None:
-        """Leave the answer to later requests, if this one would have taken from earlier ones."""
-        if self.drafts is not None and not self.drafts.always:
-            others.add(self.request.tenant, self.request.tokens, self.tokens)
 
     def judge(
         self,
@@ -301,7 +274,7 @@ class Job:
         """Choose the tokens that follow, one after another, as long as the next one was drafted.
 
         Each is chosen as it would be without drafts: the same token by the same logits and the same random numbers. So
-        a drafted token is kept exactly where it would have been sampled.
+        a drafted token is kept exactly where it would have been sampled. Errors are those of `choose`.
 
         Args:
             piece: Tokens that ran: the one sampled last, and the drafted ones, T in all.
@@ -311,10 +284,6 @@ class Job:
             unsure: Whether two tokens are so near to each other that a pass of another size might choose the other.
             experience: How often drafts are right; learns from these.
             count: Called before each token is chosen.
-
-        Raises:
-            LogitsError: As `choose`.
-            Exception: As `sample`.
         """
         start, kept = self.row.length - len(piece), 0
         while settled := self._is_sure(piece, logits[kept], unsure[kept]):
@@ -323,9 +292,7 @@ class Job:
             kept += 1
             count()
             self.choose(logits[kept - 1], likeliest[kept - 1], highest[kept - 1])
-            if self.done or kept == len(piece) or self.tokens[-1] != piece[kept]:
-                break
-            if self._stops():
+            if self.done or kept == len(piece) or self.tokens[-1] != piece[kept] or self._stops():
                 break
         if self.drafts is not None and len(piece) > 1:
             self.drafts.judged(len(piece) - 1, kept, experience, settled=settled)
@@ -355,14 +322,10 @@ class Job:
             near = near_ties(allowed[None], [float(allowed.max())], self.row.decoder.dtype)[0]
         return not (near and self.sampler.greedy)
 
-    def sample(self, logits: torch.Tensor) -> None:
+    def _sample(self, logits: torch.Tensor) -> None:
         """Choose the next token from logits (V,): the hook may change them, and then the grammar forbids tokens.
 
         Log-probabilities are by the logits that result.
-
-        Raises:
-            GrammarError: The grammar cannot be followed any further.
-            Exception: Whatever the hook raises.
         """
         request = self.request
         if request.logits_hook is not None:
@@ -372,9 +335,9 @@ class Job:
             if self.grammar is not None:
                 logits = self.grammar.restrict(logits)
             self.logprobs.append(read_logprobs(logits, token, request.logprobs or 0))
-        self.take(token)
+        self._take(token)
 
-    def take(self, token: int) -> None:
+    def _take(self, token: int) -> None:
         """Add a sampled token; ends the job where the answer ends."""
         now = time.perf_counter_ns()
         self.prefill_end_ns = self.prefill_end_ns or now
@@ -416,25 +379,3 @@ class Job:
         new = None if self.logprobs is None else tuple(self.logprobs[self._shown :])
         self._shown = len(self.tokens)
         self.delivery.put(Piece(text, new, last))
-
-
-def _start_grammar(request: Request) -> GrammarState | None:
-    budget = request.max_tokens if request.fit_max_tokens else None
-    return None if request.grammar is None else request.grammar.start(budget)
-
-
-def _unusable(job: Job, logit: float) -> LogitsError:
-    program = job.request.program
-    return LogitsError(
-        f"the highest logit of model {job.model.name!r} is {logit} after {len(job.tokens)} tokens of request "
-        f"{job.request.request_id!r} (program {program.text!r}, {job.row.decoder.dtype_name}).",
-        hint="Try precision='fp32' and compute='exact': if that helps, the precision or the program's bridges are to "
-        "blame, else the weights or the configuration of the model.",
-    )
-
-
-def _timed_out(job: Job) -> RequestTimeoutError:
-    return RequestTimeoutError(
-        f"the answer was stopped after {len(job.tokens)} tokens by timeout={job.request.timeout} s.",
-        hint="Raise timeout, lower max_tokens, or use a cheaper tier.",
-    )

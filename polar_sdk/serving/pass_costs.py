@@ -1,4 +1,4 @@
-"""Costs of passes by their number of rows, as measured: drafts pay by them. Knows seconds; no tokens."""
+"""Costs of passes by their number of rows, as measured, and how many drafts pay by them. Knows seconds; no tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from bisect import bisect_left
 from collections import deque
 from itertools import accumulate
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,10 @@ _WIDTHS: Final = 4
 """Number of widths whose measurements are one point."""
 _PER_ROW: Final = 0.03
 """Minimum that one more row is taken to add beyond the widest passes that were measured."""
+_MIN_SPEED: Final = 0.98
+"""Minimum speed of any row beside drafts: those that gain nothing wait for those that do."""
+_GAIN: Final = 1.04
+"""Minimum that a wider pass must bring, in tokens for its time."""
 _GUESS: Final = 0.1
 """Assumed time of one guess of the draft head, as a multiple of a pass of one row, before any was measured."""
 
@@ -104,3 +108,41 @@ def _at_widths(points: Sequence[tuple[float, float]]) -> list[float]:
         rise = (high - low) / (last - first)
         took.append(high + (rows - last) * (max(rise, _PER_ROW * high) if ends else rise))
     return took
+
+
+class DraftedRow(NamedTuple):
+    """A row of a pass, with what is drafted for it."""
+
+    chances: Sequence[float] = ()
+    """How likely it is that each of its drafted tokens is kept."""
+    always: bool = False
+    """Whether they run whatever it costs."""
+    probes: bool = False
+    """Whether one of them runs although that does not seem to pay."""
+
+
+def planned(rows: Sequence[DraftedRow], costs: PassCosts) -> list[int]:
+    """How many drafted tokens each row of a pass runs: those most likely to be kept, as long as that pays."""
+    counts = [0] * len(rows)
+    steps = sorted((not row.always, -chance, place) for place, row in enumerate(rows) for chance in row.chances)
+    steps = steps[: max(MAX_ROWS - len(rows), 0)]
+    forced = sum(not unforced for unforced, _, _ in steps)
+    paying = _paying([(place, -chance) for _, chance, place in steps], len(rows), costs.by_width()) if steps else 0
+    chosen = [place for _, _, place in steps[: max(paying, forced)]]
+    if not chosen and len(rows) < MAX_ROWS:
+        chosen = [place for place, row in enumerate(rows) if row.probes][:1]
+    for place in chosen:
+        counts[place] += 1
+    return counts
+
+
+def _paying(steps: Sequence[tuple[int, float]], rows: int, took: Sequence[float]) -> int:
+    """How many of these drafts, a row and a chance each, bring most tokens for their time and slow no row down."""
+    brought, total, best, best_gain = [1.0] * rows, float(rows), 0, _GAIN
+    for count, (row, chance) in enumerate(steps, start=1):
+        brought[row] += chance
+        total += chance
+        longer = took[rows + count - 1] / took[rows - 1]
+        if total / rows / longer > best_gain and min(brought) / longer >= _MIN_SPEED:
+            best, best_gain = count, total / rows / longer
+    return best

@@ -18,8 +18,8 @@ import torch
 from polar_sdk.engine.draft_head import MAX_GUESSES
 from polar_sdk.engine.forward import drafted_logits, next_logits
 from polar_sdk.engine.sampling import likeliest_tokens, near_ties
-from polar_sdk.serving.drafts import Experience, Plan, spans
-from polar_sdk.serving.pass_costs import MAX_ROWS
+from polar_sdk.serving.drafts import Experience
+from polar_sdk.serving.pass_costs import MAX_ROWS, DraftedRow, planned
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,11 +36,7 @@ Charge = Callable[[Sequence["Job"]], None]
 
 
 class Passes:
-    """Runs passes of one model, one after another.
-
-    Args:
-        decoder: The model.
-    """
+    """Runs passes of one model, one after another."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -64,14 +60,10 @@ class Passes:
     ) -> None:
         """Run the next chunk of the prompt of each job; those whose prompt ends there have their first token then.
 
-        Args:
-            jobs: Whose prompts run.
-            chunks: Of each.
-            charge: Counts what was executed.
-            keep: Called with each job whose prompt has run, before it has a token.
+        `keep` is called with each job whose prompt has run, before it has a token.
         """
         for job in jobs:
-            job.start_clock()
+            job.begin_ns = job.begin_ns or time.perf_counter_ns()
         again = [job.row.replaying for job in jobs]
         ends = [job.row.length + len(chunk) == len(job.request.tokens) for job, chunk in zip(jobs, chunks, strict=True)]
         try:
@@ -96,15 +88,7 @@ class Passes:
         return {index: reader(job) for index, job in wanted if not again[index]}
 
     def decode(self, jobs: Sequence[Job], charge: Charge) -> dict[str, float]:
-        """Run the next token of each job, and drafts as far as rows are idle.
-
-        Args:
-            jobs: Whose answers go on.
-            charge: Counts what was executed.
-
-        Returns:
-            The rows that ran, see `rows`.
-        """
+        """Run the next token of each job, and drafts as far as rows are idle; returns the rows that ran, see `rows`."""
         pieces = self._drafted(jobs)
         rows, count = self.rows(jobs, pieces), sum(map(len, pieces))
         began = time.perf_counter()
@@ -127,10 +111,12 @@ class Passes:
         if idle <= 0:
             return pieces
         guesses = self._guessed({job: job.look_up_drafts(idle, self.drafting) for job in jobs})
-        proposals = [job.propose(guesses.get(job, []), costs) for job in jobs]
+        proposals = [
+            [] if job.drafts is None else job.drafts.propose(guesses.get(job, []), costs).tokens for job in jobs
+        ]
         if any(proposals):
-            plan = Plan([job.drafts for job in jobs], costs)
-            for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):
+            counts = planned([DraftedRow() if job.drafts is None else job.drafts.row for job in jobs], costs)
+            for job, piece, proposal, drafted in zip(jobs, pieces, proposals, counts, strict=True):
                 piece.extend(proposal[:drafted])
                 if job.drafts is not None and not drafted:
                     job.drafts.passed(costs)
@@ -155,9 +141,12 @@ class Passes:
         likeliest, highest = likeliest_tokens(logits)
         sure = all(job.row.independent for job in jobs)
         unsure = [False] * len(highest) if sure else near_ties(logits, highest, self.decoder.dtype)
-        for job, piece, own in zip(jobs, pieces, spans(pieces), strict=True):
+        start = 0
+        for job, piece in zip(jobs, pieces, strict=True):
+            own = slice(start, start + len(piece))
             results = (logits[own], likeliest[own], highest[own], unsure[own])
             attempt([job], partial(job.judge, piece, *results, self.drafting, self._count_token))
+            start += len(piece)
 
     def _choose(self, jobs: Sequence[Job], logits: Tensor, keep: Callable[[Job], None] | None = None) -> None:
         """The next token of each job from logits (B, V); an error, such as of a caller's hook, ends its job alone."""

@@ -93,21 +93,18 @@ class Places:
         blocks = -(-job.max_length // PAGE)
         return [blocks * visits[store] for store in range(len(self._decoder.pool.sizes))]
 
-    def drop_done(self) -> None:
-        """Take out the jobs that are done."""
+    def begin_round(self) -> None:
+        """Take out the jobs that are done, and note of the others whose reader has paused."""
         self.jobs = [job for job in self.jobs if not job.done]
         self._promised = {job: self._promised[job] for job in self.jobs}
+        for job in self.jobs:
+            job.standing.rounds_paused = job.standing.rounds_paused + 1 if job.delivery.paused else 0
 
     def remove(self, job: Job) -> None:
         """Take a job out; it keeps its pages."""
         job.standing.has_place = False
         self.jobs.remove(job)
         del self._promised[job]
-
-    def count_pauses(self) -> None:
-        """A round begins: note whose reader has paused."""
-        for job in self.jobs:
-            job.standing.rounds_paused = job.standing.rounds_paused + 1 if job.delivery.paused else 0
 
     def shares(self, jobs: Iterable[Job], max_rows: int, weights: Mapping[str, float]) -> dict[str, float]:
         """The largest part of rows or pages that each tenant holds with these jobs, for its weight."""

@@ -86,7 +86,7 @@ class PrefixCache:
         if request.prompt_logprobs is not None:
             return 0
         whole, _, shared = self._found(request, row)
-        return _common(self._usable(request), _kept_of(other)) - len(whole) * PAGE - shared
+        return common_start(self._usable(request), _kept_of(other)) - len(whole) * PAGE - shared
 
     def keep(self, request: Request, row: Row, share: float) -> None:
         """Keep the blocks of a prompt that has run, up to a share of the pages of each store.
@@ -162,7 +162,7 @@ class PrefixCache:
 
     def _nearest(self, before: _Key, tokens: Sequence[int]) -> tuple[_Key | None, int]:
         """The block after this one that goes along with these tokens for longest, and for how many of them."""
-        along = {key: _common(self._kept[key].tokens, tokens) for key in self._branches.get(before, ())}
+        along = {key: common_start(self._kept[key].tokens, tokens) for key in self._branches.get(before, ())}
         return max(along.items(), key=lambda each: each[1], default=(None, 0))
 
     def _evict(self, limits: Sequence[int]) -> None:
@@ -206,7 +206,7 @@ def _hash(before: _Key, tokens: Sequence[int]) -> _Key:
     return hashlib.sha256(before + array("q", tokens).tobytes()).digest()
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def common_start(first: Sequence[int], second: Sequence[int]) -> int:
     """Number of tokens at the beginning that are the same."""
     same, end = 0, min(len(first), len(second))
     while same < end:  # by halves, since comparing tuples takes far less time than their tokens one by one

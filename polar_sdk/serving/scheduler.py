@@ -127,7 +127,14 @@ class Scheduler:
         with self._arriving:
             waiting = sorted(self._waiting(), key=lambda job: not job.begin_ns)  # stable
             for loser in who_gives_room(waiting, jobs, self.limits.max_waiting, self.limits.weights):
-                loser.revoke(_gave_way(self.limits.max_waiting))
+                loser.revoke(
+                    QueueFullError(
+                        "this request waited, or its stream was not read, while the queue reached its limit of "
+                        f"{self.limits.max_waiting}; its tenant had most of the requests in it, so another tenant's "
+                        "took its place.",
+                        hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
+                    )
+                )
             for job in jobs:
                 job.delivery.begin(self, partial(self._open.pop, job, None))
                 self._open[job] = None
@@ -172,15 +179,13 @@ class Scheduler:
     @torch.inference_mode()
     def _serve(self) -> None:
         try:
-            while self._await_work():
+            while True:
+                self._take_in(0.0 if self._busy or self._closing else _IDLE_SECONDS)
+                if not self._busy:  # after a while without work, this thread ends
+                    return
                 self._round()
         finally:
             self._closing = False
-
-    def _await_work(self) -> bool:
-        """Take in what has arrived; False after a while without work, and then this thread ends."""
-        self._take_in(0.0 if self._busy() or self._closing else _IDLE_SECONDS)
-        return self._busy()
 
     def _take_in(self, seconds: float) -> None:
         """Take in what has arrived, after waiting for it for some time."""
@@ -189,13 +194,10 @@ class Scheduler:
                 jobs = self._arrivals.take(seconds)
                 seconds = 0.0
                 with self._round_lock:
-                    self._enter([job for job in jobs if not (job.standing.arrived or job.done)])
-
-    def _enter(self, jobs: Sequence[Job]) -> None:
-        """Put jobs into the queue."""
-        for job in jobs:
-            job.standing.arrived = True
-        self._queue.put(jobs, self._places.jobs)
+                    new = [job for job in jobs if not (job.standing.arrived or job.done)]
+                    for job in new:
+                        job.standing.arrived = True
+                    self._queue.put(new, self._places.jobs)
 
     def _round(self) -> None:
         try:
@@ -205,18 +207,16 @@ class Scheduler:
                 passes = self._run_passes()
                 now = time.perf_counter_ns()
                 for job in self._places.jobs:
-                    job.tell_progress(now)
+                    if (look := job.on_round) is not None:
+                        look(now)
         except BaseException as error:  # a bug in this module must not leave callers waiting forever
-            self._fail_all(error)
+            self._begin_anew()
+            for job in list(self._open):
+                if job.standing.arrived:
+                    job.fail(error)
             return
         if not passes:
             self._take_in(_POLL_SECONDS)  # every caller lags behind: wait for one to read on or to cancel
-
-    def _fail_all(self, error: BaseException) -> None:
-        self._begin_anew()
-        for job in list(self._open):
-            if job.standing.arrived:
-                job.fail(error)
 
     def _begin_anew(self) -> None:
         self._queue = FairQueue()
@@ -248,11 +248,13 @@ class Scheduler:
         self._arriving, self._round_lock = threading.Lock(), threading.RLock()
         self._begin_anew()
         for job in list(self._open):
-            job.disown()
+            job.delivery.reset()  # the caller is in the parent, and so is the answer
+            job.cancel()
         self._open.clear()
         self.prefixes.forget()
         self.decoder.restart_after_fork()
 
+    @property
     def _busy(self) -> bool:
         return bool(self._queue or self._places)
 
@@ -266,10 +268,9 @@ class Scheduler:
             if job.done:
                 self._queue.remove(job)
         for job in self._places.jobs:
-            if job.done:
-                job.leave_to(self._passes.drafting.others)
-        self._places.drop_done()
-        self._places.count_pauses()
+            if job.done and job.drafts is not None and not job.drafts.always:  # it would have taken from earlier ones
+                self._passes.drafting.others.add(job.request.tenant, job.request.tokens, job.tokens)
+        self._places.begin_round()
 
     def _next_to_check(self, waiting: list[Job]) -> list[Job]:
         """Waiting jobs whose call has ended, and a part of the others: all of them would slow each token."""
@@ -298,8 +299,9 @@ class Scheduler:
         """A pass over prompts, and one token for every row whose prompt has run and whose caller keeps up."""
         jobs = [job for job in self._places.jobs if not job.delivery.paused]
         rows = self._passes.rows([job for job in jobs if job.decoding])
-        tenants = {job.request.tenant: job for job in jobs}
-        self._note_served(tenants)
+        tenants, now = {job.request.tenant: job for job in jobs}, time.perf_counter()
+        served = self._served | dict.fromkeys(tenants, now)
+        self._served = {tenant: at for tenant, at in served.items() if now - at < _LATELY_SECONDS}
         needs = {tenant: rows.get(tenant, 0.0) / self._weight(job) for tenant, job in tenants.items()}
         self._pace.begin(needs, self.limits.pace)
         jobs = [job for job in jobs if self._pace.may_run(job.request.tenant)] or jobs
@@ -313,11 +315,6 @@ class Scheduler:
         if decoding and not (prompts and self._hurried):
             attempt(decoding, partial(self._run_decode, decoding))
         return bool(jobs)
-
-    def _note_served(self, tenants: Iterable[str]) -> None:
-        now = time.perf_counter()
-        self._served |= dict.fromkeys(tenants, now)
-        self._served = {tenant: at for tenant, at in self._served.items() if now - at < _LATELY_SECONDS}
 
     def _has_newcomer(self) -> bool:
         """Whether a tenant without a place has come during this round."""
@@ -385,7 +382,8 @@ class Scheduler:
         began, tokens = time.perf_counter(), Counter[str]()
         for job, chunk in zip(jobs, chunks, strict=True):
             tokens[job.request.tenant] += len(chunk)
-        self._passes.read(jobs, chunks, self._charge, self._keep_prefix)
+        share = self.limits.prefix_share
+        self._passes.read(jobs, chunks, self._charge, lambda job: self.prefixes.keep(job.request, job.row, share))
         self._pace.read(tokens, time.perf_counter() - began, self.limits.weights)
 
     def _run_decode(self, jobs: Sequence[Job]) -> None:
@@ -404,18 +402,6 @@ class Scheduler:
 
     def _weight(self, job: Job) -> float:
         return self.limits.weights.get(job.request.tenant, 1.0)
-
-    def _keep_prefix(self, job: Job) -> None:
-        self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
-
-
-def _gave_way(limit: int) -> QueueFullError:
-    """The error of a job that lost its place in the queue."""
-    return QueueFullError(
-        f"this request waited, or its stream was not read, while the queue reached its limit of {limit}; its tenant "
-        "had most of the requests in it, so another tenant's took its place.",
-        hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
-    )
 
 
 @atexit.register

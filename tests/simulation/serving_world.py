@@ -25,7 +25,7 @@ from polar_sdk.errors import QueueFullError, RequestTimeoutError, SinkError
 from polar_sdk.programs.policy import Policy
 from polar_sdk.request import record, recorder
 from polar_sdk.request.generation import answer, stream
-from polar_sdk.serving import job, passes
+from polar_sdk.serving import passes
 from polar_sdk.serving import threads as product_threads
 from polar_sdk.serving.places import Limits
 from polar_sdk.serving.scheduler import Scheduler
@@ -219,7 +219,7 @@ class ServingWorld:
             with (
                 torch.inference_mode(),
                 patch.object(passes, "next_logits", run_or_fail),
-                patch.object(job, "MARK_TOKENS", self.plan.mark_tokens),
+                patch.object(record, "MARK_TOKENS", self.plan.mark_tokens),
             ):
                 main = self.world.spawn(process, self._main, "main")
                 self.world.run(lambda: main.done)

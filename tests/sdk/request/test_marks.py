@@ -12,8 +12,8 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import SinkError
 from polar_sdk.programs.program import Program
+from polar_sdk.request import record as record_module
 from polar_sdk.request.record import Marker
-from polar_sdk.serving import job as jobs
 from polar_sdk.testing import tiny_model, tiny_tokenizer
 from polar_sdk.usage import ListSink, Outcome
 
@@ -95,7 +95,7 @@ def executed(model: PolarModel, record: UsageRecord) -> int:
 def test_every_64_tokens(
     model: PolarModel, sink: MarkSink, told: list[Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "MARK_NS", NEVER)
+    monkeypatch.setattr(record_module, "MARK_NS", NEVER)
     answer(model, 64)
     assert (told, sink.marks) == ([], []), "a short answer is not marked"
     answer(model, 200)
@@ -107,7 +107,7 @@ def test_every_64_tokens(
 def test_a_mark_says_what_was_executed(
     model: PolarModel, sink: MarkSink, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    monkeypatch.setattr(record_module, "MARK_NS", 0)
     record = answer(model, 150, program=program)
     assert len(sink.marks) > 1
     for mark in sink.marks:
@@ -124,7 +124,7 @@ def test_a_mark_says_what_was_executed(
 def test_a_long_prompt_is_marked_piece_by_piece(
     model: PolarModel, told: list[Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    monkeypatch.setattr(record_module, "MARK_NS", 0)
     prompt = "x" * 1_500
     record = answer(model, 2, prompt)
     pieces = [progress for progress in told if progress.output == 0]
@@ -152,7 +152,7 @@ def test_what_runs_again_is_not_marked_again(model: PolarModel) -> None:
 def test_rows_that_run_together_are_marked_each(
     model: PolarModel, sink: MarkSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "MARK_NS", NEVER)
+    monkeypatch.setattr(record_module, "MARK_NS", NEVER)
     answers = model.generate_batch(["a", "b", "c"], program="0-5", max_tokens=130, logits_hook=go_on)
     assert {mark.request_id for mark in sink.marks} <= {found.usage.request_id for found in answers}
     assert all(mark.flops.total == executed(model, mark) for mark in sink.marks)
@@ -162,17 +162,17 @@ def test_a_paused_reader_is_marked_once(
     model: PolarModel, told: list[Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is computed ahead of it, and then nothing, however long it pauses."""
-    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    monkeypatch.setattr(record_module, "MARK_NS", 0)
     stream = model.stream("hello", program="0-5", max_tokens=100, logits_hook=go_on)
     next(stream)
     rounds = threading.Semaphore(0)
-    count = model.scheduler._places.count_pauses
+    count = model.scheduler._places.begin_round
 
     def counting() -> None:
         count()
         rounds.release()
 
-    monkeypatch.setattr(model.scheduler._places, "count_pauses", counting)
+    monkeypatch.setattr(model.scheduler._places, "begin_round", counting)
     for _ in range(8):
         assert rounds.acquire(timeout=60)
     before = len(told)
@@ -185,7 +185,7 @@ def test_a_paused_reader_is_marked_once(
 def test_a_slow_sink_gets_the_latest_and_nothing_after_the_record(
     model: PolarModel, sink: MarkSink, told: list[Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "MARK_NS", NEVER)
+    monkeypatch.setattr(record_module, "MARK_NS", NEVER)
     sink.gate.clear()
     stream = model.stream("hello", program="0-5", max_tokens=400, logits_hook=go_on)
     for _ in range(300):
@@ -220,7 +220,7 @@ def test_a_mark_that_fails_harms_nobody(
         sink.asked.release()
         raise SinkError("full.")
 
-    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    monkeypatch.setattr(record_module, "MARK_NS", 0)
     monkeypatch.setattr(sink, "mark", full)
     record = answer(model, 150)
     assert record.outcome is Outcome.COMPLETED
@@ -230,6 +230,6 @@ def test_a_mark_that_fails_harms_nobody(
 
 
 def test_who_keeps_no_marks_gets_none(told: list[Progress], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    monkeypatch.setattr(record_module, "MARK_NS", 0)
     answer(tiny_model(sink=ListSink()), 100)
     assert told == []

@@ -38,12 +38,11 @@ from polar_sdk.serving.drafts import (
     Experience,
     Hits,
     OtherAnswers,
-    Plan,
     Proposal,
     TokenIndex,
     drafts_of,
 )
-from polar_sdk.serving.pass_costs import MAX_ROWS, PassCosts
+from polar_sdk.serving.pass_costs import MAX_ROWS, DraftedRow, PassCosts, planned
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_llama, tiny_policy, tiny_tokenizer
 from tests.sdk.paged import paged_decode
@@ -228,8 +227,8 @@ def test_a_draft_head_that_is_wrong_about_a_request_is_left_alone() -> None:
         if drafts.look_up(list(range(10, 10 + step)), 7, known, "acme"):
             asked.append(step)
         drafts.propose(guesses if asked and asked[-1] == step else [], known.costs)
-        assert step or list(drafts.chances) == pytest.approx([0.8**power for power in range(1, 6)])
-        (count,) = Plan([drafts], known.costs).counts
+        assert step or list(drafts.row.chances) == pytest.approx([0.8**power for power in range(1, 6)])
+        (count,) = planned([drafts.row], known.costs)
         if count:
             drafts.judged(count, 1, known)
             tried.append(step)
@@ -276,7 +275,7 @@ def test_a_text_goes_on_from_what_was_guessed() -> None:
         drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 8, 9], "auto")
         proposal = _proposed(drafts, [30], 9, known, guesses)
         assert proposal.tokens == expected
-        assert [*drafts.chances] == sorted(drafts.chances, reverse=True)
+        assert [*drafts.row.chances] == sorted(drafts.row.chances, reverse=True)
         assert proposal.said == tuple(guess.chance for guess in guesses)
     drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 8, 9], "auto")
     _proposed(drafts, [30], 9, known, [Guess(3, 0.9), Guess(4, 0.9)])
@@ -344,21 +343,21 @@ def _costs(per_row: float) -> PassCosts:
 
 def test_drafts_fill_idle_rows_only() -> None:
     for rows in range(1, 20):
-        plan = Plan([_drafts(always=True)] * rows, _costs(0.0))
-        assert sum(plan.counts) == max(min(MAX_ROWS - rows, 7 * rows), 0)
+        counts = planned([_drafts(always=True).row] * rows, _costs(0.0))
+        assert sum(counts) == max(min(MAX_ROWS - rows, 7 * rows), 0)
 
 
 def test_drafts_are_made_where_they_pay() -> None:
-    assert Plan([_drafts()], _costs(0.01)).counts[0] >= 5
-    assert Plan([_drafts()], _costs(2.0)).counts == [0]
-    assert Plan([_drafts(), None], _costs(0.2)).counts == [0, 0]  # the other one would be slower for it
+    assert planned([_drafts().row], _costs(0.01))[0] >= 5
+    assert planned([_drafts().row], _costs(2.0)) == [0]
+    assert planned([_drafts().row, DraftedRow()], _costs(0.2)) == [0, 0]  # the other one would be slower for it
 
 
 def test_wrong_drafts_end_and_are_tried_again_less_and_less_often() -> None:
     drafts, known, tried = _drafts(), _known(costs=_costs(0.2)), list[int]()
     for step in range(600):
         _proposed(drafts, [1, 2, 3] * 200, 7, known)
-        (count,) = Plan([drafts], known.costs).counts
+        (count,) = planned([drafts.row], known.costs)
         if count:
             drafts.judged(count, 1, known)
             tried.append(step)
