@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
 
 
+@opt.with_lab_model
 def calibrate(
     router: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     data: Annotated[
@@ -43,20 +44,15 @@ def calibrate(
         int, typer.Option(min=0, help="Also certify on N random halves, and count the promises that break.")
     ] = 0,
     as_json: opt.AsJson = False,
-    model: opt.Model = None,
-    policy: opt.PolicyFile = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    precision: opt.Precision = "auto",
+    *,
+    load: opt.Load,
 ) -> None:
     """Certify the tiers of a router."""
     from polar_sdk.router.store import saved_router_path
 
     tiers = dict(map(_tier, tier)) if tier else None
     items = [item for path in data for item in lab.read_items(path)] if data else None
-    engine = opt.load_model(
-        model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
-    )
+    engine = load()
     folder = router or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
         certified = lab.calibrate(engine, items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)

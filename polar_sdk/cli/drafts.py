@@ -15,12 +15,13 @@ from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 
+@opt.with_lab_model
 def drafts(
     data: Annotated[
         Path | None,
         typer.Option(help="JSONL of {prompt} or {prompt, answer}; default: the model asks itself."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
+    limit: opt.Limit = None,
     questions: Annotated[
         int | None,
         typer.Option(min=0, help="Questions that the model asks itself; default: 2000, or none with --data."),
@@ -30,10 +31,8 @@ def drafts(
     out: Annotated[Path | None, typer.Option(help="File of the head; default: your own for this model.")] = None,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
-    model: opt.Model = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    precision: opt.Precision = "auto",
+    *,
+    load: opt.Load,
 ) -> None:
     """Train a draft head: a network that guesses what a model says next, so that answers come sooner and stay the same.
 
@@ -49,26 +48,22 @@ def drafts(
             "model ask itself so often."
         )
     items = opt.items_of(data, limit)  # before seconds are spent on loading the model
-    engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
+    engine = load()
     target = out or saved_head_path(engine.fingerprint)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
-    try:
-        with cache, ProgressBars(quiet=as_json) as show:
-            head = lab.train_draft_head(
-                engine,
-                items,
-                out=target,
-                cache=cache,
-                checkpoints=target.parent / f"{target.stem}-checkpoints",
-                on_progress=show,
-                questions=questions,
-                answer_tokens=answer_tokens,
-                epochs=epochs,
-                seed=seed or 0,
-            )
-    except KeyboardInterrupt:
-        print_line("note: the same command goes on where it stopped.", err=True)
-        raise
+    with opt.resumable(), cache, ProgressBars(quiet=as_json) as show:
+        head = lab.train_draft_head(
+            engine,
+            items,
+            out=target,
+            cache=cache,
+            checkpoints=target.parent / f"{target.stem}-checkpoints",
+            on_progress=show,
+            questions=questions,
+            answer_tokens=answer_tokens,
+            epochs=epochs,
+            seed=seed or 0,
+        )
     facts = head.facts
     if as_json:
         known = {"out": str(target), "parameters": head.parameters, "bytes": target.stat().st_size}

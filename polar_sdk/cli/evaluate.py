@@ -26,6 +26,7 @@ _WIDTH = 150
 """Width that a table of figures needs; a narrower terminal wraps its lines, so that nothing is lost."""
 
 
+@opt.with_lab_model
 def evaluate(
     data: Annotated[
         list[Path] | None,
@@ -49,11 +50,8 @@ def evaluate(
     seed: opt.Seed = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML page, with the frontier plotted.")] = None,
     as_json: opt.AsJson = False,
-    model: opt.Model = None,
-    policy: opt.PolicyFile = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    precision: opt.Precision = "auto",
+    *,
+    load: opt.Load,
 ) -> None:
     """Measure a router on prompts that it has not seen."""
     from polar_sdk.lab.evaluation.rendering import require_report, to_html
@@ -65,15 +63,7 @@ def evaluate(
                 f"--html {str(html)!r} cannot be written: its folder does not exist; create it first."
             )
     sets = {path.stem: lab.read_items(path, limit) for path in data} if data else opt.items_of(None, limit)
-    engine = opt.load_model(
-        model,
-        device=device,
-        device_map=device_map,
-        precision=precision,
-        policy=policy,
-        router=str(router) if router else None,
-        no_ledger=True,
-    )
+    engine = load(router=router)
     points = _points(engine.router, compute or [], theta or [])
     with ProgressBars(quiet=as_json) as show:
         evaluation = lab.evaluate(engine, sets, points=points, timed=timed, free=free, seed=seed or 0, on_progress=show)
@@ -113,10 +103,6 @@ def _show(evaluation: Evaluation) -> None:
         for system in result.systems:
             if system.note:
                 console.print(f"{system.name}: {system.note}", soft_wrap=True)
-        for name, prompts, same, tokens, saved in rendering.generation_rows(result):
-            console.print(
-                f"in text, {name}: {prompts} prompts, same answer {same}, same tokens {tokens}, saved {saved}"
-            )
     _show_table(console, "within each class", rendering.CLASS_COLUMNS, rendering.class_rows(evaluation.classes))
     if evaluation.texts:
         _show_table(console, "answers in text", rendering.TEXT_COLUMNS, rendering.text_rows(evaluation.texts))

@@ -11,7 +11,6 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 _ERRORS: dict[MapKind, str] = {"bridge": "error / error of a plain skip", "fill": "variance missed"}
 
 
+@opt.with_lab_model
 def heal(
     out: Annotated[Path, typer.Option(help="Folder to write the bridges or fills to.")],
     segments: Annotated[
@@ -35,11 +35,8 @@ def heal(
             "18-21+23 fills layers 18 to 21 and those from 23 on in one program; default finds them by measuring."
         ),
     ] = "",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; default: built-in."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
+    data: opt.Data = None,
+    limit: opt.Limit = None,
     distil: Annotated[int, typer.Option(min=0, help="Training steps after the closed form.")] = 0,
     start: Annotated[
         Path | None, typer.Option(help="Folder of bridges or fills to start from: those in it are not fitted again.")
@@ -54,9 +51,8 @@ def heal(
     ] = None,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
-    model: opt.Model = None,
-    device: opt.Device = "auto",
-    precision: opt.Precision = "auto",
+    *,
+    load: opt.Load,
 ) -> None:
     """Fit cheap maps for layers: bridges cross a segment, fills write its keys and values for the prompt.
 
@@ -73,31 +69,19 @@ def heal(
         "distil": distil,
         "seed": seed or 0,
         "start": None if start is None else str(start),
-        **dict(map(_name_and_value, settings or ())),
+        **dict(opt.name_and_value("--set", text, "rank=64") for text in settings or ()),
     }
     # Checks them before seconds are spent on loading the model.
     lab.BridgeOptions.of(**options) if segments else lab.FillOptions.of(**options)
     items = opt.items_of(data, limit)
-    engine = opt.load_model(model, device=device, precision=precision, no_ledger=True)
-    try:
-        with RewardCache(cache_path(engine.fingerprint, engine.dtype)) as cache, ProgressBars(quiet=as_json) as show:
-            made = lab.heal(
-                engine, items, segments or fills, kind=kind, out=out, cache=cache, on_progress=show, **options
-            )
-    except KeyboardInterrupt:
-        print_line("note: the same command goes on where it stopped.", err=True)
-        raise
+    engine = load()
+    cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
+    with opt.resumable(), cache, ProgressBars(quiet=as_json) as show:
+        made = lab.heal(engine, items, segments or fills, kind=kind, out=out, cache=cache, on_progress=show, **options)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "bytes": made.bytes, **made.facts.model_dump(mode="json")}, indent=2))
     else:
         _show(made, out)
-
-
-def _name_and_value(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise InvalidRequestError(f"--set {text!r} is not name=value, such as --set rank=64.")
-    return name, value
 
 
 def _show(maps: MapSet, out: Path) -> None:

@@ -20,12 +20,11 @@ from typer.core import TyperGroup
 
 from polar_sdk.cli import models
 from polar_sdk.cli.calibrate import calibrate
-from polar_sdk.cli.chat import chat
 from polar_sdk.cli.drafts import drafts
 from polar_sdk.cli.evaluate import evaluate
 from polar_sdk.cli.export import export
 from polar_sdk.cli.heal import heal
-from polar_sdk.cli.run import run
+from polar_sdk.cli.run import chat, run
 from polar_sdk.cli.scan import scan
 from polar_sdk.cli.search import search
 from polar_sdk.cli.train import train
@@ -142,11 +141,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "600")
     atexit.register(gc.freeze)  # the last to run: the interpreter would look for garbage for a second before it ends
-    signal.signal(signal.SIGTERM, _terminated)
+    # Unwind instead of dying at once, so that a request in progress leaves its usage record.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     survive_encodings()
     app()
-
-
-def _terminated(number: int, _: object) -> None:
-    """Unwind instead of dying at once, so that a request in progress leaves its usage record."""
-    raise SystemExit(128 + number)

@@ -6,13 +6,15 @@ import gc
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Unpack, cast
 
 import typer
 
 from polar_sdk import lab
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +58,11 @@ Ledger = Annotated[
 ]
 NoLedger = Annotated[bool, typer.Option("--no-ledger", help="Do not meter.")]
 RouterFolder = Annotated[str | None, typer.Option("--router", help="Folder of a router for this model.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; default: built-in."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")]
 Maps = Annotated[
     list[Path] | None, typer.Option("--maps", help="Folder of bridges or fills that programs use; may be repeated.")
 ]
@@ -91,8 +98,7 @@ def with_model(command: Callable[..., None]) -> Callable[..., None]:
     Args:
         command: Takes what they say as `chosen`; typer does not see that parameter.
     """
-    own = _parameters(command)
-    del own["chosen"]
+    own = _parameters(command, without="chosen")
     arguments = {name: option for name, option in own.items() if option.default is inspect.Parameter.empty}
     request, model = _parameters(_request), _parameters(_model)
 
@@ -107,16 +113,44 @@ def with_model(command: Callable[..., None]) -> Callable[..., None]:
             metered = () if chosen.model["no_ledger"] else ("what was executed until then is in the ledger",)
             raise KeyboardInterrupt(*metered) from None
 
+    return _described(run, command, {**arguments, **request, **own, **model})
+
+
+class Load(Protocol):
+    """What loads the model that a command of the laboratory is for."""
+
+    def __call__(self, **options: Unpack[ModelOptions]) -> PolarModel:
+        """Load it, unmetered, with further arguments of `load_model`."""
+
+
+def with_lab_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Add to a command the options of the model that it works on.
+
+    Args:
+        command: Takes what loads the model as `load`; typer does not see that parameter.
+    """
+    own, model = _parameters(command, without="load"), _parameters(_lab_model)
+
+    def run(**values: Any) -> None:
+        load = partial(load_model, no_ledger=True, **{name: values[name] for name in model})
+        command(**{name: values[name] for name in own}, load=load)
+
+    return _described(run, command, {**own, **model})
+
+
+def _parameters(function: Callable[..., Any], *, without: str = "") -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function, eval_str=True).parameters.items()
+    return {name: option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, option in parameters if name != without}
+
+
+def _described(
+    run: Callable[..., None], command: Callable[..., None], options: dict[str, inspect.Parameter]
+) -> Callable[..., None]:
+    """A function that typer sees as the command with these options."""
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    options = {**arguments, **request, **own, **model}
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
     run.__signature__ = inspect.Signature(list(options.values()))  # type: ignore[attr-defined]
     return run
-
-
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function, eval_str=True).parameters.items()
-    return {name: option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, option in parameters}
 
 
 def _request(
@@ -156,6 +190,16 @@ def _model(
     return locals()
 
 
+def _lab_model(
+    model: Model = None,
+    policy: PolicyFile = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    precision: Precision = "auto",
+) -> None:
+    """The options of `with_lab_model`."""
+
+
 def load_model(
     model: str | None, *, no_ledger: bool = False, tag: Sequence[str] | None = None, **options: Unpack[ModelOptions]
 ) -> PolarModel:
@@ -165,7 +209,7 @@ def load_model(
         from polar_sdk.sinks import AUTO_LEDGER
 
         options["ledger"] = None if no_ledger else options.get("ledger") or AUTO_LEDGER
-        options["tags"] = dict(map(_key_and_value, tag or ()))
+        options["tags"] = dict(name_and_value("--tag", text, "team=search") for text in tag or ())
         return PolarModel.from_pretrained(model, **options)
 
 
@@ -178,6 +222,16 @@ def items_of(data: Path | None, limit: int | None) -> list[Item] | None:
     if data is not None:
         return lab.read_items(data, limit)
     return None if limit is None else lab.builtin_items()[:limit]
+
+
+@contextmanager
+def resumable(note: str = "the same command goes on where it stopped") -> Iterator[None]:
+    """Say after Ctrl-C what is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_line(f"note: {note}.", err=True)
+        raise
 
 
 @contextmanager
@@ -201,8 +255,9 @@ def compute_of(text: str | None) -> str | float | None:
         return text
 
 
-def _key_and_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise InvalidRequestError(f"tag {text!r} is not key=value, such as --tag team=search.")
-    return key, value
+def name_and_value(option: str, text: str, example: str) -> tuple[str, str]:
+    """The parts of a text such as `team=search`."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise InvalidRequestError(f"{option} {text!r} is not name=value, such as {option} {example}.")
+    return name, value

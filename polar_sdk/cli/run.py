@@ -1,4 +1,4 @@
-"""`polar run`: one prompt, one answer, and what it cost."""
+"""`polar run` and `polar chat`: one answer, or a conversation in the terminal, and what each answer cost."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.request.generation import Generation
     from polar_sdk.request.options import RequestOptions
+
+
+_LEAVE = frozenset({"/exit", "/quit", "/bye"})
 
 
 @opt.with_model
@@ -123,3 +126,53 @@ def footer(generation: Generation) -> str:
     if generation.receipt is not None and generation.receipt.get("cost") is not None:
         parts.append(f"{generation.receipt['cost']} {generation.receipt.get('currency', '')}".strip())
     return "[" + " · ".join(parts) + "]"
+
+
+@opt.with_model
+def chat(
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    *,
+    chosen: opt.Chosen,
+) -> None:
+    """Talk with the model. Ctrl-C interrupts an answer, /exit or Ctrl-D ends the conversation."""
+    engine = chosen.load()
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        answer = _answer(engine, messages, chosen.request)
+        if answer is None:
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _read_line() -> str | None:
+    """One line of the user; None at the end of the conversation."""
+    try:
+        line = input("you> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
+    return None if line.strip() in _LEAVE else line
+
+
+def _answer(engine: PolarModel, messages: list[dict[str, str]], request: RequestOptions) -> str | None:
+    """Stream one answer; None where it was refused. An interrupted one counts as far as it came."""
+    shown = ""
+    try:
+        with closing(engine.stream(messages, **request)) as chunks:
+            for chunk in chunks:
+                shown += chunk.text
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+                if chunk.generation is not None:
+                    typer.echo()
+                    print_line(footer(chunk.generation), err=True)
+    except KeyboardInterrupt:
+        typer.echo()
+        print_line("[interrupted]", err=True)
+    except InvalidRequestError as error:  # for example, the conversation has outgrown the context window
+        print_line(f"error: {error}", err=True)
+        return None
+    return shown

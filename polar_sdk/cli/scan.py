@@ -25,12 +25,13 @@ _COLOURS = ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red"))
 """Minimum fidelity of each colour."""
 
 
+@opt.with_lab_model
 def scan(
     data: Annotated[
         Path | None,
         typer.Option(help="JSONL of {prompt} or {question, choices, answer}; default: 70 built-in prompts."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
+    limit: opt.Limit = None,
     lengths: Annotated[str, typer.Option(help="Lengths of the skipped blocks, comma-separated.")] = "1,2,3",
     loops: Annotated[bool, typer.Option(help="Also measure each layer visited twice.")] = True,
     removals: Annotated[int, typer.Option(min=0, help="Layers to remove, one after another.")] = 8,
@@ -39,17 +40,15 @@ def scan(
     save: Annotated[bool, typer.Option("--save", help="Save the picks as your policy for this model.")] = False,
     out: Annotated[Path | None, typer.Option(help="File to write the whole scan to, as JSON.")] = None,
     as_json: opt.AsJson = False,
-    model: opt.Model = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    precision: opt.Precision = "auto",
+    *,
+    load: opt.Load,
 ) -> None:
     """Compare blocks of skipped layers and loops with full depth, and pick programs for two tiers."""
     sizes = _lengths(lengths)
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
         raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; create it first.")
     items = opt.items_of(data, limit or (_BUILTIN if data is None else None))
-    engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
+    engine = load()
     with ProgressBars(quiet=as_json) as show:
         report = lab.scan(engine, items, lengths=sizes, loops=loops, removals=removals, on_progress=show)
     if out is not None:

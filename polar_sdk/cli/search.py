@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,20 +12,17 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from polar_sdk.lab.program_search.menu import Menu
 
 
+@opt.with_lab_model
 def search(
     out: Annotated[Path, typer.Option(help="Menu file to write; the rewards are written beside it.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; default: built-in."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
+    data: opt.Data = None,
+    limit: opt.Limit = None,
     budgets: Annotated[str, typer.Option(help="FLOPs of the programs, as shares of full depth's.")] = "0.9,0.8,0.7,0.6",
     menu: Annotated[int, typer.Option(min=2, help="Maximum number of programs on the menu, full depth included.")] = 12,
     maps: opt.Maps = None,
@@ -43,11 +41,8 @@ def search(
     cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep measurements for the next run.")] = True,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
-    model: opt.Model = None,
-    policy: opt.PolicyFile = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    precision: opt.Precision = "auto",
+    *,
+    load: opt.Load,
 ) -> None:
     """Search programs on prompts; an interrupted search resumes where it stopped."""
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
@@ -67,19 +62,13 @@ def search(
     }
     lab.SearchOptions(**options)  # checks them before seconds are spent on loading the model
     items = opt.items_of(data, limit)
-    engine = opt.load_model(
-        model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
-    )
+    engine = load()
     loaded = [engine.use_maps(folder) for folder in maps or ()]
     filling = [program for each in loaded if each.facts.kind == "fill" for program in each.programs]
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
-    try:
-        with cache, ProgressBars(quiet=as_json) as show:
-            result = lab.search(engine, items, programs=filling, cache=cache, on_progress=show, **options)
-    except KeyboardInterrupt:
-        if cached:
-            print_line("note: measurements are kept; the same command resumes from there.", err=True)
-        raise
+    kept = opt.resumable("measurements are kept; the same command resumes from there") if cached else nullcontext()
+    with kept, cache, ProgressBars(quiet=as_json) as show:
+        result = lab.search(engine, items, programs=filling, cache=cache, on_progress=show, **options)
     rewards = result.save(out)
     if as_json:
         typer.echo(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
 
 
+@opt.with_lab_model
 def train(
     rewards: Annotated[Path, typer.Option(help="Rewards file that `polar lab search` wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
@@ -48,11 +49,8 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="For --kind policy: passes over the prompts.")] = 8,
     seeds: Annotated[str, typer.Option(help="Training seeds, comma-separated; the best on dev is kept.")] = "0,1,2",
     as_json: opt.AsJson = False,
-    model: opt.Model = None,
-    policy: opt.PolicyFile = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    precision: opt.Precision = "auto",
+    *,
+    load: opt.Load,
 ) -> None:
     """Train a router; after Ctrl-C the same command resumes from its checkpoints."""
     from polar_sdk.router.store import saved_router_path
@@ -62,9 +60,7 @@ def train(
         settings = lab.LayerwiseSettings(price=price, epochs=epochs, seeds=_seeds(seeds))
     matrix = lab.RewardMatrix.load(rewards)  # before seconds are spent on loading the model
     items = None if data is None else lab.read_items(data)
-    engine = opt.load_model(
-        model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
-    )
+    engine = load()
     target = out or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
         router = lab.train(
