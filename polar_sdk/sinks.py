@@ -96,27 +96,18 @@ class JsonlSink(UsageSink):
         digest = hashlib.sha256(line).digest()
         with self._open() as file:
             end = file.seek(0, os.SEEK_END)
-            if not self._is_written(file, line, self._begun.get(digest)):
-                self._begun[digest] = end
-                if len(self._begun) > _REMEMBERED:
-                    self._begun.popitem(last=False)
-                self._write(file, line, end)
-
-    def _is_written(self, file: FileIO, line: bytes, begun: int | None) -> bool:
-        """Look whether a line that was begun is there, alone on its line; other processes may have written since."""
-        if begun is None:
-            return False
-        file.seek(begun)
-        return line in file.readall().splitlines(keepends=True)
+            if (begun := self._begun.get(digest)) is not None:
+                file.seek(begun)  # it may be there, alone on its line; other processes may have written since
+                if line in file.readall().splitlines(keepends=True):
+                    return
+            self._begun[digest] = end
+            if len(self._begun) > _REMEMBERED:
+                self._begun.popitem(last=False)
+            self._write(file, line, end)
 
     def _write(self, file: FileIO, line: bytes, end: int) -> None:
-        """Write a line whole or not at all.
-
-        Raises:
-            OSError: It could not be written.
-        """
-        written = file.write(line)
-        if written != len(line):
+        """Write a line whole or not at all."""
+        if file.write(line) != len(line):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -108,19 +108,11 @@ class TokenUsage(_Facts):
     """Those of them that did, and so spared the answer a pass; included in `drafted`."""
 
     @model_validator(mode="after")
-    def _accepted_is_part_of_drafted(self) -> Self:
-        if self.accepted > self.drafted:
-            raise ValueError(
-                f"accepted tokens ({self.accepted}) exceed drafted tokens ({self.drafted}), of which they are a part"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cached_is_part_of_input(self) -> Self:
-        if self.cached > self.input:
-            raise ValueError(
-                f"cached tokens ({self.cached}) exceed input tokens ({self.input}), of which they are a part"
-            )
+    def _parts_are_no_more_than_the_whole(self) -> Self:
+        for part, whole in (("accepted", "drafted"), ("cached", "input")):
+            some, every = getattr(self, part), getattr(self, whole)
+            if some > every:
+                raise ValueError(f"{part} tokens ({some}) exceed {whole} tokens ({every}), of which they are a part")
         return self
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from polar_sdk import Chunk, Generation
     from polar_sdk.frameworks.forms import AnswerForm
-    from polar_sdk.frameworks.tracing import CallSpan
+    from polar_sdk.frameworks.telemetry import CallSpan
 
     Respond = Callable[[str, str | None, Generation | None], Any]
     Stream = Generator[Any, None, None]

@@ -44,7 +44,7 @@ from llama_index_polar._messages import (
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm
 from polar_sdk.frameworks.settings import ModelSettings
-from polar_sdk.frameworks.tracing import CallSpan
+from polar_sdk.frameworks.telemetry import CallSpan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -240,9 +240,6 @@ class Policy(_Frozen):
                 f"at most {self.max_visits} are allowed.",
                 hint="Loop less, or raise `max_visits` in the policy.",
             )
-        self._check_cost(program, cost)
-
-    def _check_cost(self, program: Program, cost: CostModel) -> None:
         identity = cost.request(Program.identity(cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
         ratio = cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
         if ratio > self.cost_ceiling:

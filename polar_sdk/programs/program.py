@@ -175,15 +175,10 @@ class Program:
         Raises:
             ProgramDepthError: A segment leaves the model, runs backwards or overlaps another.
         """
-        steps: list[Step] = []
+        steps: list[Step | int] = []
         start = 0
-        for first, last in sorted(segments):
-            if not start <= first <= last < depth:
-                raise ProgramDepthError(
-                    f"bridge {first}-{last} does not fit; it must cross layers between {start} and {depth - 1}."
-                )
-            steps += [Step(layer, layer) for layer in range(start, first)]
-            steps.append(Step(first, last, bridge=True))
+        for first, last in _apart("bridge", segments, depth):
+            steps += [*range(start, first), Step(first, last, bridge=True)]
             start = last + 1
         return cls([*steps, *range(start, depth)])
 
@@ -196,16 +191,8 @@ class Program:
         """
         if tail < 1:
             raise ProgramSyntaxError(f"tail={tail} prompt tokens run; the last one must: use 1 or more.")
-        fills = [0] * depth
-        start = 0
-        for first, last in sorted(segments):
-            if not start <= first <= last < depth:
-                raise ProgramDepthError(
-                    f"fill {first}-{last} does not fit; it must be over layers between {start} and {depth - 1}."
-                )
-            fills[first : last + 1] = [tail] * (last + 1 - first)
-            start = last + 1
-        return cls(Step(layer, layer, fill=fill) for layer, fill in enumerate(fills))
+        filled = {layer for first, last in _apart("fill", segments, depth) for layer in range(first, last + 1)}
+        return cls(Step(layer, layer, fill=tail if layer in filled else 0) for layer in range(depth))
 
     @classmethod
     def of(cls, value: Program | str | Iterable[int]) -> Program:
@@ -296,6 +283,18 @@ class Program:
             cls.of,
             serialization=core_schema.plain_serializer_function_ser_schema(str, return_schema=core_schema.str_schema()),
         )
+
+
+def _apart(kind: str, segments: Iterable[tuple[int, int]], depth: int) -> list[tuple[int, int]]:
+    """Segments in order, of which none leaves the model, runs backwards or overlaps another."""
+    ordered, start = sorted(segments), 0
+    for first, last in ordered:
+        if not start <= first <= last < depth:
+            raise ProgramDepthError(
+                f"{kind} {first}-{last} does not fit; it must be over layers between {start} and {depth - 1}."
+            )
+        start = last + 1
+    return ordered
 
 
 def _check_loops(steps: tuple[Step, ...]) -> None:

@@ -55,16 +55,34 @@ def save_router(router: Router, folder: str | Path) -> Path:
     Raises:
         RouterError: Its kind cannot be stored.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors = router.network.tensors() if isinstance(router, LearnedRouter) else {}
-    text = _describe(router, tensors).model_dump_json(indent=1)
     from safetensors.torch import save_file
 
+    tensors: dict[str, Tensor] = {}
+    facts: RouterFacts | None = None
+    certificate: Certificate | None = None
+    if isinstance(router, LearnedRouter):
+        tensors, programs = router.network.tensors(), router.programs
+        facts, certificate = router.facts, router.certificate
+    elif isinstance(router, StaticRouter):
+        programs = (router.program,)
+    else:
+        raise RouterError(f"a router of kind {router.kind!r} cannot be saved; identity, static, menu and policy can.")
+    file = _File.model_validate(
+        {
+            "kind": router.kind,
+            "programs": programs,
+            "programs_sha256": hash_programs(programs),
+            "weights_sha256": hash_tensors(tensors),
+            "facts": facts,
+            "certificate": certificate,
+        }
+    )
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / _WEIGHTS)
     # Last, and in one step: a folder with a router.json is complete.
     with replacing(target / _JSON) as draft:
-        draft.write_text(text + "\n", encoding="utf-8")
+        draft.write_text(file.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return target
 
 
@@ -79,33 +97,19 @@ def load_router(folder: str | Path) -> Router:
     file = _read_json(source)
     if hash_programs(file.programs) != file.programs_sha256:
         raise _damaged(source, _JSON, "its programs are not the ones it was saved with")
-    tensors = _read_weights(source)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(source / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(source, _WEIGHTS, str(error)) from error
     if hash_tensors(tensors) != file.weights_sha256:
         raise _damaged(source, _WEIGHTS, "its weights are not the ones it was saved with")
     if file.kind in ("identity", "static"):
         program = file.programs[0]
         return IdentityRouter(len(program)) if file.kind == "identity" else StaticRouter(program)
     return _learned(source, file, tensors)
-
-
-def _describe(router: Router, tensors: dict[str, Tensor]) -> _File:
-    weights = hash_tensors(tensors)
-    if isinstance(router, LearnedRouter):
-        programs, facts, certificate = router.programs, router.facts, router.certificate
-    elif isinstance(router, StaticRouter):
-        programs, facts, certificate = (router.program,), None, None
-    else:
-        raise RouterError(f"a router of kind {router.kind!r} cannot be saved; identity, static, menu and policy can.")
-    return _File.model_validate(
-        {
-            "kind": router.kind,
-            "programs": programs,
-            "programs_sha256": hash_programs(programs),
-            "weights_sha256": weights,
-            "facts": facts,
-            "certificate": certificate,
-        }
-    )
 
 
 def _learned(source: Path, file: _File, tensors: dict[str, Tensor]) -> LearnedRouter:
@@ -140,16 +144,6 @@ def _read_json(source: Path) -> _File:
         raise _damaged(source, _JSON, f"{where}: {first['msg'].rstrip('.')}") from error
     except (OSError, ValueError) as error:
         raise _damaged(source, _JSON, str(error)) from error
-
-
-def _read_weights(source: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(source / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(source, _WEIGHTS, str(error)) from error
 
 
 def _damaged(source: Path, name: str, reason: str) -> RouterDamagedError:

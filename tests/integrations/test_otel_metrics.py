@@ -12,7 +12,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from polar_sdk import ListSink
 from polar_sdk.errors import SinkError
-from polar_sdk.frameworks.metrics import MetricsSink
+from polar_sdk.frameworks.telemetry import MetricsSink
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import Outcome
 
@@ -112,7 +112,7 @@ def test_without_opentelemetry_the_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
         "from polar_sdk import ListSink\n"
-        "from polar_sdk.frameworks.metrics import MetricsSink\n"
+        "from polar_sdk.frameworks.telemetry import MetricsSink\n"
         "try: MetricsSink(ListSink())\n"
         "except ImportError as error: print(error)\n"
     )

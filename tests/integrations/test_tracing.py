@@ -199,7 +199,7 @@ def test_tracing_is_off_unless_asked_for(
 
 def test_what_is_off_imports_nothing() -> None:
     code = (
-        "import sys; from polar_sdk.frameworks.tracing import CallSpan; CallSpan(False); "
+        "import sys; from polar_sdk.frameworks.telemetry import CallSpan; CallSpan(False); "
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

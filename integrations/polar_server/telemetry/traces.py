@@ -16,8 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import InvalidRequestError, MissingExtraError
-from polar_sdk.frameworks.metrics import MetricsSink
-from polar_sdk.frameworks.tracing import note_answer
+from polar_sdk.frameworks.telemetry import MetricsSink, note_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -1,31 +1,144 @@
-"""Usage as OpenTelemetry metrics: a sink around the one that stores, by the extra `tracing`.
+"""Usage and cost in OpenTelemetry, by the extra `tracing`: attributes of spans, and metrics.
 
-Names and units are those of OpenTelemetry's GenAI conventions (`gen_ai.*`, in development), and our own (`polar.*`) for
-what they lack. Where metrics go is the application's choice: a meter provider it hands in, or OpenTelemetry's global
-one. Metrics are sums for dashboards; what is owed is in the ledger. Knows no framework.
+Names and units are those of OpenTelemetry's GenAI conventions (`gen_ai.*`, in development), of OpenInference (`llm.*`)
+and our own (`polar.*`) for what they lack. Nothing of OpenTelemetry is imported unless it is asked for. A span that
+sees several answers, such as that of an HTTP request around an agent, has their sums, the names of the last, and one
+event per answer. Metrics are sums for dashboards, and go to a meter provider of the application; what is owed is in the
+ledger. Knows no framework.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 from polar_sdk.errors import MissingExtraError
+from polar_sdk.frameworks.cost import CostTotals, PolarCall, cost_facts
+from polar_sdk.locks import renewed_in_child
 from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT, ForwardingSink, Outcome
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import Span
 
     from polar_sdk.usage import Receipt, UsageRecord, UsageSink
 
 
+EVENT: Final = "polar.answer"
+"""Name of the event that a span has per answer, with the attributes of that answer alone."""
+_COST_CURRENCY: Final = "USD"
+"""Currency of costs for OpenInference and Langfuse; a cost in another one is in `polar.cost` alone."""
+_totals: Final[WeakKeyDictionary[Any, CostTotals]] = WeakKeyDictionary()
+"""Sums of the answers that a span has seen."""
+_adding: Final = renewed_in_child(threading.Lock())
 _PROVIDER: Final = "polar"
 _NS: Final = 10**9
 _TOKEN_BUCKETS: Final = tuple(4**power for power in range(14))
 _DURATION_BUCKETS: Final = tuple(2**power / 100 for power in range(14))
 _FIRST_TOKEN_BUCKETS: Final = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
 )
 _NEXT_TOKEN_BUCKETS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+
+
+class CallSpan:
+    """The span that is current where a call begins, and gets what the call used when it ends.
+
+    Args:
+        wanted: Whether to trace at all; False imports nothing and does nothing.
+
+    Raises:
+        MissingExtraError: Tracing is wanted, and OpenTelemetry is not installed.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._span = _recording() if wanted else None
+
+    def note(self, record: UsageRecord, receipt: Receipt | None) -> None:
+        """Set what an answer used and cost; does nothing where no span records."""
+        if self._span is not None and self._span.is_recording():
+            note_answer(self._span, record, receipt)
+
+
+def note_answer(span: Span, record: UsageRecord, receipt: Receipt | None) -> None:
+    """Set on a span what an answer used and cost."""
+    tokens = record.tokens.input, record.tokens.output
+    call = PolarCall.of(record.model, cost_facts(record, receipt), tokens)
+    assert call is not None  # it is a PoLar record
+    own = CostTotals()
+    own.add(call)
+    with _adding:
+        totals = _totals.setdefault(span, CostTotals())
+        totals.add(call)
+        span.set_attributes({**_names(record), **_sums(totals)})
+    span.add_event(EVENT, {**_names(record), **_sums(own)})
+
+
+def _recording() -> Span | None:
+    try:
+        from opentelemetry import trace
+    except ImportError as error:
+        raise _missing("tracing=True") from error
+    span = trace.get_current_span()
+    return span if span.is_recording() else None
+
+
+def _missing(what: str) -> MissingExtraError:
+    hint = "pip install 'polar-llm[tracing]'"
+    return MissingExtraError(f"{what} needs OpenTelemetry, which is not installed.", hint=hint)
+
+
+def _names(record: UsageRecord) -> dict[str, Any]:
+    """Attributes that cannot be added up."""
+    return {
+        "gen_ai.provider.name": _PROVIDER,
+        "gen_ai.request.model": record.model,
+        "gen_ai.response.model": record.model,
+        "gen_ai.response.id": record.request_id,
+        "gen_ai.response.finish_reasons": [record.finish_reason],
+        "llm.model_name": record.model,
+        "polar.request_id": record.request_id,
+        "polar.tenant": record.tenant,
+        "polar.tier": record.tier or "by hand",
+        "polar.program": record.program,
+        "polar.outcome": record.outcome.value,
+    }
+
+
+def _sums(totals: CostTotals) -> dict[str, Any]:
+    sums: dict[str, Any] = {
+        "gen_ai.usage.input_tokens": totals.input_tokens,
+        "gen_ai.usage.output_tokens": totals.output_tokens,
+        "llm.token_count.prompt": totals.input_tokens,
+        "llm.token_count.completion": totals.output_tokens,
+        "llm.token_count.total": totals.input_tokens + totals.output_tokens,
+        "polar.requests": totals.requests,
+        "polar.unrated": totals.unrated,  # how many have no price, which the cost leaves out
+        "polar.flops": totals.flops,
+        "polar.identity_flops": totals.identity_flops,
+        "polar.compute_units": float(totals.compute_units),
+    }
+    if totals.cost:
+        sums["polar.cost"] = " + ".join(f"{amount:f} {currency}" for currency, amount in sorted(totals.cost.items()))
+    if _COST_CURRENCY in totals.cost:
+        sums["gen_ai.usage.cost"] = sums["llm.cost.total"] = float(totals.cost[_COST_CURRENCY])
+    return sums
 
 
 class MetricsSink(ForwardingSink):
@@ -44,9 +157,7 @@ class MetricsSink(ForwardingSink):
         try:
             from opentelemetry import metrics
         except ImportError as error:
-            raise MissingExtraError(
-                "MetricsSink needs OpenTelemetry, which is not installed.", hint="pip install 'polar-llm[tracing]'"
-            ) from error
+            raise _missing("MetricsSink") from error
         super().__init__(inner)
         self._tenants = tenants
         meter = metrics.get_meter("polar_sdk", meter_provider=provider)
