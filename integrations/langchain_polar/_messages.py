@@ -7,9 +7,7 @@ response metadata. Knows no model.
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
-from uuid import uuid4
 
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
@@ -18,7 +16,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 
 from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.frameworks.cost import cost_facts
+from polar_sdk.frameworks.cost import cost_facts, total_cost
 from polar_sdk.frameworks.tools import result_text, turn_text
 
 if TYPE_CHECKING:
@@ -135,8 +133,7 @@ def totals(generations: Sequence[Generation]) -> dict[str, Any]:
     callback that adds up results counts them once.
     """
     records = [generation.usage for generation in generations]
-    amounts = [(generation.receipt or {}).get("cost") for generation in generations]
-    known = [Decimal(amount) for amount in amounts if amount is not None]
+    cost = total_cost(generation.receipt for generation in generations)
     return {
         "model_name": records[0].model if records else UNKNOWN,
         "request_ids": [record.request_id for record in records],
@@ -146,7 +143,7 @@ def totals(generations: Sequence[Generation]) -> dict[str, Any]:
             "total_tokens": sum(record.tokens.input + record.tokens.output for record in records),
             "flops": sum(record.flops.total for record in records),
             "identity_flops": sum(record.identity_flops for record in records),
-            "cost": float(sum(known)) if len(known) == len(amounts) else None,
+            "cost": None if cost is None else float(cost),
         },
     }
 
@@ -156,7 +153,6 @@ class AnswerReader:
 
     def __init__(self, form: AnswerForm) -> None:
         self._form, self._reader = form, form.reader()
-        self._ids: list[str] = []
 
     def result(self, generation: Generation) -> ChatResult:
         """A whole answer.
@@ -169,10 +165,7 @@ class AnswerReader:
         self._check(generation)
         message = AIMessage(
             content=self._reader.text,
-            tool_calls=[
-                tool_call(name=call.name, args=call.values() or {}, id=self._id(index))
-                for index, call in enumerate(self._reader.calls)
-            ],
+            tool_calls=[tool_call(name=call.name, args=call.values() or {}, id=call.id) for call in self._reader.calls],
             usage_metadata=usage_metadata(generation.usage),
             response_metadata=response_metadata(generation),
         )
@@ -200,7 +193,9 @@ class AnswerReader:
         return AIMessageChunk(
             content="".join(piece for piece in pieces if isinstance(piece, str)),
             tool_call_chunks=[
-                tool_call_chunk(name=name, args=arguments, id=self._id(index) if name else None, index=index)
+                tool_call_chunk(
+                    name=name, args=arguments, id=self._reader.calls[index].id if name else None, index=index
+                )
                 for index, name, arguments in (piece for piece in pieces if not isinstance(piece, str))
             ],
         )
@@ -208,8 +203,3 @@ class AnswerReader:
     def _check(self, generation: Generation) -> None:
         with langchain_errors():
             self._form.check(self._reader.calls, generation)
-
-    def _id(self, index: int) -> str:
-        while len(self._ids) <= index:
-            self._ids.append(f"call_{uuid4().hex}")
-        return self._ids[index]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, Final, cast
-from uuid import uuid4
 
 from llama_index.core.base.llms.types import (
     CachePoint,
@@ -98,7 +97,6 @@ class FormResponder:
 
     def __init__(self, form: AnswerForm) -> None:
         self._form, self._reader = form, form.reader()
-        self._ids: list[str] = []
         self._read = 0
 
     def __call__(self, text: str, delta: str | None, generation: Generation | None) -> ChatResponse:
@@ -114,22 +112,15 @@ class FormResponder:
             self._form.check(self._reader.calls, generation)
         blocks: list[Any] = [TextBlock(text=self._reader.text)] if self._reader.text or not self._reader.calls else []
         blocks += [
-            ToolCallBlock(tool_call_id=self._id(index), tool_name=call.name, tool_kwargs=_so_far(call.arguments))
-            for index, call in enumerate(self._reader.calls)
+            ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=_so_far(call.arguments))
+            for call in self._reader.calls
         ]
         new = "".join(piece for piece in pieces if isinstance(piece, str))
-        calls = [  # the same again in OpenAI's form, where LlamaIndex's programs look whether there are any
-            {"id": self._id(index), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for index, call in enumerate(self._reader.calls)
-        ]
+        # The same again in OpenAI's form, where LlamaIndex's programs look whether there are any.
+        calls = [call.as_openai() for call in self._reader.calls]
         extra = {"tool_calls": calls} if calls else {}
         message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=extra)
         return ChatResponse(message=message, delta=None if delta is None else new, raw=_raw(generation))
-
-    def _id(self, index: int) -> str:
-        while len(self._ids) <= index:
-            self._ids.append(f"call_{uuid4().hex}")
-        return self._ids[index]
 
 
 def _so_far(arguments: str) -> dict[str, Any]:

@@ -33,6 +33,13 @@ def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
     return {"cost": None if amount is None else float(amount), "cost_details": details, "polar": _executed(record)}
 
 
+def total_cost(receipts: Iterable[Receipt | None]) -> Decimal | None:
+    """The exact sum of the costs of several answers; None where one is not known, or there are none."""
+    amounts = [(receipt or {}).get("cost") for receipt in receipts]
+    known = [Decimal(amount) for amount in amounts if amount is not None]
+    return sum(known, Decimal()) if known and len(known) == len(amounts) else None
+
+
 def _executed(record: UsageRecord) -> dict[str, Any]:
     tokens = record.tokens
     drafts = {"drafted": tokens.drafted, "accepted": tokens.accepted, "flops": record.flops.drafts}

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
 from polar_sdk.errors import InvalidRequestError, did_you_mean
 from polar_sdk.request.constraint import JSON_STYLE, closed, followable
@@ -252,6 +253,12 @@ class Call:
     arguments: str = ""
     """JSON text."""
     complete: bool = False
+    id: str = field(default_factory=lambda: f"call_{uuid4().hex[:24]}")
+
+    def as_openai(self) -> dict[str, Any]:
+        """The call as OpenAI's API spells it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
     def values(self) -> dict[str, Any] | None:
         """The arguments, or None where the call was cut off."""

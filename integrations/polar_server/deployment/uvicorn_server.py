@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +23,39 @@ if TYPE_CHECKING:
 
 _IDLE_CONNECTION_S: Final = 75
 """Longer than what balancers in front keep a connection, so that they close it first."""
+HEADERS_S: Final = 30.0
+"""Time for the headers of a request, and for its beginning on a new connection. Unit: seconds."""
 _LAST_WORDS_S: Final = 5
 """How long connections have, when all answers are recorded, to take the end of theirs. Unit: seconds."""
+
+
+class _Protocol(H11Protocol):
+    """HTTP whose headers must end within a time: a connection on which they never do would be held for ever."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._await_no_more()
+        elif self._patience is None and self.conn.trailing_data[0]:  # the next request has begun
+            self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._await_no_more()
+        super().connection_lost(exc)
+
+    def _await_headers(self) -> None:
+        self._patience = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _await_no_more(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
 
 class PlainServer(uvicorn.Server):
@@ -34,7 +67,7 @@ class PlainServer(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
-                http="h11",  # it bounds what a request's headers may take; httptools does not
+                http=_Protocol,  # h11 bounds what a request's headers may take; httptools does not
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
 from polar_sdk.errors import ContextWindowError, PolarError, ProgramError, RouterError, ToleranceError, UnknownTierError
+from polar_sdk.frameworks.cost import total_cost
 from polar_sdk.reading import shown
 from polar_sdk.serving.threads import run_in_thread
 from polar_sdk.usage import UsageBound, new_request_id
@@ -151,10 +152,7 @@ class Quote:
 def _price(prices: Sequence[Receipt | None]) -> dict[str, Any]:
     """The sum of several prices; unknown where one of them is."""
     known = [price for price in prices if price is not None]
-    first = known[0] if known else {}
-    amounts = [price.get("cost") for price in known]
-    priced = len(known) == len(prices) and all(amount is not None for amount in amounts)
-    total = sum((Decimal(amount) for amount in amounts if amount is not None), Decimal()) if priced else None
+    total, first = total_cost(prices), known[0] if known else {}
     return {
         "max_cost": None if total is None else f"{total:f}",
         "currency": first.get("currency"),

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from polar_server.access.keys import Key
 
 _KEY: Final = "polar.exchange"
+BODY_S: Final = 60.0
+"""Time for the body of a request. Unit: seconds."""
 _SMALL_BYTES: Final = 2**16
 """Size of a body that takes the event loop no time worth a thread."""
 _MAX_NODES: Final = 2**18
@@ -133,16 +135,21 @@ async def _content(exchange: Exchange, receive: Receive, max_bytes: int) -> byte
     if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
         raise too_large
     parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeftError
-        part = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            raise too_large
-        parts.append(part)
-        more = message.get("more_body", False)
+    try:
+        async with asyncio.timeout(BODY_S):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeftError
+                part = message.get("body", b"")
+                size += len(part)
+                if size > max_bytes:
+                    raise too_large
+                parts.append(part)
+                more = message.get("more_body", False)
+    except TimeoutError as error:
+        why = f"the body did not end within {BODY_S:g} seconds; send it at once."
+        raise ApiError(why, status=408, code="body_timeout", headers={"connection": "close"}) from error
     return b"".join(parts)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
-from uuid import uuid4
 
 from polar_server.errors import api_error
 from polar_server.http.exchange import packed_json
@@ -187,7 +186,6 @@ class ChoiceReader:
 
     def __init__(self, reader: CallReader) -> None:
         self._reader = reader
-        self._ids: list[str] = []
 
     @property
     def text(self) -> str:
@@ -204,7 +202,7 @@ class ChoiceReader:
             index, name, arguments = piece
             if name is not None:
                 function = {"name": name, "arguments": ""}
-                calls.append({"index": index, "id": self._id(index), "type": "function", "function": function})
+                calls.append({"index": index, **self._reader.calls[index].as_openai(), "function": function})
             if arguments:
                 calls.append({"index": index, "function": {"arguments": arguments}})
         return said, calls
@@ -215,17 +213,9 @@ class ChoiceReader:
 
     def calls(self) -> list[dict[str, Any]]:
         """The calls, whole."""
-        return [
-            {"id": self._id(index), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for index, call in enumerate(self._reader.calls)
-        ]
+        return [call.as_openai() for call in self._reader.calls]
 
     def finish(self, generation: Generation) -> str:
         """Why it ended: `tool_calls` only where every call is whole."""
         called = bool(self._reader.calls) and generation.complete is not False
         return "tool_calls" if called else generation.finish_reason
-
-    def _id(self, index: int) -> str:
-        while len(self._ids) <= index:
-            self._ids.append(f"call_{uuid4().hex[:24]}")
-        return self._ids[index]

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.engine import engine_version
+from polar_sdk.frameworks.cost import total_cost
 from polar_sdk.request.admission import DOWNGRADED_TAG
 
 if TYPE_CHECKING:
@@ -101,11 +102,8 @@ class Facts:
     def bill(self) -> dict[str, Any]:
         """Money and compute of all choices: `cost` for display, exact amounts as text."""
         records = self._records
-        receipts = [choice.receipt or {} for choice in self.answer.choices if choice.record is not None]
-        amounts = [receipt.get("cost") for receipt in receipts]
-        known = bool(amounts) and all(amount is not None for amount in amounts)
-        total = sum((Decimal(amount) for amount in amounts if amount is not None), Decimal()) if known else None
-        first = receipts[0] if receipts else {}
+        receipts = [choice.receipt for choice in self.answer.choices if choice.record is not None]
+        total, first = total_cost(receipts), (receipts[0] if receipts else None) or {}
         flops, identity = (sum(record.flops.total for record in records), sum(r.identity_flops for r in records))
         polar = {
             "program": records[0].program if records else None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from polar_sdk.errors import BudgetExceededError, SinkError
 from polar_sdk.reading import parse_object
-from tests.integrations.server.conftest import RecordingSink, chat_body
+from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -245,6 +247,32 @@ def test_a_body_of_too_many_values_is_refused_unread(refusing: Served, monkeypat
     assert read_by[0].startswith("polar-body"), "large bodies are read beside the event loop"
     refusing.call("POST", "/v1/chat/completions", b"{")
     assert not read_by[1].startswith("polar-body")
+
+
+def test_headers_and_bodies_that_do_not_end_hold_no_connection(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polar_server.deployment.uvicorn_server.HEADERS_S", 0.3)
+    monkeypatch.setattr("polar_server.http.exchange.BODY_S", 0.3)
+    served = serve()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+    for sent, status in ((b"", b""), (head, b""), (head + b"content-length: 9\r\n\r\n{", b"408")):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=WAIT_S) as connection:
+            if sent:  # after another request
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                while not connection.recv(65_536).endswith(b"}"):
+                    pass
+                connection.sendall(sent)
+            answer = b""
+            while part := connection.recv(65_536):
+                answer += part
+        assert answer.partition(b"\r\n")[0][9:12] == status
+    connection_of_one_that_waits = served.connect()
+    for _ in range(2):
+        connection_of_one_that_waits.request("GET", "/health")
+        assert connection_of_one_that_waits.getresponse().read()
+        time.sleep(0.6)  # between requests, a connection is kept
+    connection_of_one_that_waits.close()
 
 
 def test_a_chunked_body_is_counted_as_it_comes(serve: Callable[..., Served]) -> None:
