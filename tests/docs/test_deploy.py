@@ -27,7 +27,7 @@ def load(path: str) -> list[dict[str, Any]]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """What containers run, after `polar`."""
+    """Arguments that containers give to `polar`."""
     services = load("compose.yaml")[0]["services"]
     found: list[tuple[str, list[str]]] = [
         (f"compose {name}", service["command"]) for name, service in services.items() if service.get("image") == "polar"

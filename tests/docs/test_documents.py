@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "examples" / "README.md"])
 README = ROOT / "README.md"
 OF_THE_MODEL = ("from_pretrained", "from langchain_polar", "from llama_index_polar")
-"""What a Python block says that loads the default model, unless it says `tiny_model`."""
+"""Texts in a Python block that loads the default model, unless it says `tiny_model`."""
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -83,7 +83,7 @@ class TestPython:
         "block", [block for page in PAGES for block in blocks(page, "python") if needs_model(block)], ids=str
     )
     def test_names_exist(self, block: Block) -> None:
-        """Where it needs the model, and is not run in the quick tests: it parses, and every import of it succeeds."""
+        """Blocks that need the model do not run in the quick tests: they parse, and their imports succeed."""
         tree = ast.parse(block.text)
         imports: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         exec(compile(ast.Module(imports, type_ignores=[]), str(block), "exec"), {})

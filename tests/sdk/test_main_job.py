@@ -31,10 +31,6 @@ def exact() -> PolarModel:
     return PolarModel.from_pretrained(precision="fp32", ledger=None)  # torch counts no native FLOPs
 
 
-def test_the_default_model_knows_the_capital_of_france() -> None:
-    assert "Paris" in PolarModel.from_pretrained(ledger=None).generate("What is the capital of France?").text
-
-
 def test_a_loop_decodes_the_same_tokens_with_and_without_the_cache(exact: PolarModel) -> None:
     program = Program.parse("0-14 15x2 16-29")
     done = exact.generate("Name three colours.", program=program, max_tokens=12)

@@ -1,4 +1,4 @@
-"""Where usage goes: which sink is found for which ledger, and the log file that several threads write."""
+"""The sinks of usage: which sink is found for which ledger, and the log file that several threads write."""
 
 from __future__ import annotations
 

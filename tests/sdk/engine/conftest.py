@@ -1,4 +1,4 @@
-"""What tests of layers share: passes with known tokens, and the native library."""
+"""Fixtures for tests of layers: passes with known tokens, and the native library."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_nobody_asks_it_for_what_is_not_drafted(model: PolarModel, monkeypatch: 
 
 
 def _rounded(matrix: Plain) -> Plain:
-    """What is left of a matrix in int8."""
+    """A matrix as int8 leaves it."""
     outputs, inputs = matrix.weight.shape
     return Plain(rows_of(quantize(matrix, "int8"), torch.arange(outputs), inputs))
 

@@ -138,7 +138,7 @@ def hooked(model: PreTrainedModel, decoder: Decoder, program: Program, prompt: i
     family = decoder.family
     modules = family.layer_modules(model)
     written: dict[int, Tensor] = {}
-    """Of each filled layer, keys and values (T, 2, G, d)."""
+    """Keys and values of each filled layer, (T, 2, G, d)."""
     with ExitStack() as stack:
         for segment in program.fills:
             for layer in range(segment[0], segment[1] + 1):
@@ -273,7 +273,7 @@ def test_a_filled_prompt_in_pieces_is_the_prompt_at_once(name: str, text: str, t
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi3", "mixtral", "qwen2_moe"])
 def test_keys_and_values_of_one_layer_are_an_affine_map_of_its_state(name: str, tiny_family: TinyFamily) -> None:
-    """Where a layer begins with a root-mean-square norm, and keys have none of their own."""
+    """In families whose layers begin with a root-mean-square norm, and whose keys have none of their own."""
     decoder = build_decoder(tiny_family(name))
     weights, sizes = decoder.layers[4], random_fill(decoder, (4, 4)).bias.shape
     queries = decoder.family.heads * decoder.family.head_dim
@@ -344,7 +344,7 @@ def test_a_guard_watches_a_loop_before_a_fill(tiny_family: TinyFamily) -> None:
 
 
 def test_a_guard_waits_for_a_token_that_ends_the_last_visit(tiny_family: TinyFamily) -> None:
-    """Of a prompt's first pieces no token runs the last visit to its end, so there is nothing to judge yet."""
+    """No token of a prompt's first pieces runs the last visit to its end, so there is nothing to judge yet."""
     decoder = build_decoder(tiny_family("llama"))
     row = Row(decoder, Program.parse("0-3 4x2"), LoopGuard(max_step=0.0))
     prompt = some_tokens(14, 40)

@@ -87,7 +87,7 @@ def test_rows_with_and_without_a_hook_decode_together(model: PolarModel) -> None
 
 
 class UnhappyError(Exception):
-    """What a caller's own code raises."""
+    """An error of a caller's own code."""
 
 
 def failing(after: int) -> Any:

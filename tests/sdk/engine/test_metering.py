@@ -1,4 +1,4 @@
-"""What is metered is what was executed: FLOPs to the FLOP, visits to the visit, however the request ends."""
+"""Metered is what was executed: FLOPs to the FLOP, visits to the visit, however the request ends."""
 
 from __future__ import annotations
 

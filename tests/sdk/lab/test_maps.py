@@ -162,7 +162,7 @@ def test_maps_of_lower_rank_and_without_hidden_units_miss_more(model: PolarModel
 
 
 def test_a_carry_brings_states_near_those_after_the_segment(model: PolarModel, texts: list[Item], fit: Fit) -> None:
-    """Where layers follow the segment; a program of the map is nearer to full depth than one whose states pass."""
+    """If layers follow the segment; a program of the map is nearer to full depth than one whose states pass."""
     made = fit(model, FILLS, "2-3,2", storage="float16")
     carried, last = made.fills[2, 3], made.fills[2, 5]
     assert [len(fill.carry) for fill in (carried, last)] == [2, 0]

@@ -43,8 +43,9 @@ def score(model: PolarModel, prompt: Any, **options: Any) -> Generation:
     return model.generate(prompt, template="raw", prompt_logprobs=2, **{"max_tokens": 2, **options})
 
 
-@pytest.mark.parametrize("program", ["0-5", "0 2-5", "0 4-5"])
-@pytest.mark.parametrize("length", [2, 30, CHUNK, CHUNK + 1, 1_300])
+@pytest.mark.parametrize(
+    ("program", "length"), [("0-5", 2), ("0 2-5", 30), ("0-5", CHUNK), ("0 4-5", CHUNK + 1), ("0 2-5", 1_300)]
+)
 def test_they_are_those_of_hugging_face(model: PolarModel, program: str, length: int) -> None:
     ids = [(7 * place + place // 3) % 250 for place in range(length)]
     answer = score(model, ids, program=program)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from polar_sdk.testing import tiny_model
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.model import PolarModel
 
+T = TypeVar("T")
 LONG = 200
 """Tokens of an answer that no test waits for."""
 
@@ -45,6 +47,18 @@ def in_thread(call: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     return thread
+
+
+def run_together(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Call all from threads of their own, begun together."""
+    begin = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], T]) -> T:
+        begin.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(run, calls))
 
 
 def all_pages_are_back(model: PolarModel) -> bool:

@@ -52,7 +52,7 @@ SIGNALLED: Final = 3
 
 @dataclass
 class Score:
-    """What became of the records."""
+    """Counts of what became of the records."""
 
     tries: int
     exact: int
@@ -83,7 +83,7 @@ class Storm:
         _watch(self.model.scheduler, self._ran)
 
     def options(self, number: int) -> dict[str, Any]:
-        """Of a request that does not end by itself soon."""
+        """Options of a request that does not end by itself soon."""
         return {
             "prompt": "never " * self.random.randint(1, 8),
             "max_tokens": TOKENS,
@@ -290,7 +290,7 @@ def run_signalled(tries: int, seed: int = 0) -> Score:
 
 
 class Interrupted(BaseException):
-    """What SIGTERM raises in the worker, as SystemExit in the command `polar`."""
+    """Raised by SIGTERM in the worker, as SystemExit in the command `polar`."""
 
 
 def _worker(tries: int, seed: int) -> None:

@@ -327,7 +327,7 @@ def _drafts(always: bool = False) -> Drafts:
 
 
 def _took(costs: PassCosts, rows: int) -> float:
-    """What a pass of so many rows takes."""
+    """Time of a pass of so many rows."""
     return costs.by_width()[rows - 1]
 
 

@@ -44,7 +44,7 @@ class Pass(NamedTuple):
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
-    """What the engine runs, pass by pass."""
+    """The passes that the engine runs."""
     log: list[Pass] = []
     charge = module.Scheduler._charge
     lengths: dict[Any, int] = {}
@@ -300,7 +300,7 @@ class TestFlood:
 
 
 class TestPace:
-    """What rows of other tenants add to a token of the one that has least to decode."""
+    """Bounds of the time that rows of others add to a token of the tenant that has least to decode."""
 
     @settings(max_examples=60)
     @given(

@@ -46,14 +46,6 @@ def test_a_shared_start_is_cached_and_changes_no_answer(model: PolarModel) -> No
     assert second.usage.flops == cost.request(program, uncached.usage.tokens.input, 8, cached=175)
 
 
-def test_a_whole_prompt_is_never_taken_from_the_cache(model: PolarModel) -> None:
-    text = "x" * 128
-    model.generate(text, template="raw", max_tokens=2)
-    repeated = model.generate(text, template="raw", max_tokens=2)
-    assert repeated.usage.tokens.input == 128
-    assert repeated.usage.tokens.cached == 127  # the last token has to run for its logits
-
-
 @pytest.mark.parametrize("other", [{"tenant": "globex"}, {"program": "0-1 3-5"}, {"compute": "economy"}])
 def test_nothing_is_shared_across_tenants_or_programs(model: PolarModel, other: dict[str, str]) -> None:
     model.generate(START, max_tokens=2, tenant="acme")
@@ -139,7 +131,7 @@ class TestFills:
 
 
 class TestPartsOfBlocks:
-    """Of the block in which two prompts part, the tokens before that are copied."""
+    """The tokens before which two prompts part in a block are copied."""
 
     @staticmethod
     def ask(model: PolarModel, text: str, **options: Any) -> Generation:
@@ -211,7 +203,7 @@ class TestPartsOfBlocks:
 
 
 class TestPromptsThatComeTogether:
-    """Of those that begin alike, one runs the start and the others wait for it, where that is worth a pass."""
+    """One of those that share a prefix runs it, and the others wait for it, if that is worth a pass."""
 
     @staticmethod
     def batch(model: PolarModel, texts: Sequence[str], **options: Any) -> list[Generation]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,32 +16,15 @@ from polar_sdk.programs.policy import Policy
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
-from tests.sdk.serving.gate import LONG, all_pages_are_back
+from tests.sdk.serving.gate import LONG, all_pages_are_back, run_together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from polar_sdk.request.generation import Generation
     from polar_sdk.serving.job import Job
 
 PROGRAMS = ["0-5", "0-1 3-5", "0-1 3x2 4-5", "0 2-5", "0-1 2~2 4-5"]
-
-
-def run_together(calls: Sequence[Callable[[], Generation]]) -> list[Generation]:
-    """Call all from threads of their own, begun together."""
-    results: dict[int, Generation] = {}
-    begin = threading.Barrier(len(calls))
-
-    def run(index: int, call: Callable[[], Generation]) -> None:
-        begin.wait()
-        results[index] = call()
-
-    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[index] for index in range(len(calls))]
 
 
 def test_callers_in_threads_get_what_they_would_get_alone() -> None:

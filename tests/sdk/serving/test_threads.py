@@ -15,17 +15,16 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
 
 from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
-from polar_sdk.serving.threads import AHEAD, iterate_in_thread, run_apart, run_in_thread
+from polar_sdk.serving.threads import AHEAD, run_apart
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 from tests.sdk.serving.gate import LONG, Gate, never_ending
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
     from torch import Tensor
 
@@ -193,21 +192,6 @@ class TestContext:
 
     who: contextvars.ContextVar[str] = contextvars.ContextVar("who", default="nobody")
 
-    async def test_in_a_call(self) -> None:
-        self.who.set("caller")
-        assert await run_in_thread(lambda _: self.who.get(), None) == "caller"
-
-    async def test_in_a_stream(self) -> None:
-        self.who.set("caller")
-
-        def items(_: Cancel) -> Generator[str, None, None]:
-            yield self.who.get()
-            yield threading.current_thread().name
-
-        who, thread = [item async for item in iterate_in_thread(items, None)]
-        assert who == "caller"
-        assert thread != threading.current_thread().name
-
     async def test_a_sink_sees_them(self, prompt: str) -> None:
         seen: list[str] = []
 
@@ -255,14 +239,6 @@ class TestCancelledOften:
             return model.agenerate_batch([prompt, "b"], max_tokens=LONG, logits_hook=hook)
         return read(model.astream(prompt, max_tokens=LONG, logits_hook=hook))
 
-    @pytest.mark.parametrize("way", ["generate", "stream"])
-    async def test_anyio_cancels_at_every_await(self, prompt: str, way: str) -> None:
-        sink = SlowSink()
-        with anyio.move_on_after(0.1) as scope:
-            await self.call(tiny_model(sink=sink), way, prompt, slowly)
-        assert scope.cancelled_caught
-        assert [record.outcome for record in sink.records] == ["cancelled"]
-
     @pytest.mark.parametrize("way", ["generate", "stream", "batch"])
     async def test_a_task_cancelled_twice(self, prompt: str, way: str) -> None:
         sink, gate = SlowSink(), Gate(2)
@@ -277,17 +253,6 @@ class TestCancelledOften:
         assert {record.outcome for record in sink.records} == {Outcome.CANCELLED}
         assert len(sink.records) == (2 if way == "batch" else 1)
         assert caught.value.args == ("first",)
-
-    async def test_closing_a_stream_is_cancelled(self, prompt: str) -> None:
-        sink = SlowSink()
-        chunks = tiny_model(sink=sink).astream(prompt, max_tokens=LONG)
-        await anext(chunks)
-        task = asyncio.ensure_future(chunks.aclose())  # type: ignore[attr-defined]
-        await asyncio.sleep(0.02)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert [record.outcome for record in sink.records] == ["cancelled"]
 
 
 def slowly(tokens: Sequence[int], logits: Tensor) -> Tensor:
