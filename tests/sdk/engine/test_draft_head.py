@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,11 @@ from polar_sdk.engine.panels import Packed
 from polar_sdk.engine.products import Int8, Plain, quantize, rows_of
 from polar_sdk.serving.drafts import most_wasted
 from polar_sdk.testing import random_draft_head, tiny_llama, tiny_policy, tiny_tokenizer
+from tests.sdk.repeating import repeating_llama
 from tests.sdk.serving.test_drafts import PROGRAMS, WideAsNarrow, same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from transformers import PreTrainedModel
 
     from polar_sdk.engine.draft_head import Embed
     from polar_sdk.serving.job import Job
@@ -89,20 +87,10 @@ def test_rows_of_a_matrix_are_its_own(precision: str) -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _network(dtype: torch.dtype = torch.float32, hidden_size: int = 64, *, tied: bool = True) -> PreTrainedModel:
-    network: Any = tiny_llama(hidden_size=hidden_size, tie_word_embeddings=tied, max_position_embeddings=512)
-    network = copy.deepcopy(network).to(dtype)
-    with torch.no_grad():
-        for layer in network.model.layers:
-            layer.self_attn.o_proj.weight.mul_(0.3)
-            layer.mlp.down_proj.weight.mul_(0.3)
-    tiny: PreTrainedModel = network
-    return tiny
-
-
 def _model() -> PolarModel:
     policy = tiny_policy(6).model_copy(update={"cost_ceiling": 3.0})
-    return PolarModel.from_hf(_network(), tiny_tokenizer(), policy=policy, ledger=None)
+    network = repeating_llama(0.3, hidden_size=64, tie_word_embeddings=True)
+    return PolarModel.from_hf(network, tiny_tokenizer(), policy=policy, ledger=None)
 
 
 @pytest.fixture
@@ -254,7 +242,7 @@ def test_what_is_no_number_is_no_likely_guess() -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_in_panels_guesses_by_the_library(tied: bool) -> None:
-    decoder = build_decoder(_network(torch.bfloat16, 128, tied=tied))
+    decoder = build_decoder(tiny_llama(hidden_size=128, tie_word_embeddings=tied).bfloat16())
     tensors = random_draft_head(128, range(200))
     decoder.set_draft_head(tensors)
     states, tokens = torch.randn(3, 128).bfloat16(), [3, 40, 41]

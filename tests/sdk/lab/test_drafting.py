@@ -19,6 +19,7 @@ from polar_sdk.lab.checkpoint import Checkpoint
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.models.draft_heads import DraftHeadFile, saved_head_path
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
+from tests.sdk.repeating import repeating_llama
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,12 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _model() -> PolarModel:
     """A tiny model whose layers change states little, so that what it says can be learned."""
-    network = copy.deepcopy(tiny_llama(max_position_embeddings=512))
-    with torch.no_grad():
-        for layer in network.model.layers:
-            layer.self_attn.o_proj.weight.mul_(0.05)
-            layer.mlp.down_proj.weight.mul_(0.05)
-    return PolarModel.from_hf(network, tiny_tokenizer(), ledger=None)
+    return PolarModel.from_hf(repeating_llama(0.05), tiny_tokenizer(), ledger=None)
 
 
 def _prompts(count: int) -> list[lab.Item]:

@@ -46,6 +46,7 @@ from polar_sdk.serving.pass_costs import MAX_ROWS, DraftedRow, PassCosts, planne
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_llama, tiny_policy, tiny_tokenizer
 from tests.sdk.paged import paged_decode
+from tests.sdk.repeating import repeating_llama
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,12 +64,8 @@ PROGRAMS = ["0-5", "0 2-5", "0-2 3x2 4-5", "0-2 3~2 4-5", "0-1 4-5"]
 
 @cache
 def repeating(mixing: float = 0.3, context_window: int = 512) -> PolarModel:
-    """A tiny model that likes to say again what it has said: its layers change states little."""
-    network = tiny_llama(tie_word_embeddings=True, max_position_embeddings=context_window)
-    with torch.no_grad():
-        for layer in network.model.layers:
-            layer.self_attn.o_proj.weight.mul_(mixing)
-            layer.mlp.down_proj.weight.mul_(mixing)
+    """A tiny model that likes to say again what it has said."""
+    network = repeating_llama(mixing, tie_word_embeddings=True, max_position_embeddings=context_window)
     policy = tiny_policy(DEPTH).model_copy(update={"cost_ceiling": 3.0})
     return PolarModel.from_hf(network, tiny_tokenizer(), policy=policy, ledger=None)
 
