@@ -135,7 +135,8 @@ def test_a_row_that_fails_fails_alone() -> None:
             model.generate("a", max_tokens=LONG, cancel=Broken())
         return None
 
-    _, other = run_together([broken, lambda: model.generate("b", max_tokens=30)])  # type: ignore[list-item]
+    _, other = run_together([broken, lambda: model.generate("b", max_tokens=30)])
+    assert other is not None
     assert other.token_ids == tiny_model().generate("b", max_tokens=30).token_ids
     assert sorted(record.outcome for record in sink.records) == ["completed", "error"]
     assert all_pages_are_back(model)
