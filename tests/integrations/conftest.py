@@ -85,21 +85,7 @@ class FrameworkContract:
             gc.collect()
             return logits
 
-        gc.disable()
-        try:
-            cycle: list[Any] = [start()]
-            next(cycle[0])
-            cycle.append(cycle)
-            del cycle
-            asking = threading.Thread(
-                target=lambda: engine.generate("other", max_tokens=2, logits_hook=collect), daemon=True
-            )
-            asking.start()
-            asking.join(20)
-        finally:
-            gc.enable()
-        assert not asking.is_alive(), "the engine waits for itself"
-        assert recorder.flush()
+        leave_in_a_cycle(start, lambda: engine.generate("other", max_tokens=2, logits_hook=collect))
         assert sorted(record.outcome for record in self._sink.records) == ["cancelled", "completed"]
 
     async def check_left_async_stream(self, stream: AsyncGenerator[Any], max_tokens: int) -> None:
@@ -153,6 +139,23 @@ class FrameworkContract:
 @pytest.fixture
 def contract(sink: ListSink) -> FrameworkContract:
     return FrameworkContract(sink)
+
+
+def leave_in_a_cycle(start: Callable[[], Generator[Any]], ask: Callable[[], object]) -> None:
+    """Leave a stream in a cycle, which is collected while something else is asked; neither waits for the other."""
+    gc.disable()
+    try:
+        cycle: list[Any] = [start()]
+        next(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(20)
+    finally:
+        gc.enable()
+    assert not asking.is_alive(), "one thread waits for itself"
+    assert recorder.flush()
 
 
 def paths_of(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -89,6 +89,7 @@ class TestTiny(_Tools, ChatModelIntegrationTests):
         return scripted_model(reply).name
 
 
+@pytest.mark.long
 class TestTinyFunctionCalling(TestTiny):
     """The same with structured output by calls of tools."""
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from langchain_polar import ChatPolar
 from llama_index_polar import PolarLLM
-from polar_sdk.request import recorder
 from polar_sdk.testing import tiny_model
+from tests.integrations.conftest import leave_in_a_cycle
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
@@ -45,19 +44,7 @@ def test_a_stream_collected_in_the_meters_thread_does_not_wait_for_itself(monkey
         store(*arguments)
 
     monkeypatch.setattr(Writer, "_store", collect)
-    gc.disable()
-    try:
-        cycle: list[Any] = [engine.stream("Hello", max_tokens=200)]
-        next(cycle[0])
-        cycle.append(cycle)
-        del cycle
-        asking = threading.Thread(target=lambda: engine.generate("other", max_tokens=2), daemon=True)
-        asking.start()
-        asking.join(20)
-    finally:
-        gc.enable()
-    assert not asking.is_alive()
-    assert recorder.flush()
+    leave_in_a_cycle(lambda: engine.stream("Hello", max_tokens=200), lambda: engine.generate("other", max_tokens=2))
     stored = billing.Ledger().read(billing.Selection(billing.ALL_TENANTS))
     assert sorted(usage.record.outcome for usage in stored) == ["cancelled", "completed"]
     meter.close()

@@ -135,7 +135,9 @@ class Limits:
                 verdicts = await asyncio.to_thread(self._store.update, [key for key, _ in asking], used, running)
             except Exception as error:
                 self._used, self._changed = used + self._used, changed | self._changed
-                _fail([asked for _, asked in asking], error)
+                for _, asked in asking:
+                    if not asked.done():
+                        asked.set_exception(error)
                 if not self._asking:
                     _log.warning("limits of API keys could not be written now (%s)", error)
                     await asyncio.sleep(_RETRY_S)
@@ -161,12 +163,6 @@ class Limits:
             self._changed |= self._running.keys()
             self._renewing = asyncio.get_running_loop().call_later(_RENEW_S, self._renew)
             self._start()
-
-
-def _fail(asked: Sequence[asyncio.Future[Verdict]], error: Exception) -> None:
-    for one in asked:
-        if not one.done():
-            one.set_exception(error)
 
 
 def _is_limited(key: Key) -> bool:

@@ -59,10 +59,10 @@ class Quote:
             ApiError: It would be refused.
         """
         exchange = Exchange.of(scope)
-        if exchange.method == "GET":
-            quoted = self._by_numbers(_parameters(scope, NUMBERS), exchange)
-        else:
+        if exchange.method == "POST":
             quoted = await self._of_body(exchange, receive)
+        else:
+            quoted = self._by_numbers(_parameters(scope, NUMBERS), exchange)
         return {"object": "polar.quote", **quoted}
 
     async def _of_body(self, exchange: Exchange, receive: Receive) -> dict[str, Any]:

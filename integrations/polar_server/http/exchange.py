@@ -127,6 +127,9 @@ async def _content(exchange: Exchange, receive: Receive, max_bytes: int) -> byte
     if exchange.headers.get("content-encoding", "identity") != "identity":
         raise ApiError("compressed bodies are not read; send it as it is.", status=415, code="unsupported_encoding")
     declared = exchange.headers.get("content-length", "")
+    if declared and "transfer-encoding" in exchange.headers:  # a proxy may have read the other of the two
+        why = "Content-Length and Transfer-Encoding contradict each other; send one of them."
+        raise ApiError(why, code="invalid_length", headers={"connection": "close"})
     too_large = ApiError(
         f"the body is larger than the {max_bytes:,} bytes that are read; send less.",
         status=413,

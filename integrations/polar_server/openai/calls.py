@@ -217,14 +217,10 @@ def choices_of(
     asks: list[Ask] = []
     for prompt in prompts:
         for place in range(count):
-            own: RequestOptions = {**options, "seed": None if body.seed is None else _wrapped(body.seed + place)}
-            asks.append((prompt, own))
+            # A seed that goes beyond 64 bits comes round.
+            seed = None if body.seed is None else (body.seed + place + _INT64) % (2 * _INT64) - _INT64
+            asks.append((prompt, {**options, "seed": seed}))
     return asks
-
-
-def _wrapped(seed: int) -> int:
-    """A seed that went beyond 64 bits comes round."""
-    return (seed + _INT64) % (2 * _INT64) - _INT64
 
 
 def _compute(body: CallBody, rules: Rules) -> str | float | None:

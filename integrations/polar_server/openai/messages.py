@@ -61,7 +61,8 @@ def _message(message: Any, where: str, called: dict[str, str]) -> dict[str, str]
         raise invalid(where, f"{shown(message)} is not an object.")
     role = message.get("role")
     if role == "tool":
-        return _result(message, where, called)
+        said = text_of(message.get("content"), f"{where}.content", _TEXT_PARTS)
+        return read_result(message.get("tool_call_id"), said, f"{where}.tool_call_id", called)
     if role == "function" or message.get("function_call"):
         raise unsupported(where, "functions are the older form of tools; use tool_calls and messages of the role tool.")
     if not isinstance(role, str) or role not in ROLES:
@@ -129,11 +130,6 @@ def read_call_of(
         return name, parse_json(written or "{}")
     except Unreadable:  # an answer that was cut off: the model sees what it wrote
         return name, written
-
-
-def _result(message: Mapping[str, Any], where: str, called: Mapping[str, str]) -> dict[str, str]:
-    said = text_of(message.get("content"), f"{where}.content", _TEXT_PARTS)
-    return read_result(message.get("tool_call_id"), said, f"{where}.tool_call_id", called)
 
 
 def read_result(call_id: Any, said: str, where: str, called: Mapping[str, str]) -> dict[str, str]:

@@ -112,7 +112,7 @@ class Served:
         found = {name.lower(): value for name, value in answer.getheaders()}
         connection.close()
         is_json = found.get("content-type", "").startswith("application/json")
-        return answer.status, found, json.loads(text) if is_json else text
+        return answer.status, found, json.loads(text) if is_json and text else text
 
     def chat(self, **fields: Any) -> dict[str, Any]:
         """A whole chat answer."""

@@ -87,6 +87,7 @@ def test_a_quote_is_exact_for_one_answer_of_full_length(billed: Served, keys: Ap
     assert answer["cost_details"]["amount"] == quoted["requested"]["max_cost"]
     assert numbers["tiers"] == quoted["tiers"]
     assert numbers["requested"] is None
+    assert billed.call("HEAD", "/v1/polar/quote?input_tokens=4&max_tokens=7", headers=headers)[0] == 200
 
 
 def test_a_quote_holds_and_records_nothing(served: Served, sink: RecordingSink) -> None:

@@ -283,6 +283,17 @@ def test_a_chunked_body_is_counted_as_it_comes(serve: Callable[..., Served]) -> 
     connection.close()
 
 
+def test_two_lengths_of_a_body_end_the_connection(refusing: Served) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", refusing.port), timeout=WAIT_S) as connection:
+        connection.sendall(head + b"0\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = b""
+        while part := connection.recv(65_536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 def test_a_compressed_body_is_refused(refusing: Served) -> None:
     status, _, _ = refusing.call("POST", "/v1/chat/completions", b"x", {"content-encoding": "gzip"})
     assert status == 415
