@@ -1,6 +1,6 @@
-// Kernels for processors with AVX2, faster with AVX512 and VNNI, with AVX512-BF16 and with AMX. `build.py` compiles this
-// file for all four, and `__init__.py` decides when which is used. Sums are float32; results are rounded to bfloat16, and
-// the weights of attention of a prompt where inputs go in pairs.
+// Kernels for processors with AVX2, faster with AVX512 and VNNI, with AVX512-BF16 and with AMX, and for 64-bit Arm.
+// `build.py` compiles this file for each, and `__init__.py` decides when which is used. Sums are float32; results are
+// rounded to bfloat16, and the weights of attention of a prompt where inputs go in pairs.
 
 #include "kernels.h"
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from polar_sdk.engine.native.build import INSTRUCTIONS, BuildError, build_library, is_possible, library_name
+from polar_sdk.engine.native.build import INSTRUCTIONS, KINDS, BuildError, build_library, is_possible, library_name
 
 ROOT = Path(__file__).parents[3]
+CROSS, ARM = "aarch64-linux-gnu-g++", 183
+"""A compiler for 64-bit Arm, and that machine's number in the head of a library."""
 NOT_IN_A_PACKAGE = shutil.ignore_patterns("*.so", "__pycache__", "compiled")
 
 
@@ -70,6 +72,17 @@ def test_what_a_compiler_does_not_know_is_left_out(tree: Path, libraries: list[P
     with zipfile.ZipFile(wheel(tree, tmp_path, CXX=str(older))) as archive:
         brought = {Path(name).name for name in archive.namelist() if name.endswith(".so")}
     assert brought == {library.name for library in libraries if newest not in library.name}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"needs {CROSS}: apt install g++-aarch64-linux-gnu")
+def test_a_compiler_for_arm_makes_a_wheel_for_arm(tree: Path, tmp_path: Path) -> None:
+    built = wheel(tree, tmp_path, CXX=CROSS)
+    assert built.stem.endswith("-py3-none-linux_aarch64")
+    with zipfile.ZipFile(built) as archive:
+        brought = {Path(name).name: archive.read(name) for name in archive.namelist() if name.endswith(".so")}
+    assert brought.keys() == {library_name(kind) for kind in KINDS["aarch64"]}
+    assert all(library[18] == ARM for library in brought.values())
 
 
 def test_without_a_compiler_a_wheel_is_for_all_machines(tree: Path, tmp_path: Path) -> None:
