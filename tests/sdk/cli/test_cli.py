@@ -359,11 +359,6 @@ class TestChat:
         assert result.stderr.startswith("error: ")
         assert len(requests_in_ledger()) == 1
 
-    def test_an_unknown_tier(self, on_tiny: list[str]) -> None:
-        result = polar("chat", "--compute", "econmy", *on_tiny, typed="hello\n")
-        assert "tier 'econmy' is unknown" in result.stderr
-        assert requests_in_ledger() == []
-
 
 def test_a_limit_also_cuts_the_packages_own_prompts() -> None:
     assert items_of(None, 3) == builtin_items()[:3]

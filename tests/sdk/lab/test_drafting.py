@@ -15,7 +15,6 @@ from polar_sdk import PolarModel, lab
 from polar_sdk.cli.main import app
 from polar_sdk.errors import DataError, DraftHeadError
 from polar_sdk.lab import drafting
-from polar_sdk.lab.checkpoint import Checkpoint
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.models.draft_heads import DraftHeadFile, saved_head_path
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
@@ -180,11 +179,6 @@ def test_training_that_was_interrupted_ends_where_it_would_have(
     assert _same(cache / "half", cache / "whole")
     lab.train_draft_head(model, _prompts(40), out=cache / "other", checkpoints=folder, **options | {"seed": 1})
     assert not _same(cache / "other", cache / "whole")
-
-
-def test_a_checkpoint_of_another_run_is_left_alone(tmp_path: Path) -> None:
-    Checkpoint(tmp_path, "one").save("draft-head", {"scale": torch.ones(2)}, {"done": 3})
-    assert Checkpoint(tmp_path, "two").load("draft-head") is None
 
 
 def test_a_place_that_cannot_be_written_is_named_before_anything_runs(cache: Path) -> None:

@@ -294,16 +294,6 @@ def test_unknown_programs_are_measured_once(model: PolarModel) -> None:
         outcomes.all([Program.skipping(6, [1])] * 3)
 
 
-def test_identity_again_agrees_with_itself(model: PolarModel) -> None:
-    bench = Bench(model, lambda stage, done, total: None, RewardCache())
-    items: list[Item] = [
-        *(ChoiceItem(question=f"what is {w}?", choices=("red", "blue"), answer=n % 2) for n, w in enumerate("abc")),
-        PromptItem(prompt="write on"),
-    ]
-    again = bench.again(bench.tasks(items))
-    assert all(one.agree and one.share == 1.0 for one in again)
-
-
 def test_a_router_without_a_dial_cannot_be_judged(model: PolarModel) -> None:
     with pytest.raises(RouterError):
         lab.evaluate(tiny_model(), [PromptItem(prompt="x")])

@@ -414,13 +414,6 @@ def _used(text: str) -> tuple[tuple[int, int], ...]:
 
 
 @both
-def test_training_that_does_harm_is_not_kept(kind: Kind, model: PolarModel, fit: Fit) -> None:
-    made = fit(model, kind, distil=4, rate=50.0)
-    assert not any(row["kept"] for row in made.facts.training["held_out"])
-    assert digests(made) == digests(fit(model, kind))
-
-
-@both
 def test_bridges_keep_training_together_and_fills_group_by_group(
     kind: Kind, model: PolarModel, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,28 +39,6 @@ def test_a_request_is_the_sum_of_its_steps(
     assert flops.total == prefill + decode + cost.head * output + router
 
 
-@given(costs, programs, st.integers(0, DEPTH - 1), prompts, outputs)
-def test_one_more_visit_never_costs_less(
-    cost: CostModel, program: Program, layer: int, prompt: int, output: int
-) -> None:
-    longer = Program((*program.layers, layer))
-    assert cost.request(longer, prompt, output).total >= cost.request(program, prompt, output).total
-
-
-@given(costs, programs, prompts, outputs)
-def test_more_tokens_never_cost_less(cost: CostModel, program: Program, prompt: int, output: int) -> None:
-    base = cost.request(program, prompt, output).total
-    assert cost.request(program, prompt + 1, output).total >= base
-    assert cost.request(program, prompt, output + 1).total >= base
-
-
-@given(costs, programs, prompts, outputs)
-def test_cost_depends_on_visits_not_on_their_order(cost: CostModel, program: Program, prompt: int, output: int) -> None:
-    *others, last = program.layers
-    backwards = Program((*others[::-1], last))  # the last visit is the one that most of a prompt does not finish
-    assert cost.request(backwards, prompt, output) == cost.request(program, prompt, output)
-
-
 @given(costs, programs, prompts, st.integers(0, 40), st.integers(0, 40))
 def test_decode_steps_add_up(cost: CostModel, program: Program, prompt: int, first: int, more: int) -> None:
     together = cost.decode(program, prompt, first + more)

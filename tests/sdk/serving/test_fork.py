@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,9 @@ def test_an_inherited_stream_is_its_parents() -> None:
     next(stream)
 
     def closes() -> None:
+        begun = time.monotonic()
         stream.close()
+        assert time.monotonic() - begun < 3, "it waited for a record that is its parent's"
         assert sink.records == []
 
     def drops() -> None:

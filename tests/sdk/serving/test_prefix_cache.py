@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.request.generation import Generation
-    from polar_sdk.request.options import RequestOptions
     from polar_sdk.serving.job import Job
 
 START = "You are a careful assistant. " * 6  # 174 tokens: two full pages
@@ -229,21 +228,6 @@ class TestPromptsThatComeTogether:
         assert [done.usage.tokens.cached for done in self.batch(model, texts)] == [0] * 4
         texts.append("t" * 40 + "e" * 20)
         assert [done.usage.tokens.cached for done in self.batch(tiny_model(), texts)] == [0, 40, 40, 40, 40]
-
-    def test_what_is_kept_already_is_not_waited_for(self, model: PolarModel) -> None:
-        self.batch(model, ["t" * 300 + "x" * 20])
-        texts = ["t" * 300 + letter * 10 for letter in "abcd"]
-        assert [done.usage.tokens.cached for done in self.batch(model, texts)] == [300] * 4
-
-    def test_nobody_waits_for_another_tenant_or_program(self, model: PolarModel) -> None:
-        texts = ["t" * 300 + letter * 10 for letter in "abc"]
-        options: list[RequestOptions] = [
-            {"tenant": "acme"},
-            {"tenant": "globex"},
-            {"tenant": "acme", "program": "0-1 3-5"},
-        ]
-        together = model.generate_batch(texts, each=options, template="raw", max_tokens=2)
-        assert [done.usage.tokens.cached for done in together] == [0, 0, 0]
 
     def test_where_nothing_can_be_kept_they_wait_once(self) -> None:
         model = tiny_model(kv_memory=6 * 2 * 2 * 64 * 12 * 4 * 12)
