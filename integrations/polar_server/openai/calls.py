@@ -21,6 +21,7 @@ from polar_server.openai.tools import TOOL_CHOICE, TOOLS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from polar_sdk.frameworks.tools import Roles
     from polar_sdk.request.options import Prompt, RequestOptions
     from polar_server.answers import Ask
     from polar_server.openai.catalog import Catalog
@@ -124,6 +125,27 @@ class CallBody(Body):
         """
         raise NotImplementedError
 
+    def stream_settings(self, *known: str) -> Mapping[str, bool]:
+        """`stream_options`, of which this API knows some.
+
+        Raises:
+            ApiError: There are some without `stream`, or unknown ones.
+        """
+        options = self.stream_options
+        if options is None:
+            return {}
+        if not self.stream:
+            raise invalid("stream_options", "it goes with stream=true only.")
+        if not isinstance(options, dict):
+            raise invalid("stream_options", f"{shown(options)} is not an object.")
+        for name, value in options.items():
+            if name not in known or not isinstance(value, bool):
+                why = f"{name[:64]}={shown(value)} is not known; use {' or '.join(known)}, true or false."
+                raise invalid("stream_options", why)
+        if options.get("include_obfuscation"):
+            raise invalid("stream_options", "obfuscation is not supported; leave it out.", code="unsupported_value")
+        return options
+
 
 class ChoicesBody(CallBody):
     """The fields of chat and text completions."""
@@ -141,25 +163,14 @@ class ChoicesBody(CallBody):
             return None
         return Steering(self.logit_bias, self.presence_penalty, self.frequency_penalty)
 
-    def streaming(self, rules: Rules) -> tuple[bool, bool]:
-        """Whether the answer is streamed, and whether its usage comes at the end.
+    def streams_usage(self, rules: Rules) -> bool:
+        """Whether the answer is streamed with its usage at the end.
 
         Raises:
-            ApiError: `stream_options` without `stream`, or with what is not known.
+            ApiError: As `stream_settings`.
         """
-        stream, options = self.stream, self.stream_options
-        if options is None:
-            return stream, stream and rules.usage_always
-        if not stream:
-            raise invalid("stream_options", "it goes with stream=true only.")
-        if not isinstance(options, dict):
-            raise invalid("stream_options", f"{shown(options)} is not an object.")
-        for name, value in options.items():
-            if name not in ("include_usage", "include_obfuscation") or not isinstance(value, bool):
-                raise invalid("stream_options", f"{name[:64]}={shown(value)} is not known; use include_usage=true.")
-        if options.get("include_obfuscation"):
-            raise invalid("stream_options", "obfuscation is not supported; leave it out.", code="unsupported_value")
-        return stream, options.get("include_usage", False) or rules.usage_always
+        settings = self.stream_settings("include_usage", "include_obfuscation")
+        return self.stream and (settings.get("include_usage", False) or rules.usage_always)
 
 
 class TurnBody(CallBody):
@@ -175,6 +186,41 @@ class TurnBody(CallBody):
     prompt_cache_key: Annotated[str, Text(1_000)] | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     safety_identifier: Annotated[str, Text(1_000)] | None = None
+
+    def scored(self, wanted: bool, how: str) -> int | None:
+        """How many alternatives per token to report; None = no log-probabilities at all.
+
+        Args:
+            wanted: Whether the body asks for log-probabilities.
+            how: How it would.
+
+        Raises:
+            ApiError: It asks for alternatives alone.
+        """
+        if not wanted and self.top_logprobs:
+            raise invalid("top_logprobs", f"it needs {how}.")
+        return (self.top_logprobs or 0) if wanted else None
+
+    def answered(
+        self, rules: Rules, messages: Roles, form: AnswerForm, *, max_tokens: int | None, count: int = 1, **facts: Any
+    ) -> Call:
+        """The call that answers messages.
+
+        Args:
+            rules: Of the server and the key.
+            messages: Roles and texts.
+            form: Of the answer.
+            max_tokens: Longest answer.
+            count: Number of answers.
+            **facts: The other fields of a `Call`.
+
+        Raises:
+            ApiError: It cannot be served.
+        """
+        options = options_of(self, rules)
+        own: Any = {"template": "chat", "max_tokens": max_tokens, "logprobs": facts["logprobs"], **form.options()}
+        asks = choices_of([form.teach(messages)], {**options, **own}, self, rules, count=count)
+        return Call(model=self.model, asks=asks, prompts=1, stream=self.stream, form=form, **facts)
 
 
 def options_of(body: CallBody, rules: Rules) -> RequestOptions:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import ConfigDict, WithJsonSchema
 
-from polar_server.openai import calls, tools
-from polar_server.openai.calls import Call, ChoicesBody, TurnBody
+from polar_server.openai import tools
+from polar_server.openai.calls import Call, ChoicesBody, TurnBody, max_tokens_of
 from polar_server.openai.fields import Only, Tokens, invalid, unserved
 from polar_server.openai.messages import read_messages
 
@@ -45,10 +45,9 @@ class ChatBody(ChoicesBody, TurnBody):
 
     def call(self, rules: Rules) -> Call:
         """As `CallBody.call`."""
-        options = calls.options_of(self, rules)
-        options["template"] = "chat"
-        options["max_tokens"] = calls.max_tokens_of(self._longest(), _DEFAULT_MAX_TOKENS, rules)
-        options["logprobs"] = logprobs = self._scored()
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise invalid("max_tokens", f"it says {old}, max_completion_tokens {new}; give one of them.")
         form = tools.read_form(
             self.tools,
             self.tool_choice,
@@ -56,30 +55,15 @@ class ChatBody(ChoicesBody, TurnBody):
             parallel=self.parallel_tool_calls,
             nested=True,
         )
-        options.update(form.options())
-        stream, include_usage = self.streaming(rules)
-        return Call(
-            model=self.model,
-            asks=calls.choices_of([form.teach(read_messages(self.messages))], options, self, rules, count=self.n),
-            prompts=1,
-            stream=stream,
-            include_usage=include_usage,
-            logprobs=logprobs,
-            form=form,
+        return self.answered(
+            rules,
+            read_messages(self.messages),
+            form,
+            max_tokens=max_tokens_of(old if new is None else new, _DEFAULT_MAX_TOKENS, rules),
+            count=self.n,
+            include_usage=self.streams_usage(rules),
+            logprobs=self.scored(self.logprobs, "logprobs=true"),
         )
-
-    def _longest(self) -> int | None:
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise invalid("max_tokens", f"it says {old}, max_completion_tokens {new}; give one of them.")
-        return old if new is None else new
-
-    def _scored(self) -> int | None:
-        if not self.logprobs:
-            if self.top_logprobs:
-                raise invalid("top_logprobs", "it needs logprobs=true.")
-            return None
-        return self.top_logprobs or 0
 
 
 class ChatShape:

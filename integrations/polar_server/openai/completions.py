@@ -47,16 +47,16 @@ class TextBody(ChoicesBody):
         if self.best_of not in (None, self.n):
             raise unsupported("best_of", "answers are not compared; leave it out or make it equal to n.")
         prompts = _prompts(self.prompt)
-        stream, include_usage = self.streaming(rules)
+        include_usage = self.streams_usage(rules)
         if scores:
             options["prompt_logprobs"] = self.logprobs
-            if stream:
+            if self.stream:
                 raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
         return Call(
             model=self.model,
             asks=calls.choices_of(prompts, options, self, rules, count=self.n),
             prompts=len(prompts),
-            stream=stream,
+            stream=self.stream,
             include_usage=include_usage,
             logprobs=self.logprobs,
             echo=[prompt for prompt in prompts for _ in range(self.n)] if self.echo else (),

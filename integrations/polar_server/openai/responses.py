@@ -12,8 +12,8 @@ from pydantic import ConfigDict, WithJsonSchema
 
 from polar_sdk.frameworks.tools import turn_text
 from polar_sdk.reading import shown
-from polar_server.openai import calls, tools
-from polar_server.openai.calls import Call, TurnBody
+from polar_server.openai import tools
+from polar_server.openai.calls import Call, TurnBody, max_tokens_of
 from polar_server.openai.fields import Only, Text, Tokens, invalid, unserved, unsupported
 from polar_server.openai.messages import ROLES, check_count, read_call_of, read_result, text_of
 
@@ -60,52 +60,28 @@ class ResponseBody(TurnBody):
 
     def call(self, rules: Rules) -> Call:
         """As `CallBody.call`."""
-        options = calls.options_of(self, rules)
-        options["template"] = "chat"
-        longest = calls.max_tokens_of(self.max_output_tokens, _DEFAULT_MAX_TOKENS, rules, name="max_output_tokens")
-        options["max_tokens"] = longest
-        options["logprobs"] = logprobs = self._scored()
-        answer_format, spelt = _format(self.text)
-        form = tools.read_form(
-            self.tools, self.tool_choice, answer_format, parallel=self.parallel_tool_calls, nested=False
-        )
-        options.update(form.options())
-        self._check_stream_options()
-        if self.input is None:
-            raise invalid("input", "there is none; pass a text, or a list of items.", code="missing_required_parameter")
-        roles = _messages_of(self.input, self.instructions)
-        return Call(
-            model=self.model,
-            asks=calls.choices_of([form.teach(roles)], options, self, rules),
-            prompts=1,
-            stream=self.stream,
-            include_usage=True,
-            logprobs=logprobs,
-            form=form,
-            format_param="text.format",
-            repeated=self._repeated(spelt),
-        )
-
-    def _scored(self) -> int | None:
         if not isinstance(self.include, list | tuple):
             raise invalid("include", f"{shown(self.include)} is not a list.")
         for name in self.include:
             if name not in _INCLUDED:
                 raise unsupported("include", f"{shown(name)}; use {_LOGPROBS}.")
-        if _LOGPROBS not in self.include:
-            if self.top_logprobs:
-                raise invalid("top_logprobs", f"it needs include=[{_LOGPROBS!r}].")
-            return None
-        return self.top_logprobs or 0
-
-    def _check_stream_options(self) -> None:
-        options = self.stream_options
-        if options is None:
-            return
-        if not self.stream:
-            raise invalid("stream_options", "it goes with stream=true only.")
-        if options not in ({}, {"include_obfuscation": False}):
-            raise unsupported("stream_options", f"{shown(options)}: usage always comes, and obfuscation never.")
+        if self.input is None:
+            raise invalid("input", "there is none; pass a text, or a list of items.", code="missing_required_parameter")
+        answer_format, spelt = _format(self.text)
+        form = tools.read_form(
+            self.tools, self.tool_choice, answer_format, parallel=self.parallel_tool_calls, nested=False
+        )
+        self.stream_settings("include_obfuscation")  # usage always comes
+        return self.answered(
+            rules,
+            _messages_of(self.input, self.instructions),
+            form,
+            max_tokens=max_tokens_of(self.max_output_tokens, _DEFAULT_MAX_TOKENS, rules, name="max_output_tokens"),
+            include_usage=True,
+            logprobs=self.scored(_LOGPROBS in self.include, f"include=[{_LOGPROBS!r}]"),
+            format_param="text.format",
+            repeated=self._repeated(spelt),
+        )
 
     def _repeated(self, answer_format: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of the call that its answer repeats."""
