@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from polar_sdk import Chunk
 from polar_server.errors import api_error
 from polar_server.http.exchange import packed_json
-from polar_server.openai.logprobs import Entry, ShownTokens, all_shown, prompt_entries
+from polar_server.openai.logprobs import Entry, ShownTokens, prompt_entries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_sdk import Chunk, Generation
+    from polar_sdk import Generation
     from polar_sdk.frameworks.tools import CallReader
     from polar_server.openai.facts import Facts
 
@@ -67,14 +68,11 @@ class ChoiceWriter:
     def __init__(self, shape: Shape, facts: Facts) -> None:
         self._shape, self._facts, self._call = shape, facts, facts.call
         self._readers = [ChoiceReader(self._call.form.reader()) for _ in self._call.asks]
-        self._tokens = [ShownTokens(facts.token_bytes) for _ in self._call.asks] if self._scored else []
+        scored = self._call.logprobs is not None
+        self._tokens = [ShownTokens(facts.token_bytes) for _ in self._call.asks] if scored else None
         self._left = set(range(len(self._call.asks)))
         self._opened: set[int] = set()
         self._beginning = b""
-
-    @property
-    def _scored(self) -> bool:
-        return self._call.logprobs is not None
 
     # -- whole ------------------------------------------------------------------------------------------------------
 
@@ -85,11 +83,8 @@ class ChoiceWriter:
         return {**shared, "choices": choices, "usage": self._usage(), **self._facts.bill()}
 
     def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
-        reader, logprobs = self._readers[index], None
-        reader.read(generation.text)
-        reader.end()
-        if self._scored:
-            logprobs = all_shown(self._facts.token_bytes, generation.text, generation.logprobs or ())
+        reader = self._readers[index]
+        _, _, logprobs = self._read(index, Chunk(generation.text, generation, generation.logprobs))
         echoed = self._echoed(index)
         if self._call.only_echo:
             return self._shape.choice(index, Turn(echoed, (), "length"), self._prompt(generation))
@@ -123,26 +118,16 @@ class ChoiceWriter:
                 frames.append(self._event({"choices": [self._shape.part(index, {"role": "assistant", "content": ""})]}))
             if self._call.echo:
                 frames.append(self._event({"choices": [self._shape.part(index, {"content": self._echoed(index)})]}))
-        frames += [self._event({"choices": [choice]}) for choice in self._deltas(index, chunk)]
+        text, calls, entries = self._read(index, chunk)
+        deltas = [self._shape.part(index, {"content": text}, entries)] if text or entries else []
+        deltas += [self._shape.part(index, {"tool_calls": [call]}) for call in calls]
+        frames += [self._event({"choices": [delta]}) for delta in deltas]
         if chunk.generation is not None:
             self._left.discard(index)
             bill = {} if self._left or self._call.include_usage else self._facts.bill()
             finished = self._shape.part(index, {}, finish=self._readers[index].finish(chunk.generation))
             frames.append(self._event({"choices": [finished], **bill}))
         return frames
-
-    def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """Additions of a piece to its choice: text, calls, and the log-probabilities of what is shown."""
-        reader, ended = self._readers[index], chunk.generation is not None
-        text, calls = reader.read(chunk.text)
-        if ended:
-            text += reader.end()
-        entries: list[Entry] | None = None
-        if self._scored:
-            entries = self._tokens[index].push(chunk.text, chunk.logprobs or ())
-            entries += self._tokens[index].finish() if ended else []
-        deltas = [self._shape.part(index, {"content": text}, entries)] if text or entries else []
-        return [*deltas, *(self._shape.part(index, {"tool_calls": [call]}) for call in calls)]
 
     def closing(self) -> list[bytes]:
         """The events after the last piece."""
@@ -160,6 +145,13 @@ class ChoiceWriter:
         return self._beginning + packed_json({**usage, **rest})[1:] + b"\n\n"
 
     # -- both -------------------------------------------------------------------------------------------------------
+
+    def _read(self, index: int, chunk: Chunk) -> tuple[str, list[dict[str, Any]], list[Entry] | None]:
+        """Additions of a piece to its choice: text, calls, and the log-probabilities of what is shown."""
+        text, calls = self._readers[index].read(chunk.text)
+        if chunk.generation is not None:
+            text += self._readers[index].end()
+        return text, calls, None if self._tokens is None else self._tokens[index].push(chunk)
 
     def _shared(self, kind: str) -> dict[str, Any]:
         return {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from polar_sdk import TokenLogprobs
+    from polar_sdk import Chunk, TokenLogprobs
 
 _LEAST: Final = -9999.0
 """Stands for −inf, which JSON cannot express."""
@@ -94,13 +94,13 @@ class ShownTokens:
         self._waiting: list[_Waiting] = []
         self._decoded = self._shown = 0
 
-    def push(self, text: str, tokens: Iterable[TokenLogprobs]) -> list[Entry]:
-        """Add tokens and the text that is shown now; returns the tokens whose whole text has been shown."""
-        for logprobs in tokens:
+    def push(self, chunk: Chunk) -> list[Entry]:
+        """Add a piece of the answer; returns the tokens whose whole text has been shown, at its end all others too."""
+        for logprobs in chunk.logprobs or ():
             raw, start, before = self._names.of(logprobs.token), self._decoded, self._decoder.getstate()[0]
             self._decoded += len(self._decoder.decode(raw))
             self._waiting.append(_Waiting(logprobs, before, raw, start, self._decoded))
-        self._shown += len(text)
+        self._shown += len(chunk.text)
         count = 0
         for place, token in enumerate(self._waiting, 1):
             if token.end > self._shown:
@@ -108,9 +108,10 @@ class ShownTokens:
             # A token of no characters goes with the text after it: it may be the end, or begin a character.
             count = place if token.end > token.start else count
         released, self._waiting = self._waiting[:count], self._waiting[count:]
-        return [self._entry(token, token.raw) for token in released]
+        entries = [self._entry(token, token.raw) for token in released]
+        return entries if chunk.generation is None else [*entries, *self._rest()]
 
-    def finish(self) -> list[Entry]:
+    def _rest(self) -> list[Entry]:
         """The rest of the tokens that are in the text, the last one cut where the text is."""
         rest, self._waiting = self._waiting, []
         entries = []
@@ -157,9 +158,3 @@ def prompt_entries(names: TokenBytes, tokens: Sequence[int], logprobs: Sequence[
         entries.append(Entry(wire, offset))
         offset += len(decoder.decode(raw))
     return entries
-
-
-def all_shown(names: TokenBytes, text: str, tokens: Sequence[TokenLogprobs]) -> list[Entry]:
-    """The tokens of a whole text."""
-    shown = ShownTokens(names)
-    return [*shown.push(text, tokens), *shown.finish()]

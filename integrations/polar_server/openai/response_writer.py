@@ -9,15 +9,16 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
+from polar_sdk import Chunk
 from polar_server.errors import api_error
 from polar_server.http.exchange import packed_json
 from polar_server.openai.choices import ChoiceReader
-from polar_server.openai.logprobs import ShownTokens, all_shown
+from polar_server.openai.logprobs import ShownTokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_sdk import Chunk, Generation
+    from polar_sdk import Generation
     from polar_server.openai.facts import Facts
 
 _ALWAYS: Final = {
@@ -53,10 +54,7 @@ class ResponseWriter:
     def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The response as one object."""
         (generation,) = generations
-        entries = []
-        if self._tokens is not None:
-            entries = all_shown(self._facts.token_bytes, generation.text, generation.logprobs or ())
-        self._add(generation.text, [entry.wire for entry in entries], generation)
+        self.piece(0, Chunk(generation.text, generation, generation.logprobs))
         return self._response(self._status, closed=True)
 
     def opening(self) -> list[bytes]:
@@ -66,10 +64,7 @@ class ResponseWriter:
 
     def piece(self, index: int, chunk: Chunk) -> list[bytes]:
         """The events of one piece."""
-        entries = []
-        if self._tokens is not None:
-            entries = self._tokens.push(chunk.text, chunk.logprobs or ())
-            entries += self._tokens.finish() if chunk.generation is not None else []
+        entries = [] if self._tokens is None else self._tokens.push(chunk)
         return self._add(chunk.text, [entry.wire for entry in entries], chunk.generation)
 
     def closing(self) -> list[bytes]:
