@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Program
-from polar_sdk.cli.main import app
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
+from tests.sdk.command import polar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,9 +103,9 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
         next(stream)
     stream.close()
 
-    usage = json.loads(invoke("usage", "--requests", "--json"))
+    usage = json.loads(polar("usage", "--requests", "--json").stdout)
     assert len(usage) == 9
-    report = json.loads(invoke("report", "--json"))
+    report = json.loads(polar("report", "--json").stdout)
     depth = [panel for tier in report["tiers"] for panel in tier["depth"]]
     layers = [sum(p["visits_prefill"][i] + p["visits_decode"][i] for p in depth) for i in range(model.depth)]
     assert layers == [calls[layer] for layer in range(model.depth)]
@@ -116,9 +115,3 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
     assert sum(Decimal(tenant["total"]) for tenant in report["tenants"]) == Decimal(report["total"]) > 0
     exact = sum(costs.values()) + sum(Decimal(row["cost"]) for row in usage if row["outcome"] == "cancelled")
     assert abs(exact - Decimal(report["total"])) <= Decimal(len(report["tenants"])) * Decimal(10) ** -report["decimals"]
-
-
-def invoke(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer.main
-from typer.testing import CliRunner
 
 from polar_sdk.cli.main import app
 from polar_sdk.cli.options import items_of
 from polar_sdk.lab import builtin_items
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
+from tests.sdk.command import polar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,14 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def on_tiny(folder: Path) -> list[str]:
     return ["--model", str(folder), "--policy", str(folder / "policy.json"), "--precision", "fp32"]
-
-
-def polar(*words: str, typed: str | bytes | None = None) -> Result:
-    """Run the command in this process; whatever happens, it shows no traceback."""
-    result = CliRunner().invoke(app, words, input=typed, env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return result
 
 
 def refused(result: Result, code: int, *words: str) -> None:
@@ -307,7 +299,7 @@ class TestProcess:
             (["run", "hi", "--no-ledger"], "error: interrupted."),
             (["lab", "scan"], "error: interrupted."),
         ):
-            done = CliRunner().invoke(app, words)
+            done = polar(*words)
             assert (done.exit_code, done.stderr.strip()) == (130, line)
 
     def test_ctrl_c_without_stream(self, running: list[subprocess.Popen[bytes]], on_tiny: list[str]) -> None:

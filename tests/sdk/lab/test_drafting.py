@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, lab
-from polar_sdk.cli.main import app
 from polar_sdk.errors import DataError, DraftHeadError
 from polar_sdk.lab import drafting
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.models.draft_heads import DraftHeadFile, saved_head_path
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
+from tests.sdk.command import polar
 from tests.sdk.repeating import repeating_llama
 
 if TYPE_CHECKING:
@@ -219,13 +218,13 @@ def test_the_command_says_what_it_made(cache: Path, tmp_path: Path, monkeypatch:
     data.write_text("".join(f'{{"prompt": "prompt {number}"}}\n' for number in range(20)))
     options = ["lab", "drafts", "--data", str(data), "--limit", "12", "--answer-tokens", "9", "--epochs", "1"]
     options += ["--out", str(out)]
-    done = CliRunner().invoke(app, options)
+    done = polar(*options)
     assert done.exit_code == 0, done.output
     assert "numbers from 99 tokens of 11 answers; of held-out answers it guesses" in done.output
     head = DraftHeadFile.load(out)
     assert not list(tmp_path.glob("*-checkpoints"))
-    facts = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    facts = json.loads(polar(*options, "--json").stdout)
     assert (facts["parameters"], facts["answers"], facts["out"]) == (head.parameters, 11, str(out))
-    missing = CliRunner().invoke(app, ["lab", "drafts", "--data", str(tmp_path / "none.jsonl")])
+    missing = polar("lab", "drafts", "--data", tmp_path / "none.jsonl")
     assert missing.exit_code == 2
     assert "none.jsonl" in missing.output

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from polar_sdk import Policy, Program
-from polar_sdk.cli.main import app
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pack import Question, packs
 from polar_sdk.engine.row import Row
@@ -18,6 +16,7 @@ from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, PromptItem
 from polar_sdk.lab.layer_scan import Scanner, policy_of
 from polar_sdk.testing import tiny_model
+from tests.sdk.command import polar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,7 +116,7 @@ def test_the_command_scans_the_real_model_and_saves_what_it_was_told_to(tmp_path
     """A small scan: one prompt, one block length, one removal; the file holds what standard output says."""
     out = tmp_path / "scan.json"
     arguments = ["lab", "scan", "--limit", "1", "--lengths", "9", "--no-loops", "--removals", "0", "--json"]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    result = polar(*arguments, "--out", out)
     assert result.exit_code == 0, result.output
     facts, saved = json.loads(result.stdout), json.loads(out.read_text())
     assert facts["skips"] == saved["skips"]

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Policy, Program, lab
-from polar_sdk.cli.main import app
 from polar_sdk.engine.maps import Bridge
 from polar_sdk.engine.scoring import score_programs, states_after
 from polar_sdk.errors import DataError, MapDamagedError, MapError, MapModelError, MissingMapError
@@ -28,6 +26,7 @@ from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import Task, make_tasks
 from polar_sdk.router.map_set import MapKind, MapSet, stored
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
+from tests.sdk.command import polar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -653,10 +652,10 @@ def test_the_command_fits_and_goes_on_after_ctrl_c(
     asking = [*command, kind.flag, kind.segments, "--out"]
     with monkeypatch.context() as patch:
         patch.setattr("polar_sdk.lab.healing.distillation.loss_of", interrupted)
-        cut = CliRunner().invoke(app, [*asking, str(tmp_path / "cut")])
+        cut = polar(*asking, tmp_path / "cut")
     assert (cut.exit_code, "the same command" in cut.output) == (130, True), cut.output
-    again = CliRunner().invoke(app, [*asking, str(tmp_path / "cut"), "--json"])
-    whole = CliRunner().invoke(app, [*asking, str(tmp_path / "whole")])
+    again = polar(*asking, tmp_path / "cut", "--json")
+    whole = polar(*asking, tmp_path / "whole")
     assert (again.exit_code, whole.exit_code) == (0, 0), again.output
     assert "MB)" in whole.output
     made, facts = MapSet.load(tmp_path / "cut"), json.loads(again.stdout)
@@ -671,5 +670,5 @@ def test_the_command_fits_and_goes_on_after_ctrl_c(
         [],
         [*({"--segments": ["--fills", "4"], "--fills": ["--segments", "1-2"]}[kind.flag])],  # options of the other kind
     ):
-        refused = CliRunner().invoke(app, [*command, *wrong, "--out", str(tmp_path / "wrong")])
+        refused = polar(*command, *wrong, "--out", tmp_path / "wrong")
         assert (refused.exit_code, (tmp_path / "wrong").exists()) == (2, False), refused.output

@@ -6,19 +6,15 @@ import json
 import random
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from polar_sdk.cli.main import app
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
-
-if TYPE_CHECKING:
-    from typer.testing import Result
+from tests.sdk.command import polar
 
 WORDS = ["red", "blue", "green", "apple", "pear", "stone", "river", "mountain", "sky", "cloud", "fish", "bird", "lamp"]
 
@@ -49,13 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_CACHE", str(tmp_path_factory.getbasetemp() / "router-cache"))
-
-
-def polar(*words: object) -> Result:
-    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return result
 
 
 def facts(*words: object) -> dict[str, Any]:

@@ -10,10 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Policy, Program, lab
-from polar_sdk.cli.main import app
 from polar_sdk.engine.scoring import score_programs
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, Item, PromptItem, Shares
@@ -27,6 +25,7 @@ from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.cost import CostModel, LayerCost
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
+from tests.sdk.command import polar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -416,16 +415,16 @@ def test_the_command_searches_and_writes_menu_and_rewards(
     data.write_text("\n".join(item.model_dump_json() for item in all_items))
     command = ["lab", "search", "--data", str(data), "--out", str(out), "--budgets", "0.8,0.6", "--menu", "5"]
     command += ["--population", "4", "--generations", "1", "--answer-tokens", "5", "--write-tokens", "4"]
-    result = CliRunner().invoke(app, command)
+    result = polar(*command)
     assert result.exit_code == 0, result.output
     assert "programs measured" in result.output
     with monkeypatch.context() as patch:
         counter = Counter(patch)
-        told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+        told = json.loads(polar(*command, "--json").stdout)
     assert counter.pairs == []  # the second run reads what the first one measured
     assert [one["program"] for one in told["programs"]] == [one.program.text for one in Menu.load(out).programs]
     assert RewardMatrix.load(told["rewards"]).programs[0] == IDENTITY
-    wrong = CliRunner().invoke(app, [*command[:6], "--budgets", "cheap"])
+    wrong = polar(*command[:6], "--budgets", "cheap")
     assert (wrong.exit_code, "not a list of numbers" in wrong.output) == (2, True)
 
 
