@@ -43,17 +43,21 @@ def engine(sink: ListSink) -> PolarModel:
     return tiny_model(sink=sink)
 
 
-class _PricedSink(ListSink):
+class PricedSink(ListSink):
     """Prices a request at a tenth of a cent per output token, as a meter would: with a receipt."""
+
+    def __init__(self, currency: str = "EUR") -> None:
+        super().__init__()
+        self._currency = currency
 
     def emit(self, record: UsageRecord) -> Any:
         super().emit(record)
-        return {"cost": str(Decimal("0.001") * record.tokens.output), "currency": "EUR", "price_book": "t1"}
+        return {"cost": str(Decimal("0.001") * record.tokens.output), "currency": self._currency, "price_book": "t1"}
 
 
 @pytest.fixture
 def priced_sink() -> ListSink:
-    return _PricedSink()
+    return PricedSink()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,9 +27,8 @@ from pydantic import PrivateAttr
 import llama_index_polar
 from llama_index_polar import PolarLLM
 from llama_index_polar._messages import to_roles
-from polar_sdk import ListSink, UsageRecord
+from polar_sdk import ListSink
 from polar_sdk import errors as polar
-from polar_sdk.testing import tiny_model
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
@@ -106,16 +104,11 @@ async def test_options_of_a_call_act_and_raw_says_what_it_cost_once(llm: PolarLL
     assert raw["polar"]["request_id"] == record.request_id
 
 
-def test_a_price_of_the_sink_comes_back_exactly() -> None:
-    class Priced(ListSink):
-        def emit(self, record: UsageRecord) -> Any:
-            super().emit(record)
-            return {"cost": str(Decimal("0.1") * record.tokens.output), "currency": "EUR"}
-
-    response = PolarLLM(engine=tiny_model(sink=Priced()), max_tokens=3).complete("Hello")
+def test_a_price_of_the_sink_comes_back_exactly(priced: PolarModel) -> None:
+    response = PolarLLM(engine=priced, max_tokens=3).complete("Hello")
     assert response.raw is not None
-    assert response.raw["cost"] == 0.3
-    assert response.raw["cost_details"] == {"amount": "0.3", "currency": "EUR", "price_book": None}
+    assert response.raw["cost"] == 0.003
+    assert response.raw["cost_details"] == {"amount": "0.003", "currency": "EUR", "price_book": "t1"}
 
 
 @pytest.mark.parametrize("way", WAYS)

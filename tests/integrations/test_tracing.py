@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -22,33 +21,25 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 import llama_index_polar
 from langchain_polar import ChatPolar, PolarLLM, PolarTracer
-from polar_sdk import ListSink
 from polar_sdk.errors import MissingExtraError
 from polar_sdk.testing import tiny_model
+from tests.integrations.conftest import PricedSink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opentelemetry.trace import Tracer
 
-    from polar_sdk import PolarModel, UsageRecord
+    from polar_sdk import ListSink, PolarModel
 
 HELLO = [ChatMessage("Hello")]
 LANGCHAIN = ("invoke", "stream", "batch", "ainvoke", "astream", "abatch")
 LLAMA_INDEX = ("complete", "stream_complete", "chat", "stream_chat", "acomplete", "astream_complete", "achat")
 
 
-class _DollarSink(ListSink):
-    """Prices a request at a tenth of a cent per output token, as a meter would: with a receipt."""
-
-    def emit(self, record: UsageRecord) -> Any:
-        super().emit(record)
-        return {"cost": str(Decimal("0.001") * record.tokens.output), "currency": "USD", "price_book": "t1"}
-
-
 @pytest.fixture
 def dollars() -> ListSink:
-    return _DollarSink()
+    return PricedSink("USD")
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from opentelemetry.metrics import MeterProvider
-    from opentelemetry.trace import Span, TracerProvider
+    from opentelemetry.trace import Span, Tracer, TracerProvider
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     from polar_sdk.usage import UsageSink
     from polar_server.answers import Answer, Ask
@@ -67,12 +68,7 @@ class Telemetry:
             MissingExtraError: OpenTelemetry is not installed.
             InvalidRequestError: Nobody has: every span and metric would be dropped.
         """
-        try:
-            from opentelemetry import trace
-        except ImportError as error:
-            raise MissingExtraError(
-                "--otel needs OpenTelemetry, which is not installed.", hint="pip install 'polar-llm[tracing]'"
-            ) from error
+        trace, _ = _opentelemetry()
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             raise InvalidRequestError(
                 "--otel: no OpenTelemetry SDK is configured, so that spans and metrics would go nowhere. Start the "
@@ -96,13 +92,20 @@ class Traces:
     """
 
     def __init__(self, telemetry: Telemetry | None) -> None:
-        self._spans = None if telemetry is None else _Spans(telemetry.spans)
+        self._tracer: Tracer | None = None
+        if telemetry is not None:
+            self._trace, self._format = _opentelemetry()
+            self._tracer = self._trace.get_tracer("polar_server", tracer_provider=telemetry.spans)
 
     @contextmanager
     def of_call(self, exchange: Exchange, model: str, asks: Sequence[Ask]) -> Iterator[CallTrace]:
         """The trace of a call whose answer begins in the block, and has it as its context."""
-        trace = CallTrace(None if self._spans is None else self._spans.begin(exchange, model, asks))
-        headers = _passed_on(exchange.headers) if self._spans is None else self._spans.headers(trace.span)
+        if self._tracer is None:
+            trace, headers = CallTrace(None), _passed_on(exchange.headers)
+        else:
+            span = self._begin(self._tracer, exchange, model, asks)
+            trace, headers = CallTrace(span), {}
+            self._format.inject(headers, self._trace.set_span_in_context(span))
         if "traceparent" in headers:
             exchange.facts["trace_id"] = headers["traceparent"].split("-")[1]
         token = _context.set(headers)
@@ -113,6 +116,29 @@ class Traces:
             raise
         finally:
             _context.reset(token)
+
+    def _begin(self, tracer: Tracer, exchange: Exchange, model: str, asks: Sequence[Ask]) -> Span:
+        """The span of a call, from its arrival on."""
+        operation = _OPERATIONS.get(exchange.path, "chat")
+        _, options = asks[0]
+        asked: Mapping[str, Any] = {**options}
+        facts: dict[str, Any] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "polar",
+            "gen_ai.request.model": model,
+            **{theirs: asked[name] for name, theirs in _ASKED.items() if asked.get(name) is not None},
+        }
+        if len(asks) > 1:
+            facts["gen_ai.request.choice.count"] = len(asks)
+        # A server that another instrumentation watches has a span already, which began under the caller's.
+        current = self._trace.get_current_span().get_span_context().is_valid
+        return tracer.start_span(
+            f"{operation} {model}",
+            context=None if current else self._format.extract(exchange.headers),
+            kind=self._trace.SpanKind.INTERNAL if current else self._trace.SpanKind.SERVER,
+            attributes=facts,
+            start_time=time.time_ns() - int(exchange.elapsed_ms * 1e6),
+        )
 
 
 class CallTrace:
@@ -147,49 +173,20 @@ class CallTrace:
             self.span.end()
 
 
-class _Spans:
-    """Spans of OpenTelemetry, one per call."""
+def _opentelemetry() -> tuple[Any, TraceContextTextMapPropagator]:
+    """OpenTelemetry's traces, and W3C's format for their context.
 
-    def __init__(self, provider: TracerProvider | None) -> None:
-        try:
-            from opentelemetry import trace
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-        except ImportError as error:
-            raise MissingExtraError(
-                "spans need OpenTelemetry, which is not installed.", hint="pip install 'polar-llm[tracing]'"
-            ) from error
-        self._trace, self._format = trace, TraceContextTextMapPropagator()
-        self._tracer = trace.get_tracer("polar_server", tracer_provider=provider)
-
-    def begin(self, exchange: Exchange, model: str, asks: Sequence[Ask]) -> Span:
-        """The span of a call, from its arrival on."""
-        operation = _OPERATIONS.get(exchange.path, "chat")
-        _, options = asks[0]
-        asked: Mapping[str, Any] = {**options}
-        facts: dict[str, Any] = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": "polar",
-            "gen_ai.request.model": model,
-            **{theirs: asked[name] for name, theirs in _ASKED.items() if asked.get(name) is not None},
-        }
-        if len(asks) > 1:
-            facts["gen_ai.request.choice.count"] = len(asks)
-        # A server that another instrumentation watches has a span already, which began under the caller's.
-        current = self._trace.get_current_span().get_span_context().is_valid
-        return self._tracer.start_span(
-            f"{operation} {model}",
-            context=None if current else self._format.extract(exchange.headers),
-            kind=self._trace.SpanKind.INTERNAL if current else self._trace.SpanKind.SERVER,
-            attributes=facts,
-            start_time=time.time_ns() - int(exchange.elapsed_ms * 1e6),
-        )
-
-    def headers(self, span: Span | None) -> dict[str, str]:
-        """Headers that continue the trace under a span."""
-        headers: dict[str, str] = {}
-        if span is not None:
-            self._format.inject(headers, self._trace.set_span_in_context(span))
-        return headers
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    except ImportError as error:
+        raise MissingExtraError(
+            "spans and --otel need OpenTelemetry, which is not installed.", hint="pip install 'polar-llm[tracing]'"
+        ) from error
+    return trace, TraceContextTextMapPropagator()
 
 
 def _passed_on(headers: Mapping[str, str]) -> dict[str, str]:

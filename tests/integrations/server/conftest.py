@@ -9,6 +9,7 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
 
 from polar_billing.access.keys import ApiKeys
@@ -96,6 +97,10 @@ class Served:
         self.thread.join(WAIT_S)
         assert not self.thread.is_alive()
 
+    def client(self) -> openai.OpenAI:
+        """openai-python, unmodified."""
+        return openai.OpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=WAIT_S)
+
     def connect(self) -> http.client.HTTPConnection:
         """A connection of one's own."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
@@ -133,6 +138,11 @@ def parse_event(event: str) -> Any:
     assert event.startswith("data: "), event
     data = event.removeprefix("data: ")
     return data if data == "[DONE]" else json.loads(data)
+
+
+def bearer(text: str) -> dict[str, str]:
+    """The header with an API key."""
+    return {"authorization": f"Bearer {text}"}
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:

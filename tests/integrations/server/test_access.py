@@ -27,7 +27,7 @@ from polar_billing.testing import usage_record
 from polar_server import Settings, build
 from polar_server.access import keys as access
 from polar_server.access.replies import MemoryReplies
-from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
+from tests.integrations.server.conftest import WAIT_S, RecordingSink, bearer, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
 if TYPE_CHECKING:
@@ -42,10 +42,6 @@ if TYPE_CHECKING:
 def guarded(serve: Callable[..., Served], keys: ApiKeys) -> Served:
     """A server that asks for keys."""
     return serve(keys=keys)
-
-
-def bearer(text: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {text}"}
 
 
 def ask(served: Served, text: str, **fields: Any) -> tuple[int, dict[str, str], Any]:

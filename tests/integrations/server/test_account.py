@@ -16,7 +16,7 @@ from polar_billing.access.accounts import Accounts
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.receipts import check_receipt
 from polar_sdk import PolarModel
-from tests.integrations.server.conftest import RecordingSink, chat_body
+from tests.integrations.server.conftest import RecordingSink, bearer, chat_body
 from tests.sdk.router import conftest as router_conftest
 
 if TYPE_CHECKING:
@@ -36,10 +36,6 @@ def billed(serve: Callable[..., Served], ledger: Ledger, keys: ApiKeys) -> Itera
     """A server with keys that meters into a ledger."""
     with Meter(ledger, durability="spool") as meter:
         yield serve(sink=meter, keys=keys, accounts=Accounts(ledger))
-
-
-def bearer(text: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {text}"}
 
 
 def key_of(keys: ApiKeys, tenant: str, *scopes: str, **bounds: Any) -> dict[str, str]:

@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from tests.integrations.server.conftest import WAIT_S, RecordingSink
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.integrations.server.conftest import Served
+    from tests.integrations.server.conftest import RecordingSink, Served
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
 def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=WAIT_S) as client:
+    with served.client() as client:
         yield client
 
 

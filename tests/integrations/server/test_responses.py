@@ -12,13 +12,12 @@ from pydantic import TypeAdapter
 
 from polar_sdk.frameworks.tools import call_text
 from tests.integrations.server import test_tools_over_http as tools
-from tests.integrations.server.conftest import WAIT_S, RecordingSink
 from tests.integrations.server.test_tools_over_http import BOTH, CALL, Script, Weather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.integrations.server.conftest import Served
+    from tests.integrations.server.conftest import RecordingSink, Served
 
 WEATHER: dict[str, Any] = {"type": "function", **tools.WEATHER["function"]}
 NOW: dict[str, Any] = {"type": "function", "name": "now", "parameters": None, "strict": None}
@@ -30,12 +29,8 @@ _NEW = ("id", "created_at", "call_id", "polar", "item_id")
 
 @pytest.fixture
 def client(served: Served) -> Iterator[openai.OpenAI]:
-    with client_of(served) as client:
+    with served.client() as client:
         yield client
-
-
-def client_of(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=WAIT_S)
 
 
 def ask(served: Served, **fields: Any) -> dict[str, Any]:
@@ -290,7 +285,7 @@ def test_a_stream_that_breaks_off_says_so(served: Served, sink: RecordingSink) -
 
 def test_openai_python_creates_and_streams(script: Script, sink: RecordingSink) -> None:
     served = script("Hello you.")
-    with client_of(served) as client:
+    with served.client() as client:
         made = client.responses.create(model="tiny", input="hi", store=False, extra_body={"compute": "economy"})
         assert (made.output_text, made.status) == ("Hello you.", "completed")
         assert made.usage is not None
@@ -307,7 +302,7 @@ def test_openai_python_calls_tools_and_answers_them(script: Script) -> None:
     served = script(CALL.replace('"weather"', '"Weather"'))
     tool = openai.pydantic_function_tool(Weather)["function"]
     listed: list[Any] = [{"type": "function", **tool}]
-    with client_of(served) as client:
+    with served.client() as client:
         parsed = client.responses.parse(model="tiny", input="hi", tools=listed, tool_choice="required")
         (call,) = parsed.output
         assert isinstance(call, ResponseFunctionToolCall)
@@ -323,7 +318,7 @@ def test_openai_python_calls_tools_and_answers_them(script: Script) -> None:
 
 def test_openai_python_parses_an_answer_by_its_schema(script: Script) -> None:
     served = script('{"city": "Rom", "days": 2}')
-    with client_of(served) as client:
+    with served.client() as client:
         parsed = client.responses.parse(model="tiny", input="hi", text_format=Weather)
         assert parsed.output_parsed == Weather(city="Rom", days=2)
         with client.responses.stream(model="tiny", input="hi", text_format=Weather) as events:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 
-from tests.integrations.server.conftest import WAIT_S, RecordingSink
-
 if TYPE_CHECKING:
-    from tests.integrations.server.conftest import Served
+    from tests.integrations.server.conftest import RecordingSink, Served
 
 TEXT = "The äöü end."
 
@@ -77,7 +74,7 @@ def test_it_is_what_lm_eval_reads(served: Served) -> None:
     engine = served.server.engine
     contexts, endings = ["The sky is", "Two and two is"], [" blue", " four!"]
     prompts = [engine.encode(context + ending) for context, ending in zip(contexts, endings, strict=True)]
-    with openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=WAIT_S) as client:
+    with served.client() as client:
         answer = client.completions.create(
             model="tiny:exact", prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
         )

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from polar_sdk.frameworks.tools import call_text
 from polar_sdk.testing import scripted_model
-from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
+from tests.integrations.server.conftest import RecordingSink, chat_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -318,7 +318,7 @@ def test_openai_python_calls_streams_and_parses(script: Script) -> None:
     served = script(CALL.replace('"weather"', '"Weather"'))
     messages: list[Any] = [{"role": "user", "content": "hi"}]
     tool: Any = openai.pydantic_function_tool(Weather)
-    with openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=WAIT_S) as client:
+    with served.client() as client:
         made = client.chat.completions.create(model="tiny", messages=messages, tools=[tool], tool_choice="required")
         assert made.choices[0].message.tool_calls is not None
         (call,) = made.choices[0].message.tool_calls
@@ -340,7 +340,7 @@ def test_openai_python_calls_streams_and_parses(script: Script) -> None:
 def test_openai_python_parses_an_answer_by_its_schema(script: Script) -> None:
     served = script('{"city": "Rom", "days": 2}')
     messages: list[Any] = [{"role": "user", "content": "hi"}]
-    with openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=WAIT_S) as client:
+    with served.client() as client:
         parsed = client.chat.completions.parse(model="tiny", messages=messages, response_format=Weather)
         assert parsed.choices[0].message.parsed == Weather(city="Rom", days=2)
         with client.chat.completions.stream(model="tiny", messages=messages, response_format=Weather) as stream:
