@@ -74,6 +74,7 @@ POLAR_EACH_2(_mm512_add_epi32, vaddq_s32, __m512i, __m512i)
 POLAR_EACH_2(_mm512_sub_epi32, vsubq_s32, __m512i, __m512i)
 POLAR_EACH_2(_mm512_and_si512, vandq_s32, __m512i, __m512i)
 POLAR_EACH_2(_mm512_or_si512, vorrq_s32, __m512i, __m512i)
+POLAR_EACH_2(_mm512_xor_si512, veorq_s32, __m512i, __m512i)
 POLAR_EACH_1(_mm512_abs_ps, vabsq_f32, __m512, __m512)
 POLAR_EACH_1(_mm512_castps_si512, vreinterpretq_s32_f32, __m512i, __m512)
 POLAR_EACH_1(_mm512_castsi512_ps, vreinterpretq_f32_s32, __m512, __m512i)
@@ -98,12 +99,13 @@ POLAR_LANES int32x4_t right(int32x4_t x, int by) {
 POLAR_SHIFT(_mm512_slli_epi32, left<uint32x4_t>)
 POLAR_SHIFT(_mm512_srli_epi32, right<uint32x4_t>)
 POLAR_SHIFT(_mm512_srai_epi32, right<int32x4_t>)
-POLAR_LANES __m512i _mm512_srli_epi16(__m512i x, int16_t by) {
-  const auto quarter = [by](int32x4_t of) {
-    return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(of), vdupq_n_s16(static_cast<int16_t>(-by))));
-  };
-  return {quarter(x.a), quarter(x.b), quarter(x.c), quarter(x.d)};
+template <bool kLeft>
+POLAR_LANES int32x4_t shift_halves(int32x4_t x, int by) {
+  const auto to_left = static_cast<int16_t>(kLeft ? by : -by);
+  return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(x), vdupq_n_s16(to_left)));
 }
+POLAR_SHIFT(_mm512_slli_epi16, shift_halves<true>)
+POLAR_SHIFT(_mm512_srli_epi16, shift_halves<false>)
 
 POLAR_LANES __m512i four(int32x4_t x) { return {x, x, x, x}; }
 POLAR_LANES __m512 _mm512_set1_ps(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}; }
@@ -150,6 +152,7 @@ POLAR_LANES void _mm256_store_si256(void* to, __m256i x) {
   store(to, x.a);
   store(static_cast<char*>(to) + 16, x.b);
 }
+POLAR_LANES __m128i _mm_loadu_si128(const void* from) { return load<__m128i>(from); }
 POLAR_LANES void _mm_store_si128(void* to, __m128i x) { store(to, x); }
 POLAR_LANES void prefetch(const void* from) { __builtin_prefetch(from); }
 #define _mm_prefetch(from, how) prefetch(from)
@@ -289,6 +292,21 @@ POLAR_LANES int16x8_t narrow(int32x4_t x, int32x4_t y) { return vmovn_high_s32(v
 POLAR_LANES __m512i _mm512_cvtepu16_epi32(__m256i x) {
   return {low_half(x.a), high_half(x.a), low_half(x.b), high_half(x.b)};
 }
+POLAR_LANES __m512i _mm512_cvtepu8_epi32(__m128i x) {
+  const uint8x16_t bytes = vreinterpretq_u8_s32(x);
+  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
+  return _mm512_cvtepu16_epi32({vreinterpretq_s32_u16(low), vreinterpretq_s32_u16(high)});
+}
+POLAR_LANES __m512i _mm512_cvtepi8_epi32(__m128i x) {
+  const int8x16_t bytes = vreinterpretq_s8_s32(x);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  return {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
+}
+POLAR_LANES __m512 _mm512_cvtph_ps(__m256i x) {
+  const float16x8_t low = vreinterpretq_f16_s32(x.a), high = vreinterpretq_f16_s32(x.b);
+  return {vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
+          vcvt_high_f32_f16(high)};
+}
 POLAR_LANES __m256i _mm512_cvtepi32_epi16(__m512i x) {
   return {vreinterpretq_s32_s16(narrow(x.a, x.b)), vreinterpretq_s32_s16(narrow(x.c, x.d))};
 }
@@ -320,6 +338,13 @@ POLAR_LANES int32x4_t add_bytes(int32x4_t sum, int32x4_t codes, int32x4_t bytes)
 #endif
 }
 POLAR_EACH_3(_mm512_dpbusd_epi32, add_bytes, __m512i, __m512i)
+
+#define POLAR_SIGNED_BYTES
+// sum + four products of bytes with signs.
+POLAR_LANES int32x4_t add_signed(int32x4_t sum, int32x4_t codes, int32x4_t bytes) {
+  return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(bytes));
+}
+POLAR_EACH_3(add_signed, add_signed, __m512i, __m512i)
 
 #undef POLAR_EACH_1
 #undef POLAR_EACH_2
