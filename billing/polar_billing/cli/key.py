@@ -64,7 +64,7 @@ def create(
             scopes=tuple(scope or ("infer",)),
             models=tuple(model or ()),
             tiers=tuple(tier or ()),
-            tags=dict(map(_pair, tag or ())),
+            tags=opt.tags_of(tag or ()),
             max_tokens=max_tokens,
             requests_per_minute=rpm,
             tokens_per_minute=tpm,
@@ -149,10 +149,3 @@ def _duration(text: str) -> timedelta:
     if match is None:
         raise AccessError(f"{text[:40]!r} is not a duration; write it like 30m, 24h or 90d.")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise AccessError(f"tag {text[:40]!r} is not NAME=VALUE.")
-    return name, value

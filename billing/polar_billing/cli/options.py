@@ -122,13 +122,18 @@ def selection_of(tenant: str | None, period: Period, tier: str | None, model: st
     """The selection that the options name."""
     from polar_billing.ledger.records import Selection
 
-    pairs = {}
-    for text in tags:
+    return Selection(tenant_or_all(tenant), period, tier, model, tags_of(tags))
+
+
+def tags_of(texts: Iterable[str]) -> dict[str, str]:
+    """Tags, each written KEY=VALUE."""
+    tags = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise QueryError(f"tag {text!r} is not KEY=VALUE.", hint="Write it like --tag team=search.")
-        pairs[key] = value
-    return Selection(tenant_or_all(tenant), period, tier, model, pairs)
+            raise QueryError(f"tag {text[:40]!r} is not KEY=VALUE.", hint="Write it like --tag team=search.")
+        tags[key] = value
+    return tags
 
 
 def book_of(prices: Path | None) -> PriceBook | None:
@@ -170,25 +175,20 @@ def write_file(path: Path, content: str) -> None:
     write_pieces(path, [content])
 
 
-@contextmanager
-def _whole_or_absent(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if path.is_file():
-            path.unlink()
-        raise
-
-
 def write_pieces(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file piece by piece, or standard output if the path is `-`."""
+    """Write a file piece by piece, whole or not at all; or standard output if the path is `-`."""
     if str(path) == "-":
         for piece in pieces:
             typer.echo(piece, nl=False)
         return
     try:
-        with path.open("w", encoding="utf-8") as file, _whole_or_absent(path):
-            file.writelines(pieces)
+        with path.open("w", encoding="utf-8") as file:
+            try:
+                file.writelines(pieces)
+            except BaseException:
+                if path.is_file():
+                    path.unlink()
+                raise
     except OSError as error:
         raise OutputError(
             f"{str(path)!r} cannot be written ({error.strerror}).", hint="Check that its folder exists."

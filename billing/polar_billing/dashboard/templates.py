@@ -16,7 +16,7 @@ from polar_billing.dashboard.layers import heat_strips, legend, program_strip
 from polar_billing.reports import text
 from polar_billing.reports.depth import WORDS, layers_of_record
 from polar_billing.reports.html import new_environment, read_template, ticks, tier_kind
-from polar_billing.reports.text import unit_for
+from polar_billing.reports.text import Amounts, unit_for
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import load_zone
 from polar_sdk.show.lines import printable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from polar_billing.budgets.offers import Standing
     from polar_billing.dashboard.view import Receipt, View
     from polar_billing.ledger.records import StoredUsage
-    from polar_billing.reports.summary import Figures, Summary, TierReport
+    from polar_billing.reports.summary import Figures, TierReport
     from polar_billing.reports.text import Unit
     from polar_billing.values.periods import Period
     from polar_sdk.usage import UsageRecord
@@ -111,7 +111,7 @@ class Templates:
     def operations(self, view: View) -> str:
         """The whole page."""
         today_units = exact_sum((charges.figures.compute_units for charges in view.charges), 12)
-        units = {charges.currency: _unit(charges) for charges in view.charges}
+        units = {charges.currency: Amounts.of(charges).charges for charges in view.charges}
         tiers = view.charges[0].tiers if len(view.charges) == 1 else ()
         costs: dict[str, list[Decimal | None]] = {}
         for stored in view.requests:
@@ -191,11 +191,6 @@ def _percent(amount: Decimal, longest: Decimal | None) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole * 100:.2f}"
-
-
-def _unit(charges: Summary) -> Unit:
-    amounts = [charges.figures.charge, *(tier.figures.charge for tier in charges.tiers)]
-    return unit_for([*amounts, *(tenant.total for tenant in charges.tenants)], charges.currency)
 
 
 def _cost(stored: StoredUsage, unit: Unit) -> str:

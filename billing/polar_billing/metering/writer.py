@@ -129,20 +129,17 @@ class Writer:
         self._restart_after_fork()
         with self._lock:
             self._turn.wait_for(lambda: len(self._queue) < self._capacity)
-            return self._accept(entries, told)
-
-    def _accept(self, entries: list[Entry], told: bool) -> tuple[list[Ticket], bool]:
-        safe = self._spool_entries(entries)
-        tickets = [Ticket(entry, self._lock, self._turn, told, spooled=safe) for entry in entries]
-        idle = not self._queue
-        self._queue += tickets
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="polar-meter", daemon=True)
-        if self._thread.ident is None:  # a signal may have cut off the call that made it
-            self._thread.start()
-        if idle:
-            self._turn.notify_all()
-        return tickets, safe
+            safe = self._spool_entries(entries)
+            tickets = [Ticket(entry, self._lock, self._turn, told, spooled=safe) for entry in entries]
+            idle = not self._queue
+            self._queue += tickets
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="polar-meter", daemon=True)
+            if self._thread.ident is None:  # a signal may have cut off the call that made it
+                self._thread.start()
+            if idle:
+                self._turn.notify_all()
+            return tickets, safe
 
     def _spool_entries(self, entries: list[Entry]) -> bool:
         if self._spool is None:

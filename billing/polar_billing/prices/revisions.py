@@ -29,7 +29,7 @@ class Change:
     """One difference between two revisions."""
 
     path: str
-    """Where, as in the file: `prices[2026-01-01T00:00:00+00:00].per_compute_unit`."""
+    """The place in the file: `prices[2026-01-01T00:00:00+00:00].per_compute_unit`."""
     old: str | None
     """None where there was nothing."""
     new: str | None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from polar_billing.reports.report import Report
+    from polar_billing.reports.summary import Summary
 
 DASH: Final = "–"
 _STEPS: Final = ((Decimal("0.1"), 0, "", ""), (Decimal("0.0001"), 3, "m", "thousandths of "))
@@ -128,7 +129,7 @@ class Amounts:
     """Unit of effective prices: per 1,000 requests and per million tokens."""
 
     @classmethod
-    def of(cls, report: Report) -> Amounts:
+    def of(cls, report: Report | Summary) -> Amounts:
         """Choose them."""
         figures = [report.figures, *(tier.figures for tier in report.tiers)]
         charges = [*(each.charge for each in figures), *(tenant.total for tenant in report.tenants)]
