@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from itertools import count
 from shutil import copyfile
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import create_engine, inspect, make_url, text
+from sqlalchemy import create_engine, make_url, text
 
+from polar_billing.ledger import clock
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.prices.book import PriceBook
 from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from contextlib import AbstractContextManager
+    from datetime import tzinfo
     from pathlib import Path
 
     from sqlalchemy import Connection
@@ -129,30 +131,6 @@ def _making(server: str) -> Iterator[Callable[..., str]]:
         _drop(server, made)
 
 
-@pytest.fixture(scope="session")
-def unguarded() -> Callable[[Connection], AbstractContextManager[None]]:
-    """A block in which a connection is in the hands of somebody who knows SQL: nothing refuses."""
-    return _unguarded
-
-
-@contextmanager
-def _unguarded(connection: Connection) -> Iterator[None]:
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("PRAGMA defer_foreign_keys = ON")
-        triggers = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")).all()
-        for name, _ in triggers:
-            connection.exec_driver_sql(f"DROP TRIGGER {name}")
-        yield
-        for _, statement in triggers:
-            connection.exec_driver_sql(statement)
-        return
-    for name in inspect(connection).get_table_names():
-        connection.exec_driver_sql(f"ALTER TABLE {name} DISABLE TRIGGER ALL")
-    yield
-    for name in inspect(connection).get_table_names():
-        connection.exec_driver_sql(f"ALTER TABLE {name} ENABLE TRIGGER ALL")
-
-
 def _create(server: str, name: str, template: str = "template1") -> str:
     _drop(server, [name])
     with _administering(server) as connection:
@@ -173,6 +151,43 @@ def _administering(server: str) -> Iterator[Connection]:
     with engine.connect() as connection:
         yield connection
     engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger_url: str) -> str:
+    """A ledger on each database, with a spool of its own, for processes that are killed."""
+    monkeypatch.setenv("POLAR_SPOOL", str(tmp_path / "spool"))
+    if request.param == "sqlite":
+        return ledger_url
+    make: Callable[[str], str] = request.getfixturevalue("new_postgres")
+    return make(request.getfixturevalue("postgres_template"))
+
+
+class JumpingClock(datetime):
+    """The time of day of a machine whose clock is set."""
+
+    by = timedelta()
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> JumpingClock:
+        return super().now(tz) + cls.by
+
+
+@pytest.fixture
+def jumping(monkeypatch: pytest.MonkeyPatch) -> type[JumpingClock]:
+    """The clock that ledgers read, to be set."""
+    monkeypatch.setattr(JumpingClock, "by", timedelta())
+    monkeypatch.setattr(clock, "datetime", JumpingClock)
+    return JumpingClock
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A machine whose boot and whose clock since then are what the test says."""
+    state: dict[str, Any] = {"boot": "first", "since": 10**9}
+    monkeypatch.setattr(clock, "boot_id", lambda: state["boot"])
+    monkeypatch.setattr(clock, "microseconds_since_boot", lambda: state["since"])
+    return state
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
-"""Requests and records as the engine makes and the meter stores them, at a price book that is easy to reckon with."""
+"""Requests and records as the engine makes and the meter stores them, and ledgers that are changed past the package."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import inspect, text
 
 from polar_billing.budgets.settlement import settle
 from polar_billing.errors import ConflictError
@@ -14,6 +17,10 @@ from polar_billing.testing import usage_record
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection
+
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import StoredUsage
     from polar_sdk.usage import UsageRecord
@@ -57,3 +64,22 @@ def use(ledger: Ledger, request_id: str, flops: int, book: PriceBook = DOLLARS, 
     """Store a request of acme at noon that used so many FLOPs."""
     work = FlopUsage(head=flops, total=flops)
     store_record(ledger, usage_record(request_id, flops=work, **{"started_at": NOON, **changes}), book)
+
+
+@contextmanager
+def unguarded(connection: Connection) -> Iterator[None]:
+    """A block in which a connection is in the hands of somebody who knows SQL: nothing refuses."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("PRAGMA defer_foreign_keys = ON")
+        triggers = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")).all()
+        for name, _ in triggers:
+            connection.exec_driver_sql(f"DROP TRIGGER {name}")
+        yield
+        for _, statement in triggers:
+            connection.exec_driver_sql(statement)
+        return
+    for name in inspect(connection).get_table_names():
+        connection.exec_driver_sql(f"ALTER TABLE {name} DISABLE TRIGGER ALL")
+    yield
+    for name in inspect(connection).get_table_names():
+        connection.exec_driver_sql(f"ALTER TABLE {name} ENABLE TRIGGER ALL")

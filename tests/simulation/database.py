@@ -40,7 +40,7 @@ class Database:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.fails: tuple[int, str] | None = None
-        """What each write answers now."""
+        """The error of each write now."""
         self.loses_answers = False
         """Whether commits that succeed are reported as failed, as over a network."""
         self.slow_s = 0.0
@@ -72,7 +72,7 @@ class Database:
         seams.world().step("sql COMMITTED")
 
     def close_those_of(self, process: Process) -> None:
-        """What the end of a process does to its connections."""
+        """Close the connections of a process that has ended."""
         for connection, owner in list(self.connections.items()):
             if owner is process:
                 connection.close()
@@ -142,7 +142,7 @@ def _watch(engine: Engine) -> None:
         Database.now_in.committed(connection.driver_connection)
 
     def do_rollback(connection: Any) -> None:
-        if not _is_dead():
+        if not seams.is_dead():
             roll_back(connection)
 
     def do_close(connection: Any) -> None:
@@ -151,11 +151,6 @@ def _watch(engine: Engine) -> None:
         close(connection)
 
     dialect.do_commit, dialect.do_rollback, dialect.do_close = do_commit, do_rollback, do_close
-
-
-def _is_dead() -> bool:
-    task = seams.world().current
-    return task is not None and task.process.dead
 
 
 def _with_seam(execute: Any) -> Any:

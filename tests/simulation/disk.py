@@ -44,13 +44,12 @@ class Disk:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._flushed: dict[str, bytes] = {}
-        """What the disk has of each file that was ever flushed."""
+        """The flushed content of each file that ever was."""
         self._names: dict[int, tuple[Process, str]] = {}
 
     # -- open files -------------------------------------------------------------------------------------------------
 
     def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o777) -> int:
-        """`os.open`."""
         self.world.step(f"open {_short(path)}")
         if self.full and flags & os.O_CREAT and not os.path.exists(path):  # noqa: PTH110
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -78,19 +77,16 @@ class Disk:
         return written + (os.write(fd, content[begin:]) if begin < len(content) else 0)
 
     def ftruncate(self, fd: int, length: int) -> None:
-        """`os.ftruncate`."""
         self.world.step(f"cut {_short(self._names[fd][1])} to {length}")
         os.ftruncate(fd, length)
 
     def fsync(self, fd: int) -> None:
-        """`os.fsync`."""
         path = self._names[fd][1]
         self.world.step(f"flush {_short(path)}")
         if pathlib.Path(path).is_file():
             self._flushed[path] = pathlib.Path(path).read_bytes()
 
     def close(self, fd: int) -> None:
-        """`os.close`."""
         if fd not in self._names and self.world.process.dead:
             return  # closed by its end
         self.world.step(f"close {_short(self._names[fd][1])}")
@@ -108,7 +104,6 @@ class Disk:
             self.close_now(fd)
 
     def unlink(self, path: pathlib.Path, missing_ok: bool) -> None:
-        """`Path.unlink`."""
         self.world.step(f"delete {_short(path)}")
         pathlib.Path(path).unlink(missing_ok)
 

@@ -88,7 +88,7 @@ class Use:
     answered_in: tuple[str, int] = ("", 0)
     """The durability of the meter that answered, and how often the power had been cut by then."""
     marked: list[UsageRecord] = field(default_factory=list)
-    """What was marked while it ran, or was about to be."""
+    """Marked while it ran, or about to be."""
     mark_kept: tuple[int, int] | None = None
     """Index of the last mark that was written, and how often the power had been cut by then."""
     conflicted: bool = False
@@ -97,7 +97,7 @@ class Use:
 
 @dataclass
 class Plan:
-    """What happens in a schedule, apart from who moves when. Its elements can be left out, to shrink it."""
+    """The events of a schedule, apart from who moves when. Its elements can be left out, to shrink it."""
 
     seed: int
     processes: list[tuple[str, list[list[Use]]]] = field(default_factory=list)
@@ -370,7 +370,7 @@ class LedgerWorld:
         )
 
     def _look(self, meter: Meter) -> None:
-        """What an operator does meanwhile."""
+        """Do as an operator does meanwhile."""
         with contextlib.suppress(StoreError):
             what = self.world.random.choice(["usage", "recover", "expire", "recheck", "verify"])
             if what == "usage":
@@ -490,7 +490,7 @@ class LedgerWorld:
             self._hold_to(not marked, f"{use.request_id}: a mark is stored, not its record")
 
     def _check_money(self, connection: sqlite3.Connection, totals: Any) -> None:
-        """What is reported is what was emitted, added up here, and what it costs is the sum of the receipts."""
+        """Reports say what was emitted, added up here, and as its cost the sum of the receipts."""
         costs = "SELECT tenant, sum(cost) FROM polar_usage JOIN polar_receipt ON usage_seq = seq GROUP BY tenant"
         for tenant, cost in connection.execute(costs).fetchall():
             used = [record for whose, _, record in self.stored if whose == tenant]

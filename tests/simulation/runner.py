@@ -23,14 +23,15 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from polar_sdk.show.progress import ProgressBars
 from tests.simulation.world import Broken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 
 CHUNK: Final = 50
@@ -66,21 +67,8 @@ class Schedule:
         return cls(world, int(seed), frozenset(int(number) for part in rest for number in part.split(",")))
 
 
-def _ledger(folder: Path) -> Simulation:
-    from tests.simulation.ledger_world import Ledgers
-
-    return Ledgers(folder)
-
-
-def _serving(folder: Path) -> Simulation:
-    from tests.simulation.serving_world import Servings
-
-    return Servings()
-
-
-WORLDS: Final[dict[str, Callable[[Path], Simulation]]] = {"ledger": _ledger, "serving": _serving}
-SHARES: Final = {"ledger": 3, "serving": 1}
-"""Of the schedules, how many parts each world gets."""
+WORLDS: Final = {"ledger": ("ledger_world.Ledgers", 3), "serving": ("serving_world.Servings", 1)}
+"""Its simulation, imported where it is run, and how many parts of the schedules it gets."""
 
 _simulations: dict[str, Simulation] = {}
 _folder = Path()
@@ -89,7 +77,8 @@ _folder = Path()
 def simulation(world: str) -> Simulation:
     """A kind of world, prepared once per process."""
     if world not in _simulations:
-        _simulations[world] = WORLDS[world](_folder / f"{world}-{os.getpid()}")
+        made = resolve_name(f"tests.simulation.{WORLDS[world][0]}")
+        _simulations[world] = made(_folder / f"{world}-{os.getpid()}")
     return _simulations[world]
 
 
@@ -146,24 +135,20 @@ def _prepare(folder: str) -> None:
     global _folder  # noqa: PLW0603  (of a process of its own)
     _folder = Path(folder)
     logging.disable(logging.CRITICAL)
-    sys.unraisablehook = _ignore  # a broken schedule leaves finalisers behind
+    sys.unraisablehook = lambda _: None  # a broken schedule leaves finalisers behind
     gc.disable()  # it would run finalisers where no seed says
 
 
-def _ignore(unraisable: object) -> None:
-    """Say nothing."""
-
-
 def _jobs(worlds: Sequence[str], schedules: int, first: int) -> Iterator[tuple[str, range]]:
-    parts = sum(SHARES[world] for world in worlds)
-    ends = {world: first + schedules * SHARES[world] // parts for world in worlds}
+    shares = {world: WORLDS[world][1] for world in worlds}
+    ends = {world: first + schedules * share // sum(shares.values()) for world, share in shares.items()}
     ends[worlds[0]] += schedules - sum(end - first for end in ends.values())
     at = dict.fromkeys(worlds, first)
     while any(at[world] < ends[world] for world in worlds):
-        for world in sorted(worlds, key=lambda world: (at[world] - first) / max(ends[world] - first, 1))[:1]:
-            end = min(at[world] + CHUNK, ends[world])
-            yield world, range(at[world], end)
-            at[world] = end
+        world = min(worlds, key=lambda world: (at[world] - first) / max(ends[world] - first, 1))
+        end = min(at[world] + CHUNK, ends[world])
+        yield world, range(at[world], end)
+        at[world] = end
 
 
 def _pool(jobs: int, folder: str) -> ProcessPoolExecutor:
@@ -171,17 +156,18 @@ def _pool(jobs: int, folder: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(folder,))
 
 
-def _memory() -> str:
-    return mkdtemp(prefix="polar-simulation-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+def _memory() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="polar-simulation-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
 
 
 def _run_all(options: argparse.Namespace) -> int:
     worlds = [options.world] if options.world else list(WORLDS)
     defects: list[Defect] = []
     done = dict.fromkeys(worlds, 0)
-    begun, folder = time.monotonic(), _memory()
+    begun = time.monotonic()
     jobs = list(_jobs(worlds, options.schedules, options.seed))
     with (
+        _memory() as folder,
         _pool(options.jobs, folder) as pool,
         ProgressBars(quiet=not sys.stderr.isatty()) as bars,
     ):
@@ -196,7 +182,6 @@ def _run_all(options: argparse.Namespace) -> int:
             if defects and options.until_broken:
                 pool.shutdown(cancel_futures=True)
                 break
-    _remove(folder)
     line = {
         "schedules": sum(done.values()),
         "invariants_broken": len(defects),
@@ -209,48 +194,38 @@ def _run_all(options: argparse.Namespace) -> int:
 
 
 def _repeat(text: str, *, trace: bool) -> int:
-    folder = _memory()
-    _prepare(folder)
     steps: list[str] = []
-    problem = run(Schedule.parse(text), steps)
-    _remove(folder)
+    with _memory() as folder:
+        _prepare(folder)
+        problem = run(Schedule.parse(text), steps)
     if trace:
         print("\n".join(steps), file=sys.stderr)
     if problem is not None:
         traceback.print_exception(problem)
-    print(
-        json.dumps({"schedules": 1, "invariants_broken": int(problem is not None), "seeds": [text] if problem else []})
-    )
-    return 0 if problem is None else 1
+    broken = [] if problem is None else [text]
+    print(json.dumps({"schedules": 1, "invariants_broken": len(broken), "seeds": broken}))
+    return len(broken)
 
 
 def _mutate(names: Sequence[str], first: int) -> int:
     """Break the product in these ways, or in all, and count the schedules until each is found."""
     from tests.simulation.mutations import MUTATIONS, WITHIN
 
-    folder = _memory()
-    _prepare(folder)
-    found: dict[str, int | None] = {}
-    for name in names or MUTATIONS:
-        mutation = MUTATIONS[name]
-        simulation(mutation.world)
-        with mutation.apply():
-            seeds = range(first, first + WITHIN)
-            at = next((seed for seed in seeds if run(Schedule(mutation.world, seed)) is not None), None)
-        found[name] = None if at is None else at - first + 1
-        print(f"{name}: {'not found' if at is None else f'found by schedule {at}'}", file=sys.stderr, flush=True)
-        gc.collect()
-    _remove(folder)
-    print(
-        json.dumps({"mutations": len(found), "found": sum(at is not None for at in found.values()), "schedules": found})
-    )
-    return 0 if None not in found.values() else 1
-
-
-def _remove(folder: str) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+    tried: dict[str, int | None] = {}
+    with _memory() as folder:
+        _prepare(folder)
+        for name in names or MUTATIONS:
+            mutation = MUTATIONS[name]
+            simulation(mutation.world)
+            with mutation.apply():
+                seeds = range(first, first + WITHIN)
+                at = next((seed for seed in seeds if run(Schedule(mutation.world, seed)) is not None), None)
+            tried[name] = None if at is None else at - first + 1
+            print(f"{name}: {'not found' if at is None else f'found by schedule {at}'}", file=sys.stderr, flush=True)
+            gc.collect()
+    found = sum(at is not None for at in tried.values())
+    print(json.dumps({"mutations": len(tried), "found": found, "schedules": tried}))
+    return 0 if found == len(tried) else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""What the product's modules see instead of `threading`, `time`, `os` and the clock while a world runs.
+"""Simulated `threading`, `time`, `os` and clock, which the product's modules see while a world runs.
 
 `install` replaces these names in every module of the product, once per process of the simulator; nothing of the
-product is changed, and what is not simulated is the real thing. Each lock, wait, sleep and thread is a seam.
+product is changed, and what is not simulated is the real thing. Each lock, wait, sleep and thread is a seam; they do
+what the real ones of their names do.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 
 _PRODUCT = ("polar_sdk", "polar_billing")
-
-
 _NOBODY: Final = World("nobody")
 
 
@@ -34,7 +33,8 @@ def world() -> World:
     return World.now_in or _NOBODY
 
 
-def _is_dead() -> bool:
+def is_dead() -> bool:
+    """Whether the process that moves was killed."""
     task = world().current
     return task is not None and task.process.dead
 
@@ -46,7 +46,6 @@ class Lock:
         self._taken = False
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take it, waiting if need be."""
         here = world()
         if not self._taken:
             here.step("lock")
@@ -58,7 +57,6 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Free it."""
         if not self._taken:
             raise RuntimeError("release unlocked lock")
         self._taken = False
@@ -70,12 +68,11 @@ class Lock:
 
     def take_again(self, depth: int) -> None:
         """Undo `release_wholly`; in a dead process nobody else is left to take it."""
-        if not _is_dead():
+        if not is_dead():
             self.acquire()
         self._taken = True
 
     def locked(self) -> bool:
-        """Whether somebody has it."""
         return self._taken
 
     def __enter__(self) -> bool:
@@ -94,7 +91,6 @@ class RLock(Lock):
         self._depth = 0
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take it, once more if this thread has it already."""
         me = world().current
         if self._depth and self._owner is me:
             self._depth += 1
@@ -105,7 +101,6 @@ class RLock(Lock):
         return True
 
     def release(self) -> None:
-        """Free it, once for each time it was taken."""
         if self._owner is not world().current:
             raise RuntimeError("cannot release un-acquired lock")
         self._depth -= 1
@@ -114,13 +109,11 @@ class RLock(Lock):
             super().release()
 
     def release_wholly(self) -> int:
-        """Free it however often it was taken; returns how often."""
         depth, self._depth, self._owner = self._depth, 0, None
         Lock.release(self)
         return depth
 
     def take_again(self, depth: int) -> None:
-        """Undo `release_wholly`."""
         super().take_again(depth)
         self._owner, self._depth = world().current, depth
 
@@ -132,19 +125,15 @@ class Event:
         self._set = False
 
     def is_set(self) -> bool:
-        """Whether it has happened."""
         return self._set
 
     def set(self) -> None:
-        """It happens."""
         self._set = True
 
     def clear(self) -> None:
-        """It has not happened."""
         self._set = False
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for it."""
         return world().wait(lambda: self._set, timeout, "event")
 
 
@@ -163,7 +152,6 @@ class Condition:
         self._lock.release()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for `notify`."""
         notified = Event()
         self._waiting.append(notified)
         depth = self._lock.release_wholly()
@@ -175,7 +163,6 @@ class Condition:
             self._lock.take_again(depth)
 
     def wait_for(self, ready: Callable[[], Any], timeout: float | None = None) -> Any:
-        """Wait until something holds."""
         deadline = None if timeout is None else world().now + timeout
         while not (result := ready()):
             left = None if deadline is None else deadline - world().now
@@ -185,12 +172,10 @@ class Condition:
         return result
 
     def notify(self, n: int = 1) -> None:
-        """Wake those who have waited longest."""
         for _ in range(min(n, len(self._waiting))):
             self._waiting.popleft().set()
 
     def notify_all(self) -> None:
-        """Wake everybody."""
         self.notify(len(self._waiting))
 
 
@@ -204,21 +189,17 @@ class SimpleQueue:
         self._items: deque[Any] = deque()
 
     def put(self, item: object, block: bool = True, timeout: float | None = None) -> None:
-        """Add an item."""
         self._items.append(item)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """Take the oldest item, waiting if need be."""
         if not self._items and not (block and world().wait(lambda: bool(self._items), timeout, "queue")):
             raise queue.Empty
         return self._items.popleft()
 
     def empty(self) -> bool:
-        """Whether nothing waits."""
         return not self._items
 
     def qsize(self) -> int:
-        """How many items wait."""
         return len(self._items)
 
 
@@ -241,11 +222,9 @@ class Thread:
 
     @property
     def ident(self) -> int | None:
-        """Its number, once it has started."""
         return None if self._task is None else int(self._task.ident)
 
     def start(self) -> None:
-        """Let it run."""
         here = world()
         if here is _NOBODY:
             raise RuntimeError("can't start new thread")  # as at the end of an interpreter
@@ -254,16 +233,13 @@ class Thread:
         self._task.thread = self
 
     def run(self) -> None:
-        """What it does."""
         if self._target is not None:
             self._target(*self._args, **self._kwargs)
 
     def is_alive(self) -> bool:
-        """Whether it runs."""
         return self._task is not None and not self._task.done
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for its end."""
         world().wait(lambda: not self.is_alive(), timeout, "join")
 
 
@@ -327,7 +303,6 @@ class ChangesOfProcess:
         return 0 if task is None else task.process.changes.get(id(self), 0)
 
     def announce(self) -> None:
-        """Count one more."""
         world().process.changes[id(self)] = self.last + 1
 
 

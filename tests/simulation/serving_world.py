@@ -37,6 +37,7 @@ from tests.simulation.world import Broken, World
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Sequence
+    from pathlib import Path
 
     from polar_sdk.model import PolarModel
     from polar_sdk.serving.request import Request
@@ -63,7 +64,7 @@ class Ask:
     max_tokens: int
     manner: str
     number: int
-    """What the manner reads: after how many pieces, or how long."""
+    """Read by the manner: after how many pieces, or how long."""
     answers: dict[str, tuple[tuple[int, ...], UsageRecord]] = field(default_factory=dict)
     """Request id → whole answers."""
     begun: list[str] = field(default_factory=list)
@@ -72,11 +73,11 @@ class Ask:
 
 @dataclass
 class Plan:
-    """What happens in a schedule, apart from who moves when."""
+    """The events of a schedule, apart from who moves when."""
 
     callers: list[list[Ask]]
     tasks: list[Ask]
-    """Of the event loop."""
+    """Asked in an event loop."""
     limits: Limits
     layer_fails: frozenset[int]
     """Passes that end in an error."""
@@ -462,7 +463,7 @@ class ServingWorld:
 class Servings:
     """Serving worlds, one after the other, on one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, _: Path) -> None:
         from polar_sdk.model import PolarModel
 
         torch.set_num_threads(1)

@@ -63,7 +63,7 @@ class Task:
     def __init__(self, process: Process, call: Callable[[], object], name: str, ident: int) -> None:
         self.process, self.name, self.ident = process, name, ident
         self.until: Callable[[], bool] | None = None
-        """What it waits for."""
+        """The end of its wait, where it waits for something."""
         self.deadline: float | None = None
         self.done = False
         self.thread: Any = None
@@ -107,9 +107,9 @@ class World:
         self.tasks: list[Task] = []
         self.failure: BaseException | None = None
         self.faults: dict[int, Callable[[], object]] = {}
-        """What happens at which step."""
+        """Struck before a step, by its number."""
         self.trace: list[str] | None = None
-        """What every thread did, where that is wanted."""
+        """Every step of every thread, where that is wanted."""
         self._numbers = 0
         self.hub = getcurrent()
         """The greenlet that lets the others move."""

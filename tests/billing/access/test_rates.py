@@ -13,13 +13,10 @@ from sqlalchemy import func, select
 
 from polar_billing.access.rates import LIFETIME, Rates
 from polar_billing.errors import StoreLockedError
-from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.schema import running_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
+    from polar_billing.ledger.ledger import Ledger
     from tests.billing.access.conftest import Clock
 
 PROCESSES, TRIES = 4, 40
@@ -153,20 +150,10 @@ print(json.dumps({"in": found.count(None), "out": found.count("requests") + foun
 """
 
 
-@pytest.fixture(params=["sqlite-file", "postgresql"])
-def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        make: Callable[..., str] = request.getfixturevalue("new_postgres")
-        return make(request.getfixturevalue("postgres_template"))
-    url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
-    with Ledger(url) as ledger:
-        ledger.check()
-    return url
-
-
 @pytest.mark.parametrize("limit", ["requests", "parallel"])
-def test_processes_at_once_never_exceed_a_limit_and_refuse_nothing_that_is_there(shared_url: str, limit: str) -> None:
-    command = [sys.executable, "-c", RACE, shared_url, str(TRIES), limit]
+def test_processes_at_once_never_exceed_a_limit_and_refuse_nothing_that_is_there(store: Ledger, limit: str) -> None:
+    url = store.url.render_as_string(hide_password=False)
+    command = [sys.executable, "-c", RACE, url, str(TRIES), limit]
     racing = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(PROCESSES)]
     found = [json.loads(process.communicate(timeout=240)[0]) for process in racing]
     let_in, tried = sum(one["in"] for one in found), PROCESSES * TRIES
@@ -176,6 +163,5 @@ def test_processes_at_once_never_exceed_a_limit_and_refuse_nothing_that_is_there
         return
     seconds = max(one["ended"] for one in found) - min(one["begun"] for one in found)
     assert 60 <= let_in <= 60 + seconds
-    with Ledger(shared_url) as ledger:
-        left = Rates(ledger).update([Key(requests_per_minute=60)])[0].left["requests"][0]
+    left = Rates(store).update([Key(requests_per_minute=60)])[0].left["requests"][0]
     assert left < 2 + seconds, "what was not let in was not there"

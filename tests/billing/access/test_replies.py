@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,14 +15,14 @@ from sqlalchemy import func, select
 
 from polar_billing.access.replies import CLAIM_LIFETIME, KEPT, Replies
 from polar_billing.errors import StoreLockedError
-from polar_billing.ledger import clock as ledger_clock
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.schema import reply_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from tests.billing.access.conftest import Clock
+    from tests.billing.conftest import JumpingClock
 
 PRINT = "f" * 64
 
@@ -243,50 +243,31 @@ def test_a_thread_renews_claims_until_there_are_none(store: Ledger, clock: Clock
 
 
 @pytest.mark.parametrize("jump", [timedelta(hours=25), timedelta(hours=-25)])
-def test_a_clock_that_jumps_changes_nothing(store: Ledger, jump: timedelta, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_changes_nothing(store: Ledger, jump: timedelta, jumping: type[JumpingClock]) -> None:
     """Neither for a claim nor for an answer: the database's clock decides."""
-
-    class Jumped(datetime):
-        by = timedelta()
-
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.now(tz) + cls.by
-
-    monkeypatch.setattr(ledger_clock, "datetime", Jumped)
     replies, others = Replies(store), Replies(store)
     replies.claim("acme", "k", PRINT)
-    Jumped.by += jump
+    jumping.by += jump
     assert others.claim("acme", "k", PRINT) == ("running", None)
     replies.keep("acme", "k", b"kept")
-    Jumped.by += jump
+    jumping.by += jump
     assert others.claim("acme", "k", PRINT) == ("done", b"kept")
     replies.close()
 
 
-def test_after_a_boot_no_process_is_left_that_answers(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    state: dict[str, Any] = {"boot": "first", "since": 10**9}
-    monkeypatch.setattr(ledger_clock, "boot_id", lambda: state["boot"])
-    monkeypatch.setattr(ledger_clock, "microseconds_since_boot", lambda: state["since"])
+def test_after_a_boot_no_process_is_left_that_answers(ledger: Ledger, machine: dict[str, Any]) -> None:
     replies, others = Replies(ledger), Replies(ledger)
     replies.claim("acme", "lost", PRINT)
     replies.claim("acme", "k", PRINT)
     replies.keep("acme", "k", b"kept")
-    state.update(boot="second", since=7)
+    machine.update(boot="second", since=7)
     assert others.claim("acme", "lost", PRINT) == ("claimed", None)
     assert others.claim("acme", "k", PRINT) == ("done", b"kept")
     replies.close()
     others.close()
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_another_server_answers_for_one_that_was_killed(
-    kind: str, ledger_url: str, request: pytest.FixtureRequest
-) -> None:
-    url = ledger_url
-    if kind == "postgresql":
-        make: Callable[[str], str] = request.getfixturevalue("new_postgres")
-        url = make(request.getfixturevalue("postgres_template"))
+def test_another_server_answers_for_one_that_was_killed(url: str) -> None:
     script = """
 import sys, threading
 from datetime import timedelta

@@ -37,7 +37,7 @@ def budgets(ledger: Ledger) -> Budgets:
 
 
 def bound(model: PolarModel, program: str, prompt: str = "hello") -> Decimal:
-    """What a request can use at most. Unit: CU."""
+    """The maximum that a request can use. Unit: CU."""
     return Decimal(model.cost(program, prompt=model.count_tokens(prompt), output=MOST).total).scaleb(-12)
 
 

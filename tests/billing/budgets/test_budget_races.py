@@ -6,11 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +17,6 @@ from sqlalchemy import text
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.enforcement import HOLD_LIFETIME, Budgets
 from polar_billing.budgets.settlement import settle
-from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Entry, Selection
 from polar_billing.ledger.retention import prune
 from polar_billing.prices.rating import rate
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from polar_billing.ledger.append import Settle
+    from polar_billing.ledger.ledger import Ledger
 
 COMMON = """
 import os, random, signal, sys
@@ -110,68 +108,48 @@ def prices(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def shared(store: Ledger) -> Ledger:
-    assert isinstance(store, Ledger)
-    return store
-
-
-several_processes = pytest.mark.parametrize("store", ["sqlite-file", "postgresql"], indirect=True)
-
-
 @pytest.mark.parametrize(
     ("processes", "threads", "reservations"), [(3, 3, 8), pytest.param(4, 16, 200, marks=pytest.mark.long)]
 )
 @pytest.mark.timeout(3_600)
-@several_processes
 def test_processes_race_three_levels_of_budgets(
-    shared: Ledger, prices: Path, processes: int, threads: int, reservations: int
+    store: Ledger, prices: Path, processes: int, threads: int, reservations: int
 ) -> None:
     demand = processes * threads * reservations  # each up to 1 CU, so that less than half of it can be served
-    budgets = Budgets(shared)
+    budgets = Budgets(store)
     for budget in (
         Budget("acme", Decimal(demand) / 4, "USD"),
         Budget("acme", Decimal(demand) / 8, "CU", Level.USER, "ann"),
         Budget("acme", Decimal(demand) / 10, "USD", Level.KEY, "k0"),
     ):
         budgets.set(budget)
-    begin = perf_counter()
-    workers = [worker(RACE, shared, prices, number, threads, reservations) for number in range(processes)]
+    workers = [worker(RACE, store, prices, number, threads, reservations) for number in range(processes)]
     served = refused = wrongly = 0
     for process in workers:
         out, errors = process.communicate(timeout=3_000)
         assert process.returncode == 0, errors
         counts = [int(count) for count in out.split()]
         served, refused, wrongly = served + counts[0], refused + counts[1], wrongly + counts[2]
-    seconds = perf_counter() - begin
     standings = budgets.standings("acme", NOON)
-    overspent = [standing for standing in standings if standing.left < 0]
-    store, rate = shared.url.get_backend_name(), demand / seconds
-    print(f"{store}: {demand} reservations in {seconds:.1f} s, {rate:.0f}/s, {served} served, {refused} refused")
-    print(f"{len(overspent)} budgets overspent, {wrongly} refused wrongly")
-    assert overspent == []
+    assert [standing for standing in standings if standing.left < 0] == []
     assert wrongly == 0
     assert [standing.held for standing in standings] == [0, 0, 0]
     assert budgets.holds("acme") == []
     assert budgets.recheck("acme") == []
     assert refused > 0
-    usage = list(shared.read(Selection("acme")))
+    usage = list(store.read(Selection("acme")))
     assert len(usage) == served
     assert sum(stored.record.flops.total for stored in usage) == standings[0].spent
-    by_user = Counter({stored.record.tags["user"]: 0 for stored in usage})
-    for stored in usage:
-        by_user[stored.record.tags["user"]] += stored.record.flops.total
-    assert by_user["ann"] == standings[1].spent
+    assert sum(one.record.flops.total for one in usage if one.record.tags["user"] == "ann") == standings[1].spent
 
 
-@several_processes
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_what_a_killed_process_held_expires(shared: Ledger, prices: Path) -> None:
+def test_what_a_killed_process_held_expires(store: Ledger, prices: Path) -> None:
     later = datetime.now(UTC)
-    budgets = Budgets(shared, clock=lambda: later)
+    budgets = Budgets(store, clock=lambda: later)
     budgets.set(Budget("acme", Decimal(4), "USD"))
     budgets.set(Budget("acme", Decimal(4), "CU", Level.USER, "ann"))
-    holder = worker(HOLDER, shared, prices, 0)
+    holder = worker(HOLDER, store, prices, 0)
     _, errors = holder.communicate(timeout=120)
     assert holder.returncode == -signal.SIGKILL, errors
     (hold,) = budgets.holds("acme")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StoppedError(Exception):
-    """What stops one caller."""
+    """Stops one caller."""
 
 
 class Doubling:
@@ -26,9 +26,9 @@ class Doubling:
         self.runs: list[int] = []
         """How many calls each served."""
         self.ready: Callable[[], object] = lambda: None
-        """What the next run does before it takes calls."""
+        """Called by the next run before it takes calls."""
         self.first: Callable[[], object] = lambda: None
-        """What the next run does when it has taken them."""
+        """Called by the next run when it has taken them."""
         self.call = GroupCommit(self.run, shared=ZeroDivisionError)
 
     def run(self, take: Callable[[], Sequence[int]]) -> list[int]:
@@ -42,7 +42,7 @@ class Doubling:
 
 
 def beside(doubling: Doubling, count: int, first: Callable[[], object], *, late: bool = False) -> list[object]:
-    """What calls get that come while the run of another one does something first; that of the other one last.
+    """The answers to calls that come while the run of another one does something first; that of the other one last.
 
     Args:
         doubling: What they call.

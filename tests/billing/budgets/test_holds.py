@@ -38,8 +38,6 @@ def emit(ledger: Ledger, bound: UsageBound, flops: int) -> None:
 
 
 class Wanted(NamedTuple):
-    """What a request wants."""
-
     tags: dict[str, str]
     flops: int
     cheaper: list[int]
@@ -59,7 +57,7 @@ _WANTED = st.builds(
 
 @dataclass
 class Expected:
-    """What the machine believes of one request."""
+    """One request, as it should stand."""
 
     bound: UsageBound
     offer: int

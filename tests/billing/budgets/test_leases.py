@@ -15,7 +15,6 @@ from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.enforcement import HOLD_LIFETIME, Budgets
 from polar_billing.budgets.holds import HoldState
 from polar_billing.errors import ConflictError, StoreLockedError
-from polar_billing.ledger import clock
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from polar_billing.ledger.ledger import Ledger
+    from tests.billing.conftest import JumpingClock
 
 MINUTE = timedelta(minutes=1)
 LIFETIME_US = HOLD_LIFETIME // timedelta(microseconds=1)
@@ -207,35 +207,17 @@ def test_a_renewal_that_fails_is_tried_again(world: World, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("jump", [timedelta(minutes=16), timedelta(minutes=-16)])
-def test_a_clock_that_jumps_changes_nothing(store: Ledger, jump: timedelta, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_changes_nothing(store: Ledger, jump: timedelta, jumping: type[JumpingClock]) -> None:
     """The time of day of this machine, before and after the hold is made; other processes read the same clock."""
-
-    class Jumped(datetime):
-        by = timedelta()
-
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.now(tz) + cls.by
-
-    monkeypatch.setattr(clock, "datetime", Jumped)
     mine = Budgets(store)
     mine.set(Budget("acme", Decimal(1)))
     for n in range(2):
         mine.reserve(bound_of(f"r{n}"), BOOK, source="polar")
-        Jumped.by += jump
+        jumping.by += jump
         with pytest.raises(BudgetExceededError):
             Budgets(store).reserve(bound_of("other"), BOOK, source="polar")
         assert Budgets(store).expire() == 0
         assert mine.release("acme", f"r{n}", source="polar")
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A machine whose boot and whose clock since then are what the test says."""
-    state: dict[str, Any] = {"boot": "first", "since": 10**9}
-    monkeypatch.setattr(clock, "boot_id", lambda: state["boot"])
-    monkeypatch.setattr(clock, "microseconds_since_boot", lambda: state["since"])
-    return state
 
 
 def test_without_a_server_the_clock_of_the_machine_since_boot_decides(ledger: Ledger, machine: dict[str, Any]) -> None:
@@ -295,9 +277,9 @@ class Renewals:
 
 
 @pytest.fixture
-def meter(store: Ledger) -> Iterator[Meter]:
-    with Meter(store, durability="spool") as made:
-        made._budgets = Budgets(store, lifetime=timedelta(seconds=0.2))
+def meter(ledger: Ledger) -> Iterator[Meter]:
+    with Meter(ledger, durability="spool") as made:
+        made._budgets = Budgets(ledger, lifetime=timedelta(seconds=0.2))
         yield made
 
 

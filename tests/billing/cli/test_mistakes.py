@@ -68,7 +68,7 @@ STATEMENT = "statement --tenant acme --month 2026-10"
         ("key revoke nothing0", AccessError, "'nothing0'"),
         ("key rotate nothing0", AccessError, "'nothing0'"),
         ("key create acme search --expires soon", AccessError, "'soon'"),
-        ("key create acme search --tag team", AccessError, "'team'"),
+        ("key create acme search --tag team", QueryError, "'team'"),
         ("key create acme search --scope everything", AccessError, "'everything'"),
     ],
 )

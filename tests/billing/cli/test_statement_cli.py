@@ -1,4 +1,4 @@
-"""The commands price, statement, credit-note and reprice: arguments in, the figures of the library out."""
+"""`polar statement`, `credit-note`, `reprice` and `explain`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ import pytest
 from typer.testing import Result
 
 from polar_billing.errors import PriceBookError, QueryError
+from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.tracing import usage_of_line
 from polar_billing.testing import usage_record
+from polar_billing.values.periods import Period
+from polar_sdk.errors import ModelNotFoundError
 from polar_sdk.lab.evaluation.results import Evaluation, Saved, SetResult, SystemResult
+from polar_sdk.model import PolarModel
 from polar_sdk.router.exact_tests import wilson
-from polar_sdk.usage import FlopUsage
+from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
+from polar_sdk.usage import FlopUsage, Outcome
 from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.statements.issued import IssuedStatement
 
 PLANS = PriceBook.example(EXAMPLE_PLANS)
 TOML = resources.files("polar_billing").joinpath(EXAMPLE_PLANS).read_text(encoding="utf-8")
@@ -202,3 +210,138 @@ def test_a_further_book_says_whom_it_charges(
     monkeypatch.setenv("POLAR_PRICE_BOOK", str(plans))
     assert f"Meters here charge by {plans} all the same" in ok("price", "add", str(other))
     assert ledger_url.removeprefix("sqlite:///") in ok("price", "add", str(other))
+
+
+OCTOBER = "2026-10-15T12:00:00Z"
+
+
+@pytest.fixture
+def issued(ledger: Ledger) -> IssuedStatement:
+    """A month of globex, on a plan with every kind of line."""
+    for number in range(25):
+        outcome = Outcome.ERROR if number == 7 else Outcome.COMPLETED
+        tier = ("economy", "premium")[number % 2]
+        record = usage_record(
+            f"r{number}", tenant="globex", tier=tier, prompt=10 + number, outcome=outcome, started_at=OCTOBER
+        )
+        store_record(ledger, record, PLANS, "test")
+    return issue_statement(ledger, "globex", Period.month("2026-10"))
+
+
+def explained(ok: Callable[..., str], *arguments: str) -> Any:
+    return json.loads(ok("explain", *arguments, "--json"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder that the engine has on this host."""
+    made = tmp_path / "tiny"
+    tiny_llama().save_pretrained(made)
+    tiny_tokenizer().save_pretrained(made)
+    return made
+
+
+def test_a_request_of_a_model_on_this_host_is_explained_to_the_last_flop(
+    folder: Path, ledger: Ledger, ok: Callable[..., str]
+) -> None:
+    model = PolarModel.from_pretrained(folder, policy=tiny_policy(6), ledger=ledger.location, tenant="acme")
+    usage = model.generate("hello", compute="economy", max_tokens=4, request_id="mine").usage
+    found = explained(ok, "mine")
+    assert sum(term["flops"] for term in found["formula"]["terms"]) == usage.flops.total
+    assert found["formula"]["difference"] == 0
+    assert [layer["kind"] for layer in found["layers"]] == ["run", "skipped", "skipped", "run", "run", "run"]
+    (step,) = found["prices"]
+    assert Decimal(step["quantity"]) * Decimal(step["unit_price"]) == Decimal(step["exact"]) == Decimal(found["exact"])
+    assert Decimal(step["quantity"]) == Decimal(usage.flops.total).scaleb(-12)
+    assert round(Decimal(found["exact"]), 12) == Decimal(found["cost"])
+    assert found["receipt"]["chain"]["number"] == 1
+    text = ok("explain", "mine")
+    assert "█··███" in text
+    assert f"{usage.flops.total:,}" in text
+    assert "to the last FLOP" in text
+    assert "On no issued statement yet." in text
+
+
+def test_a_model_elsewhere_leaves_the_parts_and_says_why(
+    ledger: Ledger, folder: Path, polar: Callable[..., Result], ok: Callable[..., str]
+) -> None:
+    Meter(ledger).emit(usage_record("there", router_flops=77))
+    text = ok("explain", "there")
+    assert "FLOPs as recorded" in text
+    assert "no model 'test-model' with the fingerprint 000000000000… is on this host" in text
+    assert explained(ok, "there")["formula"] is None
+    other = polar("explain", "there", "--model", str(folder))
+    assert isinstance(other.exception, ModelNotFoundError)
+    assert "with the fingerprint 000000000000…" in str(other.exception)
+
+
+def test_every_outcome_is_explained(ledger: Ledger, ok: Callable[..., str]) -> None:
+    for outcome in Outcome:
+        program = "" if outcome is Outcome.CACHED else "0-5"
+        Meter(ledger).emit(usage_record(f"one {outcome}", outcome=outcome, program=program))
+        assert f"· {outcome} ·" in ok("explain", f"one {outcome}")
+
+
+def test_a_use_without_a_price_says_so(ledger: Ledger, ok: Callable[..., str]) -> None:
+    Meter(ledger).emit(usage_record("gold", tier="gold"))
+    assert "has no price for tier 'gold'" in ok("explain", "gold")
+    found = explained(ok, "gold")
+    assert (found["cost"], found["prices"]) == (None, [])
+
+
+def test_lines_are_explained_by_the_usage_that_they_charge(
+    issued: IssuedStatement, ledger: Ledger, ok: Callable[..., str]
+) -> None:
+    counted = 0
+    for line in issued.statement.lines:
+        found = explained(ok, f"{issued.statement.id}/{line.number}", "--records", "100")
+        assert [record["seq"] for record in found["records"]] == usage_of_line(ledger, issued, line)
+        assert found["requests"] == len(found["records"])
+        assert found["flops"] == sum(record["flops"] for record in found["records"])
+        if found["exact"] is not None:
+            assert abs(Decimal(found["exact"]) - line.amount) <= Decimal("0.5").scaleb(-issued.statement.decimals)
+        if found["counted"] is not None:
+            counted += 1
+            assert Decimal(found["counted"]) == line.quantity
+        text = ok("explain", f"{issued.statement.id}/{line.number}")
+        assert f"{line.amount:f} USD" in text
+    assert counted
+
+
+def test_a_request_names_its_lines_and_a_line_its_requests(issued: IssuedStatement, ok: Callable[..., str]) -> None:
+    lines = explained(ok, "r1")["lines"]
+    assert lines
+    for line in lines:
+        assert "r1" in {record["request_id"] for record in explained(ok, line, "--records", "100")["records"]}
+    text = ok("explain", lines[0], "--records", "3")
+    assert "more: --records" in text
+
+
+def test_an_id_of_two_tenants_needs_one_named(
+    ledger: Ledger, polar: Callable[..., Result], ok: Callable[..., str]
+) -> None:
+    for tenant in ("acme", "globex"):
+        Meter(ledger).emit(usage_record("twice", tenant=tenant))
+    assert "--tenant: 'acme', 'globex'" in str(polar("explain", "twice").exception)
+    assert explained(ok, "twice", "--tenant", "globex")["tenant"] == "globex"
+
+
+def test_a_pruned_request_points_to_its_receipt(
+    ledger: Ledger, polar: Callable[..., Result], ok: Callable[..., str]
+) -> None:
+    Meter(ledger).emit(usage_record("old", started_at=OCTOBER))
+    ok("prune", "--before", "2026-11-01", "--yes")
+    assert "polar receipt old --tenant acme" in str(polar("explain", "old").exception)
+
+
+@pytest.mark.model
+def test_the_default_model_with_its_router_is_explained_to_the_last_flop(
+    ledger: Ledger, ok: Callable[..., str]
+) -> None:
+    model = PolarModel.from_pretrained(ledger=ledger.location, tenant="acme")
+    prompt = "Which is larger? (A) the sun (B) the moon. Answer with a letter."
+    usage = model.generate(prompt, compute="economy", max_tokens=6, request_id="routed").usage
+    found = explained(ok, "routed")
+    assert usage.flops.router > 0
+    assert found["formula"]["total"] == usage.flops.total
+    assert found["formula"]["difference"] == 0

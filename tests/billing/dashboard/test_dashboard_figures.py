@@ -28,6 +28,7 @@ from polar_billing.reports.report import build_report
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.usage import Outcome, TokenUsage, VisitUsage
+from tests.billing.storing import unguarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -230,7 +231,7 @@ def test_the_latest_requests_are_those_of_the_ledger(store: Ledger) -> None:
     assert found == list(store.read(Selection(ALL_TENANTS), newest=20))
 
 
-def test_a_receipt_is_checked(ledger: Ledger, unguarded: Callable[..., Any]) -> None:
+def test_a_receipt_is_checked(ledger: Ledger) -> None:
     Meter(ledger).emit_many(records(6, 5))
     with ledger.snapshot() as connection:
         found = receipt_of(connection, ALL_TENANTS, 2)
@@ -249,7 +250,7 @@ def test_a_receipt_is_checked(ledger: Ledger, unguarded: Callable[..., Any]) -> 
     assert "changed" in (changed.check.wrong or "")
 
 
-def test_a_request_without_its_link_has_no_receipt(ledger: Ledger, unguarded: Callable[..., Any]) -> None:
+def test_a_request_without_its_link_has_no_receipt(ledger: Ledger) -> None:
     Meter(ledger).emit_many(records(6, 2))
     with ledger.transaction() as connection, unguarded(connection):
         connection.execute(link_table.delete().where(link_table.c.subject == "usage", link_table.c.key == "1"))

@@ -30,9 +30,9 @@ from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.usage import Outcome
 from tests.billing.reports.test_report_html import Page
+from tests.billing.storing import unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 NOW = datetime(2026, 11, 15, 12, 30, tzinfo=UTC)
@@ -256,7 +256,7 @@ def test_no_secret_is_on_the_page(ledger: Ledger) -> None:
     assert key.secret_hash not in page
 
 
-def test_a_changed_request_does_not_verify(ledger: Ledger, unguarded: Callable[..., Any]) -> None:
+def test_a_changed_request_does_not_verify(ledger: Ledger) -> None:
     Meter(ledger).emit(usage_record())
     with ledger.transaction() as connection, unguarded(connection):
         connection.exec_driver_sql("UPDATE polar_usage SET tokens_output = 3")

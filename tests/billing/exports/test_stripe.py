@@ -140,7 +140,7 @@ def test_tiers_that_differ_have_meters_that_differ(tiers: list[str | None]) -> N
 
 def test_a_tenant_without_a_customer_is_named(billed: Ledger, tmp_path: Path) -> None:
     maker = MeterEvents(charging_books(billed), {"acme": "cus_1"}, OCTOBER)
-    with pytest.raises(QueryError, match=r"tenant 'globex' has no Stripe customer"):
+    with pytest.raises(QueryError, match="'globex'"):
         list(maker.of(billed.read(Selection(ALL_TENANTS, OCTOBER), as_stored=True)))
     file = tmp_path / "customers.toml"
     file.write_text('acme = "cus_1"\n"=x" = "cus_2"\n')

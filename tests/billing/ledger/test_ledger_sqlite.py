@@ -1,4 +1,4 @@
-"""What can go wrong with a SQLite ledger, made to go wrong for real."""
+"""Faults of a SQLite ledger, made to happen for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a ledger promises, checked on every backend."""
+"""The promises of a ledger, checked on every backend."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import typer
@@ -25,10 +25,6 @@ from polar_billing.proof.verify import verify_ledger
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import Outcome
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 KILLED = """
 import json, os, signal, sys, threading
@@ -60,15 +56,6 @@ for thread in threads:
 for thread in threads:
     thread.join()
 """
-
-
-@pytest.fixture
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger_url: str) -> str:
-    monkeypatch.setenv("POLAR_SPOOL", str(tmp_path / "spool"))
-    if request.param == "sqlite":
-        return ledger_url
-    make: Callable[[str], str] = request.getfixturevalue("new_postgres")
-    return make(request.getfixturevalue("postgres_template"))
 
 
 def killed_in_mid_answer(url: str, durability: str, marks: int) -> list[list[Any]]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,19 +28,17 @@ from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.testing import usage_record
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.usage import Offer, Outcome, UsageBound
+from polar_sdk.usage import Outcome
+from tests.billing.storing import NOON as BEGUN
+from tests.billing.storing import bound_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polar_billing.ledger.records import StoredUsage
     from polar_sdk.usage import UsageRecord
 
-BEGUN = datetime(2026, 11, 15, 12, tzinfo=UTC)
-
 
 def mark_of(request_id: str, output: int, **changes: Any) -> UsageRecord:
-    """What a request has used after so many tokens."""
+    """The use of a request after so many tokens."""
     return usage_record(request_id, output=output, outcome=Outcome.CANCELLED, **changes)
 
 
@@ -78,15 +75,6 @@ def folder_of(url: str) -> Path:
         folder = spool_folder(ledger.url)
     assert folder is not None
     return folder
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger_url: str) -> str:
-    monkeypatch.setenv("POLAR_SPOOL", str(tmp_path / "spool"))
-    if request.param == "sqlite":
-        return ledger_url
-    make: Callable[[str], str] = request.getfixturevalue("new_postgres")
-    return make(request.getfixturevalue("postgres_template"))
 
 
 # --- After a SIGKILL. ---
@@ -155,14 +143,14 @@ def test_who_tries_again_gets_an_answer_and_both_are_billed(url: str) -> None:
     """Under the same id: before what was left over is stored, and after."""
     run_and_kill(url, 'meter.mark(mark_of("a", 64))')
     with Meter(url) as meter:
-        meter.reserve(bound_of("a", BEGUN.replace(hour=13)))
+        meter.reserve(bound_of("a", at=BEGUN.replace(hour=13)))
         meter.emit_many([usage_record("a", output=7, started_at=BEGUN.replace(hour=13))])  # which looks at no spool
     found = stored(url)
     assert [one.record.tokens.output for one in found] == [64, 7]
     run_and_kill(url, 'meter.mark(mark_of("b", 65))')
     assert len(stored(url)) == 3
     with Meter(url) as meter:
-        meter.reserve(bound_of("b", BEGUN.replace(hour=14)))
+        meter.reserve(bound_of("b", at=BEGUN.replace(hour=14)))
         meter.emit(usage_record("b", output=8, started_at=BEGUN.replace(hour=14)))
     assert [one.record.tokens.output for one in stored(url)] == [64, 65, 7, 8]
 
@@ -229,16 +217,16 @@ meter.emit(usage_record("a", output=100))
 
 
 def test_what_a_killed_process_held_is_free_at_once(url: str) -> None:
-    """What it used counts, as it is marked; the rest of its hold does not wait until it expires."""
+    """Its use counts as it is marked; the rest of its hold does not wait until it expires."""
     budgets, used = Budgets(url), mark_of("a", 64).flops.total
     budgets.set(Budget("acme", Decimal(1)))
     with Meter(url) as meter:
-        meter.reserve(bound_of("other", BEGUN))
+        meter.reserve(bound_of("other", 1_000_000))
     run_and_kill(
         url,
         f"""
 from polar_sdk.usage import UsageBound
-meter.reserve(UsageBound.model_validate_json({bound_of("a", BEGUN).model_dump_json()!r}))
+meter.reserve(UsageBound.model_validate_json({bound_of("a").model_dump_json()!r}))
 meter.mark(mark_of("a", 64))
 """,
     )
@@ -249,13 +237,6 @@ meter.mark(mark_of("a", 64))
     assert (standing.spent, standing.held) == (used, 1_000_000)
     assert budgets.recheck("acme") == []
     budgets.ledger.close()
-
-
-def bound_of(request_id: str, at: datetime) -> UsageBound:
-    offers = (Offer(tier="standard", program="0 1 2 3 4 5", flops_bound=1_000_000),)
-    return UsageBound(
-        request_id=request_id, tenant="acme", tokens_input=10, tokens_output_max=200, offers=offers, at=at
-    )
 
 
 # --- While the process lives. ---
@@ -358,7 +339,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_mark_is_one_append(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it costs, in calls of the system: one write of a line, no flush, no seek, no other file."""
+    """A mark costs one write of a line: no flush, no seek, no other file."""
     calls: list[tuple[str, int]] = []
     for name in ("write", "fsync", "open", "ftruncate", "lseek"):
         real = getattr(os, name)

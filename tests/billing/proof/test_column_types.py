@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import inspect, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from polar_billing.budgets.budget import Budget
@@ -24,10 +24,10 @@ from polar_billing.proof.verify import verify_in, verify_ledger
 from polar_billing.statements.issue import credit_note, issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
+from tests.billing.storing import unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator
 
     from sqlalchemy import Connection
 
@@ -57,16 +57,9 @@ def changed(ledger: Ledger, statement: str) -> Iterator[Connection]:
     """A transaction in which somebody who knows SQL has changed something; taken back at the end."""
     with ledger.transaction() as connection:
         taken_back = connection.begin_nested()
-        if connection.dialect.name == "sqlite":
-            connection.exec_driver_sql("PRAGMA defer_foreign_keys = ON")
-            triggers = "SELECT name FROM sqlite_master WHERE type = 'trigger'"
-            for (name,) in connection.execute(text(triggers)).all():
-                connection.exec_driver_sql(f"DROP TRIGGER {name}")
-        else:
-            for name in inspect(connection).get_table_names():
-                connection.exec_driver_sql(f"ALTER TABLE {name} DISABLE TRIGGER USER")
-        assert connection.exec_driver_sql(statement).rowcount
-        yield connection
+        with unguarded(connection):
+            assert connection.exec_driver_sql(statement).rowcount
+            yield connection
         taken_back.rollback()
 
 
@@ -180,9 +173,7 @@ def disguised(store: Ledger) -> Ledger:
 
 
 @pytest.mark.parametrize("change", DISGUISES.values(), ids=DISGUISES)
-def test_a_value_in_disguise_is_found_by_its_type_and_by_its_hash(
-    disguised: Ledger, change: str, unguarded: Callable[[Connection], AbstractContextManager[None]]
-) -> None:
+def test_a_value_in_disguise_is_found_by_its_type_and_by_its_hash(disguised: Ledger, change: str) -> None:
     with disguised.transaction() as connection:
         taken_back = connection.begin_nested()
         if connection.dialect.name == "postgresql":  # which makes text of bytes, or refuses

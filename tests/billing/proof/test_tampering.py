@@ -25,10 +25,10 @@ from sqlalchemy.exc import DBAPIError
 from polar_billing.ledger.schema import CHAINED, metadata
 from polar_billing.ledger.schema.proved import PROVED, ROWS_OUTSIDE, Proof, columns_of
 from polar_billing.proof.verify import verify_in
+from tests.billing.storing import unguarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from sqlalchemy import Connection, TableClause
 
@@ -54,12 +54,12 @@ def part_of(name: str) -> tuple[Chained, str]:
 
 
 class Changed(NamedTuple):
-    """What became of a cell that was set."""
+    """The fate of a cell that was set."""
 
     declared: bool
     """Whether it is of the declared type."""
     stored: Any
-    """What the database holds now, which may be a number near the one that was given; on SQLite of integers only."""
+    """The value in the database, which may be a number near the one that was given; on SQLite of integers only."""
     findings: list[Finding]
 
 
@@ -140,7 +140,7 @@ class Stranger:
             return verify_in(self.connection).findings
 
     def acceptable(self, name: str, row: Row) -> set[Place]:
-        """What may be named for a row of a chained table that was touched: its link, or what first misses it."""
+        """The links that may be named for a row of a chained table: its own, or what first misses it."""
         if name in {LINK, HEAD}:
             place = row["tenant"], row["number"]
         else:
@@ -155,14 +155,12 @@ class Stranger:
 
 
 def places(findings: Sequence[Finding]) -> set[Place]:
-    """What was named, tenant and number, 0 for none."""
+    """The tenants and numbers that were named, 0 for none."""
     return {(finding.tenant, finding.number or 0) for finding in findings}
 
 
 @pytest.fixture(scope="module")
-def stranger(
-    full_ledger: Ledger, unguarded: Callable[[Connection], AbstractContextManager[None]]
-) -> Iterator[Stranger]:
+def stranger(full_ledger: Ledger) -> Iterator[Stranger]:
     """That ledger in the hands of a stranger."""
     with full_ledger.transaction() as connection:
         assert verify_in(connection).findings == []
@@ -211,7 +209,7 @@ class Change(NamedTuple):
     """Empty for whole rows."""
     row: Row
     value: Any = None
-    """What the cell is set to."""
+    """The value to set the cell to."""
     gone: tuple[Row, ...] = ()
     come: tuple[Row, ...] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import tracemalloc
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -12,25 +13,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import text
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.enforcement import Budgets
+from polar_billing.budgets.settlement import settle
 from polar_billing.errors import QueryError
 from polar_billing.ledger.chain import Head, digest_of, hash_of, raw_rows
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.ledger.records import Entry
 from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import CHAINED
 from polar_billing.metering.meter import Meter
+from polar_billing.prices.rating import rate
 from polar_billing.proof.receipts import ReceiptCheck, check_receipt, make_receipt
 from polar_billing.proof.verify import Verification, check_head, verify_ledger
 from polar_billing.statements.issue import credit_note, issue_statement
 from polar_billing.testing import usage_record
+from polar_billing.values.canonical import canonical_json
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from polar_billing.prices.book import PriceBook
 
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
 REQUESTS = 12
@@ -282,3 +289,29 @@ def test_a_receipt_finds_a_changed_request_and_a_changed_successor(copy: Path, r
         connection.execute("UPDATE polar_usage SET device = 'none' WHERE request_id = 'r5'")
         connection.execute("UPDATE polar_chain_link SET key = '77' WHERE tenant = 'globex' AND number = 5")
     assert "number 5 of the chain" in str(told(copy, receipt))
+
+
+OCTOBER = datetime(2026, 10, 1, 12, tzinfo=UTC)
+MANY = {"largest": 2_000, **{f"tenant {n}": 500 for n in range(6)}}
+
+
+def test_the_memory_of_verify_is_bounded_by_the_largest_tenant(store: Ledger, book: PriceBook) -> None:
+    for tenant, count in MANY.items():
+        records = (
+            usage_record(f"r{n}", tenant=tenant, started_at=OCTOBER + timedelta(minutes=n)) for n in range(count)
+        )
+        store.append_many([Entry(record, "polar", book, rate(record, book).cost, None) for record in records], settle)
+        issue_statement(store, tenant, Period.month("2026-10"), now=OCTOBER + timedelta(days=60))
+    with store.snapshot() as connection:
+        rows = connection.execute(text("SELECT * FROM polar_usage WHERE tenant = 'largest'")).all()
+        stored = sum(len(canonical_json(tuple(row))) for row in rows)
+    del rows
+    assert verify_ledger(store).sound  # what is built once for all ledgers does not count
+    tracemalloc.start()
+    try:
+        verified = verify_ledger(store)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert verified.links > sum(MANY.values())
+    assert peak < 2.5 * stored, f"{peak:,} bytes, and the largest tenant has {stored:,}"

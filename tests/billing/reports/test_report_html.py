@@ -5,9 +5,11 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from io import StringIO
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console, Group
 
 from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
@@ -17,6 +19,7 @@ from polar_billing.reports.report import Questions, Report, build_report
 from polar_billing.reports.text import Amounts
 from polar_billing.testing import usage_record
 from polar_billing.values.money import plain
+from polar_sdk.show.tables import add_numbers, add_row, new_table, show
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
@@ -217,3 +220,33 @@ except MissingExtraError as error:
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     hint = "Install the extra report of polar-llm, in a clone: `pip install '.[report]'`."
     assert printed == f"the HTML report needs 'jinja2'. {hint} 2\n"
+
+
+NAME = "a-company-with-a-long-name"
+FIGURES = ("123,456", "0.000123456789")
+
+
+def printed(width: int) -> list[str]:
+    table = new_table("Usage", ["tenant", "tier"])
+    add_numbers(table, "requests", "cost\nUSD")
+    table.add_column("not completed", overflow="fold", min_width=13)
+    add_numbers(table, "saved")
+    add_row(table, NAME, "standard", *FIGURES, "10 cancelled, 16 error", "+46.1 %")
+    file = StringIO()
+    show(Group(Group(table)), Console(file=file, width=width))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [20, 60, 74, 80, 120, 200])
+def test_no_width_loses_a_digit_or_a_heading(width: int) -> None:
+    text = "\n".join(printed(width))
+    for expected in (*FIGURES, "+46.1 %", "tenant", "requests", "not completed"):
+        assert expected in text
+    letters = "".join(line[: line.find("standard")] if "standard" in line else line[:26] for line in printed(width)[4:])
+    assert NAME in letters.replace(" ", "")
+
+
+def test_texts_fold_to_the_width_and_no_further() -> None:
+    assert max(map(len, printed(74))) <= 74
+    assert any(NAME in line for line in printed(120))
+    assert len(printed(120)) == 5  # title, two lines of headings, a rule, one row

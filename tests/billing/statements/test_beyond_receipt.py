@@ -1,4 +1,4 @@
-"""What a receipt cannot hold is unrated on every side, and drafts are charged where a book says so."""
+"""Use beyond a receipt is unrated on every side, and drafts are charged where a book says so."""
 
 from __future__ import annotations
 

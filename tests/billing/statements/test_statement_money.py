@@ -60,7 +60,6 @@ def batches_of(tenant: str, count: int) -> Iterator[list[UsageRecord]]:
         yield [first.model_copy(update=change) for change in changes]
 
 
-@pytest.mark.parametrize("store", ["sqlite-file", "postgresql"], indirect=True)
 @pytest.mark.parametrize("part", [1_000, pytest.param(300_000, marks=[pytest.mark.long, pytest.mark.timeout(3_600)])])
 def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger, part: int) -> None:
     for currency in CURRENCIES:  # one tenant for each

@@ -1,4 +1,4 @@
-"""What is hashed can be written by anybody: the standard library makes the same bytes."""
+"""Anybody can write the bytes that are hashed: the standard library makes the same."""
 
 from __future__ import annotations
 
