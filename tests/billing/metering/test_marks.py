@@ -226,7 +226,7 @@ def test_what_a_killed_process_held_is_free_at_once(url: str) -> None:
         url,
         f"""
 from polar_sdk.usage import UsageBound
-meter.reserve(UsageBound.model_validate_json({bound_of("a").model_dump_json()!r}))
+meter.reserve(UsageBound.model_validate_json({bound_of("a", 1_000_000).model_dump_json()!r}))
 meter.mark(mark_of("a", 64))
 """,
     )
