@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event
 
 from polar_billing.budgets import counters
 from polar_billing.budgets.budget import Budget, Level
@@ -23,7 +23,7 @@ from polar_billing.proof.verify import verify_ledger
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage
-from tests.billing.storing import CU, DOLLARS, NOON, bound_of, use
+from tests.billing.storing import CU, DOLLARS, NOON, bound_of, unguarded, use
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
@@ -50,13 +50,7 @@ def spent(store: Ledger) -> Budgets:
 
 def change_past(ledger: Ledger, *statements: str) -> None:
     """Change holds and counters as somebody who knows SQL does."""
-    with ledger.transaction() as connection:
-        if connection.dialect.name == "sqlite":
-            triggers = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'polar_hold'"
-            for (name,) in connection.execute(text(triggers)).all():
-                connection.exec_driver_sql(f"DROP TRIGGER {name}")
-        else:
-            connection.exec_driver_sql("ALTER TABLE polar_hold DISABLE TRIGGER USER")
+    with ledger.transaction() as connection, unguarded(connection):
         for statement in statements:
             assert connection.exec_driver_sql(statement).rowcount
 

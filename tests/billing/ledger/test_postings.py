@@ -25,13 +25,11 @@ CHARGE = [Line(Account.RECEIVABLE, Decimal("12.5"), "USD"), Line(Account.REVENUE
 
 
 def book(store: Ledger, reference: str, lines: Sequence[Line], **more: Any) -> int:
-    assert isinstance(store, Ledger)
     with store.transaction() as connection:
         return post(connection, more.pop("tenant", "acme"), "statement", reference, lines, more.pop("at", AT), **more)
 
 
 def standing(store: Ledger, tenant: str = "acme", **more: Any) -> dict[tuple[Account, str], Decimal]:
-    assert isinstance(store, Ledger)
     with store.snapshot() as connection:
         assert verify_in(connection).findings == []
         return balances(connection, tenant, **more)
