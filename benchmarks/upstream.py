@@ -34,9 +34,9 @@ from benchmarks.chaos import free_port
 from benchmarks.results import Recorder, arguments
 from benchmarks.servers import Running, served
 from polar_sdk import ListSink, PolarModel, Program
-from polar_sdk.lab.evaluation.text_answers import shared_start
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.programs.policy import Policy
+from polar_sdk.serving.prefixes import common_start
 from polar_server.upstream.remote import MEASURED_TAG
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class _Tier:
         ours = [one.text for one in self.model.generate_batch(prompts, program=self.program, max_tokens=TOKENS)]
         pairs = [(self.model.encode(one), self.model.encode(other)) for one, other in zip(ours, theirs, strict=True)]
         return {
-            "tokens_equal": sum(shared_start(*pair) for pair in pairs) / sum(len(one) for one, _ in pairs),
+            "tokens_equal": sum(common_start(*pair) for pair in pairs) / sum(len(one) for one, _ in pairs),
             "answers_equal": fmean(one == other for one, other in pairs),
             "flops_equal": fmean(self.is_right(record) for record in records),
             "cut_exact": fmean(cut),

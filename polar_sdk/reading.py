@@ -6,7 +6,7 @@ what they made after it, so that whoever walks it may recurse. What is beyond a 
 `Unreadable`, whose text says what was found and what the limit is, without a full stop; a reader turns it into its own
 error, which names the file and the fix.
 
-Knows no file of the project, and only the standard library.
+Knows no file of the project, and at run time only the standard library.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import re
 import tomllib
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pydantic import BaseModel
+
+M = TypeVar("M", bound="BaseModel")
 MAX_BYTES: Final = 16 * 2**20
 """Size of a JSON file, unless its reader sets another."""
 MAX_TOML_BYTES: Final = 2 * 2**20
@@ -131,6 +134,31 @@ def parse_object(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> dict[st
     if not isinstance(value, dict):
         raise Unreadable("not a JSON object")
     return value
+
+
+def read_document(path: str | Path, model: type[M], damaged: Callable[[str], Exception]) -> M:
+    """A JSON file as a pydantic model.
+
+    Args:
+        path: The file.
+        model: Checks what it holds.
+        damaged: Makes the reader's own error of what is wrong with the file.
+    """
+    try:
+        return model.model_validate(parse_json(read_bytes(path)))
+    except OSError as error:
+        raise damaged(f"cannot be read ({error.strerror})") from error
+    except Unreadable as error:
+        raise damaged(f"is {error.fault}") from error
+    except ValueError as error:
+        raise damaged(f"is not valid: {first_flaw(error)}") from error
+
+
+def first_flaw(error: Any) -> str:
+    """The first flaw of a pydantic `ValidationError`: where it is, and what is wrong."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "file"
+    return f"{where}: {first['msg'].rstrip('.')}"
 
 
 def not_finite(value: object) -> float | None:

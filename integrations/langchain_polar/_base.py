@@ -22,7 +22,7 @@ from langchain_polar.errors import MAY_PASS, langchain_errors
 from polar_sdk.frameworks.cost import cost_facts
 from polar_sdk.frameworks.settings import ModelSettings
 from polar_sdk.frameworks.telemetry import CallSpan
-from polar_sdk.request.names import check_name, check_tags
+from polar_sdk.request.options import check_name, check_tags
 from polar_sdk.sinks import find_sink
 from polar_sdk.usage import Outcome, UsageRecord, flaw_of_name, flaw_of_text, new_request_id
 

@@ -15,9 +15,7 @@ from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from polar_sdk.lab import Item
     from polar_sdk.lab.evaluation.calibrate import Resplits
-    from polar_sdk.model import PolarModel
     from polar_sdk.router.certificate import TierPromise
     from polar_sdk.router.learned import LearnedRouter
 
@@ -48,6 +46,7 @@ def calibrate(
     load: opt.Load,
 ) -> None:
     """Certify the tiers of a router."""
+    from polar_sdk.lab.evaluation.judge import Judge
     from polar_sdk.router.store import saved_router_path
 
     tiers = dict(map(_tier, tier)) if tier else None
@@ -56,19 +55,13 @@ def calibrate(
     folder = router or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
         certified = lab.calibrate(engine, items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
-        broken = _resplits(engine, certified, items, delta, resplits, show) if resplits else []
+        broken = []
+        if resplits and certified.certificate is not None:
+            promised = {name: promise.asked for name, promise in certified.certificate.tiers.items()}
+            judge = Judge(engine, certified, on_progress=show)
+            given = lab.builtin_items() if items is None else items
+            broken = judge.resplit(given, tiers=promised, delta=delta, times=resplits)
     _report(certified, out or folder, broken, as_json=as_json)
-
-
-def _resplits(
-    engine: PolarModel, router: LearnedRouter, items: list[Item] | None, delta: float, times: int, show: ProgressBars
-) -> list[Resplits]:
-    from polar_sdk.lab.evaluation.judge import Judge
-
-    assert router.certificate is not None
-    tiers = {name: promise.asked for name, promise in router.certificate.tiers.items()}
-    judge = Judge(engine, router, on_progress=show)
-    return judge.resplit(lab.builtin_items() if items is None else items, tiers=tiers, delta=delta, times=times)
 
 
 def _tier(text: str) -> tuple[str, TierPromise]:

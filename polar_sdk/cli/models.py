@@ -1,4 +1,4 @@
-"""`polar models`: list the models on this host, fetch one before it is needed, remove one.
+"""`polar models` lists the models on this host, fetches one before it is needed, removes one; `polar export` makes one.
 
 Prints what `polar_sdk.models` knows.
 """
@@ -6,6 +6,7 @@ Prints what `polar_sdk.models` knows.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from polar_sdk.models.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, 
 from polar_sdk.models.find import obtain
 from polar_sdk.models.paths import models_folder
 from polar_sdk.models.store import Manifest, list_stored, remove_stored
+from polar_sdk.programs.program import Program
 from polar_sdk.show.lines import print_line
 
 app = typer.Typer(name="models", invoke_without_command=True, no_args_is_help=False)
@@ -82,6 +84,26 @@ def remove(
     typer.echo(
         json.dumps({"name": name, "freed_bytes": freed}) if as_json else f"removed {name}: {_megabytes(freed)} freed"
     )
+
+
+def export(
+    program: Annotated[str, typer.Option("--program", "-p", help="Layers to keep, each once, e.g. '0-20 25-29'.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; its parents are created.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is stored there already.")] = False,
+    as_json: opt.AsJson = False,
+    model: opt.Model = None,
+    policy: opt.PolicyFile = None,
+) -> None:
+    """Write the layers that a program visits as a model of its own, which transformers and other servers run."""
+    chosen = Program.parse(program)  # before seconds are spent on loading
+    engine = opt.load_model(model, device="cpu", precision="auto", policy=policy, no_ledger=True)
+    folder = engine.export(chosen, out, force=force)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if as_json:
+        facts = {"folder": str(folder), "program": chosen.text, "layers": len(chosen), "bytes": size}
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        print_line(f"{chosen.text} of {engine.name} is now a model of {size / 1e6:,.1f} MB in {folder}")
 
 
 def _rows() -> list[dict[str, Any]]:

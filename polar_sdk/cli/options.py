@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, Unpack, cast
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.request.options import ModelOptions, RequestOptions
 
+N = TypeVar("N", int, float)
 _SELDOM = 100_000
 """Number of new objects after which to look for garbage while a model is loaded; the interpreter looks after 700."""
 
@@ -253,6 +254,15 @@ def compute_of(text: str | None) -> str | float | None:
         return float(text)
     except ValueError:
         return text
+
+
+def numbers(option: str, text: str, kind: type[N], example: str) -> tuple[N, ...]:
+    """The numbers of a comma-separated text."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InvalidRequestError(f"{option} {text!r} is not a list of {what}, e.g. {example}.") from None
 
 
 def name_and_value(option: str, text: str, example: str) -> tuple[str, str]:

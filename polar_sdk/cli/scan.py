@@ -44,7 +44,9 @@ def scan(
     load: opt.Load,
 ) -> None:
     """Compare blocks of skipped layers and loops with full depth, and pick programs for two tiers."""
-    sizes = _lengths(lengths)
+    sizes = opt.numbers("--lengths", lengths, int, "1,2,3")
+    if min(sizes) < 1:
+        raise InvalidRequestError(f"--lengths {lengths!r} is out of range; use numbers from 1.")
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
         raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; create it first.")
     items = opt.items_of(data, limit or (_BUILTIN if data is None else None))
@@ -60,16 +62,6 @@ def scan(
         typer.echo(json.dumps({**report.model_dump(mode="json"), **facts}, indent=2))
     else:
         _show(report, picks, saved)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise InvalidRequestError(f"--lengths {text!r} is not a list of whole numbers from 1, e.g. 1,2,3.")
-    return sizes
 
 
 def _save(report: ScanReport, picks: dict[str, ProgramScore]) -> str:

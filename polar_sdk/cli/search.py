@@ -11,7 +11,6 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
-from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def search(
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 
     options: dict[str, Any] = {
-        "budgets": _numbers(budgets),
+        "budgets": opt.numbers("--budgets", budgets, float, "0.9,0.8,0.7"),
         "menu": menu,
         "prompts": prompts,
         "train": train,
@@ -76,13 +75,6 @@ def search(
         )
     else:
         _show(result.menu, out, rewards)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InvalidRequestError(f"--budgets {text!r} is not a list of numbers, e.g. 0.9,0.8,0.7.") from None
 
 
 def _show(menu: Menu, out: Path, rewards: Path) -> None:

@@ -10,7 +10,6 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
-from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
@@ -55,9 +54,10 @@ def train(
     """Train a router; after Ctrl-C the same command resumes from its checkpoints."""
     from polar_sdk.router.store import saved_router_path
 
-    settings: lab.MenuSettings | lab.LayerwiseSettings = lab.MenuSettings(loss=loss, seeds=_seeds(seeds))
+    tried = opt.numbers("--seeds", seeds, int, "0,1,2")
+    settings: lab.MenuSettings | lab.LayerwiseSettings = lab.MenuSettings(loss=loss, seeds=tried)
     if kind == "policy":
-        settings = lab.LayerwiseSettings(price=price, epochs=epochs, seeds=_seeds(seeds))
+        settings = lab.LayerwiseSettings(price=price, epochs=epochs, seeds=tried)
     matrix = lab.RewardMatrix.load(rewards)  # before seconds are spent on loading the model
     items = None if data is None else lab.read_items(data)
     engine = load()
@@ -75,13 +75,6 @@ def train(
             on_progress=show,
         )
     _report(router, target, as_json=as_json)
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InvalidRequestError(f"--seeds {text!r} is not a list of whole numbers, e.g. 0,1,2.") from None
 
 
 def _report(router: LearnedRouter, target: Path, *, as_json: bool) -> None:

@@ -28,6 +28,7 @@ from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.models.draft_heads import DraftHeadFacts, DraftHeadFile, saved_head_path
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import first_flaw
 from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.show.progress import Progress, silent
 
@@ -110,8 +111,7 @@ def train_draft_head(
     try:
         chosen = DraftOptions.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DraftHeadError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise DraftHeadError(f"option {first_flaw(error)}.") from error
     target = Path(out or saved_head_path(model.fingerprint))
     _check_writable(target)  # before minutes are spent on answers
     head = _Maker(model, chosen, cache or RewardCache(), checkpoints, on_progress).make(items)
@@ -145,7 +145,14 @@ class _Maker:
         held_out = answers[_HELD_OUT - 1 :: _HELD_OUT]
         others = [answer for place, answer in enumerate(answers, start=1) if place % _HELD_OUT]
         data = data_hash(questions)
-        tensors = self._train(others, run_key(self.model.fingerprint, data, self.options.model_dump_json()))
+        checkpoint = Checkpoint(self.checkpoints, run_key(self.model.fingerprint, data, self.options.model_dump_json()))
+        places = self._places(others, "states")
+        training = _Training(
+            self.model.loaded.decoder, self.options, _frequent(others, self.options.vocabulary), places, checkpoint
+        )
+        training.descent.run(training.gradients, lambda done, total: self.on_progress("training", done, total))
+        checkpoint.clear([_STEP])
+        tensors = training.tensors
         right, guessed = self._judge(tensors, held_out)
         facts = DraftHeadFacts(
             model=self.model.name,
@@ -157,16 +164,11 @@ class _Maker:
             right=right,
             guessed=guessed,
         )
-        return DraftHeadFile({name: value.to(_stored(value)) for name, value in tensors.items()}, facts)
-
-    def _train(self, answers: Sequence[Question], key: str) -> dict[str, Tensor]:
-        tokens = _frequent(answers, self.options.vocabulary)
-        places = self._places(answers, "states")
-        checkpoint = Checkpoint(self.checkpoints, key)
-        training = _Training(self.model.loaded.decoder, self.options, tokens, places, checkpoint)
-        training.descent.run(training.gradients, lambda done, total: self.on_progress("training", done, total))
-        checkpoint.clear([_STEP])
-        return training.tensors
+        # Numbers are stored in half of float32's precision, which is that of what reads them.
+        kept = {
+            name: each.to(torch.bfloat16 if each.is_floating_point() else torch.int32) for name, each in tensors.items()
+        }
+        return DraftHeadFile(kept, facts)
 
     def _judge(self, tensors: dict[str, Tensor], answers: Sequence[Question]) -> tuple[float | None, float | None]:
         """Share of first guesses that are right, and mean number of guesses before the first mistake."""
@@ -360,11 +362,6 @@ def _frequent(answers: Iterable[Question], count: int) -> Tensor:
     """The tokens most frequent in answers, at most so many, in rising order."""
     said = Counter(token for answer in answers for token in answer.continuations[0])
     return torch.tensor(sorted(token for token, _ in said.most_common(count)))
-
-
-def _stored(value: Tensor) -> torch.dtype:
-    """How a tensor is stored: numbers in half of float32's precision, which is that of what reads them."""
-    return torch.bfloat16 if value.is_floating_point() else torch.int32
 
 
 def _check_writable(path: Path) -> None:

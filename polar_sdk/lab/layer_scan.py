@@ -8,7 +8,6 @@ and `policy_of` turns picked programs into a policy whose tiers say what was mea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +18,6 @@ from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer, preferred_choice
 from polar_sdk.lab.rewards.tasks import make_tasks
-from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.policy import Policy, Tier
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
@@ -128,8 +126,7 @@ class Scanner:
         if not self._tasks:
             raise DataError("the calibration set has no prompt that fits the model; give at least one.")
         self._identity = Program.identity(self.model.depth)
-        protected = {layer % self.model.depth for layer in self.model.policy.protected}
-        self._free = [layer for layer in range(self.model.depth) if layer not in protected]
+        self._free = self.model.policy.free(self.model.depth)
 
     def scan(self, lengths: Sequence[int] = (1, 2, 3), *, loops: bool = True, removals: int = 8) -> ScanReport:
         """Measure blocks of skipped layers, loops, and a greedy path of removals."""
@@ -175,7 +172,6 @@ class Scanner:
             yield best
 
     def _score(self, program: Program, ours: Sequence[Score], full: Sequence[Score]) -> ProgramScore:
-        cost = partial(self.model.cost, prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT)
         kept, chosen, right, lost = list[bool](), list[bool](), list[bool](), 0.0
         for task, own, reference in zip(self._tasks, ours, full, strict=True):
             if isinstance(task.item, ChoiceItem):
@@ -188,7 +184,7 @@ class Scanner:
                 lost += reference.loglikelihoods[0] - own.loglikelihoods[0]
         return ProgramScore(
             program=program,
-            flops_ratio=cost(program).total / cost().total,
+            flops_ratio=self.model.decoder.cost.ratio(program),
             agreement=fmean(kept) if kept else None,
             excess_nats=lost / len(kept) if kept else None,
             same_choice=fmean(chosen) if chosen else None,

@@ -13,12 +13,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from polar_sdk.errors import MissingMapError
+from polar_sdk.programs.program import Program
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from polar_sdk.programs.program import Program, Step
+    from polar_sdk.programs.program import Step
 
 
 CHUNK = 512
@@ -218,6 +219,13 @@ class CostModel:
         pairs = steps * prompt + steps * (steps + 1) // 2
         costs = [self.step(step) for step in program]
         return sum(cost.linear * steps + cost.attention * pairs for cost in costs)
+
+    def ratio(self, program: Program) -> float:
+        """FLOPs over identity's, at 128 prompt and 64 output tokens: how programs are compared without a request."""
+        ours, full = (
+            self.request(each, NOMINAL_PROMPT, NOMINAL_OUTPUT).total for each in (program, Program.identity(self.depth))
+        )
+        return ours / full
 
     def request(
         self,

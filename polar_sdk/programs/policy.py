@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from polar_sdk.errors import (
     CostCeilingError,
@@ -22,9 +22,8 @@ from polar_sdk.errors import (
     VisitLimitError,
     nearest,
 )
-from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.program import Program
-from polar_sdk.reading import Unreadable, parse_json, read_bytes
+from polar_sdk.reading import parse_json, read_document
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,17 +119,8 @@ class Policy(_Frozen):
         Raises:
             PolicyError: The file is missing, is not valid JSON, or contains a wrong value.
         """
-        try:
-            return cls._from_json(read_bytes(path), str(path))
-        except OSError as error:
-            raise PolicyError(
-                f"policy file {str(path)!r} cannot be read ({error.strerror}).",
-                hint="Create one with `polar lab scan --save`.",
-            ) from error
-        except Unreadable as error:
-            raise PolicyError(
-                f"policy file {str(path)!r} is {error.fault}.", hint="Create one with `polar lab scan --save`."
-            ) from error
+        hint = "Create one with `polar lab scan --save`."
+        return read_document(path, cls, lambda reason: PolicyError(f"policy file {str(path)!r} {reason}.", hint=hint))
 
     @classmethod
     def shipped(cls, fingerprint: str) -> Self | None:
@@ -138,23 +128,10 @@ class Policy(_Frozen):
         folder = resources.files("polar_sdk") / "shipped" / "policies"
         for file in folder.iterdir():
             if file.name.endswith(".json"):
-                policy = cls._from_json(file.read_bytes(), file.name)
+                policy = cls.model_validate(parse_json(file.read_bytes()))
                 if policy.fingerprint == fingerprint:
                     return policy
         return None
-
-    @classmethod
-    def _from_json(cls, content: bytes, name: str) -> Self:
-        try:
-            return cls.model_validate(parse_json(content))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "file"
-            raise PolicyError(f"policy {name!r}: {where}: {first['msg'].rstrip('.')}.") from error
-        except Unreadable as error:
-            raise PolicyError(
-                f"policy {name!r} is {error.fault}.", hint="Create one with `polar lab scan --save`."
-            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write the policy file; its folder is created if needed."""
@@ -217,6 +194,11 @@ class Policy(_Frozen):
         suggestion = f" Did you mean {near!r}?" if near else ""
         return f"tier {name!r} is unknown; use one of {', '.join(known)}.{suggestion}"
 
+    def free(self, depth: int) -> list[int]:
+        """The layers of a model that programs may leave out."""
+        protected = {layer % depth for layer in self.protected}
+        return [layer for layer in range(depth) if layer not in protected]
+
     def check(self, program: Program, cost: CostModel) -> None:
         """Raise the ProgramError that says why a program may not run.
 
@@ -227,7 +209,7 @@ class Policy(_Frozen):
             CostCeilingError: The program is too expensive at 128 prompt and 64 output tokens.
         """
         program.check_depth(cost.depth)
-        skipped = set(program.skips(cost.depth)) & {layer % cost.depth for layer in self.protected}
+        skipped = set(program.skips(cost.depth)) - set(self.free(cost.depth))
         if skipped:
             raise ProtectedLayerError(
                 f"program {program.text!r} skips layer {min(skipped)}, which the policy protects "
@@ -240,9 +222,7 @@ class Policy(_Frozen):
                 f"at most {self.max_visits} are allowed.",
                 hint="Loop less, or raise `max_visits` in the policy.",
             )
-        identity = cost.request(Program.identity(cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
-        ratio = cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
-        if ratio > self.cost_ceiling:
+        if (ratio := cost.ratio(program)) > self.cost_ceiling:
             raise CostCeilingError(
                 f"program {program.text!r} costs {ratio:.4g} × identity; at most {self.cost_ceiling:g} × is allowed.",
                 hint="Skip more, or raise `cost_ceiling` in the policy.",

@@ -144,17 +144,12 @@ def stream(
                 last = piece
             else:
                 yield Chunk(piece.text, None, piece.logprobs)
-                _check_process(process)
+                if process != os.getpid():  # a generator runs on in a forked child, whose jobs nobody computes
+                    raise InvalidRequestError(
+                        f"a stream of process {process} cannot be read in process {os.getpid()}, forked from it.",
+                        hint="Start the stream in the process that reads it.",
+                    )
         yield Chunk(last.text, _generation(job, recorder), last.logprobs)
-
-
-def _check_process(process: int) -> None:
-    """A generator runs on in a forked child, whose jobs nobody computes."""
-    if process != os.getpid():
-        raise InvalidRequestError(
-            f"a stream of process {process} cannot be read in process {os.getpid()}, forked from it.",
-            hint="Start the stream in the process that reads it.",
-        )
 
 
 def _generation(job: Job, recorder: Recorder) -> Generation:

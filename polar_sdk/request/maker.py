@@ -23,14 +23,15 @@ from polar_sdk.errors import (
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import shown
 from polar_sdk.request.constraint import grammar_text
-from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.request.options import (
     RequestOptions,
     check_cancel,
     check_hook,
     check_logprobs,
+    check_name,
     check_speculate,
     check_stops,
+    check_tags,
     check_timeout,
     or_default,
     override,
@@ -164,23 +165,21 @@ class RequestMaker:
             return None, fixed_router(Program.of(program), self.cost.depth)
         if isinstance(tier, (int, float)):
             try:
-                return self._at_tolerance(float(tier))
+                tolerance = float(tier)
             except OverflowError:
                 raise ToleranceError(f"compute={shown(tier)} is too large; use a share below 1.") from None
+            if not isinstance(self.router, LearnedRouter):
+                raise ToleranceError(
+                    f"compute={tolerance:g} is a tolerance, but no certified router is loaded that could promise it; "
+                    "use a tier, or load a router with router=."
+                )
+            return self.router.serving(tolerance)
         if isinstance(self.router, LearnedRouter):
             return self.router.serving(tier)
         if tier is None and self.router is not None:
             return None, self.router
         name, chosen = self.policy.program_for(tier, self.cost.depth)
         return name, fixed_router(chosen, self.cost.depth)
-
-    def _at_tolerance(self, tolerance: float) -> tuple[str | None, Router]:
-        if not isinstance(self.router, LearnedRouter):
-            raise ToleranceError(
-                f"compute={tolerance:g} is a tolerance, but no certified router is loaded that could promise it; use a "
-                "tier, or load a router with router=."
-            )
-        return self.router.serving(tolerance)
 
     def _grammar(self, options: RequestOptions, max_tokens: int) -> Grammar | None:
         text = grammar_text(options)

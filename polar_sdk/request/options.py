@@ -1,4 +1,4 @@
-"""Options of a model object and of each request, and the check of each option. Knows no model."""
+"""Options of a model object and of each request, and the check of each option. Knows no model, and imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from itertools import islice
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from polar_sdk.engine.sampling import MAX_ALTERNATIVES
-from polar_sdk.errors import InvalidRequestError, SamplingError, did_you_mean
+from polar_sdk.errors import InvalidRequestError, SamplingError, TagError, did_you_mean
 from polar_sdk.models.load import LoadOptions
 from polar_sdk.reading import shown
-from polar_sdk.request.names import check_tags
+from polar_sdk.usage import flaw_of_name, flaw_of_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +35,8 @@ MAX_STOPS = 256
 """The engine's thread looks for each of them after every token."""
 MAX_STOP_LENGTH = 1_000
 """Unit: characters."""
+_MAX_NAME = 200
+"""As many as a usage record stores. Unit: characters."""
 _SPECULATE = ("auto", "off", "prompt")
 _BATCH_OPTIONS = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
@@ -168,6 +169,36 @@ def override(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
     return merged
 
 
+def check_name(what: str, value: str) -> str:
+    """A tenant, a request id or the name of a tag: short text, not blank, without white space around it.
+
+    It is taken as it is or refused, never changed: two names that differ are never charged as one.
+    """
+    _check_text(what, value)
+    if not value.strip() or len(value) > _MAX_NAME:
+        raise TagError(f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {_MAX_NAME}, not only blanks.")
+    if (flaw := flaw_of_name(value)) is not None:
+        raise TagError(f"{what} {value[:40]!r} {flaw}; remove it.")
+    return value
+
+
+def check_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
+    """Tags whose names and values a usage record can hold."""
+    if not isinstance(tags, Mapping):
+        raise TagError(f"tags is {tags!r}; pass a mapping of text to text.")
+    for key, value in tags.items():
+        check_name("tag", key)
+        _check_text(f"the value of tag {key!r}", value)
+        if (flaw := flaw_of_text(value)) is not None:
+            raise TagError(f"the value of tag {key!r}, {value[:40]!r}, {flaw}; remove it.")
+    return tags
+
+
+def _check_text(what: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TagError(f"{what} is {value!r}, which is not text; use str().")
+
+
 def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """The texts that end an answer, none of them empty."""
     try:
@@ -204,6 +235,8 @@ def check_hook(hook: LogitsHook | None) -> LogitsHook | None:
 
 def check_logprobs(logprobs: Any, name: str = "logprobs") -> int | None:
     """How many alternatives to report per token, or None."""
+    from polar_sdk.engine.sampling import MAX_ALTERNATIVES  # with torch, which whoever checks names does not need
+
     if logprobs is None:
         return None
     try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from polar_sdk.engine.hashes import hash_programs, hash_tensors
 from polar_sdk.errors import RouterDamagedError, RouterError
 from polar_sdk.programs.program import Program
-from polar_sdk.reading import parse_json, read_bytes
+from polar_sdk.reading import read_document
 from polar_sdk.router.base import IdentityRouter, StaticRouter
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.layerwise import LayerwiseRouter
@@ -136,14 +136,7 @@ def _read_json(source: Path) -> _File:
             f"there is no router in folder {str(source)!r} ({_JSON} is missing).",
             hint="Train one with `polar lab train --out FOLDER`, or pass the folder of one.",
         )
-    try:
-        return _File.model_validate(parse_json(read_bytes(path)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise _damaged(source, _JSON, f"{where}: {first['msg'].rstrip('.')}") from error
-    except (OSError, ValueError) as error:
-        raise _damaged(source, _JSON, str(error)) from error
+    return read_document(path, _File, lambda reason: _damaged(source, _JSON, reason))
 
 
 def _damaged(source: Path, name: str, reason: str) -> RouterDamagedError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from polar_sdk.engine.maps import Bridge, Fill, Map
 from polar_sdk.errors import MapDamagedError, MapError, MapModelError, ProgramSyntaxError
 from polar_sdk.programs.program import Program
-from polar_sdk.reading import Unreadable, parse_json, read_bytes
+from polar_sdk.reading import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Set
@@ -216,16 +216,11 @@ class MapSet:
             MapDamagedError: A file is missing, altered or malformed.
         """
         source = Path(folder)
+        file = read_document(source / _JSON, _File, lambda reason: _damaged(source, f"{_JSON} {reason}"))
         try:
-            file = _File.model_validate(parse_json(read_bytes(source / _JSON)))
             data = (source / _TENSORS).read_bytes()
         except OSError as error:
-            raise _damaged(source, f"{error.filename} cannot be read: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise _damaged(source, f"{_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        except Unreadable as error:
-            raise _damaged(source, f"{_JSON}: {error}") from error
+            raise _damaged(source, f"{_TENSORS} cannot be read ({error.strerror})") from error
         if file.format != _FORMAT:
             raise _damaged(source, f"{_JSON} has format {file.format!r}, not {_FORMAT!r}")
         if hashlib.sha256(data).hexdigest() != file.sha256:

@@ -66,8 +66,13 @@ class Passes:
             job.begin_ns = job.begin_ns or time.perf_counter_ns()
         again = [job.row.replaying for job in jobs]
         ends = [job.row.length + len(chunk) == len(job.request.tokens) for job, chunk in zip(jobs, chunks, strict=True)]
+        scored = {
+            index: partial(_score, job)
+            for index, job in enumerate(jobs)
+            if job.request.prompt_logprobs is not None and not again[index]
+        }
         try:
-            logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends, self._scored(jobs, again))
+            logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends, scored)
         finally:
             charge(jobs)
         ended = [(job, replayed) for job, end, replayed in zip(jobs, ends, again, strict=True) if end]
@@ -77,15 +82,6 @@ class Passes:
         sampling = [index for index, (_, replayed) in enumerate(ended) if not replayed]
         new = [ended[index][0] for index in sampling]
         self._choose(new, logits[sampling] if len(new) < len(ended) else logits, keep)
-
-    def _scored(self, jobs: Sequence[Job], again: Sequence[bool]) -> dict[int, Callable[[Tensor], None]]:
-        """Readers of the prompts that are to be scored; an error of one ends its job alone."""
-
-        def reader(job: Job) -> Callable[[Tensor], None]:
-            return lambda states: attempt([job], partial(job.score_prompt, states))
-
-        wanted = ((index, job) for index, job in enumerate(jobs) if job.request.prompt_logprobs is not None)
-        return {index: reader(job) for index, job in wanted if not again[index]}
 
     def decode(self, jobs: Sequence[Job], charge: Charge) -> dict[str, float]:
         """Run the next token of each job, and drafts as far as rows are idle; returns the rows that ran, see `rows`."""
@@ -163,6 +159,11 @@ class Passes:
     def _count_token(self) -> None:
         """A token is about to be chosen, and its caller has not heard of it yet."""
         self.sampled_tokens += 1
+
+
+def _score(job: Job, states: Tensor) -> None:
+    """Score a part of a prompt; an error ends its job alone."""
+    attempt([job], partial(job.score_prompt, states))
 
 
 def attempt(jobs: Sequence[Job], run: Callable[[], None]) -> None:

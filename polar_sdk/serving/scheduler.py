@@ -260,7 +260,12 @@ class Scheduler:
 
     def _sweep(self) -> None:
         """Remove jobs that are done, cancelled or out of time, whether they run or wait."""
-        waiting = self._next_to_check(list(self._queue))
+        waiting = list(self._queue)
+        # Of those that wait, the ones whose call has ended, and a part of the others: all would slow each token.
+        start = self._checked = self._checked % max(len(waiting), 1)
+        self._checked += _CHECKS
+        part = waiting[start : start + _CHECKS]
+        waiting = part + [job for job in waiting if job.left and job not in part]
         for job in [*waiting, *self._places.jobs]:
             if not job.done:
                 attempt([job], job.stop_if_due)
@@ -271,13 +276,6 @@ class Scheduler:
             if job.done and job.drafts is not None and not job.drafts.always:  # it would have taken from earlier ones
                 self._passes.drafting.others.add(job.request.tenant, job.request.tokens, job.tokens)
         self._places.begin_round()
-
-    def _next_to_check(self, waiting: list[Job]) -> list[Job]:
-        """Waiting jobs whose call has ended, and a part of the others: all of them would slow each token."""
-        start = self._checked = self._checked % max(len(waiting), 1)
-        self._checked += _CHECKS
-        part = waiting[start : start + _CHECKS]
-        return part + [job for job in waiting if job.left and job not in part]
 
     def _admit(self) -> None:
         """Give places to those who wait, as long as others give way; the next in turn is never passed over."""
@@ -414,10 +412,6 @@ def _close_all() -> None:
 _held_for_fork: Final[list[Scheduler]] = []
 
 
-def _hold_for_fork() -> None:
-    _held_for_fork.extend(scheduler for scheduler in list(_LIVING) if scheduler.hold_for_fork())
-
-
 def _go_on_after_fork() -> None:
     while _held_for_fork:
         _held_for_fork.pop().go_on_after_fork()
@@ -430,4 +424,8 @@ def _restart_after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(before=_hold_for_fork, after_in_parent=_go_on_after_fork, after_in_child=_restart_after_fork)
+    os.register_at_fork(
+        before=lambda: _held_for_fork.extend(each for each in list(_LIVING) if each.hold_for_fork()),
+        after_in_parent=_go_on_after_fork,
+        after_in_child=_restart_after_fork,
+    )

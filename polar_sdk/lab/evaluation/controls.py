@@ -10,7 +10,6 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
@@ -106,11 +105,8 @@ def random_programs(ratio: float, count: int, cost: CostModel, policy: Policy, s
         seed: Of the choice.
     """
     generator = random.Random(seed)
-    protected = {layer % cost.depth for layer in policy.protected}
-    free = [layer for layer in range(cost.depth) if layer not in protected]
-    full = cost.request(Program.identity(cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
-    layer = full - cost.request(Program.skipping(cost.depth, free[:1]), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
-    skips = max(0.0, (1 - ratio) * full / layer)
+    free = policy.free(cost.depth)
+    skips = max(0.0, (1 - ratio) / (1 - cost.ratio(Program.skipping(cost.depth, free[:1]))))
     # Between two whole numbers of layers both occur, in the shares that give the ratio on average.
     more = round((skips - int(skips)) * count)
     counts = [min(int(skips) + (place < more), len(free)) for place in range(count)]

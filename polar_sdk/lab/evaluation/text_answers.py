@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import takewhile
 from statistics import fmean
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -25,6 +24,7 @@ from polar_sdk.lab.training.outcomes import grouped
 from polar_sdk.programs.program import Program
 from polar_sdk.router.base import IdentityRouter
 from polar_sdk.router.exact_tests import Interval, mean_difference
+from polar_sdk.serving.prefixes import common_start
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def free_figures(ours: Sequence[Answer], identity: Sequence[Answer], gold: Mappi
     return FreeFigures(
         prompts=len(pairs),
         same_text=fmean(one.tokens == other.tokens for one, other in pairs),
-        first_divergence=fmean(shared_start(one.tokens, other.tokens) for one, other in pairs),
+        first_divergence=fmean(common_start(one.tokens, other.tokens) for one, other in pairs),
         chrf=fmean(chrf(one.text, other.text) for one, other in pairs),
         repeated_4grams=fmean(repeated(answer.tokens) for answer in ours),
         gold_f1=fmean(scores) if scores else None,
@@ -235,11 +235,6 @@ class FreeRunner:
             for steps in (identity.steps, program.steps)
         )
         return float((full.exp() * (full - ours)).sum())
-
-
-def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of tokens before the first one that differs."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def repeated(tokens: Sequence[int], size: int = 4) -> float:

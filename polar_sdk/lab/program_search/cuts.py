@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from polar_sdk.errors import ProgramError
-from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.programs.cost import NOMINAL_PROMPT
 from polar_sdk.programs.program import TAIL, Program, Step
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ class Space:
 
     def ratio(self, cut: Cut) -> float:
         """FLOPs over identity's, at 128 prompt and 64 output tokens."""
-        identity = self.cost.request(Program.identity(self.cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
-        return self.cost.request(self.program(cut), NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
+        return self.cost.ratio(self.program(cut))
 
     def allowed(self, cut: Cut) -> bool:
         """Whether no edits overlap, the model has the maps that the program needs, and the policy allows it."""
@@ -97,8 +96,7 @@ class Space:
     def runs(self, program: Program) -> bool:
         """Whether the model has the maps that a program needs, and the policy allows it."""
         try:
-            self.policy.check(program, self.cost)
-            self.cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT)  # fills side by side are one segment
+            self.policy.check(program, self.cost)  # fills side by side are one segment, which the model may lack
         except ProgramError:
             return False
         return True

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from polar_sdk.errors import DataError
 from polar_sdk.programs.program import Program
-from polar_sdk.reading import Unreadable, parse_json, read_bytes
+from polar_sdk.reading import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,19 +71,13 @@ class Menu(BaseModel, frozen=True):
         Raises:
             DataError: It is missing, damaged or not a menu.
         """
-        hint = "Make it with `polar lab search`."
-        try:
-            menu = cls.model_validate(parse_json(read_bytes(path)))
-        except OSError as error:
-            raise DataError(f"menu {str(path)!r} cannot be read ({error.strerror}).", hint=hint) from error
-        except Unreadable as error:
-            raise DataError(f"menu {str(path)!r} is damaged: {error}.", hint=hint) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "file"
-            raise DataError(f"menu {str(path)!r} is damaged: {where}: {first['msg']}.", hint=hint) from error
+
+        def damaged(reason: str) -> DataError:
+            return DataError(f"menu {str(path)!r} {reason}.", hint="Make it with `polar lab search`.")
+
+        menu = read_document(path, cls, damaged)
         if menu.format != _FORMAT:
-            raise DataError(f"{str(path)!r} has format {menu.format!r}, not {_FORMAT!r}.", hint=hint)
+            raise damaged(f"has format {menu.format!r}, not {_FORMAT!r}")
         return menu
 
 

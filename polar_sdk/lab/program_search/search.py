@@ -34,7 +34,6 @@ from polar_sdk.lab.program_search.menu import Menu, MenuProgram, cover
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer, Reward
 from polar_sdk.lab.rewards.tasks import Task, make_tasks
-from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
 
@@ -255,7 +254,7 @@ class _Search:
         return [space.program(cut) for cut in cuts if space.allowed(cut)]
 
     def _matrix(self, tasks: Sequence[Task], programs: Sequence[Program], data: str) -> RewardMatrix:
-        ordered = [self._identity, *sorted(programs, key=self._ratio, reverse=True)]
+        ordered = [self._identity, *sorted(programs, key=self.model.decoder.cost.ratio, reverse=True)]
         return measured_matrix(
             self.measurer,
             tasks,
@@ -285,16 +284,11 @@ class _Search:
         right = rows.right[rows.labelled, column].float()
         return MenuProgram(
             program=rows.programs[column],
-            flops_ratio=self._ratio(rows.programs[column]),
+            flops_ratio=self.model.decoder.cost.ratio(rows.programs[column]),
             agreement=float(rows.agree[:, column].float().mean()),
             token_agreement=float(rows.share[:, column].mean()),
             accuracy=float(right.mean()) if len(right) else None,
         )
-
-    def _ratio(self, program: Program) -> float:
-        cost = self.model.loaded.decoder.cost
-        full = cost.request(self._identity, NOMINAL_PROMPT, NOMINAL_OUTPUT).total
-        return cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total / full
 
 
 def _gain(reward: Reward, identity: Reward) -> Tensor:

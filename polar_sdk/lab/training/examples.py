@@ -5,10 +5,11 @@ Pure tensors, taken from a `RewardMatrix`. Knows no model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch import Tensor
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.rewards.measure import SAME_ANSWER, STRICT_ANSWER
@@ -16,8 +17,6 @@ from polar_sdk.router.menu import needed_theta
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.router.certificate import Loss
@@ -131,18 +130,9 @@ class Examples:
     def rows(self, keep: Sequence[bool]) -> Examples:
         """The examples for which `keep` is true."""
         mask = torch.tensor(keep)
-        favour = None if self.favour is None else self.favour[mask]
-        return Examples(
-            self.features[mask],
-            self.lost[mask],
-            self.margin[mask],
-            self.flops[mask],
-            self.kinds[mask],
-            self.costs[mask],
-            favour,
-            self.least,
-            self.par,
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: each[mask] for name, each in values.items() if isinstance(each, Tensor)}
+        return Examples(**values)
 
     def __len__(self) -> int:
         return len(self.features)

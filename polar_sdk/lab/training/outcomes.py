@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import torch
-
 from polar_sdk.engine.scoring import Score
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, check_labels, data_hash, distinct_items, item_id, split_of
@@ -22,8 +20,6 @@ from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    from torch import Tensor
 
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.lab.program_search.matrix import RewardMatrix
@@ -56,9 +52,8 @@ class Outcomes:
     block: Callable[[Sequence[int], Sequence[Program]], RewardMatrix] | None = None
 
     def __post_init__(self) -> None:
-        self._column = {program: column for column, program in enumerate(self.matrix.programs)}
-        self._measured: dict[tuple[int, Program], PromptOutcome] = {}
-        self._lists = _lists(self.matrix)
+        self._known: dict[tuple[int, Program], PromptOutcome] = {}
+        self._keep(range(len(self)), self.matrix)
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -69,8 +64,8 @@ class Outcomes:
         measure = None if block is None else lambda rows, programs: block([keep[row] for row in rows], programs)
         part = Outcomes(self.matrix.rows(keep), measure)
         place = {row: index for index, row in enumerate(keep)}
-        part._measured = {
-            (place[row], program): outcome for (row, program), outcome in self._measured.items() if row in place
+        part._known = {
+            (place[row], program): outcome for (row, program), outcome in self._known.items() if row in place
         }
         return part
 
@@ -81,9 +76,8 @@ class Outcomes:
             DataError: A program is not in the matrix and cannot be measured.
         """
         pairs = list(zip(rows, programs, strict=True))
-        self._measure([pair for pair in dict.fromkeys(pairs) if self._known(pair) is None])
-        known = [self._known(pair) for pair in pairs]
-        return [outcome for outcome in known if outcome is not None]
+        self._measure([pair for pair in dict.fromkeys(pairs) if pair not in self._known])
+        return [self._known[pair] for pair in pairs]
 
     def all(self, programs: Sequence[Program]) -> list[PromptOutcome]:
         """Outcomes of one program per row."""
@@ -96,21 +90,13 @@ class Outcomes:
             return [int(not outcome.agree) for outcome in outcomes]
         if loss == "strict":  # of a choice, the share is 0 or 1
             return [int(outcome.share < STRICT_ANSWER) for outcome in outcomes]
-        labelled = self.matrix.labelled.tolist()
+        labelled, identity = self.matrix.labelled.tolist(), self.matrix.programs[0]
         values = []
         for row, outcome in zip(rows, outcomes, strict=True):
             differs = int(not outcome.agree)
-            drop = int(self._cell(row, 0).right) - int(outcome.right) if labelled[row] else differs
+            drop = int(self._known[row, identity].right) - int(outcome.right) if labelled[row] else differs
             values.append(max(0, drop) if loss == "harms" else drop)
         return values
-
-    def _known(self, pair: tuple[int, Program]) -> PromptOutcome | None:
-        column = self._column.get(pair[1])
-        return self._measured.get(pair) if column is None else self._cell(pair[0], column)
-
-    def _cell(self, row: int, column: int) -> PromptOutcome:
-        agree, share, right, flops = self._lists
-        return PromptOutcome(agree[row][column], share[row][column], right[row][column], flops[row][column])
 
     def _measure(self, pairs: Sequence[tuple[int, Program]]) -> None:
         """Measure pairs in blocks: by program where there are fewer programs than rows, by row otherwise."""
@@ -128,19 +114,10 @@ class Outcomes:
             self._keep(rows, self.block(rows, programs))
 
     def _keep(self, rows: Sequence[int], measured: RewardMatrix) -> None:
-        agree, share, right, flops = _lists(measured)
+        parts = [each.tolist() for each in (measured.agree, measured.share, measured.right, measured.flops.long())]
         for place, row in enumerate(rows):
             for column, program in enumerate(measured.programs):
-                cell = (agree[place][column], share[place][column], right[place][column], flops[place][column])
-                self._measured[row, program] = PromptOutcome(*cell)
-
-
-def _lists(matrix: RewardMatrix) -> tuple[list[list[bool]], list[list[float]], list[list[bool]], list[list[int]]]:
-    tensors: list[Tensor] = [matrix.agree, matrix.share, matrix.right, matrix.flops]
-    agree, share, right, flops = (
-        tensor.to("cpu", torch.int64 if tensor is matrix.flops else tensor.dtype).tolist() for tensor in tensors
-    )
-    return agree, share, right, flops
+                self._known[row, program] = PromptOutcome(*(each[place][column] for each in parts))
 
 
 def grouped(rows: Iterable[int], name_of: Callable[[int], str | None]) -> dict[str, list[int]]:

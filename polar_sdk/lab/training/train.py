@@ -209,13 +209,12 @@ class RouterTrainer:
             saved = [1 - outcome.flops / identity.flops for outcome, identity in zip(ours, full, strict=True)]
             return torch.tensor([not outcome.agree for outcome in ours]), torch.tensor(saved)
 
-        protected = {layer % self.model.depth for layer in self.model.policy.protected}
         task = LayerwiseTask(
             features=self._read([task.question.prompt for task in tasks]),
             train=rows["train"][:prompts],
             dev=rows["dev"][:_MAX_DEV_PROMPTS],
             depth=self.model.depth,
-            free=[layer for layer in range(self.model.depth) if layer not in protected],
+            free=self.model.policy.free(self.model.depth),
             measure=measure,
         )
         trained = fit_layerwise(task, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)

@@ -18,13 +18,13 @@ from polar_sdk.lab.evaluation.text_answers import (
     f1,
     free_figures,
     repeated,
-    shared_start,
 )
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.outcomes import Bench, PromptOutcome
 from polar_sdk.programs.program import Program
+from polar_sdk.serving.prefixes import common_start
 from tests.sdk.fixed_router import fixed_router
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def test_figures_are_counted_by_length_and_by_kind() -> None:
 
 
 def test_texts_are_compared_as_a_reader_would() -> None:
-    assert shared_start((1, 2, 3), (1, 2, 4, 5)) == 2
+    assert common_start((1, 2, 3), (1, 2, 4, 5)) == 2
     assert repeated((1, 2, 3, 4, 1, 2, 3, 4)) == pytest.approx(1 / 5)
     assert repeated((1, 2)) == 0
     assert f1("It is the red house.", "red house") == pytest.approx(2 * (2 / 5) * 1 / (2 / 5 + 1))
