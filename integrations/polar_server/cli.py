@@ -175,7 +175,8 @@ def dashboard(
 ) -> None:
     """Show the operations page of a ledger in the browser; needs no server and no model, and changes nothing."""
     try:
-        from polar_server.access.keys import KeyGuard, find_access
+        from polar_server.access.keys import KeyGuard
+        from polar_server.access.stores import find_access
         from polar_server.deployment.uvicorn_server import PlainServer
         from polar_server.http.pages import build_pages, find_pages
         from polar_server.settings import NOT_ENFORCED, key_rule

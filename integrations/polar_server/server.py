@@ -12,7 +12,7 @@ from polar_sdk.request import recorder
 from polar_sdk.serving.threads import run_in_thread
 from polar_server.access.keys import KeyGuard
 from polar_server.access.limits import Limits
-from polar_server.access.replies import MemoryReplies
+from polar_server.access.stores import MemoryReplies
 from polar_server.answers import Answers
 from polar_server.openai.calls import Caller, Rules
 from polar_server.openai.catalog import Catalog
@@ -26,7 +26,7 @@ from polar_server.watched_sink import WatchedSink
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from polar_server.access.replies import ReplyStore
+    from polar_server.access.stores import ReplyStore
     from polar_server.answers import Answer
     from polar_server.http.exchange import Exchange
     from polar_server.openai.calls import Call

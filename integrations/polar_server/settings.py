@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polar_sdk import PolarModel
-    from polar_server.access.keys import AccountStore, KeyRule, KeyStore
-    from polar_server.access.limits import RateStore
-    from polar_server.access.replies import ReplyStore
+    from polar_server.access.keys import KeyRule
+    from polar_server.access.stores import AccountStore, KeyStore, RateStore, ReplyStore
     from polar_server.http.pages import PageStore
     from polar_server.telemetry.traces import Telemetry
 

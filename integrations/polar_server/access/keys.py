@@ -1,9 +1,8 @@
 """API keys, found and checked, and what each may do.
 
 A key that is given counts, also where none is needed: a wrong one is refused, and a good one says who is billed and
-what it may. Keys are kept by whoever registers them under the entry point `polar_server.access`. What was found is good
-for five seconds, and so is what was not, so that a revoked key is refused everywhere within that time and an unknown
-one costs one look-up. Knows HTTP headers, and no database.
+what it may. What was found is good for five seconds, and so is what was not, so that a revoked key is refused
+everywhere within that time and an unknown one costs one look-up. Knows HTTP headers, and no database.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ import ipaddress
 import re
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal
 
-from polar_sdk.errors import MissingExtraError
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
-GROUP: Final = "polar_server.access"
+    from polar_server.access.stores import Key, KeyStore
+
 FRESH_S: Final = 5.0
 """How long a look-up is good. Unit: seconds."""
 KeyRule = Literal["always", "forwarded", "never"]
@@ -41,137 +38,6 @@ _PROXIES: Final = frozenset({"forwarded", "via", "x-real-ip", "x-client-ip", "tr
 """Headers that proxies add, beside those that begin with `x-forwarded-`."""
 _REMEMBERED: Final = 10_000
 _TEXT: Final = re.compile(r"pk_([a-z0-9]{4,16})_([A-Za-z0-9_-]{20,100})")
-
-
-class Key(Protocol):
-    """An API key as its store hands it out; see `polar_billing.access.keys.ApiKey`."""
-
-    @property
-    def key_id(self) -> str:
-        """The public part."""
-
-    @property
-    def tenant(self) -> str:
-        """The tenant that is billed."""
-
-    @property
-    def secret_hash(self) -> str:
-        """SHA-256 of the secret, hexadecimal."""
-
-    @property
-    def tags(self) -> Mapping[str, str]:
-        """On every usage record of it."""
-
-    @property
-    def scopes(self) -> Sequence[str]:
-        """Its scopes."""
-
-    @property
-    def models(self) -> Sequence[str]:
-        """Ids of models; empty = any."""
-
-    @property
-    def tiers(self) -> Sequence[str]:
-        """Tiers; empty = any."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Longest answer. Unit: tokens."""
-
-    @property
-    def requests_per_minute(self) -> int | None:
-        """Requests per minute; None = any number."""
-
-    @property
-    def tokens_per_minute(self) -> int | None:
-        """Tokens per minute, prompt and answer; None = any number."""
-
-    @property
-    def parallel(self) -> int | None:
-        """Answers at a time; None = any number."""
-
-    def state(self, at: datetime) -> str:
-        """`active`, or why it opens nothing."""
-
-
-class AccountStore(Protocol):
-    """A tenant's view of itself; see `polar_billing.access.accounts`. Takes as long as a database does."""
-
-    def usage(
-        self,
-        tenant: str,
-        *,
-        by: Sequence[str] = ...,
-        month: str | None = ...,
-        since: str | None = ...,
-        until: str | None = ...,
-        zone: str = ...,
-        currency: str | None = ...,
-    ) -> dict[str, Any]:
-        """Usage and spend in a period; a `ValueError` says what is wrong with the question."""
-
-    def receipt(self, tenant: str, request_id: str) -> dict[str, Any] | None:
-        """The receipt of a request; None where the tenant has no such request."""
-
-
-class KeyStore(Protocol):
-    """Keeps API keys."""
-
-    def find(self, key_id: str) -> Key | None:
-        """The key of an id, active or not; may take as long as a database does."""
-
-    def any_active(self, scope: str | None = None) -> bool:
-        """Whether there is a key that opens something, or this."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """The stores that a server with a ledger has.
-
-    Attributes:
-        keys: API keys.
-        replies: Answers to repeated requests; a `polar_server.replies.ReplyStore`.
-        accounts: What tenants may know of themselves.
-        rates: The use of keys' limits; an `access.limits.RateStore`.
-    """
-
-    keys: KeyStore
-    replies: Any
-    accounts: AccountStore
-    rates: Any
-
-
-def find_installed(group: str, *arguments: Any) -> Any | None:
-    """Call what an installed distribution registered under an entry point; None where none did, or it cannot run.
-
-    Args:
-        group: Of the entry point, whose name is `default`.
-        *arguments: What it is called with.
-    """
-    for entry in entry_points(group=group, name="default"):
-        try:
-            return entry.load()(*arguments)
-        except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
-            return None
-    return None
-
-
-def find_access(url: str | None) -> Access:
-    """The stores that are installed.
-
-    Args:
-        url: The ledger; None for the default one.
-
-    Raises:
-        MissingExtraError: None are.
-    """
-    stores = find_installed(GROUP, url)
-    if stores is not None:
-        return Access(*stores)
-    raise MissingExtraError(
-        "API keys need a store, and none is installed.",
-        hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
-    )
 
 
 class KeyGuard:

@@ -14,15 +14,13 @@ import logging
 import math
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
-from polar_server.access.keys import find_access
+from polar_server.access.stores import find_access
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from polar_server.access.keys import Key
+    from polar_server.access.stores import Key, RateStore, Verdict
 
 _RENEW_S: Final = 7.5
 """How often a store hears of answers that run; it counts them for four times as long. Unit: seconds."""
@@ -30,31 +28,6 @@ _RETRY_S: Final = 1.0
 """Time after a failure until the store is informed again. Unit: seconds."""
 _MAX_BATCH: Final = 1_000
 _log: Final = logging.getLogger("polar_server")
-
-
-class Verdict(Protocol):
-    """The decision on a call; see `polar_billing.access.rates.Verdict`."""
-
-    @property
-    def refused(self) -> str | None:
-        """The limit that is reached: `requests`, `tokens` or `parallel`; None = it is let in."""
-
-    @property
-    def wait_s(self) -> float:
-        """When to ask again. Unit: seconds."""
-
-    @property
-    def left(self) -> Mapping[str, tuple[float, float]]:
-        """Rest of `requests` and `tokens`, and the seconds until each is full."""
-
-
-class RateStore(Protocol):
-    """The store of keys' use; see `polar_billing.access.rates.Rates`. Called by one thread at a time."""
-
-    def update(
-        self, asking: Sequence[Key], used: Sequence[tuple[Key, int]], running: Mapping[str, int]
-    ) -> Sequence[Verdict]:
-        """Let calls in, in their order, and note what answers used and how many run; an error lets none in."""
 
 
 class Limits:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from polar_sdk.cli.options import load_model
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
-from polar_server.access.keys import find_access
+from polar_server.access.stores import find_access
 from polar_server.http.pages import find_pages
 from polar_server.settings import LOOPBACK, Settings, key_rule
 from polar_server.telemetry.traces import Telemetry

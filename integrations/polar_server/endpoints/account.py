@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
     from polar_sdk.usage import Receipt
-    from polar_server.access.keys import AccountStore
+    from polar_server.access.stores import AccountStore
     from polar_server.answers import Ask
     from polar_server.openai.calls import Call, CallBody, Caller
     from polar_server.server import Server

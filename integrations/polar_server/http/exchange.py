@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from polar_server.access.keys import Key
+    from polar_server.access.stores import Key
 
 _KEY: Final = "polar.exchange"
 BODY_S: Final = 60.0

@@ -17,7 +17,8 @@ from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
 from polar_sdk.errors import MissingExtraError
-from polar_server.access.keys import LOCAL_HOST, find_installed
+from polar_server.access.keys import LOCAL_HOST
+from polar_server.access.stores import find_installed
 from polar_server.errors import ApiError
 from polar_server.http.exchange import Exchange, send_bytes
 from polar_server.http.front import PAGES, Front, unrouted

@@ -26,7 +26,7 @@ from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_server import Settings, build
 from polar_server.access import keys as access
-from polar_server.access.replies import MemoryReplies
+from polar_server.access.stores import MemoryReplies, find_access
 from tests.integrations.server.conftest import WAIT_S, RecordingSink, bearer, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from polar_billing.access.keys import ApiKeys
-    from polar_server.access.replies import ReplyStore
+    from polar_server.access.stores import ReplyStore
     from tests.integrations.server.conftest import Served
 
 
@@ -435,7 +435,7 @@ def test_a_key_of_no_use_is_refused(served: Served, key: str) -> None:
 
 
 def test_the_stores_are_found_by_their_entry_point(ledger_url: str) -> None:
-    found = access.find_access(ledger_url)
+    found = find_access(ledger_url)
     assert found.keys.find("nothing0") is None
     assert found.accounts.receipt("acme", "nothing") is None
     assert found.replies.claim("acme", "k", "f" * 64) == ("claimed", None)

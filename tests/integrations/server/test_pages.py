@@ -14,7 +14,7 @@ import pytest
 from polar_billing.dashboard.page import Dashboard
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
-from polar_server.access import keys as access_module
+from polar_server.access import stores
 from polar_server.access.keys import KeyGuard
 from polar_server.http.pages import build_pages, find_pages
 from polar_server.telemetry.live import LiveEngine
@@ -182,7 +182,7 @@ def test_the_page_is_found_by_its_entry_point(ledger_url: str, monkeypatch: pyte
     found = find_pages(None, "Europe/Berlin")
     assert isinstance(found, Dashboard)
     assert found.zone == "Europe/Berlin"
-    monkeypatch.setattr(access_module, "entry_points", lambda **_: [])
+    monkeypatch.setattr(stores, "entry_points", lambda **_: [])
     with pytest.raises(ImportError, match="billing,report"):
         find_pages(None)
 
