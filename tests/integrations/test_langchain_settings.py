@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from langchain_core import exceptions as langchain
 from langchain_core.runnables import ConfigurableField
 
-import langchain_polar
 from langchain_polar import ChatPolar, PolarLLM
 from langchain_polar.errors import langchain_errors
 from polar_sdk import ListSink, Program
@@ -225,19 +222,3 @@ async def test_a_timeout_stops_the_request_and_says_so(kind: Any, engine: PolarM
             pass
     assert {record.outcome for record in sink.records} == {"cancelled"}
     assert len(sink.records) == 4
-
-
-def test_importing_the_package_imports_neither_torch_nor_langchain() -> None:
-    code = (
-        "import sys, langchain_polar.demo; assert 'langchain_core' not in sys.modules; "
-        "from langchain_polar import ChatPolar, PolarLLM; PolarLLM(); ChatPolar(); "
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_public_names() -> None:
-    for name in langchain_polar.__all__:
-        assert getattr(langchain_polar, name).__name__ == name
-    with pytest.raises(AttributeError):
-        _ = langchain_polar.Chat  # type: ignore[attr-defined]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import langchain_polar
+import llama_index_polar
 from langchain_polar import ChatPolar
 from llama_index_polar import PolarLLM
 from polar_sdk.testing import tiny_model
@@ -21,6 +25,24 @@ billing: Any = pytest.importorskip("polar_billing")
 @pytest.fixture
 def metered() -> PolarModel:
     return tiny_model(ledger="auto")
+
+
+def test_importing_loads_no_framework_and_constructing_no_torch() -> None:
+    code = (
+        "import sys, langchain_polar.demo, llama_index_polar; "
+        "assert not {'langchain_core', 'llama_index.core'} & set(sys.modules); "
+        "langchain_polar.PolarLLM(); langchain_polar.ChatPolar(); llama_index_polar.PolarLLM().to_payload(); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("package", [langchain_polar, llama_index_polar])
+def test_public_names(package: Any) -> None:
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+    with pytest.raises(AttributeError):
+        _ = package.Chat
 
 
 def test_nothing_runs_when_nothing_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
