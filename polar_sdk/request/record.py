@@ -41,15 +41,7 @@ _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
 def record_of(
     model: LoadedModel, job: Job, progress: Progress, outcome: Outcome, error: BaseException | None = None
 ) -> UsageRecord:
-    """The record of a job.
-
-    Args:
-        model: What ran it.
-        job: The job.
-        progress: What it had computed.
-        outcome: How it ended.
-        error: What ended it.
-    """
+    """The record of a job that a model ran: what it had computed, how it ended, and by which error."""
     request, row, now = job.request, job.row, time.perf_counter_ns()
     begin, decoding = progress.begin_ns or now, progress.prefill_end_ns
     flops = progress.work.flops(request.router_flops)
@@ -99,13 +91,7 @@ def _identity_flops(job: Job, progress: Progress, executed: int) -> int:
 
 
 class Marker:
-    """Marks one job while it runs, from now on.
-
-    Args:
-        model: What runs it.
-        job: The job.
-        sink: Where the marks go.
-    """
+    """Marks one job of a model while it runs, from now on; a sink takes the marks."""
 
     def __init__(self, model: LoadedModel, job: Job, sink: UsageSink) -> None:
         self._model, self._job, self._sink = model, job, sink

@@ -48,12 +48,7 @@ _EXIT_SECONDS: Final = 10.0
 
 
 class Recorder:
-    """Guarantees one usage record per job of a call, however the call ends: a context manager around it.
-
-    Args:
-        model: What runs the jobs.
-        sink: Where their records go.
-    """
+    """Guarantees one usage record per job of a call, however the call ends: a context manager around it."""
 
     def __init__(self, model: LoadedModel, sink: UsageSink) -> None:
         self._model, self._sink = model, sink

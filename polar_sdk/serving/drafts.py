@@ -78,6 +78,10 @@ class Proposal(NamedTuple):
     """Source of these."""
     said: tuple[float, ...] = ()
     """How likely each of the guesses, the first tokens, is by the draft head, if all before it are right."""
+    chances: Sequence[float] = ()
+    """How likely it is that each of the tokens is kept."""
+    gain: float = 1.0
+    """How much faster the row comes by it."""
 
 
 class TokenIndex:
@@ -165,11 +169,7 @@ class _Share:
 
 
 class Hits:
-    """How often drafts are right.
-
-    Args:
-        before: What is taken to be so at first.
-    """
+    """How often drafts are right, beginning with how often they were before."""
 
     def __init__(self, before: Hits | None = None) -> None:
         known = {} if before is None else before._shares
@@ -198,17 +198,6 @@ class Hits:
         return [*((guessed, chance) for chance in proposal.said), *found]
 
 
-class _Rated(NamedTuple):
-    """A proposal, how likely it is that each of its tokens is kept, and how much faster the row comes by it."""
-
-    proposal: Proposal
-    chances: Sequence[float]
-    gain: float
-
-
-_NOTHING: Final = _Rated(Proposal([]), (), 1.0)
-
-
 class Drafts:
     """The drafts of one request.
 
@@ -222,9 +211,8 @@ class Drafts:
         self.always = speculate == "prompt"
         self._prompt, self._index = prompt, TokenIndex()
         self._hits: Hits | None = None
-        self._best = _NOTHING
-        """The proposal."""
-        self._from_texts: list[_Rated] = []
+        self._best = Proposal([])
+        self._from_texts: list[Proposal] = []
         self._room = 0
         self._head = _HeadWorth()
         self._guesses: Sequence[Guess] = ()
@@ -271,18 +259,18 @@ class Drafts:
         """
         self._guesses = guesses
         self._best = _best([*self._from_texts, *self._rated(self._guessed(guesses[: self._room]), costs)])
-        return self._best.proposal
+        return self._best
 
     @property
     def row(self) -> DraftedRow:
         """The row as it is planned by what was proposed."""
-        probes = self._idle >= self._patience and bool(self._best.proposal.tokens)
+        probes = self._idle >= self._patience and bool(self._best.tokens)
         return DraftedRow(self._best.chances, self.always, probes)
 
-    def _rated(self, proposals: Iterable[Proposal], costs: PassCosts) -> list[_Rated]:
+    def _rated(self, proposals: Iterable[Proposal], costs: PassCosts) -> list[Proposal]:
         assert self._hits is not None, "see `look_up`"
         rated = ((each, self._hits.chances(each)) for each in proposals if each.tokens)
-        return [_Rated(each, chances, costs.gain(chances)) for each, chances in rated]
+        return [each._replace(chances=chances, gain=costs.gain(chances)) for each, chances in rated]
 
     def _guessed(self, guesses: Sequence[Guess]) -> Iterator[Proposal]:
         """Guesses, alone and as far as what stood before in prompt or answer goes on from them."""
@@ -315,15 +303,15 @@ class Drafts:
         kept = max(brought - 1, 0)
         for hits in (experience.hits, self._hits):
             if hits is not None:
-                hits.tried(self._best.proposal, drafted, kept)
+                hits.tried(self._best, drafted, kept)
         guessed = [guess.token for guess in self._guesses]
-        right = common_start(guessed, self._best.proposal.tokens[:kept])
+        right = common_start(guessed, self._best.tokens[:kept])
         self._head.brought(right, len(guessed), experience.costs)
 
 
-def _best(rated: Sequence[_Rated]) -> _Rated:
+def _best(rated: Sequence[Proposal]) -> Proposal:
     """The first of those that gain most."""
-    return max(rated, key=lambda each: each.gain, default=_NOTHING)
+    return max(rated, key=lambda each: each.gain, default=Proposal([]))
 
 
 class _HeadWorth:
@@ -375,13 +363,7 @@ def drafts_of(
 
 
 class Experience:
-    """Experience of a scheduler with drafts, from all requests so far.
-
-    Attributes:
-        costs: What passes take.
-        hits: How often drafts are right.
-        others: What other answers say.
-    """
+    """Experience of a scheduler from all requests so far: what passes take, how often drafts are right, and answers."""
 
     def __init__(self) -> None:
         self.costs, self.hits, self.others = PassCosts(), Hits(), OtherAnswers()

@@ -122,13 +122,7 @@ class Pace:
             self._pay(tenant, self.times.per_row * count, weights)
 
     def read(self, tokens: Mapping[str, int], seconds: float, weights: Mapping[str, float]) -> None:
-        """Count a pass over prompts, which the tenants pay for in full, by tokens.
-
-        Args:
-            tokens: By tenant.
-            seconds: What the pass took.
-            weights: Of tenants that do not count 1.
-        """
+        """Count a pass over prompts, which the tenants pay for in full, by tokens."""
         self._passed += seconds
         for tenant, count in tokens.items():
             self._pay(tenant, seconds * count / sum(tokens.values()), weights)

@@ -118,12 +118,7 @@ class FairQueue:
         return iter([*self.resting, *(job for line in self._lines.values() for job in line if job not in self.resting)])
 
     def put(self, jobs: Sequence[Job], running: Iterable[Job]) -> None:
-        """Add jobs at the ends of their tenants' lines.
-
-        Args:
-            jobs: What arrives.
-            running: Jobs with a place.
-        """
+        """Add jobs that arrive at the ends of their tenants' lines; tenants of those that run are present, too."""
         present = {job.request.tenant for job in running} | set(self._lines)
         for job in jobs:
             self._line_for(job, present).append(job)

@@ -62,12 +62,7 @@ _POLL_SECONDS: Final = 0.02
 
 
 class Scheduler:
-    """Runs jobs on one model. Safe to use from any thread.
-
-    Args:
-        decoder: The model.
-        limits: What it takes on.
-    """
+    """Runs jobs on one model, as many as its limits allow. Safe to use from any thread."""
 
     def __init__(self, decoder: Decoder, limits: Limits | None = None) -> None:
         self.decoder = decoder

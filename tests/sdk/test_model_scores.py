@@ -151,3 +151,10 @@ class TestHiddenStates:
     ) -> None:
         with pytest.raises(error, match=words):
             tiny.hidden_states(prompts, layer, **options)
+
+
+def test_greedy_answers_of_more_prompts_than_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    together = model.greedy_answers([*PROMPTS, "e"], max_tokens=3)
+    monkeypatch.setattr("polar_sdk.model._QUEUED", 3)
+    assert model.greedy_answers([*PROMPTS, "e"], max_tokens=3) == together

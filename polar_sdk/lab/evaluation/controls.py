@@ -7,8 +7,7 @@ the oracle looks at outcomes.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from polar_sdk.programs.program import Program
 
@@ -44,19 +43,13 @@ def shuffled(programs: Sequence[Program], seed: int, sizes: Sequence[float] | No
     return dealt
 
 
-@dataclass(frozen=True)
-class StaticMix:
-    """One program for every prompt, or two dealt at random where no single one has the cost.
-
-    Attributes:
-        cheap: The cheaper one.
-        expensive: The more expensive one; the same where there is only one.
-        share: Of the prompts that run the cheaper one.
-    """
+class StaticMix(NamedTuple):
+    """One program for every prompt, or two dealt at random where no single one has the cost."""
 
     cheap: Program
     expensive: Program
     share: float
+    """Of the prompts that run the cheaper one."""
 
     def deal(self, count: int, seed: int) -> list[Program]:
         """One program per prompt."""

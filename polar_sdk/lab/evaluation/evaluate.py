@@ -108,12 +108,7 @@ def evaluate_set(name: str, subjects: Subjects) -> SetResult:
 
 
 def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -> list[ClassResult]:
-    """The router at every point within each class.
-
-    Args:
-        subjects: Of the whole set.
-        classes: Rows of each class, by name.
-    """
+    """The router at every point within each class, given the rows of each."""
     results = []
     for name, rows in classes.items():
         evaluator = _SetEvaluator(subjects.rows(rows))

@@ -176,25 +176,14 @@ def free_figures(ours: Sequence[Answer], identity: Sequence[Answer], gold: Mappi
 
 @dataclass(frozen=True)
 class FreeRunner:
-    """Answers a sample of prompts freely by every tier, and compares each tier's predictions with identity's.
-
-    Attributes:
-        model: The model.
-        router: Bound to it.
-        on_progress: Called with (stage, tiers done, tiers in all).
-    """
+    """Answers a sample of prompts freely by every tier of a router that is bound, beside identity."""
 
     model: PolarModel
     router: LearnedRouter
     on_progress: Progress = silent
 
     def figures(self, tasks: Sequence[Task], thetas: Mapping[str, float]) -> dict[str, FreeFigures]:
-        """Figures of each tier.
-
-        Args:
-            tasks: Prompts that are answered in text, at least one.
-            thetas: θ by tier.
-        """
+        """Figures of each tier, given its θ, on prompts that are answered in text, at least one."""
         identity = self._written(tasks, IdentityRouter(self.model.depth))
         gold = {place: task.item.answer for place, task in enumerate(tasks) if isinstance(task.item, AnswerItem)}
         features = self.router.reader.stack([task.question.prompt for task in tasks])

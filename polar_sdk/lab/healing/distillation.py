@@ -206,16 +206,7 @@ class MapLoss:
 
 
 class MapTrainer:
-    """Trains the maps of all groups together, one pack per step.
-
-    Args:
-        decoder: A copy whose maps may be set; see `packs.trainable_copy`.
-        packs: The prompts to train on.
-        method: How maps of their kind are made.
-        groups: Segments that are used together.
-        maps: The maps that training starts from.
-        checkpoint: Checkpoint of this run, from which training goes on if there is one.
-    """
+    """Trains the maps of all groups together from some maps on, one pack per step; see `MapLoss`."""
 
     def __init__(
         self,

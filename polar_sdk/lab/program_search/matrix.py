@@ -197,17 +197,10 @@ def measured_matrix(
     write_tokens: int | None = 64,
     stage: str = "programs",
 ) -> RewardMatrix:
-    """Measure every program on every task.
+    """Measure every program, identity first, on every task, each of which is in a split.
 
-    Args:
-        measurer: Of the model.
-        tasks: At least one.
-        programs: Identity first.
-        splits: One per task.
-        data: Hash of the prompts.
-        write_tokens: Maximum tokens of answers that are compared with the right text; None compares choices only:
-            answers in text must be written by every program for that, which is slow.
-        stage: What progress is reported as.
+    Answers of at most `write_tokens` are compared with the right text. Every program must write them for that, which is
+    slow; None compares choices only.
     """
     model = measurer.model
     rewards = measurer.rewards(tasks, programs, stage)

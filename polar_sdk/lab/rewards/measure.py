@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -43,15 +43,10 @@ STRICT_ANSWER: Final = 0.95
 """Share of the tokens of identity's answer that a program must choose too where a promise is strict."""
 
 
-@dataclass(frozen=True, eq=False)
-class Reward:
+class Reward(NamedTuple):
     """How one program compares with identity on P tasks; the terms are those of `polar_sdk.lab.program_search.matrix`.
 
-    Attributes:
-        agree: (P,) bool.
-        share: (P,) float32.
-        margin: (P,) float32.
-        flops: (P,) int64.
+    Tensors (P,): bool, float32, float32 and int64.
     """
 
     agree: Tensor
@@ -62,13 +57,7 @@ class Reward:
 
 @dataclass
 class Measurer:
-    """Measures programs on one model.
-
-    Attributes:
-        model: The model, with the bridges that programs use.
-        cache: What has been measured already.
-        on_progress: Called with (stage, steps done, steps in all).
-    """
+    """Measures programs on one model, which has the maps that they use; the cache holds what was measured already."""
 
     model: PolarModel
     cache: RewardCache

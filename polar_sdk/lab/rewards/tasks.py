@@ -76,13 +76,6 @@ def make_tasks(
     """One task per item, in order; prompts are answered at full depth where the cache has no answer.
 
     An item whose question does not fit the model's context window is left out.
-
-    Args:
-        model: Its tokenizer is used, and its answers.
-        items: Of any kind.
-        cache: Where answers are kept.
-        answer_tokens: Maximum tokens of an answer.
-        on_progress: Called with (stage, prompts done, prompts in all).
     """
     prompts = [item.prompt for item in items if not isinstance(item, ChoiceItem)]
     answers = _answers(model, list(dict.fromkeys(prompts)), cache, answer_tokens, on_progress)

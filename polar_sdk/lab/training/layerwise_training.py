@@ -93,11 +93,7 @@ def fit_layerwise(
 ) -> Trained:
     """Train with every seed; the seed and epoch whose greedy decision has the best utility on dev win.
 
-    Args:
-        task: What to learn.
-        settings: How.
-        checkpoints: Folder for the state after each epoch, from which a later call resumes; None keeps none.
-        on_progress: Called with (stage, epochs done, epochs in all).
+    The state after each epoch is kept in the folder `checkpoints`, if there is one, and a later call resumes from it.
     """
     key = run_key(settings, float(task.features.double().sum()), *map(tuple, (task.train, task.dev, task.free)))
     checkpoint = Checkpoint(checkpoints, key)

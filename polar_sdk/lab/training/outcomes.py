@@ -169,13 +169,7 @@ def unseen(items: Sequence[Item], training: dict[str, Any], *, calibrating: bool
 
 @dataclass
 class Bench:
-    """Measures programs on items of one model.
-
-    Attributes:
-        model: The model.
-        on_progress: Called with (stage, steps done, steps in all).
-        cache: What has been measured already; None = the file on disk.
-    """
+    """Measures programs on items of one model; what was measured is in the cache, or else in the file on disk."""
 
     model: PolarModel
     on_progress: Progress = silent
@@ -195,12 +189,8 @@ class Bench:
     ) -> RewardMatrix:
         """Measure each of the programs, identity first, on every task.
 
-        Args:
-            tasks: At least one.
-            programs: Any; identity is put first.
-            labels: Whether answers in text are compared with the right ones; every program must write them for that,
-                which is slow.
-            split: Name of the split in the matrix.
+        With `labels`, answers in text are compared with the right ones; every program must write them for that, which
+        is slow.
         """
         distinct = list(dict.fromkeys([Program.identity(self.model.depth), *programs]))
         return self._matrix(tasks, distinct, labels=labels, split=split)

@@ -184,14 +184,7 @@ class RouterTrainer:
         prompts: int = 1000,
         cache: RewardCache | None = None,
     ) -> LayerwiseRouter:
-        """Train a layerwise router by running the programs that it draws.
-
-        Args:
-            items: The items that the matrix was measured on.
-            settings: How to train; None = the defaults.
-            prompts: Maximum prompts to train on.
-            cache: Where rewards are kept; None = the file on disk.
-        """
+        """Train a layerwise router by running the programs that it draws on items that the matrix was measured on."""
         settings = settings or LayerwiseSettings()
         bench = Bench(self.model, self.on_progress, cache)
         split = dict(zip(self.matrix.ids, self.matrix.splits, strict=True))

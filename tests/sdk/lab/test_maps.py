@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.engine.maps import Bridge
 from polar_sdk.engine.scoring import score_programs, states_after
-from polar_sdk.errors import DataError, MapDamagedError, MapError, MapModelError, MissingMapError
+from polar_sdk.errors import DataError, MapDamagedError, MapError, MapModelError, MissingMapError, RouterError
 from polar_sdk.lab.healing.bridges import BridgeMethod, bridge_between
 from polar_sdk.lab.healing.distillation import MapLoss, Predictions, choice_scores, loss_of, slots_of
 from polar_sdk.lab.healing.fills import FillMethod, candidates
@@ -25,8 +25,10 @@ from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import Task, make_tasks
 from polar_sdk.router.map_set import MapKind, MapSet, stored
+from polar_sdk.router.store import map_folders, save_with_maps
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from tests.sdk.command import polar
+from tests.sdk.fixed_router import fixed_router
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -625,6 +627,25 @@ def test_what_to_fill_is_found_by_measuring(tmp_path: Path, fit: Fit) -> None:
     assert fit(model, FILLS, "default", tail=2, storage="float16").programs == found
     with pytest.raises(MapError, match="402 tokens"):
         fit(model, FILLS, "default", tail=400)
+
+
+@both
+def test_a_router_is_saved_with_the_maps_that_its_programs_use_and_with_no_others(
+    kind: Kind, model: PolarModel, tmp_path: Path, fit: Fit
+) -> None:
+    made, program = model.use_maps(fit(model, kind)), Program.parse(kind.program)
+    used = {*program.bridges, *program.fills}
+    router = fixed_router(model, (Program.identity(DEPTH), program), (0.9,), default_theta=0.2)
+    other = fit(model, FILLS if kind is BRIDGES else BRIDGES)
+    for maps in ([], [other], [made.only(set(list(made.maps)[:1]))]):
+        with pytest.raises(RouterError, match=kind.name):
+            save_with_maps(router, tmp_path / "router", maps)
+    assert not (tmp_path / "router" / "router.json").exists()
+    save_with_maps(router, tmp_path / "router", [other, made])
+    (folder,) = map_folders(tmp_path / "router")
+    assert set(MapSet.load(folder).maps) == used < set(made.maps)
+    served = tiny_model(policy=Policy.permissive(), router=tmp_path / "router")
+    assert served.generate("hello " * 9, max_tokens=2).usage.program == program.text
 
 
 # The command
