@@ -118,7 +118,7 @@ def with_model(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Load(Protocol):
-    """What loads the model that a command of the laboratory is for."""
+    """Loader of the model that a command of the laboratory is for."""
 
     def __call__(self, **options: Unpack[ModelOptions]) -> PolarModel:
         """Load it, unmetered, with further arguments of `load_model`."""

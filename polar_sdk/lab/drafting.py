@@ -330,7 +330,7 @@ class _Training:
         return total
 
     def _batch(self, step: int) -> Tensor:
-        """Which places a step is about: each once in an epoch, in an order of the epoch's own."""
+        """The places of a step: each once in an epoch, in an order of the epoch's own."""
         epoch, place = divmod(step, self._batches)
         dice = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)
         return torch.randperm(len(self._places), generator=dice)[place * _BATCH : (place + 1) * _BATCH]

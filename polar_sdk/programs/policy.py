@@ -55,7 +55,7 @@ class LoopGuard:
     min_cosine: float = 0.5
 
     def breached(self, before: Tensor, after: Tensor) -> Tensor:
-        """Which rows breach, (B,) of booleans, for states (B, E) before and after an extra visit."""
+        """Whether each row breaches, (B,) of booleans, for states (B, E) before and after an extra visit."""
         import torch.nn.functional as F  # noqa: N812  (a policy is read where torch is not needed)
 
         old, new = before.float(), after.float()

@@ -88,7 +88,7 @@ def _ending(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Familiar:
-    """Which prompts a router has seen the like of, by distance to the nearest of a few centres of their features.
+    """Prompts that a router has seen the like of, by distance to the nearest of a few centres of their features.
 
     A short prompt's mean state varies more than a long one's, so that each range of lengths has a radius of its own.
 

@@ -1,4 +1,4 @@
-"""Which policy and which router a model gets, and what must be there before a router serves.
+"""The policy and the router that a model gets, and what must be there before a router serves.
 
 Policy: the caller's, else the user's own for the model, else the shipped one, else plain bounds. Router: the caller's,
 else the user's own for the model, else the shipped one. A router that nobody named is used only if its certificate

@@ -57,7 +57,7 @@ class Clocks:
 def who_gives_room(
     waiting: Iterable[Job], arriving: Sequence[Job], limit: int, weights: Mapping[str, float]
 ) -> list[Job]:
-    """Which jobs lose their place in a full queue, because their tenant has more in it than those who arrive.
+    """The jobs that lose their place in a full queue, because their tenant has more in it than those who arrive.
 
     Args:
         waiting: Jobs without a place among those that run, the one that would lose most first.

@@ -49,7 +49,7 @@ class StaticMix(NamedTuple):
     cheap: Program
     expensive: Program
     share: float
-    """Of the prompts that run the cheaper one."""
+    """Share of the prompts that run the cheaper one."""
 
     def deal(self, count: int, seed: int) -> list[Program]:
         """One program per prompt."""

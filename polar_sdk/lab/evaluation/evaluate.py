@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
 
@@ -48,8 +49,45 @@ _FRONTIER_POINTS: Final = 25
 
 
 @dataclass(frozen=True)
+class _Run:
+    """One system's programs and outcomes, per prompt, and the FLOPs of its router for each."""
+
+    programs: Sequence[Program]
+    router_flops: int
+    outcomes: Sequence[PromptOutcome]
+
+    @cached_property
+    def flops(self) -> list[float]:
+        """Per prompt, the router's included."""
+        return [outcome.flops + self.router_flops for outcome in self.outcomes]
+
+    @cached_property
+    def agree(self) -> list[bool]:
+        """Per prompt, whether the answer is identity's."""
+        return [outcome.agree for outcome in self.outcomes]
+
+    @property
+    def share(self) -> float:
+        """Mean share of identity's answers that is kept."""
+        return fmean(outcome.share for outcome in self.outcomes)
+
+
+@dataclass(frozen=True)
+class _Control:
+    """A rival of a run, at the same cost: one run, or several deals of a random one, of which the first is shown."""
+
+    name: str
+    deals: Sequence[_Run]
+    note: str = ""
+
+    @property
+    def shown(self) -> _Run:
+        return self.deals[0]
+
+
+@dataclass(frozen=True)
 class Subjects:
-    """A router and its rivals on one set.
+    """A router and its rivals on one set: runs and measures them.
 
     Attributes:
         router: Bound to the model.
@@ -75,105 +113,45 @@ class Subjects:
     timings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """By system: milliseconds per token, and of the router per request."""
 
-    def rows(self, keep: Sequence[int]) -> Subjects:
+    def part(self, keep: Sequence[int]) -> Subjects:
         """The same for some of the prompts."""
         return replace(
             self, outputs=self.outputs[list(keep)], outcomes=self.outcomes.rows(keep), rerun=None, timings={}
         )
 
+    def __len__(self) -> int:
+        return len(self.outcomes)
 
-def evaluate_set(name: str, subjects: Subjects) -> SetResult:
-    """Evaluate every system on one set."""
-    evaluator = _SetEvaluator(subjects)
-    routed = {f"router ({point})": evaluator.routed(theta) for point, theta in subjects.points.items()}
-    main = next(iter(routed.values()))
-    controls = evaluator.controls(main)
-    systems = [evaluator.system("identity", "identity", evaluator.identity_run)]
-    systems += [evaluator.system(point, "router", run) for point, run in routed.items()]
-    if subjects.rerun is not None:
-        again = replace(evaluator.identity_run, outcomes=subjects.rerun)
-        systems.append(evaluator.system("identity again", "control", again))
-    systems += [evaluator.system(control.name, "control", control.shown, control.note) for control in controls]
-    hindsight = evaluator.run(oracle(subjects.outcomes, subjects.outcomes.matrix.programs))
-    systems.append(evaluator.system("oracle", "oracle", hindsight, "not deployable: it knows the outcome"))
-    return SetResult(
-        name=name,
-        prompts=len(evaluator.rows),
-        labelled=len(evaluator.labelled),
-        data=subjects.outcomes.matrix.data,
-        systems=tuple(systems),
-        comparisons=tuple(evaluator.compare(main, control) for control in controls),
-        frontier=tuple(evaluator.frontier()),
-    )
+    @cached_property
+    def labelled(self) -> list[int]:
+        """Prompts whose right answer is known."""
+        return [row for row, known in enumerate(self.outcomes.matrix.labelled.tolist()) if known]
 
+    @cached_property
+    def written(self) -> list[int]:
+        """Prompts that are answered in text."""
+        return [row for row, kind in enumerate(self.outcomes.matrix.kinds) if kind != "choice"]
 
-def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -> list[ClassResult]:
-    """The router at every point within each class, given the rows of each."""
-    results = []
-    for name, rows in classes.items():
-        evaluator = _SetEvaluator(subjects.rows(rows))
-        results += [evaluator.within(name, point, evaluator.routed(theta)) for point, theta in subjects.points.items()]
-    return results
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [len(tokens) for tokens in self.outcomes.matrix.tokens]
 
-
-def evaluate_texts(subjects: Subjects, thetas: Mapping[str, float]) -> dict[str, TextRun]:
-    """The router at each of some θs on the prompts answered in text; empty where there are none."""
-    evaluator = _SetEvaluator(subjects)
-    return (
-        {name: evaluator.texts(evaluator.routed(theta)) for name, theta in thetas.items()} if evaluator.written else {}
-    )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One system's programs and outcomes, per prompt, and the FLOPs of its router for each."""
-
-    programs: Sequence[Program]
-    router_flops: int
-    outcomes: Sequence[PromptOutcome]
-
-    @property
-    def share(self) -> float:
-        """Mean share of identity's answers that is kept."""
-        return fmean(outcome.share for outcome in self.outcomes)
-
-
-@dataclass(frozen=True)
-class _Control:
-    """A rival of a run, at the same cost: one run, or several deals of a random one, of which the first is shown."""
-
-    name: str
-    deals: Sequence[_Run]
-    note: str = ""
-
-    @property
-    def shown(self) -> _Run:
-        return self.deals[0]
-
-
-class _SetEvaluator:
-    """Runs and measures systems on one set."""
-
-    def __init__(self, subjects: Subjects) -> None:
-        self.subjects = subjects
-        matrix = subjects.outcomes.matrix
-        self.rows = range(len(matrix))
-        self.labelled = [row for row, known in enumerate(matrix.labelled.tolist()) if known]
-        self.written = [row for row, kind in enumerate(matrix.kinds) if kind != "choice"]
-        self.lengths = [len(tokens) for tokens in matrix.tokens]
-        self.identity_run = self.run([Program.identity(subjects.cost.depth)] * len(self.rows))
-        self.full = self._flops(self.identity_run)
+    @cached_property
+    def identity(self) -> _Run:
+        """Full depth for every prompt."""
+        return self.run([Program.identity(self.cost.depth)] * len(self))
 
     def run(self, programs: Sequence[Program], router_flops: int = 0) -> _Run:
         """A system that runs these programs, one per prompt."""
-        return _Run(programs, router_flops, self.subjects.outcomes.all(programs))
+        return _Run(programs, router_flops, self.outcomes.all(programs))
 
     def routed(self, theta: float) -> _Run:
         """The router with its dial at θ; at 0 it is not even run."""
         if theta == 0:
-            return self.identity_run
-        router = self.subjects.router
-        programs = router.choose_all(self.subjects.outputs, theta, self.lengths)
+            return self.identity
+        router = self.router
+        programs = router.choose_all(self.outputs, theta, self.lengths)
         return self.run(programs, router.network.flops)
 
     def controls(self, run: _Run) -> list[_Control]:
@@ -192,7 +170,7 @@ class _SetEvaluator:
         return ClassResult(
             name=name,
             point=point,
-            prompts=len(self.rows),
+            prompts=len(self),
             flops_saved=system.flops_saved.total,
             non_identity_rate=system.non_identity_rate,
             agreement=system.agreement.value,
@@ -210,10 +188,11 @@ class _SetEvaluator:
         Where long prompts run identity more often than short ones, dealing at random would be cheaper; there programs
         move among prompts of about the same size only.
         """
-        deals = [self.run(shuffled(run.programs, seed), run.router_flops) for seed in self._seeds()]
+        seeds = range(self.seed, self.seed + _DEALS)
+        deals = [self.run(shuffled(run.programs, seed), run.router_flops) for seed in seeds]
         spent = fmean(outcome.flops for deal in deals for outcome in deal.outcomes)
         if spent < (1 - _SAME_COST) * fmean(outcome.flops for outcome in run.outcomes):
-            deals = [self.run(shuffled(run.programs, seed, self.full), run.router_flops) for seed in self._seeds()]
+            deals = [self.run(shuffled(run.programs, seed, self.identity.flops), run.router_flops) for seed in seeds]
         return _Control(SHUFFLED, deals)
 
     def _static(self, run: _Run) -> _Control:
@@ -222,37 +201,28 @@ class _SetEvaluator:
         Where several agree alike, as on texts, the one that keeps most of the answers. A mix of two is dealt several
         times.
         """
-        matrix, static = self.subjects.outcomes.matrix, self.subjects.static
+        matrix, static = self.outcomes.matrix, self.static
         quality = (matrix.agree.double().mean(0) + 0.01 * matrix.share.double().mean(0)).tolist()
         known = dict(
             zip(matrix.programs, zip(quality, matrix.flops.double().sum(0).tolist(), strict=True), strict=True)
         )
         qualities, costs = ({program: known[program][which] for program in static} for which in (0, 1))
-        mix = best_static(qualities, costs, sum(self._flops(run)))
-        seeds = self._seeds() if mix.cheap != mix.expensive else self._seeds()[:1]
-        return _Control(STATIC, [self.run(mix.deal(len(self.rows), seed)) for seed in seeds], mix.text)
+        mix = best_static(qualities, costs, sum(run.flops))
+        seeds = range(self.seed, self.seed + (_DEALS if mix.cheap != mix.expensive else 1))
+        return _Control(STATIC, [self.run(mix.deal(len(self), seed)) for seed in seeds], mix.text)
 
     def _random(self, run: _Run) -> _Control:
         """A few programs that skip random layers, dealt to the prompts."""
-        subjects = self.subjects
-        ratio = min(1.0, sum(self._flops(run)) / sum(self.full))
-        drawn = random_programs(ratio, _RANDOM_PROGRAMS, subjects.cost, subjects.policy, subjects.seed)
-        dealt = shuffled([drawn[row % len(drawn)] for row in self.rows], subjects.seed)
+        ratio = min(1.0, sum(run.flops) / sum(self.identity.flops))
+        drawn = random_programs(ratio, _RANDOM_PROGRAMS, self.cost, self.policy, self.seed)
+        dealt = shuffled([drawn[row % len(drawn)] for row in range(len(self))], self.seed)
         return _Control(RANDOM, [self.run(dealt)])
-
-    def _seeds(self) -> range:
-        return range(self.subjects.seed, self.subjects.seed + _DEALS)
-
-    def _flops(self, run: _Run) -> list[float]:
-        """Per prompt, the router's included."""
-        return [outcome.flops + run.router_flops for outcome in run.outcomes]
 
     def system(self, name: str, role: str, run: _Run, note: str = "") -> SystemResult:
         """The figures of one system."""
-        right, reference = self._right(run), self._right(self.identity_run)
-        agree = [outcome.agree for outcome in run.outcomes]
-        identity = self.identity_run.programs[0]
-        timing = self.subjects.timings.get(name)
+        right, reference = self._right(run), self._right(self.identity)
+        identity = self.identity.programs[0]
+        timing = self.timings.get(name)
         return SystemResult.model_validate(
             {
                 "name": name,
@@ -262,7 +232,7 @@ class _SetEvaluator:
                 "accuracy": wilson(sum(right), len(right)) if right else None,
                 "accuracy_drop": paired_difference(reference, right) if right else None,
                 "mcnemar_vs_identity_p": mcnemar(reference, right) if right else None,
-                "agreement": wilson(sum(agree), len(agree)),
+                "agreement": wilson(sum(run.agree), len(run.agree)),
                 "answer_share": run.share,
                 "non_identity_rate": fmean(program != identity for program in run.programs),
                 "programs": {
@@ -279,11 +249,11 @@ class _SetEvaluator:
 
     def _saved(self, run: _Run) -> Saved:
         """Prefill: layers over the prompts and the router. Decode: the rest."""
-        cost, identity = self.subjects.cost, self.identity_run.programs[0]
+        cost, identity = self.cost, self.identity.programs[0]
         pairs = list(zip(run.programs, self.lengths, strict=True))
         prefill = sum(cost.prefill(program, length) for program, length in pairs) + run.router_flops * len(pairs)
         full_prefill = sum(cost.prefill(identity, length) for length in self.lengths)
-        total, full = sum(self._flops(run)), sum(self.full)
+        total, full = sum(run.flops), sum(self.identity.flops)
         decode, full_decode = total - prefill, full - full_prefill
         return Saved(
             prefill=1 - prefill / full_prefill,
@@ -293,20 +263,19 @@ class _SetEvaluator:
 
     def compare(self, run: _Run, control: _Control) -> Comparison:
         """Paired figures of a run and a control; of several deals the median p-value and the mean gain."""
-        right, agree = self._right(run), [outcome.agree for outcome in run.outcomes]
-        theirs = [(self._right(deal), [outcome.agree for outcome in deal.outcomes]) for deal in control.deals]
+        right, theirs = self._right(run), [(self._right(deal), deal.agree) for deal in control.deals]
         return Comparison(
             control=control.name,
             accuracy_p=median(mcnemar(right, other) for other, _ in theirs) if right else None,
             accuracy_gain=fmean(fmean(right) - fmean(other) for other, _ in theirs) if right else None,
-            agreement_p=median(mcnemar(agree, other) for _, other in theirs),
-            agreement_gain=fmean(fmean(agree) - fmean(other) for _, other in theirs),
+            agreement_p=median(mcnemar(run.agree, other) for _, other in theirs),
+            agreement_gain=fmean(fmean(run.agree) - fmean(other) for _, other in theirs),
             share_gain=fmean(run.share - deal.share for deal in control.deals),
         )
 
     def frontier(self) -> list[FrontierPoint]:
         """The router along its dial."""
-        dial = self.subjects.router.facts.dial
+        dial = self.router.facts.dial
         step = max(1, len(dial) // _FRONTIER_POINTS)
         points = []
         for theta in dict.fromkeys([*dial[::step], dial[-1]]):
@@ -316,7 +285,7 @@ class _SetEvaluator:
                 FrontierPoint(
                     theta=theta,
                     flops_saved=self._saved(run).total,
-                    agreement=fmean(outcome.agree for outcome in run.outcomes),
+                    agreement=fmean(run.agree),
                     accuracy=fmean(right) if right else None,
                 )
             )
@@ -324,13 +293,50 @@ class _SetEvaluator:
 
     def texts(self, run: _Run) -> TextRun:
         """The prompts that are answered in text."""
-        matrix, rerun = self.subjects.outcomes.matrix, self.subjects.rerun or self.identity_run.outcomes
-        spent = self._flops(run)
+        rerun, classes = self.rerun or self.identity.outcomes, self.outcomes.matrix.classes
         return TextRun(
             outcomes=[run.outcomes[row] for row in self.written],
-            spent=[spent[row] for row in self.written],
-            full=[self.full[row] for row in self.written],
+            spent=[run.flops[row] for row in self.written],
+            full=[self.identity.flops[row] for row in self.written],
             floor=[rerun[row] for row in self.written],
             lengths=[self.lengths[row] for row in self.written],
-            classes=[matrix.classes[row] for row in self.written],
+            classes=[classes[row] for row in self.written],
         )
+
+
+def evaluate_set(name: str, subjects: Subjects) -> SetResult:
+    """Evaluate every system on one set."""
+    routed = {f"router ({point})": subjects.routed(theta) for point, theta in subjects.points.items()}
+    main = next(iter(routed.values()))
+    controls = subjects.controls(main)
+    systems = [subjects.system("identity", "identity", subjects.identity)]
+    systems += [subjects.system(point, "router", run) for point, run in routed.items()]
+    if subjects.rerun is not None:
+        again = replace(subjects.identity, outcomes=subjects.rerun)
+        systems.append(subjects.system("identity again", "control", again))
+    systems += [subjects.system(control.name, "control", control.shown, control.note) for control in controls]
+    hindsight = subjects.run(oracle(subjects.outcomes, subjects.outcomes.matrix.programs))
+    systems.append(subjects.system("oracle", "oracle", hindsight, "not deployable: it knows the outcome"))
+    return SetResult(
+        name=name,
+        prompts=len(subjects),
+        labelled=len(subjects.labelled),
+        data=subjects.outcomes.matrix.data,
+        systems=tuple(systems),
+        comparisons=tuple(subjects.compare(main, control) for control in controls),
+        frontier=tuple(subjects.frontier()),
+    )
+
+
+def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -> list[ClassResult]:
+    """The router at every point within each class, given the rows of each."""
+    results = []
+    for name, rows in classes.items():
+        part = subjects.part(rows)
+        results += [part.within(name, point, part.routed(theta)) for point, theta in part.points.items()]
+    return results
+
+
+def evaluate_texts(subjects: Subjects, thetas: Mapping[str, float]) -> dict[str, TextRun]:
+    """The router at each of some θs on the prompts answered in text; empty where there are none."""
+    return {name: subjects.texts(subjects.routed(theta)) for name, theta in thetas.items()} if subjects.written else {}

@@ -47,7 +47,7 @@ _PACK_TOKENS: Final = 2048
 
 
 def length_name(tokens: int) -> str:
-    """Which of `LENGTHS` a prompt of that many tokens has."""
+    """The name of the length, in `LENGTHS`, of a prompt of that many tokens."""
     return next(name for name, (low, high) in LENGTHS.items() if low <= tokens < high)
 
 

@@ -53,7 +53,7 @@ _MEASURED: Final = -1
 
 
 class ChoiceSlots(NamedTuple):
-    """Which of a pack's predicted tokens belong to which choice; Q questions of at most C choices."""
+    """The choice of each of a pack's predicted tokens; Q questions of at most C choices."""
 
     slot: Tensor
     """For each predicted token, the entry of (Q × C) that it adds to; Q × C for tokens of no choice, (M,)."""

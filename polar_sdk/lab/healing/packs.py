@@ -45,7 +45,7 @@ class Pack:
 
     @property
     def later(self) -> Tensor:
-        """Which tokens are not at position 0, whose state is of another kind; (N,)."""
+        """Whether each token is not at position 0, whose state is of another kind; (N,)."""
         return self.packed.positions != 0
 
     def run(self, decoder: Decoder, x: Tensor, steps: Iterable[Step]) -> Tensor:

@@ -113,14 +113,12 @@ def test_a_shuffled_router_is_never_cheaper(
     model: PolarModel, matrix: Callable[..., RewardMatrix], router: MenuRouter
 ) -> None:
     """Long prompts at full depth: dealt at random, they would cross instead, so they are dealt among long ones."""
-    from polar_sdk.lab.evaluation.evaluate import _Run, _SetEvaluator
-
     rows = matrix(400, seed=3)
-    evaluator = _SetEvaluator(subjects(model, rows, router, {}))
+    tested = subjects(model, rows, router, {})
     for sign in (1, -1):
         programs = [rows.programs[2 if sign * (len(tokens) - 17) > 0 else 0] for tokens in rows.tokens]
-        run = _Run(programs, 0, evaluator.subjects.outcomes.all(programs))
-        dealt = [sum(one.flops for one in deal.outcomes) for deal in evaluator._shuffled(run).deals]
+        run = tested.run(programs)
+        dealt = [sum(one.flops for one in deal.outcomes) for deal in tested.controls(run)[0].deals]
         assert sum(dealt) / len(dealt) > 0.99 * sum(one.flops for one in run.outcomes)
 
 
