@@ -9,6 +9,7 @@ import threading
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -123,6 +124,7 @@ def test_processes_race_three_levels_of_budgets(
         Budget("acme", Decimal(demand) / 10, "USD", Level.KEY, "k0"),
     ):
         budgets.set(budget)
+    begin = perf_counter()
     workers = [worker(RACE, store, prices, number, threads, reservations) for number in range(processes)]
     served = refused = wrongly = 0
     for process in workers:
@@ -130,9 +132,13 @@ def test_processes_race_three_levels_of_budgets(
         assert process.returncode == 0, errors
         counts = [int(count) for count in out.split()]
         served, refused, wrongly = served + counts[0], refused + counts[1], wrongly + counts[2]
+    per_second = demand / (perf_counter() - begin)
     standings = budgets.standings("acme", NOON)
-    assert [standing for standing in standings if standing.left < 0] == []
-    assert wrongly == 0
+    overspent = sum(standing.left < 0 for standing in standings)
+    # `make bench-serving` reads these figures.
+    print(f"{store.url.get_backend_name()}: {demand} reservations, {per_second:.0f}/s")
+    print(f"{overspent} budgets overspent, {wrongly} refused wrongly")
+    assert (overspent, wrongly) == (0, 0)
     assert [standing.held for standing in standings] == [0, 0, 0]
     assert budgets.holds("acme") == []
     assert budgets.recheck("acme") == []
