@@ -148,8 +148,21 @@ class CurrencyMixError(QueryError):
 class OutputError(BillingError, OSError):
     """A report cannot be written to its destination."""
 
+    @classmethod
+    def of(cls, path: object, error: OSError) -> OutputError:
+        """The error of a file that the system does not let us write."""
+        return cls(
+            f"{str(path)!r} cannot be written ({error.strerror or error}).", hint="Check that its folder exists."
+        )
+
 
 class MissingExtraError(BillingError, ImportError):
     """An optional dependency of polar-llm is not installed."""
 
     exit_code = 2
+
+    @classmethod
+    def of(cls, what: str, missing: ImportError, extra: str) -> MissingExtraError:
+        """The error of what needs a module that an extra installs."""
+        hint = f"Install the extra {extra} of polar-llm, in a clone: `pip install '.[{extra}]'`."
+        return cls(f"{what} needs {missing.name!r}.", hint=hint)

@@ -36,6 +36,7 @@ from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
 from polar_billing.budgets.offers import Standing
 from polar_billing.ledger.books import read_books
 from polar_billing.ledger.connection import KeyedQuery
+from polar_billing.ledger.rollups import joined_sum, split_sum
 from polar_billing.ledger.schema import counter_table, hold_table, receipt_table, usage_table
 from polar_billing.values.money import STORED_SCALE
 from polar_billing.values.periods import Period
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 FULL: Final = 2**62
 """The maximum of a counter: far above any limit, and low enough that a sum never leaves the 64 bits of its column."""
-_MILLION: Final = 10**6
 _NAME_COLUMNS: Final = {
     Level.PROJECT: hold_table.c.project,
     Level.USER: hold_table.c.user_name,
@@ -130,8 +130,7 @@ def _sums(
     """
     step = 10 ** (STORED_SCALE - decimals)
     rounded = counts if step == 1 else counts // step + case((counts % step > 0, 1), else_=0)
-    sums = (func.sum(rounded // _MILLION).label("millions"), func.sum(rounded % _MILLION).label("rest"))
-    query: Select[Any] = select((literal("") if name is None else name).label("name"), *sums)
+    query: Select[Any] = select((literal("") if name is None else name).label("name"), *split_sum(rounded))
     if name is None:
         return query
     query = query.group_by(literal_column("name"))
@@ -139,8 +138,7 @@ def _sums(
 
 
 def _totals(connection: Connection, sums: Select[Any]) -> Counter[str]:
-    rows = connection.execute(sums)
-    return Counter({row.name: int(row.millions or 0) * _MILLION + int(row.rest or 0) for row in rows})
+    return Counter({name: joined_sum(*parts) for name, *parts in connection.execute(sums)})
 
 
 def _within(column: ColumnElement[datetime], period: Period) -> list[ColumnElement[bool]]:

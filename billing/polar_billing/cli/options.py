@@ -62,10 +62,7 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerS
         from polar_billing.ledger.ledger import Ledger
         from polar_billing.metering.spool import recover_abandoned, warning_of
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"this command needs {error.name!r}.",
-            hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
-        ) from error
+        raise MissingExtraError.of("this command", error, "billing") from error
     with Ledger(ledger) as opened, _meaningful(opened.location):
         if recover:
             recover_abandoned(opened)
@@ -190,7 +187,5 @@ def write_pieces(path: Path, pieces: Iterable[str]) -> None:
                     path.unlink()
                 raise
     except OSError as error:
-        raise OutputError(
-            f"{str(path)!r} cannot be written ({error.strerror}).", hint="Check that its folder exists."
-        ) from error
+        raise OutputError.of(path, error) from error
     print_line(f"Wrote {path}.", err=True)

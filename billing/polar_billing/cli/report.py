@@ -152,6 +152,4 @@ def energy(
             with suppress(KeyboardInterrupt):
                 record_energy(file, counters, every, for_)
     except OSError as error:
-        raise OutputError(
-            f"{str(log)!r} cannot be written ({error.strerror}).", hint="Check that its folder exists."
-        ) from error
+        raise OutputError.of(log, error) from error

@@ -16,7 +16,7 @@ from sqlalchemy import func, select
 
 from polar_billing.ledger.books import read_books
 from polar_billing.ledger.records import Selection
-from polar_billing.ledger.rollups import read_sums
+from polar_billing.ledger.rollups import joined_sum, read_sums, split_sum
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.rating import Counts, Rating, rate_counts, rate_of
 from polar_billing.reports.summary import Summary, TenantReport, summarise, tenants_of
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
 
-_MILLION: Final = 10**6
 _NOBODY: Final = ""
 """A tenant that no price book names."""
 
@@ -150,9 +149,8 @@ def _together(currency: str, tenants: Sequence[_Tenant], decimals: int) -> Summa
 def _drafts(connection: Connection, usage: Sum, part: Period) -> int:
     """FLOPs that drafts of these requests executed, which the sums leave out. Those of pruned usage are not known."""
     columns, receipt = usage_table.c, receipt_table.c
-    flops = func.coalesce(columns.flops_drafts, 0)
     query = (
-        select(func.sum(flops // _MILLION), func.sum(flops % _MILLION))
+        select(*split_sum(func.coalesce(columns.flops_drafts, 0)))
         .join_from(usage_table, receipt_table, receipt.usage_seq == columns.seq)
         .where(
             columns.tenant == usage.tenant,
@@ -168,8 +166,7 @@ def _drafts(connection: Connection, usage: Sum, part: Period) -> int:
     )
     if part.until is not None:
         query = query.where(columns.started_at < part.until)
-    millions, rest = connection.execute(query).one()
-    return int(millions or 0) * _MILLION + int(rest or 0)
+    return joined_sum(*connection.execute(query).one())
 
 
 def _rating(usage: Sum, book: PriceBook, moment: datetime, drafts: int) -> Rating:

@@ -136,10 +136,7 @@ def _arrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise MissingExtraError(
-            f"Parquet needs {error.name!r}.",
-            hint="Install the extra parquet of polar-llm, in a clone: `pip install '.[parquet]'`.",
-        ) from error
+        raise MissingExtraError.of("Parquet", error, "parquet") from error
     return pyarrow
 
 
@@ -154,7 +151,5 @@ def _write(path: Path, types: Mapping[str, pyarrow.DataType], rows: Iterable[Row
                 writer.write_batch(arrow.record_batch(columns, schema=schema))
                 written += len(batch)
     except OSError as error:
-        raise OutputError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}).", hint="Check that its folder exists."
-        ) from error
+        raise OutputError.of(path, error) from error
     return written

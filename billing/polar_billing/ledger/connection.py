@@ -112,10 +112,7 @@ class Database:
         try:
             return create_engine(self.url, pool_pre_ping=True)
         except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                f"ledger {describe(self.url)!r} needs {error.name!r}.",
-                hint="Install the extra postgres of polar-llm, in a clone: `pip install '.[postgres]'`.",
-            ) from error
+            raise MissingExtraError.of(f"ledger {describe(self.url)!r}", error, "postgres") from error
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -65,10 +65,7 @@ def upgrade(connection: Connection, revision: str, migrations: str) -> None:
         from alembic import command
         from alembic.config import Config
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"migrations need {error.name!r}.",
-            hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
-        ) from error
+        raise MissingExtraError.of("a migration", error, "billing") from error
     config = Config()
     config.set_main_option("script_location", migrations)
     config.set_main_option("path_separator", "os")

@@ -193,8 +193,17 @@ def stored_rollups(connection: Connection, *conditions: ColumnElement[bool]) -> 
 
 def _joined(split: Sequence[Any]) -> Iterator[int]:
     """Quantities of their millions and their rest, one after the other."""
-    for millions, rest in zip(split[::2], split[1::2], strict=True):
-        yield int(millions) * _MILLION + int(rest)
+    return map(joined_sum, split[::2], split[1::2])
+
+
+def split_sum(counts: ColumnElement[Any]) -> tuple[ColumnElement[Any], ColumnElement[Any]]:
+    """The sum of a column in SQL, as whole millions and a rest: neither leaves 64 bits."""
+    return func.sum(counts // _MILLION), func.sum(counts % _MILLION)
+
+
+def joined_sum(millions: Any, rest: Any) -> int:
+    """A sum of its two parts as the database returns them; 0 of nothing."""
+    return int(millions or 0) * _MILLION + int(rest or 0)
 
 
 def usage_shares(connection: Connection, *conditions: ColumnElement[bool]) -> Iterator[Share]:

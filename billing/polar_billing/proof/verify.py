@@ -28,7 +28,15 @@ from polar_billing.budgets.settlement import with_budgets
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger.chain import Head
 from polar_billing.ledger.retention import pruned_totals
-from polar_billing.ledger.rollups import merge, misfiled_rollups, stored_rollups, sum_up, usage_shares
+from polar_billing.ledger.rollups import (
+    joined_sum,
+    merge,
+    misfiled_rollups,
+    split_sum,
+    stored_rollups,
+    sum_up,
+    usage_shares,
+)
 from polar_billing.ledger.schema import (
     entry_table,
     head_table,
@@ -49,8 +57,6 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
 
 _ROWS_BATCH: Final = 1_000
-_MILLION: Final = 10**6
-"""Sums of a column are taken of its millions and of the rest, of which neither leaves 64 bits."""
 MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, PolarError, DataError)
 """Errors raised by stored values of the declared type that were changed into something they cannot mean."""
 
@@ -145,13 +151,12 @@ def _without_book(connection: Connection) -> Iterator[Finding]:
 def _unbalanced(connection: Connection) -> Iterator[Finding]:
     """Transactions whose entries do not sum to zero."""
     entry = entry_table.c
-    parts = (entry.whole // _MILLION, entry.whole % _MILLION, entry.rest // _MILLION, entry.rest % _MILLION)
-    query = select(entry.transaction_id, func.min(entry.tenant).label("tenant"), entry.currency, *map(func.sum, parts))
+    parts = (*split_sum(entry.whole), *split_sum(entry.rest))
+    query = select(entry.transaction_id, func.min(entry.tenant).label("tenant"), entry.currency, *parts)
     query = query.group_by(entry.transaction_id, entry.currency)
     with connection.execute(query, execution_options={"yield_per": _ROWS_BATCH}) as rows:
         for transaction, tenant, currency, *sums in rows:
-            whole_millions, whole, rest_millions, rest = map(int, sums)
-            if (whole_millions * _MILLION + whole) * 10**12 + rest_millions * _MILLION + rest:
+            if joined_sum(*sums[:2]) * 10**12 + joined_sum(*sums[2:]):
                 yield Finding(tenant, None, f"transaction {transaction} does not sum to zero in {currency}.")
 
 

@@ -18,6 +18,7 @@ from polar_billing.errors import QueryError
 from polar_billing.ledger.append import find_known
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.records import StoredUsage
+from polar_billing.ledger.rollups import joined_sum, split_sum
 from polar_billing.ledger.schema import pruned_table, statement_table, usage_table
 from polar_billing.prices.rating import ITEMS, product, rate, rate_of
 from polar_billing.proof.receipts import can_be_stored, make_receipt
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 _LINE_ID: Final = re.compile(r"(st-[0-9a-f]{24})/([0-9]{1,9})")
 _STATEMENT_ID: Final = re.compile(r"st-[0-9a-f]{24}")
-_MILLION: Final = 10**6
 
 
 class PriceStep(Part):
@@ -261,21 +261,16 @@ def explain_line(ledger: Ledger, name: str, *, tenant: str | None = None, record
         conditions = conditions_of(connection, issued, line)
         usage = usage_table.c
         charged = charged_flops(rated_in(connection, issued.statement, line)[0])
-        query = select(
-            func.count(),
-            func.sum(charged // _MILLION),
-            func.sum(charged % _MILLION),
-            func.sum(usage.tokens_input),
-            func.sum(usage.tokens_output),
-        ).where(*conditions)
-        requests, *summed = (int(value or 0) for value in connection.execute(query).one())
+        tokens = (func.sum(usage.tokens_input), func.sum(usage.tokens_output))
+        query = select(func.count(), *tokens, *split_sum(charged)).where(*conditions)
+        requests, *tokens_summed, millions, rest = connection.execute(query).one()
         listed = connection.execute(
             select(usage.seq, usage.request_id, charged, usage.tokens_input, usage.tokens_output)
             .where(*conditions)
             .order_by(usage.seq)
             .limit(records)
         ).all()
-    flops, tokens_input, tokens_output = summed[0] * _MILLION + summed[1], summed[2], summed[3]
+    flops, (tokens_input, tokens_output) = joined_sum(millions, rest), (int(count or 0) for count in tokens_summed)
     statement = issued.statement
     same = ("tenant", "price_book", "price_book_hash", "currency", "decimals")
     return LineExplanation(

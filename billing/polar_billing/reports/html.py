@@ -111,10 +111,7 @@ def new_environment(package: str, what: str) -> Environment:
         import jinja2
         from markupsafe import Markup
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{what} needs {error.name!r}.",
-            hint="Install the extra report of polar-llm, in a clone: `pip install '.[report]'`.",
-        ) from error
+        raise MissingExtraError.of(what, error, "report") from error
 
     def load(name: str) -> str:
         return read_template(_HERE if name.startswith("shared_") else package, name)

@@ -8,10 +8,11 @@ prices.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, func, or_, select
 
+from polar_billing.ledger.rollups import joined_sum, split_sum
 from polar_billing.ledger.schema import usage_table
 from polar_billing.prices.rating import FAR, Counts, always_within_receipt, beyond_receipt, rate_in
 from polar_billing.statements.lines import PeriodUsage, Use
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.lines import Agreement, Phase, Stretch
     from polar_billing.statements.statement import Statement
-
-
-_MILLION: Final = 10**6
 
 
 @dataclass(frozen=True)
@@ -87,23 +85,16 @@ def last_seq(connection: Connection, tenant: str) -> int:
 
 
 def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange, book: PriceBook) -> Iterator[Use]:
-    usage, flops = usage_table.c, charged_flops(book)
+    usage = usage_table.c
+    tokens = (func.sum(usage.tokens_input), func.sum(usage.tokens_output))
     query = (
-        select(
-            usage.tier,
-            usage.outcome,
-            func.count(),
-            func.sum(flops // _MILLION),
-            func.sum(flops % _MILLION),
-            func.sum(usage.tokens_input),
-            func.sum(usage.tokens_output),
-        )
+        select(usage.tier, usage.outcome, func.count(), *split_sum(charged_flops(book)), *tokens)
         .where(*within(tenant, stretch.since, stretch.until, seqs))
         .group_by(usage.tier, usage.outcome)
     )
     beyond = list(uses_beyond_receipt(connection, tenant, stretch, seqs, book).values())
     for tier, outcome, requests, millions, rest, tokens_input, tokens_output in connection.execute(query):
-        counts = Counts(requests, int(millions) * _MILLION + int(rest), int(tokens_input), int(tokens_output))
+        counts = Counts(requests, joined_sum(millions, rest), int(tokens_input), int(tokens_output))
         apart = [use.counts for use in beyond if (use.tier, use.outcome) == (tier, outcome)]
         if counts != (unrated := sum(apart, Counts())):
             yield Use(stretch, tier, outcome, counts - unrated)
