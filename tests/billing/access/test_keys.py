@@ -240,7 +240,7 @@ def test_a_clock_that_was_set_back_locks_nobody_out(replicas: list[Rates], clock
 RACE = """
 import json, sys, time
 from polar_billing.access.rates import Rates
-from tests.billing.access.test_rates import Key
+from tests.billing.access.test_keys import Key
 url, tries, parallel = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "parallel"
 rates = Rates(url)
 key = Key(parallel=5) if parallel else Key(requests_per_minute=60)
