@@ -12,12 +12,13 @@ import shlex
 import signal
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer.main
 
-from polar_sdk.cli.main import app
+from polar_sdk.cli.main import app, main
 from polar_sdk.cli.options import items_of
 from polar_sdk.lab import builtin_items
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
@@ -200,20 +201,18 @@ class TestMistakes:
         assert polar("run", "hi", "--cheap").exit_code == 2
         assert polar("run").exit_code == 2
 
-    def test_a_prompt_that_is_no_text(self, on_tiny: list[str]) -> None:
+    def test_a_prompt_that_is_no_text(
+        self, on_tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """By whichever way the standard input of a process reads bytes that are no UTF-8."""
         refused(polar("run", "-", *on_tiny, typed=b"ab\xff"), 2)
-        done = subprocess.run(
-            [*POLAR, "run", "-", *on_tiny],
-            input=b"ab\xff",
-            capture_output=True,
-            timeout=TIMEOUT_S,
-            check=False,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8:surrogateescape"},
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith(b"error: ")
-        assert done.stderr.count(b"\n") == 1
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\xff"), "utf-8", "surrogateescape"))
+        monkeypatch.setattr(sys, "argv", ["polar", "run", "-", *on_tiny])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert (said.startswith("error: "), said.count("\n")) == (True, 1)
 
 
 class TestLedger:

@@ -62,7 +62,7 @@ class Kept(BaseModel):
 
 
 def test_a_class_may_have_what_is_no_json(model: PolarModel) -> None:
-    for seed in range(5):
+    for seed in range(2):
         answer = model.generate("Hello", schema=Kept, max_tokens=200, temperature=1.0, seed=seed)
         kept = Kept.model_validate_json(answer.text)
         assert set(kept.by_size) <= {"small", "large"}
@@ -105,7 +105,7 @@ def test_programs_of_every_kind_keep_to_a_grammar() -> None:
     width = decoder.family.hidden
     decoder.set_bridges({(2, 3): Bridge((torch.eye(width) / 9,), torch.ones(width) / 9, torch.zeros(width))})
     model = PolarModel(plain.loaded, policy=plain.policy, ledger=None)
-    programs = ["0-5", "0-2 (3-5)", "0-2 (3-5:2)", "0-1 [2-3] 4-5", "0-1 3x2 4-5", "0-1 3~2 4-5", "0 2-5"]
+    programs = ["0-5", "0-2 (3-5:2)", "0-1 [2-3] 4-5", "0-1 3x2 4-5"]
     each: Any = [
         {**kind, "program": program, "temperature": 1.5, "seed": seed}
         for program in programs
@@ -146,7 +146,7 @@ def test_a_stream_is_the_same_answer(model: PolarModel, kind: Any) -> None:
     assert (last.token_ids, last.complete) == (whole.token_ids, whole.complete)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), spare=st.integers(0, 40), temperature=st.floats(0.1, 4))
 def test_a_list_fits_the_tokens_that_its_shortest_answer_needs(seed: int, spare: int, temperature: float) -> None:
     schema = {"type": "array", "items": PERSON, "minItems": 3}

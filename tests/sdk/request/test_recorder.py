@@ -40,6 +40,15 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no
 FORK_WARNING = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> Iterator[None]:
+    """The collector leaves alone what there was before, so that it is quick."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
     """Garbage is collected where a test says so."""

@@ -17,7 +17,7 @@ from polar_sdk.testing import tiny_model
 if TYPE_CHECKING:
     from polar_sdk.request.generation import Generation
 
-PROMPTS = ("Hello", "Describe Anna, 42, of Köln.", "{", "Write JSON: [1, 2")
+PROMPTS = ("Describe Anna, 42, of Köln.", "Write JSON: [1, 2")
 
 
 def _object(required: list[str] | None = None, /, **properties: Any) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class TestPausedReaders:
         assert model.scheduler.replayed_flops > 0
         assert stopped > 0
 
-    @settings(max_examples=8)
+    @settings(max_examples=5)
     @given(st.data())
     def test_random_pauses_change_no_answer(self, data: st.DataObject) -> None:
         rows, blocks = data.draw(st.integers(1, 3)), data.draw(st.integers(3, 6))
