@@ -14,6 +14,7 @@ from polar_sdk.errors import InvalidRequestError, MissingExtraError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
+    from polar_server.access.keys import KeyRule
     from polar_server.deployment.launch import Launch
 
 _SERVER, _RAY = "Server", "Ray"
@@ -115,20 +116,22 @@ def _serve_here(launch: Launch, port: int) -> None:
         from polar_server.app import build
         from polar_server.deployment.launch import log_as_json
         from polar_server.deployment.uvicorn_server import UvicornServer
-        from polar_server.settings import NOT_ENFORCED
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
     log_as_json()
     settings = launch.settings()
     server = UvicornServer(build(settings), host=launch.host, port=port)
-
-    def say(where: str) -> None:
-        print_line(f"Serving {settings.model_id} on {where}/v1", err=True)
-        if (open_to := NOT_ENFORCED.get(settings.key_rule)) is not None:
-            print_line(open_to, err=True)
-
-    server.on_start = say
+    server.on_start = lambda where: _announce(f"Serving {settings.model_id} on {where}/v1", settings.key_rule)
     server.run()
+
+
+def _announce(started: str, rule: KeyRule) -> None:
+    """Say that a server listens, and what is not enforced there."""
+    from polar_server.settings import NOT_ENFORCED
+
+    for line in (started, NOT_ENFORCED.get(rule)):
+        if line is not None:
+            print_line(line, err=True)
 
 
 def _serve_on_ray(
@@ -143,7 +146,8 @@ def _serve_on_ray(
         raise _missing(error, "ray") from error
     wanted = ray_serve.Replicas.of(replicas, cpus=cpus, gpus=gpus)
     if write_config is None:
-        launch.stores()  # here, since an error of a replica is hard to find
+        stores = launch.stores()  # here, since an error of a replica is hard to find
+        _announce(f"Serving on Ray at http://{launch.host}:{port}/v1", stores["require_keys"])
         ray_serve.run(launch, wanted, port=port)
         return
     text = json.dumps(ray_serve.config(launch, wanted, port=port), indent=2)
@@ -179,7 +183,7 @@ def dashboard(
         from polar_server.access.stores import find_access
         from polar_server.deployment.uvicorn_server import PlainServer
         from polar_server.http.pages import build_pages, find_pages
-        from polar_server.settings import NOT_ENFORCED, key_rule
+        from polar_server.settings import key_rule
     except ModuleNotFoundError as error:
         raise _missing(error, "server", "polar dashboard") from error
     rule, keys = key_rule(host, require_keys, "see this page"), find_access(ledger).keys
@@ -191,13 +195,7 @@ def dashboard(
     pages = find_pages(ledger, zone)
     pages.check()
     server = PlainServer(build_pages(pages, KeyGuard(keys, rule)), host=host, port=port)
-
-    def say(where: str) -> None:
-        print_line(f"Operations page on {where}/polar/; Ctrl-C ends it.", err=True)
-        if (open_to := NOT_ENFORCED.get(rule)) is not None:
-            print_line(open_to, err=True)
-
-    server.on_start = say
+    server.on_start = lambda where: _announce(f"Operations page on {where}/polar/; Ctrl-C ends it.", rule)
     server.run()
 
 
