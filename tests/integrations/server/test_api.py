@@ -239,9 +239,13 @@ def test_a_body_of_too_many_values_is_refused_unread(refusing: Served, monkeypat
         return parse_object(content, **limits)
 
     monkeypatch.setattr("polar_server.http.exchange.parse_object", parse)
-    many = b'{"model": "tiny", "messages": [' + b"[]," * 1_200_000 + b"[]]}"
-    status, _, body = refusing.call("POST", "/v1/chat/completions", many)
-    assert (status, body["error"]["code"], read_by) == (413, "request_too_large", [])
+    for value in (b"[],", b'"",', b'"' * 4):
+        many = b'{"model": "tiny", "messages": [' + value * 1_000_000 + b"[]]}"
+        status, _, body = refusing.call("POST", "/v1/chat/completions", many)
+        assert (status, body["error"]["code"], read_by) == (413, "request_too_large", [])
+    half = b'{"model": ' + b'"\\' * 1_000_000  # a string that begins everywhere and ends nowhere
+    assert refusing.call("POST", "/v1/chat/completions", half)[2]["error"]["code"] == "invalid_json"
+    read_by.clear()
     text = chat_body(messages=[{"role": "user", "content": 'a,[{"' * 200_000}])
     assert refusing.call("POST", "/v1/chat/completions", text)[2]["error"]["code"] == "context_length_exceeded"
     assert read_by[0].startswith("polar-body"), "large bodies are read beside the event loop"
