@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
-from polar_sdk.reading import Unreadable, check_size, parse_object
+from polar_sdk.reading import Unreadable, parse_object
 from polar_server.errors import ApiError
 from polar_server.telemetry.traces import trace_headers
 
@@ -208,13 +208,17 @@ async def _lines(answer: httpx2.Response) -> AsyncIterator[bytes]:
     Raises:
         Unreadable: One of them does not end.
     """
-    rest = b""
+    rest = bytearray()
     async for part in answer.aiter_bytes():
-        *lines, rest = _LINE_END.split(rest + part)
-        for line in lines:
-            yield line
-        check_size(rest, _MAX_EVENT_BYTES)
-    yield rest
+        rest += part
+        if b"\n" in part or b"\r" in part:  # looked at once, in however small parts a line comes
+            *lines, last = _LINE_END.split(bytes(rest))
+            rest = bytearray(last)
+            for line in lines:
+                yield line
+        if len(rest) > _MAX_EVENT_BYTES:
+            raise Unreadable(f"larger than the {_MAX_EVENT_BYTES:,} bytes that are read")
+    yield bytes(rest)
 
 
 async def _relay(base: str, answer: httpx2.Response, news: SimpleQueue[News]) -> Ended:

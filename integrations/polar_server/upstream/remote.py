@@ -68,7 +68,7 @@ class _Progress:
     reported: TokenUsage | None = None
     """The upstream's last figures."""
     disputed: str | None = None
-    """What the upstream said that cannot be: `usage`, or `length` where its answer was cut."""
+    """The claim of the upstream that cannot be: `usage`, or `length` where its answer was cut."""
     opened_ns: int = 0
     first_ns: int = 0
     """When the first piece came, by the monotonic clock; 0 = none has."""
