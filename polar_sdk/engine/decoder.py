@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch import Tensor
 
 from polar_sdk.engine import native
 from polar_sdk.engine.draft_head import DraftHead, NativeDraftHead, head_flops
@@ -20,6 +21,7 @@ from polar_sdk.engine.families import find_family
 from polar_sdk.engine.kernels import NativeKernels, NativeLayers, TorchKernels
 from polar_sdk.engine.large_pages import LargePages, give_back_freed_memory
 from polar_sdk.engine.pages import PAGE, PagePool
+from polar_sdk.engine.panels import Blocks
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.products import InPanels, NotInPanels, Plain, look_up, pack, quantize, rows_of
 from polar_sdk.errors import CacheMemoryError
@@ -28,7 +30,7 @@ from polar_sdk.locks import renewed_in_child
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.draft_head import Guess
@@ -60,7 +62,7 @@ class Decoder:
         cost: FLOPs of each part, bridges and fills included.
         placement: Where each part of the weights is.
         dtype: Of activations, keys and values.
-        precision: How matrices are stored: `bf16`, `fp16`, `fp32`, `int8` or `int4`.
+        precision: How matrices are stored: `bf16`, `fp16`, `fp32`, `int8`, `int4`, or the format of a GGUF file.
         layers: Weights of each layer.
         start: Weights of the embedding.
         ends: Weights of final norm and head.
@@ -92,7 +94,9 @@ class Decoder:
         self.dtype: torch.dtype = self.start["embedding"].dtype
         self.precision = precision or _SHORT_NAMES[self.dtype]
         # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/LOG.md`).
-        self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
+        head = self.ends["head"]
+        in_bytes = "int8" if self.precision == "int4" else self.precision
+        self.ends["head"] = replace(head, fine=True) if isinstance(head, Blocks) else quantize(head, in_bytes)
         self._place_ends()
         self.layers = list(self._take_layers(modules, bring))
         self.cost: CostModel = family.cost()
@@ -143,7 +147,9 @@ class Decoder:
     def _place_ends(self) -> None:
         """Bring the head to large pages; an embedding that is the head's matrix stays it."""
         embedding, head = self.start["embedding"], self.ends["head"]
-        tied = isinstance(head, Plain) and embedding.data_ptr() == head.weight.data_ptr()
+        tied = (
+            isinstance(head, Plain) and isinstance(embedding, Tensor) and embedding.data_ptr() == head.weight.data_ptr()
+        )
         self.ends = LargePages().place(self.ends)
         if tied:
             self.start["embedding"] = self.ends["head"].weight
@@ -155,8 +161,9 @@ class Decoder:
 
     @property
     def dtype_name(self) -> str:
-        """How the weights are held, for usage records: `bfloat16`, `float32`, …, `int8` or `int4`."""
-        return self.precision if self.precision.startswith("int") else str(self.dtype).removeprefix("torch.")
+        """How the weights are held, for usage records: `bfloat16`, …, `int8`, `int4`, or the format of a GGUF file."""
+        plain = self.precision in _SHORT_NAMES.values()
+        return str(self.dtype).removeprefix("torch.") if plain else self.precision
 
     @property
     def depth(self) -> int:
@@ -356,8 +363,10 @@ def _moved(weights: Weights, device: torch.device) -> Weights:
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    if value is None or isinstance(value, torch.Tensor):
-        return value if value is None else value.to(device)
+    if value is None or isinstance(value, Blocks):  # which are read on a CPU alone
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)
     return type(value)(*(_move(part, device) for part in value))
 
 

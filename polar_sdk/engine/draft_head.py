@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from polar_sdk.engine import native
 from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.maps import normalise
-from polar_sdk.engine.panels import Packed, PackedInt8
+from polar_sdk.engine.panels import PackedInt8
 from polar_sdk.engine.products import Plain, multiply, pack, quantize
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.engine.products import Product
+    from polar_sdk.engine.products import Embedding, Product
 
 
 MAX_GUESSES: Final = 5
@@ -127,16 +127,20 @@ class NativeDraftHead:
         embedding: The model's, (V, E).
     """
 
-    def __init__(self, head: DraftHead, embedding: Tensor | Packed) -> None:
-        memory, matrices = LargePages(), list[PackedInt8]()
+    def __init__(self, head: DraftHead, embedding: Embedding) -> None:
+        memory, matrices = LargePages(), list[native.Matrix]()
         for each in (head.enter, head.gated, head.down, head.rows):
             assert isinstance(each, Plain)
             packed = memory.matrix(pack(quantize(each, "int8")))
             assert isinstance(packed, PackedInt8)
-            matrices.append(packed)
-        in_panels = isinstance(embedding, Packed)
-        numbers = embedding.panels if isinstance(embedding, Packed) else embedding
-        self._head = native.Guesses(head.tokens, head.scale, matrices, numbers, in_panels=in_panels)
+            matrices.append(packed.matrix(each.weight.shape[1]))
+        width = head.scale.shape[0]
+        matrices.append(
+            native.Matrix("rows", embedding, head.scale.new_zeros(embedding.shape[0]), width)
+            if isinstance(embedding, torch.Tensor)
+            else embedding.matrix(width)
+        )
+        self._head = native.Guesses(head.tokens, head.scale, matrices)
 
     def guess(self, states: Tensor, tokens: Sequence[int], most: int) -> list[list[Guess]]:
         """`DraftHead.guess`, with its arguments and result."""

@@ -31,6 +31,8 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of the configuration's `model_type` that this family runs."""
+    reads_blocks: ClassVar[bool] = False
+    """Whether all its matrices are taken by `parts.take`, `fuse` and `take_table`, which know those of GGUF files."""
 
     def __init__(self, config: Any) -> None:
         """Read the sizes that every configuration has; a family with other names for them sets them itself.

@@ -48,11 +48,15 @@ class LargePages:
         size = tensor.numel() * tensor.element_size()
         if tensor.device.type != "cpu" or not size or _ADVICE is None:
             return tensor
+        return self.empty(size).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def empty(self, size: int) -> Tensor:
+        """So many bytes."""
         if self._used + size > self._block.numel():
             self._block, self._used = _block(max(size, _BLOCK)), 0
-        place = self._block[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
+        place = self._block[self._used : self._used + size]
         self._used += -(-size // _ALIGNED) * _ALIGNED
-        return place.copy_(tensor)
+        return place
 
 
 def give_back_freed_memory() -> None:

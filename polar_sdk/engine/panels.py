@@ -6,16 +6,23 @@ library unpacks a matrix for each product. Sides that do not fit are filled up w
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine import native
+from polar_sdk.errors import ModelDamagedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
+
+    from polar_sdk.engine.large_pages import LargePages
 
 
 GROUP: Final = 32
@@ -28,15 +35,6 @@ _FEW: Final = 32
 """Number of rows up to which the library looks them up: in one thread, and sooner than by an index."""
 _WORD: Final = 4
 """Number of inputs whose integers for an output lie side by side."""
-
-
-def matrix(product: Packed | PackedInt8 | PackedInt4, inputs: int) -> native.Matrix:
-    """A matrix of that many inputs, as the library reads it; the tensors must outlive it."""
-    scale = product.scale if isinstance(product, PackedInt8) else None
-    assert all(each.is_contiguous() for each in product)
-    form = {Packed: 0, PackedInt8: 1, PackedInt4: 2}[type(product)]
-    pointers = product.panels.data_ptr(), None if scale is None else scale.data_ptr(), product.bias.data_ptr()
-    return native.Matrix(*pointers, inputs, product.bias.shape[0], form)
 
 
 class Packed(NamedTuple):
@@ -55,9 +53,9 @@ class Packed(NamedTuple):
         panels = pairs.view(-1, _OUTPUTS, pairs.shape[1]).transpose(1, 2).contiguous()
         return cls(panels, _bias(bias, weight, weight.shape[0]))
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Multiply activations (M, K), by the library; returns (M, N)."""
-        return native.product(x, *self)
+    def matrix(self, inputs: int) -> native.Matrix:
+        """The same as the library reads it."""
+        return native.Matrix("numbers", *self, inputs)
 
     def outputs_from(self, first: int) -> Packed | None:
         """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
@@ -75,7 +73,7 @@ class Packed(NamedTuple):
             IndexError: An output is not in the matrix.
         """
         if outputs.shape[0] <= _FEW and native.is_used(self.bias.dtype, self.panels.device):
-            return native.look_up(self.panels, outputs, self.bias)
+            return native.look_up(outputs, self.matrix(2 * self.panels.shape[1]))
         # One index for each pair of inputs: torch's indexing by three wakes its threads for a single row.
         pairs = self.panels.shape[1]
         first = outputs // _OUTPUTS * (pairs * _OUTPUTS) + outputs % _OUTPUTS
@@ -102,9 +100,9 @@ class PackedInt8(NamedTuple):
         panels = words.permute(0, 2, 3, 1, 4).contiguous().view(torch.uint8).bitwise_xor(128)  # adds 128
         return cls(panels, scale, _bias(bias, scale, weight.shape[0]))
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Multiply activations (M, K), by the library; returns (M, N)."""
-        return native.product_int8(x, *self)
+    def matrix(self, inputs: int) -> native.Matrix:
+        """The same as the library reads it."""
+        return native.Matrix("bytes", self.panels, self.bias, inputs, scale=self.scale)
 
     def outputs_from(self, first: int) -> PackedInt8 | None:
         """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
@@ -140,9 +138,9 @@ class PackedInt4(NamedTuple):
         panels = torch.cat((pairs.flatten(2), numbers.flatten(2)), dim=-1)
         return cls(panels, _bias(bias, scales_zeros, outputs))
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Multiply activations (M, K), by the library; returns (M, N)."""
-        return native.product_int4(x, *self)
+    def matrix(self, inputs: int) -> native.Matrix:
+        """The same as the library reads it."""
+        return native.Matrix("nibbles", *self, inputs)
 
     def outputs_from(self, first: int) -> PackedInt4 | None:
         """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
@@ -161,6 +159,129 @@ class PackedInt4(NamedTuple):
         scales, zeros = numbers.float().transpose(1, 2)[..., None, :].unbind(-1)
         weight = ((codes.float() - 8) * scales + zeros).to(self.bias.dtype)
         return weight.flatten(2).flatten(0, 1)[:, :inputs]
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix (N, K) of a GGUF file that is not in memory yet.
+
+    Attributes:
+        name: In the file.
+        form: Its type there, one of `native.FORMS`.
+        inputs: K.
+        outputs: N.
+        read: Reads so many rows, from the one with the first number on.
+        order: Which row each output is, (N,), where that is not its own number.
+        memory: Where its panels go.
+    """
+
+    name: str
+    form: str
+    inputs: int
+    outputs: int
+    read: Callable[[int, int], memoryview]
+    order: Tensor | None
+    memory: LargePages
+
+    @cached_property
+    def alone(self) -> Blocks:
+        """The matrix by itself, without a bias: embedding and head may be the same one."""
+        return Blocks.of([self], None)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix (N, K) in the formats of a GGUF file, with its bias (N,), which is bfloat16.
+
+    Attributes:
+        parts: Form and panels of its outputs, those of one format after another.
+        ends: Where the outputs of each part end.
+        inputs: K.
+        bias: Zeros where there is none.
+        fine: Whether rows that meet it are rounded to 16 bits instead of 8.
+    """
+
+    parts: tuple[tuple[str, Tensor], ...]
+    ends: tuple[int, ...]
+    inputs: int
+    bias: Tensor
+    fine: bool = False
+
+    @classmethod
+    def of(cls, stored: Sequence[StoredMatrix], bias: Tensor | None) -> Blocks:
+        """Read and pack matrices of the same inputs; their outputs follow one another."""
+        sizes = [each.outputs for each in stored]
+        ends = tuple(accumulate(sizes))
+        own = torch.zeros(ends[-1], dtype=torch.bfloat16) if bias is None else bias
+        return cls(tuple((each.form, _pack(each)) for each in stored), ends, stored[0].inputs, own)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of looked up rows."""
+        return self.bias.dtype
+
+    def matrix(self, inputs: int) -> native.Matrix:
+        """The same as the library reads it; it is there as long as these blocks are."""
+        assert inputs == self.inputs
+        return self._whole
+
+    def outputs_from(self, first: int) -> Blocks | None:
+        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        starts = (0, *self.ends)
+        part = next(index for index, end in enumerate(self.ends) if first < end)
+        if (first - starts[part]) % INTEGER_OUTPUTS:
+            return None
+        form, panels = self.parts[part]
+        skipped = native.packed_size(form, self.inputs, first - starts[part])
+        parts = ((form, panels[skipped:]), *self.parts[part + 1 :])
+        return Blocks(parts, tuple(end - first for end in self.ends[part:]), self.inputs, self.bias[first:], self.fine)
+
+    def unpack(self, inputs: int) -> Tensor:
+        """The matrix (N, K), where K is `inputs`."""
+        return self.look_up(torch.arange(self.bias.shape[0]))[:, :inputs]
+
+    def look_up(self, outputs: Tensor) -> Tensor:
+        """The rows (M, K) of some outputs (M,).
+
+        Raises:
+            IndexError: An output is not in the matrix.
+        """
+        return native.look_up(outputs, self._whole)
+
+    @cached_property
+    def _whole(self) -> native.Matrix:
+        following, starts = None, (0, *self.ends)
+        for (form, panels), start, end in reversed(list(zip(self.parts, starts, self.ends, strict=False))):
+            own = self.bias[start:end]
+            following = native.Matrix(form, panels, own, self.inputs, following=following, fine=self.fine)
+        assert following is not None
+        return following
+
+
+_READ_BYTES: Final = 1 << 24
+"""Bytes of a file that are read and packed together, so that no copy of a whole matrix is made."""
+
+
+def _pack(stored: StoredMatrix) -> Tensor:
+    """The panels of a matrix of a file.
+
+    Raises:
+        ModelDamagedError: A scale is not finite.
+    """
+    form, inputs, outputs = stored.form, stored.inputs, stored.outputs
+    panels = stored.memory.empty(native.packed_size(form, inputs, outputs))
+    per_panel = native.packed_size(form, inputs, INTEGER_OUTPUTS)
+    together = outputs
+    if stored.order is None:
+        together = max(_READ_BYTES // per_panel, 1) * INTEGER_OUTPUTS
+    for first in range(0, outputs, together):
+        count = min(together, outputs - first)
+        rows = stored.read(first, count)
+        if not native.pack(form, rows, stored.order, inputs, count, panels[first // INTEGER_OUTPUTS * per_panel :]):
+            raise ModelDamagedError(
+                f"the model is damaged: tensor {stored.name!r} is not finite.", hint="Copy or fetch the file again."
+            )
+    return panels
 
 
 @lru_cache(maxsize=64)

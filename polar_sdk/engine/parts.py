@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from polar_sdk.engine.panels import Blocks
 from polar_sdk.engine.products import Plain, multiply
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import UnsupportedArchitectureError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.engine.products import Product
+    from polar_sdk.engine.products import Embedding, Product
     from polar_sdk.engine.types import Rotary, Weights
 
 
@@ -95,16 +96,31 @@ def refuse_other_windows(config: Any) -> None:
         refuse(config, "layer_types", f"{expected} in all layers, since sliding_window is {config.sliding_window}")
 
 
-def take(linear: Any) -> Plain:
+def take(linear: Any) -> Plain | Blocks:
     """Weight (N, K) and bias of an `nn.Linear`."""
-    return Plain(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+    return fuse([linear])
 
 
-def fuse(linears: Sequence[Any]) -> Plain:
-    """Several projections of the same input as one matrix, their outputs one after another."""
-    weight = torch.cat([linear.weight.detach() for linear in linears]).contiguous()
-    biased = linears[0].bias is not None
-    return Plain(weight, torch.cat([linear.bias.detach() for linear in linears]) if biased else None)
+def fuse(linears: Sequence[Any]) -> Plain | Blocks:
+    """Several projections of the same input as one matrix, their outputs one after another.
+
+    Weights that a GGUF file holds (`stored`, see `Family.reads_blocks`) are packed as they are there.
+    """
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    bias = torch.cat([each.detach() for each in biases]) if biases else None
+    stored = [linear.weight.stored for linear in linears if hasattr(linear.weight, "stored")]
+    if stored:
+        return stored[0].alone if len(stored) == 1 and bias is None else Blocks.of(stored, bias)
+    if len(linears) == 1:
+        return Plain(linears[0].weight.detach(), bias)
+    return Plain(torch.cat([linear.weight.detach() for linear in linears]).contiguous(), bias)
+
+
+def take_table(embedding: Any) -> Embedding:
+    """Rows (V, E) of an `nn.Embedding`."""
+    weight = embedding.weight
+    rows: Embedding = weight.stored.alone if hasattr(weight, "stored") else weight.detach()
+    return rows
 
 
 def fuse_head_norms(query: Any, key: Any, heads: int, kv_heads: int) -> Tensor:

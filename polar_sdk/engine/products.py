@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine import native
-from polar_sdk.engine.panels import GROUP, INTEGER_OUTPUTS, Packed, PackedInt4, PackedInt8, matrix
+from polar_sdk.engine.panels import GROUP, INTEGER_OUTPUTS, Blocks, Packed, PackedInt4, PackedInt8
 from polar_sdk.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Int8(NamedTuple):
     bias: Tensor | None = None
 
 
-InPanels = Packed | PackedInt8 | PackedInt4
+InPanels = Packed | PackedInt8 | PackedInt4 | Blocks
 NotInPanels = Plain | Int8
 Product = NotInPanels | InPanels
 
@@ -67,7 +67,7 @@ def multiply(x: Tensor, product: Product) -> Tensor:
 def multiply_wide(x: Tensor, product: Product) -> Tensor:
     """As `multiply`, in float32; by the library without rounding, so that logits which are close stay apart."""
     if isinstance(product, InPanels) and native.multiplies(x):
-        return native.product_wide(x, matrix(product, x.shape[1]))
+        return native.product_wide(x, product.matrix(x.shape[1]))
     return multiply(x, product).float()
 
 
@@ -80,7 +80,7 @@ def times(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
     less than 64 or a quarter.
     """
     if native.multiplies(x) and not factor.requires_grad:
-        product = _panels_of(factor).multiply(x)
+        product = native.product(x, _panels_of(factor).matrix(x.shape[1]))
         return product if bias is None else product + bias
     rows = x.shape[0]
     by_number = x.device.type == "cpu" and x.dtype.itemsize == 2 and rows > _FEW_ROWS
@@ -127,7 +127,7 @@ def multiply_from(x: Tensor, product: Product, first: int) -> Tensor:
 def _in_panels(x: Tensor, product: InPanels) -> Tensor:
     """By the library, where there is one; else as a plain matrix, which gradients can pass."""
     if native.multiplies(x):
-        return product.multiply(x)
+        return native.product(x, product.matrix(x.shape[1]))
     return F.linear(x, product.unpack(x.shape[-1]), product.bias)
 
 
@@ -162,13 +162,19 @@ def rows_of(product: Product, outputs: Tensor, inputs: int) -> Tensor:
             return product.weight[outputs] * product.scale[outputs, None]
         case Packed() if inputs % 2 == 0:
             return product.look_up(outputs)
+        case Blocks():
+            return product.look_up(outputs)
         case _:
             return product.unpack(inputs)[outputs]
 
 
-def look_up(tokens: Tensor, embedding: Tensor | Packed) -> Tensor:
-    """Rows (N, E) of an embedding for tokens (N,). Where it is the matrix of the head, it is as that is."""
-    return embedding.look_up(tokens) if isinstance(embedding, Packed) else F.embedding(tokens, embedding)
+Embedding = torch.Tensor | Packed | Blocks
+"""Rows of tokens (V, E); where it is the matrix of the head, it is as that is."""
+
+
+def look_up(tokens: Tensor, embedding: Embedding) -> Tensor:
+    """Rows (N, E) of an embedding for tokens (N,)."""
+    return F.embedding(tokens, embedding) if isinstance(embedding, torch.Tensor) else embedding.look_up(tokens)
 
 
 def quantize(product: Plain, precision: str) -> Product:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polar_sdk.engine.family import Family
-from polar_sdk.engine.parts import activation, fuse, gated_mlp, rms_norm, rotary_table, rotate, take
+from polar_sdk.engine.parts import activation, fuse, gated_mlp, rms_norm, rotary_table, rotate, take, take_table
 from polar_sdk.engine.products import look_up, multiply, multiply_from
 from polar_sdk.engine.types import LayerPlan
 from polar_sdk.errors import UnsupportedArchitectureError
@@ -35,6 +35,7 @@ class LlamaFamily(Family):
     model_types: ClassVar[tuple[str, ...]] = ("llama",)
     act_option: ClassVar[str] = "hidden_act"
     """Option of the configuration that names the activation."""
+    reads_blocks: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -76,7 +77,7 @@ class LlamaFamily(Family):
         """Embedding (V, E), final norm (E,) and head."""
         inner = self.inner(model)
         return {
-            "embedding": inner.embed_tokens.weight.detach(),
+            "embedding": take_table(inner.embed_tokens),
             "norm": inner.norm.weight.detach(),
             "head": take(model.get_output_embeddings()),  # type: ignore[no-untyped-call]
         }

@@ -43,6 +43,11 @@ BLOCK: Final = 512
 """Tokens whose weights are summed up together, so that a draw looks into one block and not at the whole vocabulary."""
 _LANES: Final = 16
 """Numbers in a register of the kernels."""
+FORMS: Final = (
+    *("numbers", "bytes", "nibbles", "rows"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
+)
+"""How matrices can be stored, in the order of `PolarForm`: those of GGUF files have their names there."""
 _DONE, _NO_MEMORY = 0, 1
 """Results of the library's functions, see `kernels.h`."""
 _log = logging.getLogger(__name__)
@@ -147,6 +152,7 @@ def _load(file: Path) -> None:
         library = ctypes.CDLL(str(file))
         for name, arguments in _FUNCTIONS.items():
             getattr(library, name).argtypes = arguments
+        library.polar_packed_size.restype = _SIZE
         _loaded[file.name] = library
     except (OSError, AttributeError) as error:
         _warn_once(f"native kernels cannot be loaded, layers run without: {str(error)[:200]}.")
@@ -175,29 +181,53 @@ class Kind(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """A matrix in panels: of bfloat16 (form 0), of bytes with a scale for each output (1), of half bytes (2)."""
+    """A matrix in one of `FORMS`, whose last outputs may be those of a next one; it keeps alive what it points to.
+
+    Args:
+        form: One of `FORMS`.
+        panels: As that form has them.
+        bias: Of each output, (N,).
+        inputs: K.
+        scale: Of each output, for bytes.
+        following: The matrix of the outputs that come last, which N counts too.
+        fine: Whether to round rows that meet it to 16 bits instead of 8, where it is in a format of GGUF files.
+    """
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
-        ("form", ctypes.c_int32),
+        ("next", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("form", "fine")),
     )
+
+    def __init__(
+        self,
+        form: str,
+        panels: Tensor,
+        bias: Tensor,
+        inputs: int,
+        *,
+        scale: Tensor | None = None,
+        following: Matrix | None = None,
+        fine: bool = False,
+    ) -> None:
+        self.kept = panels, bias, scale, following
+        assert all(each.is_contiguous() for each in (panels, bias))
+        outputs = bias.shape[0] + (following.outputs if following else 0)
+        pointers = panels.data_ptr(), None if scale is None else scale.data_ptr(), bias.data_ptr()
+        after = None if following is None else ctypes.addressof(following)
+        super().__init__(*pointers, inputs, outputs, after, FORMS.index(form), fine)
 
 
 class _Steps(ctypes.Structure):
     _fields_ = (("token", ctypes.c_int64), ("head", ctypes.c_int64))
 
 
-class _Bytes(ctypes.Structure):
-    _fields_ = (("panels", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bias", ctypes.c_void_p))
-
-
 class _DraftHead(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "units", "tokens")),
         *((name, ctypes.c_void_p) for name in ("numbers", "scale")),
-        *((name, _Bytes) for name in ("enter", "gated", "down", "rows")),
-        *(("embeddings", ctypes.c_void_p), ("in_panels", ctypes.c_int32)),
+        *((name, Matrix) for name in ("enter", "gated", "down", "rows", "embeddings")),
     )
 
 
@@ -218,8 +248,7 @@ class Pages(ctypes.Structure):
 
 _ADDRESS, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
-    "polar_product": (*[_ADDRESS] * 4, *[_SIZE] * 3, _NUMBER, Sharing),
-    "polar_product_integers": (*[_ADDRESS] * 5, *[_SIZE] * 3, Sharing),
+    "polar_product": (*[_ADDRESS] * 4, _SIZE, _NUMBER, Sharing),
     "polar_attend_pages": (_ADDRESS, _SIZE, *[_ADDRESS] * 4, *[_SIZE] * 6, Kind, Sharing),
     "polar_write_pages": (_ADDRESS, *[_SIZE] * 4, *[_ADDRESS] * 2, _SIZE, *(_ADDRESS, _Steps) * 2),
     "polar_attend_prompt": (
@@ -227,8 +256,9 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     ),
     "polar_weigh": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, *[_ADDRESS] * 2),
     "polar_pick": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, ctypes.c_float, *[_ADDRESS] * 4),
-    "polar_look_up": (_ADDRESS, *[_SIZE] * 2, _ADDRESS, _SIZE, _ADDRESS),
-    "polar_product_wide": (*[_ADDRESS] * 3, _SIZE, _NUMBER, Sharing),
+    "polar_look_up": (_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, Sharing),
+    "polar_pack": (_NUMBER, *[_ADDRESS] * 2, *[_SIZE] * 2, *[_ADDRESS] * 2, Sharing),
+    "polar_packed_size": (_NUMBER, *[_SIZE] * 2),
     "polar_project": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
     "polar_keys_values": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
     "polar_finish": (*[_ADDRESS] * 4, _SIZE, Sharing),
@@ -240,6 +270,10 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
 """Arguments of its functions, as `kernels.h` declares them."""
 
 
+def _library() -> ctypes.CDLL:
+    return next(iter(_loaded.values()))
+
+
 def call(name: str, *arguments: Any) -> None:
     """Run a function of the library.
 
@@ -247,7 +281,7 @@ def call(name: str, *arguments: Any) -> None:
         MemoryError: There is no memory for what it keeps.
         IndexError: A page is not in the store, or an output not in the matrix.
     """
-    result = getattr(next(iter(_loaded.values())), name)(*arguments)
+    result = getattr(_library(), name)(*arguments)
     if result == _NO_MEMORY:
         raise MemoryError(f"there is no memory left for {name}")
     if result != _DONE:
@@ -262,6 +296,11 @@ def _sharing(threads: int, team: bool) -> Sharing:
 def shared_by(rows: int) -> Sharing:
     """Who shares the work of one operation on so many rows."""
     return _sharing(torch.get_num_threads(), rows <= _TEAM_ROWS)
+
+
+def shared_by_all() -> Sharing:
+    """Torch's threads share the work, of however many rows."""
+    return _sharing(torch.get_num_threads(), False)
 
 
 def shared_by_team() -> Sharing:
@@ -281,50 +320,58 @@ def _steps(heads: Tensor, token: int, head: int) -> _Steps:
     return _Steps(heads.stride(token), heads.stride(head))
 
 
-def product(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
-    """Multiply rows (M, K) by a `panels.Packed` matrix, add its bias (N,), and round once; returns (M, N)."""
-    rows, y = x.contiguous(), x.new_empty((x.shape[0], bias.shape[0]))
-    matrix = panels.data_ptr(), bias.data_ptr()
-    call("polar_product", rows.data_ptr(), *matrix, y.data_ptr(), *x.shape, y.shape[1], pairs(), shared_by(x.shape[0]))
-    return y
-
-
-def product_int8(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """As `product`, by a `panels.PackedInt8` matrix."""
-    return _product_integers(x, panels, scale, bias)
-
-
-def product_int4(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
-    """As `product`, by a `panels.PackedInt4` matrix."""
-    return _product_integers(x, panels, None, bias)
-
-
-def _product_integers(x: Tensor, panels: Tensor, scale: Tensor | None, bias: Tensor) -> Tensor:
-    rows, y = x.contiguous(), x.new_empty((x.shape[0], bias.shape[0]))
-    matrix = panels.data_ptr(), None if scale is None else scale.data_ptr(), bias.data_ptr()
-    sizes = *x.shape, y.shape[1]
-    call("polar_product_integers", rows.data_ptr(), *matrix, y.data_ptr(), *sizes, shared_by(x.shape[0]))
+def product(x: Tensor, matrix: Matrix) -> Tensor:
+    """Multiply rows (M, K) by a matrix, add its bias, and round once; returns (M, N)."""
+    rows, y = x.contiguous(), x.new_empty((x.shape[0], matrix.outputs))
+    pointers = ctypes.addressof(matrix), rows.data_ptr(), y.data_ptr(), None
+    call("polar_product", *pointers, x.shape[0], pairs(), shared_by(x.shape[0]))
     return y
 
 
 def product_wide(x: Tensor, matrix: Matrix) -> Tensor:
-    """Multiply rows (M, K) by a matrix, and add its bias (N,), without rounding; returns float32 (M, N)."""
+    """As `product`, without rounding; returns float32 (M, N)."""
     rows, y = x.contiguous(), x.new_empty((x.shape[0], matrix.outputs), dtype=torch.float32)
-    pointers = ctypes.addressof(matrix), rows.data_ptr(), y.data_ptr()
-    call("polar_product_wide", *pointers, x.shape[0], pairs(), shared_by(x.shape[0]))
+    pointers = ctypes.addressof(matrix), rows.data_ptr(), None, y.data_ptr()
+    call("polar_product", *pointers, x.shape[0], pairs(), shared_by(x.shape[0]))
     return y
 
 
-def look_up(panels: Tensor, outputs: Tensor, like: Tensor) -> Tensor:
-    """The rows (M, K) of some outputs (M,) of a `panels.Packed` matrix of as many outputs as `like` (N,) has numbers.
+def look_up(outputs: Tensor, matrix: Matrix) -> Tensor:
+    """The weights (M, K), bfloat16, of some outputs (M,) of a matrix that is not of bytes or nibbles.
 
     Raises:
         IndexError: An output is not in the matrix.
     """
-    wanted, rows = outputs.contiguous(), like.new_empty((outputs.shape[0], 2 * panels.shape[1]))
-    matrix = panels.data_ptr(), like.shape[0], rows.shape[1]
-    call("polar_look_up", *matrix, wanted.data_ptr(), rows.shape[0], rows.data_ptr())
+    wanted, rows = outputs.contiguous(), torch.empty((outputs.shape[0], matrix.inputs), dtype=torch.bfloat16)
+    count = rows.shape[0]
+    call("polar_look_up", ctypes.addressof(matrix), wanted.data_ptr(), count, rows.data_ptr(), shared_by(count))
     return rows
+
+
+def packed_size(form: str, inputs: int, outputs: int) -> int:
+    """Bytes of the panels of so many outputs in a form of GGUF files; 0 where it cannot have so many inputs."""
+    return int(_library().polar_packed_size(FORMS.index(form), inputs, outputs))
+
+
+def pack(form: str, rows: memoryview, order: Tensor | None, inputs: int, outputs: int, panels: Tensor) -> bool:
+    """Bring rows of a form of GGUF files into panels.
+
+    Args:
+        form: One of `FORMS`.
+        rows: As the file has them.
+        order: Which of them are outputs, (N,); None = all, one after another.
+        inputs: K.
+        outputs: N.
+        panels: Of the size of `packed_size`.
+
+    Returns:
+        Whether all scales are finite.
+    """
+    source, places = torch.frombuffer(rows, dtype=torch.uint8), None if order is None else order.data_ptr()
+    to, finite = panels.data_ptr(), ctypes.c_int32()
+    sizes = inputs, outputs, to, ctypes.addressof(finite)
+    call("polar_pack", FORMS.index(form), source.data_ptr(), places, *sizes, shared_by_team())
+    return bool(finite.value)
 
 
 def is_loaded() -> bool:
@@ -409,22 +456,14 @@ class Guesses:
     Args:
         tokens: Those that it can guess, (C,), int64.
         scale: What states are multiplied by before they meet the rows of the tokens, (E,).
-        matrices: `enter`, `gated`, `down` and `rows`, `panels.PackedInt8` each.
-        embedding: The model's, (V, E), or the panels of it.
-        in_panels: Which of both.
+        matrices: `enter`, `gated`, `down` and `rows`, of bytes, and the model's embedding (V, E).
     """
 
-    def __init__(
-        self, tokens: Tensor, scale: Tensor, matrices: Sequence[Sequence[Tensor]], embedding: Tensor, *, in_panels: bool
-    ) -> None:
-        numbers = embedding
-        assert numbers.is_contiguous() and tokens.dtype == torch.int64
-        self._tensors = (tokens, scale, matrices, numbers)  # whose addresses the library is given
-        self._head = _DraftHead(
-            *(scale.shape[0], matrices[1][-1].shape[0] // 2, tokens.shape[0], tokens.data_ptr(), scale.data_ptr()),
-            *(_Bytes(*(tensor.data_ptr() for tensor in matrix)) for matrix in matrices),
-            *(numbers.data_ptr(), in_panels),
-        )
+    def __init__(self, tokens: Tensor, scale: Tensor, matrices: Sequence[Matrix]) -> None:
+        assert tokens.dtype == torch.int64
+        self._kept = tokens, scale, matrices  # whose addresses the library is given
+        sizes = scale.shape[0], matrices[1].outputs // 2, tokens.shape[0]
+        self._head = _DraftHead(*sizes, tokens.data_ptr(), scale.data_ptr(), *matrices)
 
     def guess(
         self, states: Tensor, tokens: Sequence[int], most: int, least: float

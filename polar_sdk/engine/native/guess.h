@@ -3,8 +3,7 @@
 
 #include <cmath>
 
-#include "integers.h"
-#include "products.h"
+#include "matrix.h"
 
 namespace polar {
 
@@ -12,20 +11,6 @@ namespace polar {
 // What is between them runs in one thread; what is rounded there is rounded as torch does it.
 
 constexpr float kEps = 1e-6f;  // added to a mean square before its root
-
-// A matrix in panels of bytes.
-struct Matrix {
-  const uint8_t* panels;
-  const Half *scale, *bias;
-};
-
-struct DraftHead {
-  int64_t width, units, tokens;  // E, H, C
-  const int64_t* numbers;        // of the tokens
-  const Half* scale;             // of a state before its product with `rows`
-  Matrix enter, gated, down, rows;
-  Numbers embeddings;            // (V, E)
-};
 
 // A row divided by its root mean square, and then times `scale` if there is one.
 inline void normalise(const Half* from, int64_t size, const Half* scale, Half* to) {
@@ -93,7 +78,7 @@ inline int64_t likeliest(const Half* logits, int64_t tokens, float& chance) {
 // Rows that are guessed together, one token further at a time.
 class Guesses {
  public:
-  Guesses(const DraftHead& head, const Half* states, int64_t rows, const Sharing& sharing)
+  Guesses(const PolarDraftHead& head, const Half* states, int64_t rows, const Sharing& sharing)
       : head_(head), rows_(rows), sharing_(sharing) {
     const int64_t sizes[] = {head.width, 2 * head.width, 2 * head.units, head.units, head.width, head.tokens + 1};
     int64_t total = 0;
@@ -114,19 +99,19 @@ class Guesses {
     for (int64_t row = 0; row < rows_; ++row) {
       Half* to = entering_ + 2 * row * width;
       normalise(states_ + row * width, width, nullptr, to);
-      head_.embeddings.copy(tokens[row * step], width, normal_);
+      look_up(head_.embeddings, tokens[row * step], normal_);
       normalise(normal_, width, nullptr, to + width);
     }
-    multiply(entering_, 2 * width, head_.enter, states_, width);
+    multiply(head_.enter, entering_, states_);
     for (int64_t row = 0; row < rows_; ++row) normalise(states_ + row * width, width, nullptr, normal_ + row * width);
-    multiply(normal_, width, head_.gated, gated_, 2 * units);
+    multiply(head_.gated, normal_, gated_);
     for (int64_t row = 0; row < rows_; ++row) gate(gated_ + 2 * row * units, units, units_ + row * units);
-    multiply(units_, units, head_.down, normal_, width);
+    multiply(head_.down, units_, normal_);
     add_to(states_, normal_, rows_ * width);
     for (int64_t row = 0; row < rows_; ++row) {
-      normalise(states_ + row * width, width, head_.scale, normal_ + row * width);
+      normalise(states_ + row * width, width, halves(head_.scale), normal_ + row * width);
     }
-    multiply(normal_, width, head_.rows, logits_, head_.tokens + 1);
+    multiply(head_.rows, normal_, logits_);
     for (int64_t row = 0; row < rows_; ++row) {
       const int64_t place = likeliest(logits_ + row * (head_.tokens + 1), head_.tokens, chances[row * places]);
       guesses[row * places] = head_.numbers[place];
@@ -134,11 +119,11 @@ class Guesses {
   }
 
  private:
-  void multiply(const Half* x, int64_t inputs, const Matrix& by, Half* y, int64_t outputs) const {
-    run_integers<Bytes>(x, rows_, inputs, Integers{by.panels, by.scale, by.bias, y, outputs}, sharing_);
+  void multiply(const PolarMatrix& matrix, const Half* x, Half* y) const {
+    polar::multiply(matrix, x, y, rows_, false, sharing_);  // matrices of bytes do not ask for pairs
   }
 
-  const DraftHead& head_;
+  const PolarDraftHead& head_;
   int64_t rows_;
   Sharing sharing_;
   Half *states_, *entering_, *gated_, *units_, *normal_, *logits_;
@@ -146,7 +131,7 @@ class Guesses {
 
 // Up to `most` guesses after each of some tokens, (B, most) with their chances, as long as in any row all guesses so
 // far are right with a chance of at least `least`. Returns how many were made.
-inline int64_t run_guesses(const DraftHead& head, const Half* states, const int64_t* tokens, int64_t rows, int64_t most,
+inline int64_t run_guesses(const PolarDraftHead& head, const Half* states, const int64_t* tokens, int64_t rows, int64_t most,
                            float least, int64_t* guesses, float* chances, const Sharing& sharing) {
   Guesses made(head, states, rows, sharing);
   for (int64_t count = 0; count < most; ++count) {

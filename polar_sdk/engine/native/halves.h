@@ -53,10 +53,12 @@ POLAR_EACH_2(_mm512_add_epi32, _mm256_add_epi32, __m512i, __m512i)
 POLAR_EACH_2(_mm512_sub_epi32, _mm256_sub_epi32, __m512i, __m512i)
 POLAR_EACH_2(_mm512_and_si512, _mm256_and_si256, __m512i, __m512i)
 POLAR_EACH_2(_mm512_or_si512, _mm256_or_si256, __m512i, __m512i)
+POLAR_EACH_2(_mm512_xor_si512, _mm256_xor_si256, __m512i, __m512i)
 POLAR_SHIFT(_mm512_slli_epi32, _mm256_slli_epi32)
 POLAR_SHIFT(_mm512_srli_epi32, _mm256_srli_epi32)
 POLAR_SHIFT(_mm512_srai_epi32, _mm256_srai_epi32)
 POLAR_SHIFT(_mm512_srli_epi16, _mm256_srli_epi16)
+POLAR_SHIFT(_mm512_slli_epi16, _mm256_slli_epi16)
 POLAR_EACH_1(_mm512_castps_si512, _mm256_castps_si256, __m512i, __m512)
 POLAR_EACH_1(_mm512_castsi512_ps, _mm256_castsi256_ps, __m512, __m512i)
 POLAR_EACH_1(_mm512_castps_pd, _mm256_castps_pd, __m512d, __m512)
@@ -203,6 +205,15 @@ POLAR_LANES __m512i quarters(__m512i x, __m512i y) {
 POLAR_LANES __m512i _mm512_castsi256_si512(__m256i x) { return {x, x}; }
 
 // Other sizes of numbers.
+POLAR_LANES __m512 _mm512_cvtph_ps(__m256i x) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+}
+POLAR_LANES __m512i _mm512_cvtepu8_epi32(__m128i x) {
+  return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
+}
+POLAR_LANES __m512i _mm512_cvtepi8_epi32(__m128i x) {
+  return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))};
+}
 POLAR_LANES __m512i _mm512_cvtepu16_epi32(__m256i x) {
   return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1))};
 }
@@ -238,6 +249,27 @@ POLAR_LANES __m256i add_bytes(__m256i sum, __m256i codes, __m256i bytes) {
 }
 POLAR_LANES __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i codes, __m512i bytes) {
   return {add_bytes(sum.low, codes.low, bytes.low), add_bytes(sum.high, codes.high, bytes.high)};
+}
+
+#define POLAR_SHORT_SUMS
+// Products of two neighbours, of codes without a sign and bytes, summed up in 16 bits; and four of them in 32 bits.
+POLAR_EACH_2(multiply_short, _mm256_maddubs_epi16, __m512i, __m512i)
+POLAR_LANES __m512i add_short(__m512i sum, __m512i codes, __m512i bytes) {
+  const __m512i both = multiply_short(codes, bytes);
+  return {_mm256_add_epi16(sum.low, both.low), _mm256_add_epi16(sum.high, both.high)};
+}
+// Sums of four products of bytes with signs, of which the first are −128 … 127 and the others −127 … 127.
+POLAR_LANES __m256i add_signed(__m256i sum, __m256i codes, __m256i bytes) {
+  const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(bytes, codes));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}
+POLAR_LANES __m512i add_signed(__m512i sum, __m512i codes, __m512i bytes) {
+  return {add_signed(sum.low, codes.low, bytes.low), add_signed(sum.high, codes.high, bytes.high)};
+}
+POLAR_LANES __m512i add_widened(__m512i sum, __m512i shorts) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(shorts.low, ones)),
+          _mm256_add_epi32(sum.high, _mm256_madd_epi16(shorts.high, ones))};
 }
 
 }  // namespace polar

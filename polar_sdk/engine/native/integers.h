@@ -156,7 +156,7 @@ struct Integers {
   const Half* scale;      // of each output, or null
   const Half* bias;
   Half* y;  // from the first of the rounded rows on
-  int64_t outputs;
+  int64_t outputs, step;  // from one row of the result to the next
   float* wide = nullptr;  // where sums go as they are, instead of rounded ones to y
 };
 
@@ -169,7 +169,7 @@ void run_panel(const Integers& matrix, const Rounded& rows, int64_t row, int64_t
   const __m512 scale = matrix.scale ? widen(matrix.scale + output, lanes) : _mm512_set1_ps(1.0f);
   const __m512 bias = widen(matrix.bias + output, lanes);
   for (int each = 0; each < kCount; ++each) {
-    const int64_t at = (row + each) * matrix.outputs + output;
+    const int64_t at = (row + each) * matrix.step + output;
     const __m512 sum = _mm512_fmadd_ps(totals[each], scale, bias);
     if (matrix.wide) {
       _mm512_mask_storeu_ps(matrix.wide + at, lanes, sum);
@@ -237,7 +237,8 @@ template <class Form>
 void run_integers(const Half* x, int64_t count, int64_t inputs, Integers matrix, const Sharing& sharing) {
 #if defined(__AMX_BF16__) || !defined(__AVX512F__)
   if (count > kManyRows) {
-    const Product product{x, nullptr, matrix.bias, matrix.y, count, inputs, matrix.outputs, matrix.scale, matrix.wide};
+    const Product product{x, nullptr, matrix.bias, matrix.y, count, inputs, matrix.outputs, matrix.step, matrix.scale,
+                          matrix.wide};
     return run_by_numbers<Form>(product, matrix.panels, sharing);
   }
 #endif
@@ -270,8 +271,8 @@ void run_integers(const Half* x, int64_t count, int64_t inputs, Integers matrix,
         }
       }
     });
-    matrix.y += rounded.rows * matrix.outputs;
-    if (matrix.wide) matrix.wide += rounded.rows * matrix.outputs;
+    if (matrix.y) matrix.y += rounded.rows * matrix.step;
+    if (matrix.wide) matrix.wide += rounded.rows * matrix.step;
   }
 }
 

@@ -5,10 +5,9 @@
 #include "kernels.h"
 
 #include "guess.h"
-#include "integers.h"
 #include "layers.h"
+#include "matrix.h"
 #include "pages.h"
-#include "products.h"
 #include "prompt.h"
 #include "weigh.h"
 
@@ -37,22 +36,10 @@ int32_t guarded(const Body& body) {
 
 }  // namespace
 
-int32_t polar_product(const void* x, const void* panels, const void* bias, void* y, int64_t rows, int64_t inputs,
-                      int64_t outputs, int32_t pairs, PolarSharing sharing) {
+int32_t polar_product(const PolarMatrix* matrix, const void* x, void* y, float* wide, int64_t rows, int32_t pairs,
+                      PolarSharing sharing) {
   return guarded([&] {
-    const Product product{read(x), static_cast<const float*>(panels), read(bias), static_cast<Half*>(y), rows, inputs,
-                          outputs};
-    run_product(product, pairs != 0, among(sharing));
-    return kPolarDone;
-  });
-}
-
-int32_t polar_product_integers(const void* x, const void* panels, const void* scale, const void* bias, void* y,
-                               int64_t rows, int64_t inputs, int64_t outputs, PolarSharing sharing) {
-  return guarded([&] {
-    const Integers matrix{static_cast<const uint8_t*>(panels), read(scale), read(bias), static_cast<Half*>(y), outputs};
-    const auto run = scale ? run_integers<Bytes> : run_integers<Nibbles>;
-    run(read(x), rows, inputs, matrix, among(sharing));
+    multiply(*matrix, read(x), static_cast<Half*>(y), rows, pairs != 0, among(sharing), wide);
     return kPolarDone;
   });
 }
@@ -103,34 +90,40 @@ int32_t polar_pick(const float* logits, int64_t tokens, float temperature, int64
   return kPolarDone;
 }
 
-int32_t polar_look_up(const void* panels, int64_t outputs, int64_t inputs, const int64_t* wanted, int64_t count,
-                      void* rows) {
-  const Numbers matrix{read(panels), true};
-  for (int64_t each = 0; each < count; ++each) {
-    if (wanted[each] < 0 || wanted[each] >= outputs) return kPolarNoSuchPlace;
-    matrix.copy(wanted[each], inputs, static_cast<Half*>(rows) + each * inputs);
-  }
-  return kPolarDone;
+int32_t polar_look_up(const PolarMatrix* matrix, const int64_t* wanted, int64_t count, void* rows,
+                      PolarSharing sharing) {
+  std::atomic<bool> found{true};
+  each_row(among(sharing), count, [&](int64_t each) {
+    if (!look_up(*matrix, wanted[each], static_cast<Half*>(rows) + each * matrix->inputs)) found = false;
+  });
+  return found ? kPolarDone : kPolarNoSuchPlace;
+}
+
+int64_t polar_packed_size(int32_t form, int64_t inputs, int64_t outputs) {
+  int64_t size = 0;
+  with_form(form, [&](auto kind) {
+    using Form = decltype(kind);
+    const int64_t step = block_of(form).inputs;
+    if (inputs % step == 0) size = parts_of(outputs, kLanes) * panel_bytes<Form>(inputs / kBlockInputs);
+  });
+  return size;
+}
+
+int32_t polar_pack(int32_t form, const void* rows, const int64_t* order, int64_t inputs, int64_t outputs, void* panels,
+                   int32_t* finite, PolarSharing sharing) {
+  return guarded([&] {
+    const bool known = with_form(form, [&](auto kind) {
+      *finite = pack_blocks<decltype(kind)>(form, static_cast<const uint8_t*>(rows), order, inputs, outputs,
+                                            static_cast<uint8_t*>(panels), among(sharing));
+    });
+    return known ? kPolarDone : kPolarNoSuchPlace;
+  });
 }
 
 int32_t polar_guess(const PolarDraftHead* head, const void* states, const int64_t* tokens, int64_t rows, int64_t most,
                     float least, int64_t* guesses, float* chances, int64_t* made, PolarSharing sharing) {
   return guarded([&] {
-    const auto matrix = [](const PolarBytes& bytes) {
-      return Matrix{static_cast<const uint8_t*>(bytes.panels), read(bytes.scale), read(bytes.bias)};
-    };
-    const DraftHead it{head->width, head->units, head->tokens, head->numbers, read(head->scale), matrix(head->enter),
-                       matrix(head->gated), matrix(head->down), matrix(head->rows),
-                       {read(head->embeddings), head->in_panels != 0}};
-    *made = run_guesses(it, read(states), tokens, rows, most, least, guesses, chances, among(sharing));
-    return kPolarDone;
-  });
-}
-
-int32_t polar_product_wide(const PolarMatrix* matrix, const void* x, float* y, int64_t rows, int32_t pairs,
-                           PolarSharing sharing) {
-  return guarded([&] {
-    multiply(*matrix, read(x), nullptr, rows, pairs != 0, among(sharing), y);
+    *made = run_guesses(*head, read(states), tokens, rows, most, least, guesses, chances, among(sharing));
     return kPolarDone;
   });
 }

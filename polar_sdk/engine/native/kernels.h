@@ -18,15 +18,39 @@ struct PolarSharing {
   int32_t threads, team;
 };
 
-// y (M, N) = x (M, K) · weightᵀ + bias, by panels of bfloat16; `pairs` says how to multiply, see `lanes.h`.
-POLAR_EXPORT int32_t
-polar_product(const void* x, const void* panels, const void* bias, void* y, int64_t rows, int64_t inputs,
-    int64_t outputs, int32_t pairs, PolarSharing sharing);
+// How a matrix is stored: in panels of bfloat16, of bytes with a scale for each output, of half bytes; as the tensors of
+// a GGUF file, see `blocks.h`; or in rows of bfloat16, which can be looked up and not multiplied.
+enum PolarForm : int32_t {
+  kPolarNumbers = 0, kPolarBytes = 1, kPolarNibbles = 2, kPolarRows = 3,
+  kPolarQ4_0 = 4, kPolarQ4_1 = 5, kPolarQ5_0 = 6, kPolarQ5_1 = 7, kPolarQ8_0 = 8, kPolarQ4_K = 9, kPolarQ5_K = 10,
+  kPolarQ6_K = 11
+};
 
-// The same by panels of integers: of bytes with a scale for each output, or, where `scale` is null, of half bytes.
-POLAR_EXPORT int32_t
-polar_product_integers(const void* x, const void* panels, const void* scale, const void* bias, void* y,
-    int64_t rows, int64_t inputs, int64_t outputs, PolarSharing sharing);
+// A matrix with a bias for each output. The last of its outputs may be stored apart, in another form: as the `next` one.
+// Rows that meet one of a GGUF file are rounded to 16 bits instead of 8 where it is `fine`.
+struct PolarMatrix {
+  const void *panels, *scale, *bias;
+  int64_t inputs, outputs;
+  const PolarMatrix* next;
+  int32_t form, fine;
+};
+
+// y (M, N) = x (M, K) · weightᵀ + bias, rounded; or, where y is null, `wide`, float32, not rounded: logits that differ by
+// less than bfloat16 tells apart. `pairs` says how to multiply by numbers, see `lanes.h`.
+POLAR_EXPORT int32_t polar_product(const PolarMatrix* matrix, const void* x, void* y, float* wide, int64_t rows,
+    int32_t pairs, PolarSharing sharing);
+
+// rows (M, K), bfloat16: the weights of some outputs (M,) of a matrix, which is not of bytes or half bytes.
+POLAR_EXPORT int32_t polar_look_up(const PolarMatrix* matrix, const int64_t* wanted, int64_t count, void* rows,
+    PolarSharing sharing);
+
+// Bytes of the panels of so many outputs in a form of a GGUF file; 0 where that form cannot have so many inputs.
+POLAR_EXPORT int64_t polar_packed_size(int32_t form, int64_t inputs, int64_t outputs);
+
+// Brings rows (N, K) of such a form, as the file has them, into panels: those at `order` (N,), or all where it is null.
+// `finite` says whether all their scales are.
+POLAR_EXPORT int32_t polar_pack(int32_t form, const void* rows, const int64_t* order, int64_t inputs, int64_t outputs,
+    void* panels, int32_t* finite, PolarSharing sharing);
 
 // How a layer attends; a window or soft cap of 0 is none.
 struct PolarKind {
@@ -40,10 +64,6 @@ POLAR_EXPORT int32_t
 polar_attend_pages(const void* query, int64_t query_step, const void* store, const int64_t* table,
     const int64_t* positions, void* mixed, int64_t rows, int64_t heads, int64_t groups,
     int64_t size, int64_t page, int64_t blocks, PolarKind kind, PolarSharing sharing);
-
-// rows (M, K): those of some outputs (M,) of a matrix (N, K) in panels of bfloat16; K is even.
-POLAR_EXPORT int32_t polar_look_up(const void* panels, int64_t outputs, int64_t inputs, const int64_t* wanted,
-    int64_t count, void* rows);
 
 // weights (V,), from 0 to 1: how likely tokens are beside the likeliest, from their logits (V,) at a temperature; and
 // the sum of each `block` of them, which is a multiple of 16.
@@ -75,20 +95,12 @@ polar_attend_prompt(const void* query, int64_t query_step, const void* keys, Pol
     int64_t tokens, int64_t heads, int64_t groups, int64_t size, int64_t total, PolarKind kind,
     int32_t pairs, int32_t threads);
 
-// A matrix by panels of bytes, with a scale and a bias for each output.
-struct PolarBytes {
-  const void *panels, *scale, *bias;
-};
-
-// A draft head of width E, with H units, that guesses C tokens of these numbers; embeddings (V, E) are one after
-// another, or in panels of bfloat16.
+// A draft head of width E, with H units, that guesses C tokens of these numbers; embeddings are (V, E).
 struct PolarDraftHead {
   int64_t width, units, tokens;
   const int64_t* numbers;
   const void* scale;
-  PolarBytes enter, gated, down, rows;
-  const void* embeddings;
-  int32_t in_panels;
+  PolarMatrix enter, gated, down, rows, embeddings;  // the first four of bytes
 };
 
 // guesses (B, most), with their chances: what follows `tokens`, of which `states` (B, E) are those before. It guesses as
@@ -96,18 +108,6 @@ struct PolarDraftHead {
 POLAR_EXPORT int32_t
 polar_guess(const PolarDraftHead* head, const void* states, const int64_t* tokens, int64_t rows, int64_t most,
     float least, int64_t* guesses, float* chances, int64_t* made, PolarSharing sharing);
-
-// A matrix in panels, of one of the forms below, with a bias for each output; bytes have a scale for each as well.
-enum PolarForm : int32_t { kPolarNumbers = 0, kPolarBytes = 1, kPolarNibbles = 2 };
-struct PolarMatrix {
-  const void *panels, *scale, *bias;
-  int64_t inputs, outputs;
-  int32_t form;
-};
-
-// y (M, N), float32 = x (M, K) · weightᵀ + bias, not rounded: logits that differ by less than bfloat16 tells apart.
-POLAR_EXPORT int32_t polar_product_wide(const PolarMatrix* matrix, const void* x, float* y, int64_t rows, int32_t pairs,
-    PolarSharing sharing);
 
 // Weight and bias of a norm; without a weight there is none.
 struct PolarNorm {

@@ -4,14 +4,11 @@
 
 #include <cmath>
 
-#include "integers.h"
 #include "kernels.h"
+#include "matrix.h"
 #include "pages.h"
-#include "products.h"
 
 namespace polar {
-
-inline const Half* halves(const void* numbers) { return static_cast<const Half*>(numbers); }
 
 // Tokens of a pass at a time: what lies between two products then stays in the cache.
 constexpr int64_t kTokensTogether = 512;
@@ -30,18 +27,6 @@ void each_row(const Sharing& sharing, int64_t rows, const Body& body) {
       for (int64_t row = begin; row < end; ++row) body(row);
     }
   });
-}
-
-// Results are rounded to y, or go to `wide` as they are, where that is not null.
-inline void multiply(const PolarMatrix& matrix, const Half* x, Half* y, int64_t rows, bool pairs,
-                     const Sharing& sharing, float* wide = nullptr) {
-  if (matrix.form == kPolarNumbers) {
-    return run_product({x, static_cast<const float*>(matrix.panels), halves(matrix.bias), y, rows, matrix.inputs,
-                        matrix.outputs, nullptr, wide}, pairs, sharing);
-  }
-  const Integers integers{static_cast<const uint8_t*>(matrix.panels), halves(matrix.scale), halves(matrix.bias), y,
-                          matrix.outputs, wide};
-  (matrix.form == kPolarBytes ? run_integers<Bytes> : run_integers<Nibbles>)(x, rows, matrix.inputs, integers, sharing);
 }
 
 // -- norms -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import torch
 
 from polar_sdk.engine import native
 from polar_sdk.engine.native import Angles, Kind, Matrix, Pages
-from polar_sdk.engine.panels import matrix
 from polar_sdk.engine.products import outputs_from
 
 if TYPE_CHECKING:
@@ -58,11 +57,11 @@ def _layer(weights: Weights, keys_values: InPanels, family: Family, plan: LayerP
     up = weights["gate_up" if plan.gated else "up"]
     units = up.bias.shape[0] // (2 if plan.gated else 1)
     return _Layer(
-        matrix(weights["qkv"], family.hidden),
-        matrix(keys_values, family.hidden),
-        matrix(weights["out"], family.heads * family.head_dim),
-        matrix(up, family.hidden),
-        matrix(weights["down"], units),
+        weights["qkv"].matrix(family.hidden),
+        keys_values.matrix(family.hidden),
+        weights["out"].matrix(family.heads * family.head_dim),
+        up.matrix(family.hidden),
+        weights["down"].matrix(units),
         *(_norm(weights, name) for name in ("attn_norm", "attn_after", "mlp_norm", "mlp_after")),
         _address(weights.get("head_norms")),
         native.kind_of(kind),

@@ -20,30 +20,11 @@ struct Product {
   const float* panels;  // (N / 32, K / 2, 32), rounded up
   const Half* bias;
   Half* y;
-  int64_t rows, inputs, outputs;
+  int64_t rows, inputs, outputs, step;  // from one row of the result to the next
   const Half* scale = nullptr;  // of each output, for sums without their bias; null = 1
   float* wide = nullptr;        // where sums go as they are, instead of rounded ones to y
   int64_t pairs() const { return parts_of(inputs, 2); }
   int64_t padded() const { return parts_of(inputs, kLanes) * kLanes; }
-};
-
-// Numbers of a matrix (N, K), one row after another, or in panels.
-struct Numbers {
-  const Half* numbers;
-  bool panels;
-
-  void copy(int64_t row, int64_t inputs, Half* to) const {
-    if (!panels) {
-      std::copy_n(numbers + row * inputs, inputs, to);
-      return;
-    }
-    const auto* pairs = reinterpret_cast<const uint32_t*>(numbers) + row / kPanel * (inputs / 2) * kPanel;
-    for (int64_t pair = 0; pair < inputs / 2; ++pair) {
-      const uint32_t both = pairs[pair * kPanel + row % kPanel];
-      to[2 * pair] = static_cast<Half>(both);
-      to[2 * pair + 1] = static_cast<Half>(both >> 16);
-    }
-  }
 };
 
 // Inputs of some rows as words, those at the same place of their rows side by side; zero after the last input.
@@ -84,7 +65,7 @@ struct Pass {
   Ending ending;
   Half* y;
   float* wide;  // instead of y, where it is not null
-  int64_t outputs;
+  int64_t step;
 };
 
 template <class Form, int kCount>
@@ -105,7 +86,7 @@ void run_rows(const Pass& pass) {
     for (int row = 0; row < kCount; ++row) {
       for (int part = 0; part < kBeside; ++part) {
         const int half = first + part;
-        const int64_t at = row * pass.outputs + half * kLanes;
+        const int64_t at = row * pass.step + half * kLanes;
         const __m512 sum = pass.ending.of(sums[row][part], half);
         if (pass.wide) {
           _mm512_mask_storeu_ps(pass.wide + at, pass.ending.lanes[half], sum);
@@ -147,13 +128,13 @@ void run_panel(const Product& product, const Chunks& chunks, const float* words,
                int64_t number, const float* panel) {
   const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from), pairs = product.pairs();
   const Ending ending(product, number);
-  Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), ending, nullptr, nullptr, product.outputs};
+  Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), ending, nullptr, nullptr, product.step};
   // Each chunk of several fetches its share of the next panel.
   pass.ahead = reinterpret_cast<const char*>(panel) + (to - from > 1 ? pairs * kPanel * sizeof(float) : kAhead);
   for (int64_t chunk = from; chunk < to; ++chunk) {
     const int64_t row = chunks.start(chunk);
     pass.words = words + (row - start) * steps;
-    const int64_t at = row * product.outputs + number * kPanel;
+    const int64_t at = row * product.step + number * kPanel;
     pass.y = product.y + at;
     pass.wide = product.wide ? product.wide + at : nullptr;
     run_count<Form>(chunks.start(chunk + 1) - row, pass, std::make_integer_sequence<int, kRows>());
@@ -248,8 +229,8 @@ inline void run_tiles(const Product& product, const TileRows& rows, int64_t tile
   }
   const __mmask32 lanes = ending.lanes[0] | static_cast<__mmask32>(ending.lanes[1]) << kLanes;
   const int64_t start = tile * kTile, count = std::min(std::min(tile + 2, end) * kTile, product.rows) - start;
-  int64_t at = start * product.outputs + number * kPanel;
-  for (int64_t row = 0; row < count; ++row, at += product.outputs) {
+  int64_t at = start * product.step + number * kPanel;
+  for (int64_t row = 0; row < count; ++row, at += product.step) {
     const __m512 low = ending.of(_mm512_load_ps(sums + row * kPanel), 0);
     const __m512 high = ending.of(_mm512_load_ps(sums + row * kPanel + kLanes), 1);
     if (product.wide) {

@@ -106,7 +106,7 @@ struct Matrix {
   Halves scale, bias;
 
   PolarMatrix view() const {
-    return {panels.data(), scale.empty() ? nullptr : scale.data(), bias.data(), inputs, outputs, form};
+    return {panels.data(), scale.empty() ? nullptr : scale.data(), bias.data(), inputs, outputs, nullptr, form};
   }
   double of(int64_t output, int64_t input) const { return weight[output * inputs + input]; }
 };
@@ -162,8 +162,101 @@ Matrix nibbles(const std::function<int(int64_t, int64_t)>& code, int64_t outputs
   return made;
 }
 
+// -- blocks of GGUF files, read as their specification has it ----------------------------------------------------------
+
+double ieee_half(const uint8_t* from) {
+  const int bits = from[0] | from[1] << 8, exponent = bits >> 10 & 31, rest = bits & 1023;
+  const double size = exponent ? std::ldexp(1024 + rest, exponent - 25) : std::ldexp(rest, -24);
+  return bits >> 15 ? -size : size;
+}
+
+struct Format {
+  int32_t form;
+  const char* name;
+  int64_t inputs, bytes;
+  std::vector<int> halves;  // where numbers of IEEE's 16 bits are
+  double (*weight)(const uint8_t* block, int input);
+};
+
+int half_byte(const uint8_t* codes, int input) { return input < 16 ? codes[input] & 15 : codes[input - 16] >> 4; }
+int bit(const uint8_t* bits, int place) { return bits[place / 8] >> place % 8 & 1; }
+
+// Scale (0) or minimum (1), of six bits, of a group of 32 of 256.
+int six_bits(const uint8_t* scales, int group, int which) {
+  const uint8_t* own = scales + 4 * which;
+  if (group < 4) return own[group] & 63;
+  return (which ? scales[group + 4] >> 4 : scales[group + 4] & 15) | own[group - 4] >> 6 << 4;
+}
+
+double nested(const uint8_t* block, int input, int code) {
+  const int group = input / 32;
+  return ieee_half(block) * six_bits(block + 4, group, 0) * code - ieee_half(block + 2) * six_bits(block + 4, group, 1);
+}
+
+const std::vector<Format> kFormats = {
+    {kPolarQ4_0, "Q4_0", 32, 18, {0}, [](const uint8_t* b, int i) { return ieee_half(b) * (half_byte(b + 2, i) - 8); }},
+    {kPolarQ4_1, "Q4_1", 32, 20, {0, 2},
+     [](const uint8_t* b, int i) { return ieee_half(b) * half_byte(b + 4, i) + ieee_half(b + 2); }},
+    {kPolarQ5_0, "Q5_0", 32, 22, {0},
+     [](const uint8_t* b, int i) { return ieee_half(b) * ((half_byte(b + 6, i) | bit(b + 2, i) << 4) - 16); }},
+    {kPolarQ5_1, "Q5_1", 32, 24, {0, 2},
+     [](const uint8_t* b, int i) {
+       return ieee_half(b) * (half_byte(b + 8, i) | bit(b + 4, i) << 4) + ieee_half(b + 2);
+     }},
+    {kPolarQ8_0, "Q8_0", 32, 34, {0},
+     [](const uint8_t* b, int i) { return ieee_half(b) * static_cast<int8_t>(b[2 + i]); }},
+    {kPolarQ4_K, "Q4_K", 256, 144, {0, 2},
+     [](const uint8_t* b, int i) {
+       return nested(b, i, b[16 + i / 64 * 32 + i % 32] >> 4 * (i / 32 % 2) & 15);
+     }},
+    {kPolarQ5_K, "Q5_K", 256, 176, {0, 2},
+     [](const uint8_t* b, int i) {
+       const int low = b[48 + i / 64 * 32 + i % 32] >> 4 * (i / 32 % 2) & 15;
+       return nested(b, i, low | (b[16 + i % 32] >> i / 32 & 1) << 4);
+     }},
+    {kPolarQ6_K, "Q6_K", 256, 210, {208},
+     [](const uint8_t* b, int i) {
+       const int part = i / 128, quarter = i % 128 / 32, place = i % 32;
+       const int low = b[64 * part + 32 * (quarter % 2) + place] >> 4 * (quarter / 2) & 15;
+       const int high = b[128 + 32 * part + place] >> 2 * quarter & 3;
+       return ieee_half(b + 208) * static_cast<int8_t>(b[192 + i / 16]) * ((low | high << 4) - 32);
+     }},
+};
+
+// A matrix of random blocks, brought into panels by the library, of some of the rows in any order.
+Matrix of_file(const Format& format, int64_t outputs, int64_t inputs, Random& random, double by) {
+  const int64_t row_bytes = inputs / format.inputs * format.bytes, rows = outputs + 3;
+  std::vector<uint8_t> file(rows * row_bytes);
+  for (auto& each : file) each = static_cast<uint8_t>(random.next() >> 30);
+  const bool small_scales = format.inputs == 256;  // what they are multiplied with is up to 63, or 128
+  for (int64_t block = 0; block < rows * inputs / format.inputs; ++block) {
+    for (const int at : format.halves) {
+      // An exponent about right for weights of size `by`, a sign, and ten bits as they are; some are denormal.
+      const int exponent = std::max(0, 12 + std::ilogb(by) - (small_scales ? 5 : 0) - static_cast<int>(random.below(3)));
+      uint8_t* own = file.data() + block * format.bytes + at;
+      own[1] = static_cast<uint8_t>((own[1] & 0x83) | exponent << 2);
+    }
+  }
+  std::vector<int64_t> order(outputs);
+  for (int64_t n = 0; n < outputs; ++n) order[n] = outputs + 2 - n;
+  Matrix made{format.form, outputs, inputs, Doubles(outputs * inputs), {}, {}, random.halves(outputs, by)};
+  made.panels.resize(polar_packed_size(format.form, inputs, outputs));
+  int32_t finite = 0;
+  polar_pack(format.form, file.data(), order.data(), inputs, outputs, made.panels.data(), &finite, {2, 1});
+  for (int64_t n = 0; n < outputs; ++n) {
+    for (int64_t k = 0; k < inputs; ++k) {
+      const uint8_t* block = file.data() + order[n] * row_bytes + k / format.inputs * format.bytes;
+      made.weight[n * inputs + k] = finite ? format.weight(block, static_cast<int>(k % format.inputs)) : NAN;
+    }
+  }
+  return made;
+}
+
 // One of each form, drawn.
 Matrix drawn(int32_t form, int64_t outputs, int64_t inputs, Random& random, double by = 1) {
+  for (const Format& format : kFormats) {
+    if (format.form == form) return of_file(format, outputs, inputs, random, by);
+  }
   const Halves bias = random.halves(outputs, by);
   if (form == kPolarNumbers) return numbers(random.halves(outputs * inputs, by), outputs, inputs, bias);
   std::vector<uint8_t> codes(outputs * inputs);
@@ -180,22 +273,38 @@ Halves uneven(int64_t rows, int64_t inputs, Random& random) {
   return made;
 }
 
-double dot(const Half* x, const Matrix& matrix, int64_t output) {
+// A row as a product reads it: for blocks of a file as 8-bit integers, some of which share a scale.
+Doubles read(const Half* x, const Matrix& matrix) {
+  constexpr int64_t kShare = 16;
+  Doubles row(matrix.inputs);
+  for (int64_t k = 0; k < matrix.inputs; ++k) row[k] = wide(x[k]);
+  if (matrix.form < kPolarQ4_0) return row;
+  for (int64_t begin = 0; begin < matrix.inputs; begin += kShare) {
+    float largest = 0;
+    for (int64_t k = begin; k < begin + kShare; ++k) largest = std::max(largest, std::abs(static_cast<float>(row[k])));
+    for (int64_t k = begin; largest > 0 && k < begin + kShare; ++k) {
+      row[k] = std::nearbyint(static_cast<float>(row[k]) * (127.0f / largest)) * static_cast<double>(largest / 127.0f);
+    }
+  }
+  return row;
+}
+
+double dot(const Doubles& x, const Matrix& matrix, int64_t output) {
   double sum = wide(matrix.bias[output]);
-  for (int64_t k = 0; k < matrix.inputs; ++k) sum += wide(x[k]) * matrix.of(output, k);
+  for (int64_t k = 0; k < matrix.inputs; ++k) sum += x[k] * matrix.of(output, k);
   return sum;
 }
 
-// How large the terms of such a sum are. Integers of rows are within 2⁻¹⁶ of the largest number of their group, and
-// many rows may meet integer weights that were rounded to bfloat16.
-double size_of(const Half* x, const Matrix& matrix, int64_t output, bool many) {
+// How large the terms of such a sum are. Integers of rows are within 2⁻¹⁶ of the largest number of their group where
+// there are 16 bits, and many rows may meet integer weights that were rounded to bfloat16.
+double size_of(const Doubles& x, const Matrix& matrix, int64_t output, bool many) {
   double size = std::abs(wide(matrix.bias[output])) + 1;
   for (int64_t begin = 0; begin < matrix.inputs; begin += kGroup) {
     const int64_t end = std::min(begin + kGroup, matrix.inputs);
     double largest = 0;
-    for (int64_t k = begin; k < end; ++k) largest = std::max(largest, std::abs(wide(x[k])));
+    for (int64_t k = begin; k < end; ++k) largest = std::max(largest, std::abs(x[k]));
     for (int64_t k = begin; k < end; ++k) {
-      const double weight = std::abs(matrix.of(output, k)), own = std::abs(wide(x[k]));
+      const double weight = std::abs(matrix.of(output, k)), own = std::abs(x[k]);
       size += weight * (matrix.form == kPolarNumbers ? own : 4 * largest);
       if (many && matrix.form == kPolarNibbles) size += weight * own * 0x1p10;
     }
@@ -211,14 +320,10 @@ void check_product(Group& group, const Matrix& matrix, int64_t rows, int32_t pai
   const PolarMatrix view = matrix.view();
   Halves y(rows * matrix.outputs);
   std::vector<float> logits(rows * matrix.outputs);
-  group.done(matrix.form == kPolarNumbers
-                 ? polar_product(x.data(), view.panels, view.bias, y.data(), rows, matrix.inputs, matrix.outputs, pairs,
-                                 sharing)
-                 : polar_product_integers(x.data(), view.panels, view.scale, view.bias, y.data(), rows, matrix.inputs,
-                                          matrix.outputs, sharing));
-  group.done(polar_product_wide(&view, x.data(), logits.data(), rows, pairs, sharing));
+  group.done(polar_product(&view, x.data(), y.data(), nullptr, rows, pairs, sharing));
+  group.done(polar_product(&view, x.data(), nullptr, logits.data(), rows, pairs, sharing));
   for (int64_t row = 0; row < rows; ++row) {
-    const Half* own = x.data() + row * matrix.inputs;
+    const Doubles own = read(x.data() + row * matrix.inputs, matrix);
     for (int64_t n = 0; n < matrix.outputs; ++n) {
       const double expected = dot(own, matrix, n), size = size_of(own, matrix, n, rows > kMany);
       const int64_t at = row * matrix.outputs + n;
@@ -232,7 +337,7 @@ void check_product(Group& group, const Matrix& matrix, int64_t rows, int32_t pai
     const int64_t count = rows > kMany ? std::min(rows - first, kMany + 1) : std::min<int64_t>(rows - first, 1);
     if (rows > kMany && count <= kMany) continue;
     std::vector<float> alone(count * matrix.outputs);
-    group.done(polar_product_wide(&view, x.data() + first * matrix.inputs, alone.data(), count, pairs, sharing));
+    group.done(polar_product(&view, x.data() + first * matrix.inputs, nullptr, alone.data(), count, pairs, sharing));
     group.same(std::memcmp(alone.data(), logits.data() + first * matrix.outputs, alone.size() * sizeof(float)) == 0);
   }
 }
@@ -280,14 +385,65 @@ void check_exactness() {
       }
       std::vector<float> got(rows * kOutputs);
       const PolarMatrix view = matrix.view();
-      group.done(polar_product_wide(&view, x.data(), got.data(), rows, 0, {1, 1}));
+      group.done(polar_product(&view, x.data(), nullptr, got.data(), rows, 0, {1, 1}));
       for (int64_t at = 0; at < rows * kOutputs; ++at) {
-        const double expected = dot(x.data() + at / kOutputs * kInputs, matrix, at % kOutputs);
+        const double expected = dot(read(x.data() + at / kOutputs * kInputs, matrix), matrix, at % kOutputs);
         group.single(got[at], expected, expected == static_cast<float>(expected) ? 1e-30 : 1);
         group.same(expected == static_cast<float>(expected) && least < 0);
       }
     }
   }
+}
+
+// Every format of a file: products, also of a matrix whose last outputs are stored in another one, and look-up.
+void check_blocks(const Format& format, const Format& other) {
+  Group group(format.name);
+  Random random(20 + format.form);
+  for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17, 70}) {
+    for (const auto& [outputs, blocks] : {std::pair<int64_t, int64_t>{1, 1}, {16, 2}, {33, 3}}) {
+      const int64_t inputs = blocks * format.inputs;
+      const Matrix matrix = of_file(format, outputs, inputs, random, 1);
+      check_product(group, matrix, rows, 0, {static_cast<int32_t>(1 + random.below(3)), 1}, random);
+      const PolarMatrix view = matrix.view();
+      for (const int64_t output : {int64_t{0}, outputs - 1, outputs, int64_t{-1}}) {
+        Halves row(inputs);
+        const int32_t found = polar_look_up(&view, &output, 1, row.data(), {1, 1});
+        group.same(found == (output >= 0 && output < outputs ? kPolarDone : kPolarNoSuchPlace));
+        for (int64_t k = 0; found == kPolarDone && k < inputs; ++k) {
+          group.rounded(row[k], matrix.of(output, k), 2 * std::abs(matrix.of(output, k)) + 0x1p-4);
+        }
+      }
+    }
+  }
+  constexpr int64_t kInputs = 256, kRows = 3;
+  const Matrix first = of_file(format, 48, kInputs, random, 1), last = of_file(other, 20, kInputs, random, 1);
+  const PolarMatrix tail = last.view();
+  PolarMatrix both = first.view();
+  both.next = &tail;
+  both.outputs += last.outputs;
+  const Halves x = uneven(kRows, kInputs, random);
+  std::vector<float> whole(kRows * 68), part(kRows * 48);
+  const PolarMatrix alone = first.view();
+  group.done(polar_product(&both, x.data(), nullptr, whole.data(), kRows, 0, {2, 1}));
+  group.done(polar_product(&alone, x.data(), nullptr, part.data(), kRows, 0, {2, 1}));
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t n = 0; n < 68; ++n) {
+      if (n < 48) group.same(whole[row * 68 + n] == part[row * 48 + n]);
+      if (n < 48) continue;
+      const Doubles own = read(x.data() + row * kInputs, last);
+      group.single(whole[row * 68 + n], dot(own, last, n - 48), size_of(own, last, n - 48, false) * 0x1p-18);
+    }
+  }
+  // A scale that is not finite is found.
+  std::vector<uint8_t> block(kInputs / format.inputs * format.bytes);
+  std::vector<uint8_t> panels(polar_packed_size(format.form, kInputs, 1));
+  int32_t finite = 0;
+  group.done(polar_pack(format.form, block.data(), nullptr, kInputs, 1, panels.data(), &finite, {1, 1}));
+  group.same(finite == 1);
+  block[format.halves.back() + 1] = 0x7c;
+  group.done(polar_pack(format.form, block.data(), nullptr, kInputs, 1, panels.data(), &finite, {1, 1}));
+  group.same(finite == 0);
+  group.same(polar_packed_size(format.form, format.inputs - 1, 1) == 0);
 }
 
 void check_look_up() {
@@ -296,11 +452,17 @@ void check_look_up() {
   const int64_t outputs = 70, inputs = 46, wanted[] = {0, 69, 31, 32, 33};
   const Halves weight = random.halves(outputs * inputs);
   const Matrix matrix = numbers(weight, outputs, inputs, Halves(outputs));
-  Halves rows(5 * inputs);
-  group.done(polar_look_up(matrix.panels.data(), outputs, inputs, wanted, 5, rows.data()));
-  for (int64_t at = 0; at < 5 * inputs; ++at) group.same(rows[at] == weight[wanted[at / inputs] * inputs + at % inputs]);
-  const int64_t beyond = outputs;
-  group.same(polar_look_up(matrix.panels.data(), outputs, inputs, &beyond, 1, rows.data()) == kPolarNoSuchPlace);
+  PolarMatrix rows = matrix.view();
+  rows.form = kPolarRows;
+  rows.panels = weight.data();
+  for (const PolarMatrix& view : {matrix.view(), rows}) {
+    Halves found(5 * inputs);
+    group.done(polar_look_up(&view, wanted, 5, found.data(), {2, 1}));
+    for (int64_t at = 0; at < 5 * inputs; ++at) {
+      group.same(found[at] == weight[wanted[at / inputs] * inputs + at % inputs]);
+    }
+    group.same(polar_look_up(&view, &outputs, 1, found.data(), {1, 1}) == kPolarNoSuchPlace);
+  }
 }
 
 // -- sampling --------------------------------------------------------------------------------------------------------
@@ -643,12 +805,13 @@ struct Layer {
   Doubles norm(const PolarNorm& of, const Doubles& x) const {
     return normed(it.norm, static_cast<const Half*>(of.weight), static_cast<const Half*>(of.bias), it.eps, x);
   }
+  // Of a row that is rounded to bfloat16.
   static Doubles times(const Matrix& matrix, const Doubles& x) {
+    Halves row;
+    for (const double each : x) row.push_back(half(each));
+    const Doubles own = read(row.data(), matrix);
     Doubles y(matrix.outputs);
-    for (int64_t n = 0; n < matrix.outputs; ++n) {
-      y[n] = wide(matrix.bias[n]);
-      for (int64_t k = 0; k < matrix.inputs; ++k) y[n] += matrix.of(n, k) * x[k];
-    }
+    for (int64_t n = 0; n < matrix.outputs; ++n) y[n] = dot(own, matrix, n);
     return y;
   }
 
@@ -656,7 +819,7 @@ struct Layer {
   Doubles decode(const Doubles& x, const Half* cos, const Half* sin, int64_t angles, std::vector<Halves>& keys,
                  std::vector<Halves>& values) const {
     const int64_t size = it.size, sharing = it.heads / it.groups;
-    const Doubles all = rounded(times(qkv, rounded(norm(it.attn_norm, x))));
+    const Doubles all = rounded(times(qkv, norm(it.attn_norm, x)));
     std::vector<Halves> heads;
     for (int64_t head = 0; head < it.heads + 2 * it.groups; ++head) {
       Doubles one(all.begin() + head * size, all.begin() + (head + 1) * size);
@@ -683,16 +846,16 @@ struct Layer {
         for (int64_t d = 0; d < size; ++d) mixed[head * size + d] += weights[k] * wide(values[k][head / sharing * size + d]);
       }
     }
-    Doubles attended = times(out, rounded(mixed));
+    Doubles attended = times(out, mixed);
     if (it.attn_after.weight) attended = norm(it.attn_after, attended);
     Doubles between = x;
     for (int64_t at = 0; at < it.width; ++at) between[at] += attended[at];
-    const Doubles inner = rounded(times(up, rounded(norm(it.mlp_norm, it.parallel ? x : between))));
+    const Doubles inner = rounded(times(up, norm(it.mlp_norm, it.parallel ? x : between)));
     Doubles active(down.inputs);
     for (int64_t at = 0; at < down.inputs; ++at) {
       active[at] = activated(it.activation, inner[at]) * (it.gated ? inner[down.inputs + at] : 1);
     }
-    Doubles grown = times(down, rounded(active));
+    Doubles grown = times(down, active);
     if (it.mlp_after.weight) grown = norm(it.mlp_after, grown);
     for (int64_t at = 0; at < it.width; ++at) grown[at] += between[at];
     return rounded(grown);
@@ -705,8 +868,10 @@ void check_layers() {
   Random random(11);
   constexpr int64_t kRows = 3, kBefore = 14, kSteps = 4, kPage = 16, kBlocks = 2, kVisits = 3, kAngles = 32, kWidth = 64;
   const int64_t visits[kVisits] = {0, 1, 0};
+  const int32_t forms[] = {kPolarNumbers, kPolarBytes, kPolarNibbles, kPolarQ4_0, kPolarQ4_1, kPolarQ5_0, kPolarQ5_1,
+                           kPolarQ8_0};
   for (int variant = 0; variant < 24; ++variant) {
-    const int32_t form = variant % 3, norm = variant / 3 % 3, activation = variant % 4;
+    const int32_t form = forms[variant % 8], norm = variant / 3 % 3, activation = variant % 4;
     const bool gated = variant % 2, parallel = variant % 5 == 4, after = variant % 7 == 6, heads = variant % 3 == 1;
     const PolarKind kind = kKinds[variant % 5];
     const Layer layers[] = {Layer(form, norm, activation, gated, parallel, after, heads, kind, random),
@@ -775,12 +940,12 @@ void check_guesses() {
   const Matrix gated = drawn(kPolarBytes, 2 * kUnits, kWidth, random, 0.1);
   const Matrix down = drawn(kPolarBytes, kWidth, kUnits, random, 0.1);
   const Matrix rows = drawn(kPolarBytes, kTokens + 1, kWidth, random, 0.5);
-  const auto view = [](const Matrix& of) { return PolarBytes{of.panels.data(), of.scale.data(), of.bias.data()}; };
   std::vector<int64_t> numbers(kTokens);
   for (int64_t at = 0; at < kTokens; ++at) numbers[at] = 3 * at;
   const Halves scale = random.halves(kWidth, 0.2, 1), embeddings = random.halves(3 * kTokens * kWidth);
-  const PolarDraftHead head{kWidth, kUnits, kTokens, numbers.data(), scale.data(), view(enter), view(gated), view(down),
-                            view(rows), embeddings.data(), 0};
+  const PolarMatrix embedded{embeddings.data(), nullptr, nullptr, kWidth, 3 * kTokens, nullptr, kPolarRows};
+  const PolarDraftHead head{kWidth, kUnits, kTokens, numbers.data(), scale.data(), enter.view(), gated.view(),
+                            down.view(), rows.view(), embedded};
   for (int64_t round = 0; round < 20; ++round) {
     const Halves states = random.halves(kRows * kWidth);
     const int64_t tokens[kRows] = {random.below(150), random.below(150), random.below(150)};
@@ -801,6 +966,7 @@ int main() {
   check_products(kPolarNumbers, "products of numbers");
   check_products(kPolarBytes, "products of bytes");
   check_products(kPolarNibbles, "products of half bytes");
+  for (size_t at = 0; at < kFormats.size(); ++at) check_blocks(kFormats[at], kFormats[(at + 3) % kFormats.size()]);
   check_exactness();
   check_look_up();
   check_sampling();

@@ -23,7 +23,7 @@ from polar_sdk.engine.kernels import NativeLayers, TorchKernels
 from polar_sdk.engine.native import build
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
-from polar_sdk.engine.products import Plain, multiply, multiply_wide, pack, quantize
+from polar_sdk.engine.products import Int8, Plain, multiply, multiply_wide, pack, quantize
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import DeviceError
@@ -107,7 +107,7 @@ def _product(x: torch.Tensor, plain: Plain, pairs: bool, team: bool = True) -> t
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(library, "pairs", lambda: pairs)
         patched.setattr(library, "shared_by", lambda _: library._sharing(torch.get_num_threads(), team))
-        return library.product(x, *packed)
+        return library.product(x, packed.matrix(x.shape[1]))
 
 
 @pytest.mark.usefixtures("every")
@@ -276,7 +276,8 @@ def _bytes_of(plain: Plain) -> tuple[PackedInt8, torch.Tensor]:
     stored = quantize(plain, "int8")
     packed = pack(stored)
     assert isinstance(packed, PackedInt8)
-    return packed, stored[0].double() * packed.scale.double()[:, None]
+    assert isinstance(stored, Int8)
+    return packed, stored.weight.double() * packed.scale.double()[:, None]
 
 
 def _codes_of(plain: Plain) -> tuple[PackedInt4, torch.Tensor]:
@@ -306,7 +307,7 @@ def test_rows_and_8_bit_integers(kind: str, rows: int, outputs: int, inputs: int
     x, (packed, weight) = _uneven(seed, rows, inputs), _bytes_of(Plain(_random(seed + 1, outputs, inputs), bias))
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
     with using(kind):
-        got = library.product_int8(x, *packed)
+        got = library.product(x, packed.matrix(inputs))
     _assert_close(got, expected, _spread(x, weight) + expected.abs())
 
 
@@ -325,7 +326,7 @@ def test_rows_and_4_bit_integers(kind: str, rows: int, blocks: int, groups: int,
     x, (packed, weight) = _uneven(seed, rows, 32 * groups), _codes_of(plain)
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
     with using(kind):
-        got = library.product_int4(x, *packed)
+        got = library.product(x, packed.matrix(32 * groups))
     rounding = x.double().abs() @ weight.abs().T * (2**10 if kind in BY_NUMBERS and rows > MANY else 0)  # of weights
     _assert_close(got, expected, _spread(x, weight) + expected.abs() + rounding)
 
@@ -352,12 +353,12 @@ def test_a_row_of_integers_is_the_same_whatever_rows_are_beside_it(precision: st
     x, plain = _uneven(0, 300, 576), Plain(_random(1, 192, 576))
     packed = pack(quantize(plain, precision))
     assert isinstance(packed, PackedInt8 | PackedInt4)
-    few, many = packed.multiply(x[:MANY]), packed.multiply(x)
+    few, many = multiply(x[:MANY], packed), multiply(x, packed)
     for count in (1, 2, 3, 4, 8, 9, 16):
-        assert torch.equal(packed.multiply(x[:count]), few[:count]), count
+        assert torch.equal(multiply(x[:count], packed), few[:count]), count
     for count in (MANY + 1, 256, 257):
-        assert torch.equal(packed.multiply(x[:count]), many[:count]), count
-    assert torch.equal(packed.multiply(x[300 - MANY - 1 :]), many[300 - MANY - 1 :])
+        assert torch.equal(multiply(x[:count], packed), many[:count]), count
+    assert torch.equal(multiply(x[300 - MANY - 1 :], packed), many[300 - MANY - 1 :])
     if KIND not in BY_NUMBERS:
         assert torch.equal(few, many[:MANY])
 
@@ -369,7 +370,7 @@ def test_what_is_no_number_stays_none(bad: float, rows: int) -> None:
     x, plain = _random(0, rows, 64), Plain(_random(1, 64, 64))
     x[1, 40] = bad
     for packed in (_bytes_of(plain)[0], _codes_of(plain)[0], Packed.of(*plain)):
-        got = packed.multiply(x)
+        got = library.product(x, packed.matrix(64))
         assert not got[1].isfinite().any()
         assert got[torch.arange(rows) != 1].isfinite().all()
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
+from polar_sdk.engine.panels import Blocks, Packed, PackedInt4, PackedInt8
 from polar_sdk.engine.products import (
     INT4_GROUP,
     Int8,
@@ -77,7 +77,7 @@ def _stored(product: Product) -> torch.Tensor:
         case Packed():
             blocks = [panel.T.contiguous().view(product.bias.dtype) for panel in product.panels]
             return torch.cat(blocks)[: product.bias.shape[0]].double()
-        case PackedInt8():
+        case PackedInt8() | Blocks():
             raise AssertionError("compared with the matrix that it was packed from")
         case PackedInt4():
             return _codes_of(product)

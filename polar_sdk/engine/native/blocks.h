@@ -1,0 +1,646 @@
+// Products of rows with a matrix in the formats of quantized GGUF files, whose numbers are kept as they are.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "products.h"
+
+namespace polar {
+
+// y (M, N) = x (M, K) · weightᵀ + bias. A file has rows of blocks of 32 or 256 weights. Here they are in panels of 16
+// outputs, group by group of 32 inputs: words of the codes of four inputs, one for each output, beside the scales of
+// the group as the file has them. So an instruction multiplies four inputs of 16 outputs, and nothing is rounded again.
+//
+// Rows of x are rounded to 8-bit integers, 16 of which share a scale; where that is not enough, as in the head, which
+// decides between near-equal tokens, what is left is rounded likewise and multiplied as another row. Sums over these are exact, those over several are
+// float32, in their order: so a row is the same whatever rows are beside it, and on every processor.
+
+constexpr int64_t kBlockInputs = 32;
+constexpr int64_t kBlockWords = kBlockInputs / 4;
+constexpr int64_t kSuperGroups = 8;  // groups that share scales of their scales
+#ifdef __AVX512F__
+constexpr int kBlockRows = 8;  // that meet a panel together
+#else
+constexpr int kBlockRows = 4;
+#endif
+constexpr int64_t kRowBytes = 3 << 17;  // of rows that meet all panels together, so that they stay in the cache
+constexpr int64_t kRowsWorthThread = 4;
+constexpr int64_t kBytesAhead = 4096;  // to fetch
+
+// -- rows ------------------------------------------------------------------------------------------------------------
+
+// Up to `kBlockRows` rows, those at the same place side by side.
+struct ShortRows {
+  int32_t* words;   // four integers each, (groups, 8, rows)
+  float* scale;     // of the first and last 16 inputs of a group, (groups, 2, rows)
+  int32_t* halves;  // sums of their integers, likewise
+  float* sum;       // both times their scales, (groups, rows)
+};
+
+// Where the rows of a product are, some of them after another.
+struct ShortMemory {
+  float* memory;
+  int64_t rows, groups;
+  static constexpr int64_t kPerGroup = kBlockWords + 5;
+  int64_t chunks() const { return parts_of(rows, kBlockRows); }
+  int64_t count(int64_t chunk) const { return std::min<int64_t>(rows - chunk * kBlockRows, kBlockRows); }
+  int64_t size() const { return rows * groups * kPerGroup; }
+  ShortRows at(int64_t chunk) const {
+    float* from = memory + chunk * kBlockRows * groups * kPerGroup;
+    const int64_t part = groups * count(chunk);
+    auto* words = reinterpret_cast<int32_t*>(from);
+    return {words, from + kBlockWords * part, words + (kBlockWords + 2) * part, from + (kBlockWords + 4) * part};
+  }
+};
+
+// Sixteen values of a row as integers; returns their scale times their sum, and leaves what they lack in `values`.
+inline float shorten(__m512& values, int64_t group, int64_t half, int64_t row, int64_t count, const ShortRows& to) {
+  float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
+  if (_mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q)) most = NAN;  // a maximum may lose it, integers cannot hold it
+  const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f)));
+  const float scale = most / 127.0f;
+  const int32_t sum = _mm512_reduce_add_epi32(integers);
+  const int64_t own = (2 * group + half) * count + row;
+  to.scale[own] = scale;
+  to.halves[own] = sum;
+  alignas(16) int32_t words[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8(integers));
+  for (int64_t word = 0; word < 4; ++word) {
+    to.words[(group * kBlockWords + 4 * half + word) * count + row] = words[word];
+  }
+  values = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(scale), values);
+  return scale * static_cast<float>(sum);
+}
+
+// A row at `row` of `count`, and what it lacks in the `planes` − 1 rows after it; inputs after the last one are zero.
+inline void shorten_row(const Half* x, int64_t inputs, int64_t row, int64_t planes, int64_t count, const ShortRows& to) {
+  for (int64_t group = 0; group * kBlockInputs < inputs; ++group) {
+    float* sums = to.sum + group * count + row;
+    std::fill_n(sums, planes, 0.0f);
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t at = group * kBlockInputs + half * kLanes;
+      __m512 values = widen(x + at, first_lanes(inputs - at));
+      for (int64_t plane = 0; plane < planes; ++plane) sums[plane] += shorten(values, group, half, row + plane, count, to);
+    }
+  }
+}
+
+// -- codes -----------------------------------------------------------------------------------------------------------
+
+// How codes without a sign lie in a group: `word` gives those of four inputs for 16 outputs, and `put` writes them for
+// one. `kWordsPerShort` words, of four, can be summed up in 16 bits, where there is no instruction for more; 0 = none can.
+
+#ifdef POLAR_SHORT_SUMS
+constexpr bool kSignedBytes = true;  // they are multiplied with their sign, in half the steps
+#else
+constexpr bool kSignedBytes = false;
+#endif
+
+struct FourBits {  // low halves of bytes are one word, high ones the next
+  static constexpr int64_t kBytes = 256;
+  static constexpr int kWordsPerShort = 4;
+  static __m512i word(const uint8_t* from, int number) {
+    const __m512i both = _mm512_loadu_si512(from + 64 * (number / 2));
+    return _mm512_and_si512(number % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+  }
+  static void put(const uint32_t* words, uint8_t* to) {
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t both = (words[2 * pair] & 0x0f0f0f0f) | (words[2 * pair + 1] & 0x0f0f0f0f) << 4;
+      std::memcpy(to + 64 * pair, &both, 4);
+    }
+  }
+  static int code(const uint8_t* from, int input) {
+    const int word = input / 4;
+    return from[64 * (word / 2) + input % 4] >> 4 * (word % 2) & 15;
+  }
+};
+
+struct FiveBits {  // four of them as above; then the fifth, of word w in bit w
+  static constexpr int64_t kBytes = 320;
+  static constexpr int kWordsPerShort = 4;
+  static __m512i word(const uint8_t* from, int number) {
+    const __m512i high = _mm512_loadu_si512(from + 256);
+    const __m512i moved = number < 4 ? _mm512_slli_epi16(high, 4 - number) : _mm512_srli_epi16(high, number - 4);
+    return _mm512_or_si512(FourBits::word(from, number), _mm512_and_si512(moved, _mm512_set1_epi8(16)));
+  }
+  static void put(const uint32_t* words, uint8_t* to) {
+    FourBits::put(words, to);
+    uint32_t high = 0;
+    for (int word = 0; word < 8; ++word) high |= (words[word] >> 4 & 0x01010101) << word;
+    std::memcpy(to + 256, &high, 4);
+  }
+  static int code(const uint8_t* from, int input) {
+    return FourBits::code(from, input) | (from[256 + input % 4] >> input / 4 & 1) << 4;
+  }
+};
+
+struct SixBits {  // four of them as above; then two, of word w in bits 2 (w mod 4), the last four words after the first
+  static constexpr int64_t kBytes = 384;
+  static constexpr int kWordsPerShort = 2;
+  static __m512i word(const uint8_t* from, int number) {
+    const __m512i high = _mm512_loadu_si512(from + 256 + 64 * (number / 4));
+    const int place = 2 * (number % 4);
+    const __m512i moved = place < 4 ? _mm512_slli_epi16(high, 4 - place) : _mm512_srli_epi16(high, place - 4);
+    return _mm512_or_si512(FourBits::word(from, number), _mm512_and_si512(moved, _mm512_set1_epi8(48)));
+  }
+  static void put(const uint32_t* words, uint8_t* to) {
+    FourBits::put(words, to);
+    for (int half = 0; half < 2; ++half) {
+      uint32_t high = 0;
+      for (int word = 0; word < 4; ++word) high |= (words[4 * half + word] >> 4 & 0x03030303) << 2 * word;
+      std::memcpy(to + 256 + 64 * half, &high, 4);
+    }
+  }
+  static int code(const uint8_t* from, int input) {
+    const int word = input / 4;
+    return FourBits::code(from, input) | (from[256 + 64 * (word / 4) + input % 4] >> 2 * (word % 4) & 3) << 4;
+  }
+};
+
+struct EightBits {
+  static constexpr int64_t kBytes = 512;
+  static constexpr int kWordsPerShort = 0;
+  static __m512i word(const uint8_t* from, int number) {
+    const __m512i codes = _mm512_loadu_si512(from + 64 * number);
+    return kSignedBytes ? _mm512_xor_si512(codes, _mm512_set1_epi8(-128)) : codes;
+  }
+  static void put(const uint32_t* words, uint8_t* to) {
+    for (int word = 0; word < 8; ++word) std::memcpy(to + 64 * word, words + word, 4);
+  }
+  static int code(const uint8_t* from, int input) { return from[64 * (input / 4) + input % 4]; }
+};
+
+// Sums of products of codes with the integers of some rows, for 16 outputs.
+template <class Codes, int kCount>
+struct CodeSums {
+  __m512i whole[kCount];
+#ifdef POLAR_SHORT_SUMS
+  static constexpr int kWordsPerShort = Codes::kWordsPerShort;
+  __m512i part[kCount];
+#else
+  static constexpr int kWordsPerShort = 0;
+#endif
+
+  // Of four words from the one of that number on.
+  template <int kFirst>
+  void add(const uint8_t* codes, const int32_t* words) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kCount; ++row) whole[row] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int word = kFirst; word < kFirst + 4; ++word) {
+      const __m512i own = Codes::word(codes, word);
+#pragma GCC unroll 8
+      for (int row = 0; row < kCount; ++row) {
+        const __m512i x = _mm512_set1_epi32(words[word * kCount + row]);
+#ifdef POLAR_SHORT_SUMS
+        if constexpr (kWordsPerShort > 0) {
+          part[row] = word % kWordsPerShort ? add_short(part[row], own, x) : multiply_short(own, x);
+          if ((word + 1) % kWordsPerShort == 0) whole[row] = add_widened(whole[row], part[row]);
+        } else {
+          whole[row] = add_signed(whole[row], own, x);
+        }
+#else
+        whole[row] = _mm512_dpbusd_epi32(whole[row], own, x);
+#endif
+      }
+    }
+  }
+};
+
+// -- scales ----------------------------------------------------------------------------------------------------------
+
+inline __m512 halves_of(const uint8_t* from) {  // 16 numbers of IEEE's 16 bits
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline __m512 bytes_of(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline __m512 signed_of(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+// One number of IEEE's 16 bits.
+inline float half_at(const uint8_t* from, int place) {
+  alignas(32) uint8_t padded[32] = {};
+  std::memcpy(padded, from + 2 * place, 2);
+  return _mm512_cvtss_f32(halves_of(padded));
+}
+
+// The weights of an output in a group: scale (code − offset) + shift, the scale of its first and last 16 inputs.
+struct Line {
+  float scale[2], shift;
+  int offset;
+};
+
+// Sums of codes times integers, of the two halves of a group, times the scales of a row there.
+inline __m512 scaled_sums(const __m512i* sums, const float* x, int step) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[1]), _mm512_set1_ps(x[step]),
+                         _mm512_mul_ps(_mm512_cvtepi32_ps(sums[0]), _mm512_set1_ps(x[0])));
+}
+
+// The same of codes without their offset.
+template <int kOffset>
+void take_offset(__m512i* sums, const int32_t* halves, int step) {
+  for (int half = 0; half < 2; ++half) {
+    sums[half] = _mm512_sub_epi32(sums[half], _mm512_set1_epi32(kOffset * halves[half * step]));
+  }
+}
+
+// A format of panels: how codes lie and what they mean. In memory: `kHead` bytes before every 8 groups; in each group
+// `kScales` bytes and then the codes. `enter` reads a head, `begin` the scales of a group; `add` takes the sums of both
+// halves of a row, of which scales and sums of integers are at `step`. `line` says the same of one output.
+
+// weight = d (code − offset), d for 32 inputs.
+template <class Codes, int kOffset>
+struct Scaled {
+  using Code = Codes;
+  static constexpr int64_t kHead = 0, kScales = 32;
+  __m512 scale;
+
+  void enter(const uint8_t*) {}
+  void begin(const uint8_t* group) { scale = halves_of(group); }
+  __m512 add(__m512 total, __m512i* sums, const float* x, float, const int32_t* halves, int step) const {
+    take_offset<Codes::kWordsPerShort == 0 && kSignedBytes ? 0 : kOffset>(sums, halves, step);
+    return _mm512_fmadd_ps(scale, scaled_sums(sums, x, step), total);
+  }
+  static Line line(const uint8_t*, const uint8_t* group, int output) {
+    const float own = half_at(group, output);
+    return {{own, own}, 0.0f, kOffset};
+  }
+};
+
+// weight = d code + m, both for 32 inputs.
+template <class Codes>
+struct Shifted {
+  using Code = Codes;
+  static constexpr int64_t kHead = 0, kScales = 64;
+  __m512 scale, shift;
+
+  void enter(const uint8_t*) {}
+  void begin(const uint8_t* group) {
+    scale = halves_of(group);
+    shift = halves_of(group + 32);
+  }
+  __m512 add(__m512 total, __m512i* sums, const float* x, float sum, const int32_t*, int step) const {
+    return _mm512_fmadd_ps(scale, scaled_sums(sums, x, step), _mm512_fmadd_ps(shift, _mm512_set1_ps(sum), total));
+  }
+  static Line line(const uint8_t*, const uint8_t* group, int output) {
+    const float own = half_at(group, output);
+    return {{own, own}, half_at(group + 32, output), 0};
+  }
+};
+
+// weight = d s code − e m: d and e for 256 inputs, s and m, of six bits, for 32.
+template <class Codes>
+struct Nested {
+  using Code = Codes;
+  static constexpr int64_t kHead = 64, kScales = 32;
+  __m512 whole, least, scale, shift;
+
+  void enter(const uint8_t* head) {
+    whole = halves_of(head);
+    least = halves_of(head + 32);
+  }
+  void begin(const uint8_t* group) {
+    scale = _mm512_mul_ps(whole, bytes_of(group));
+    shift = _mm512_mul_ps(least, bytes_of(group + 16));
+  }
+  __m512 add(__m512 total, __m512i* sums, const float* x, float sum, const int32_t*, int step) const {
+    return _mm512_fmadd_ps(scale, scaled_sums(sums, x, step), _mm512_fnmadd_ps(shift, _mm512_set1_ps(sum), total));
+  }
+  static Line line(const uint8_t* head, const uint8_t* group, int output) {
+    const float own = half_at(head, output) * static_cast<float>(group[output]);
+    return {{own, own}, -half_at(head + 32, output) * static_cast<float>(group[16 + output]), 0};
+  }
+};
+
+// weight = d s (code − 32): d for 256 inputs, s, of eight bits with a sign, for 16.
+template <class Codes>
+struct Sixteens {
+  using Code = Codes;
+  static constexpr int64_t kHead = 32, kScales = 32;
+  static constexpr int kOffset = 32;
+  __m512 scale[2], whole;
+
+  void enter(const uint8_t* head) { whole = halves_of(head); }
+  void begin(const uint8_t* group) {
+    scale[0] = _mm512_mul_ps(whole, signed_of(group));
+    scale[1] = _mm512_mul_ps(whole, signed_of(group + 16));
+  }
+  __m512 add(__m512 total, __m512i* sums, const float* x, float, const int32_t* halves, int step) const {
+    take_offset<kOffset>(sums, halves, step);
+    for (int half = 0; half < 2; ++half) {
+      const __m512 coded = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[half]), _mm512_set1_ps(x[half * step]));
+      total = _mm512_fmadd_ps(scale[half], coded, total);
+    }
+    return total;
+  }
+  static Line line(const uint8_t* head, const uint8_t* group, int output) {
+    const float own = half_at(head, output);
+    const auto part = [&](int half) { return own * static_cast<float>(static_cast<int8_t>(group[16 * half + output])); };
+    return {{part(0), part(1)}, 0.0f, kOffset};
+  }
+};
+
+// Calls `use(form)` with a value of the type that stands for a form; false for one that is not of a file.
+template <class Use>
+bool with_form(int32_t form, const Use& use) {
+  switch (form) {
+    case kPolarQ4_0: use(Scaled<FourBits, 8>()); return true;
+    case kPolarQ4_1: use(Shifted<FourBits>()); return true;
+    case kPolarQ5_0: use(Scaled<FiveBits, 16>()); return true;
+    case kPolarQ5_1: use(Shifted<FiveBits>()); return true;
+    case kPolarQ8_0: use(Scaled<EightBits, 128>()); return true;
+    case kPolarQ4_K: use(Nested<FourBits>()); return true;
+    case kPolarQ5_K: use(Nested<FiveBits>()); return true;
+    case kPolarQ6_K: use(Sixteens<SixBits>()); return true;
+    default: return false;
+  }
+}
+
+// Bytes of a panel of so many groups.
+template <class Form>
+constexpr int64_t panel_bytes(int64_t groups) {
+  return groups * (Form::kScales + Form::Code::kBytes) + (Form::kHead ? groups / kSuperGroups * Form::kHead : 0);
+}
+
+// -- products --------------------------------------------------------------------------------------------------------
+
+// The sums of kCount rows over all inputs, for the 16 outputs of a panel.
+template <class Form, int kCount>
+void meet_blocks(const ShortRows& rows, const uint8_t* panel, int64_t groups, __m512 (&totals)[kCount]) {
+  using Codes = typename Form::Code;
+  constexpr int64_t kSize = Form::kScales + Codes::kBytes;
+  for (auto& total : totals) total = _mm512_setzero_ps();
+  const int32_t *words = rows.words, *halves = rows.halves;
+  Form form;
+  for (int64_t group = 0; group < groups; ++group, words += kBlockWords * kCount, halves += 2 * kCount) {
+    if (Form::kHead && group % kSuperGroups == 0) {
+      form.enter(panel);
+      panel += Form::kHead;
+    }
+    for (int64_t at = 0; at < kSize; at += 64) _mm_prefetch(panel + kBytesAhead + at, _MM_HINT_T0);
+    form.begin(panel);
+    const uint8_t* codes = panel + Form::kScales;
+    CodeSums<Codes, kCount> first, last;
+    first.template add<0>(codes, words);
+    last.template add<4>(codes, words);
+#pragma GCC unroll 8
+    for (int row = 0; row < kCount; ++row) {
+      __m512i sums[2] = {first.whole[row], last.whole[row]};
+      const float* x = rows.scale + 2 * group * kCount + row;
+      totals[row] = form.add(totals[row], sums, x, rows.sum[group * kCount + row], halves + row, kCount);
+    }
+    panel += kSize;
+  }
+}
+
+// Where the results of some outputs go: from the first of the rounded rows on, `step` numbers from row to row.
+struct Results {
+  const Half* bias;
+  Half* y;
+  float* wide;  // instead of y, not rounded, where it is not null
+  int64_t outputs, step;
+  int64_t planes;  // rounded rows of each
+};
+
+template <class Form, int kCount>
+void run_blocks_panel(const uint8_t* panels, const ShortRows& rows, int64_t row, int64_t groups, int64_t number,
+                      const Results& to) {
+  const int64_t output = number * kLanes;
+  const __mmask16 lanes = first_lanes(to.outputs - output);
+  __m512 totals[kCount];
+  meet_blocks<Form, kCount>(rows, panels + number * panel_bytes<Form>(groups), groups, totals);
+  const __m512 bias = widen(to.bias + output, lanes);
+  for (int64_t each = 0; each < kCount; each += to.planes) {
+    const int64_t at = (row + each) / to.planes * to.step + output;
+    const __m512 whole = to.planes > 1 ? _mm512_add_ps(totals[each], totals[each + 1]) : totals[each];
+    const __m512 sum = _mm512_add_ps(whole, bias);
+    if (to.wide) {
+      _mm512_mask_storeu_ps(to.wide + at, lanes, sum);
+    } else {
+      store_rounded(to.y + at, sum, lanes);
+    }
+  }
+}
+
+template <class Form, int... kCounts>
+void run_blocks_panel(int64_t count, const uint8_t* panels, const ShortRows& rows, int64_t row, int64_t groups,
+                      int64_t number, const Results& to, std::integer_sequence<int, kCounts...>) {
+  ((count == kCounts + 1 ? run_blocks_panel<Form, kCounts + 1>(panels, rows, row, groups, number, to) : void()), ...);
+}
+
+// Rows (M, K) by the matrix.
+template <class Form>
+void run_blocks(const Half* x, int64_t count, int64_t inputs, const uint8_t* panels, Results to,
+                const Sharing& sharing) {
+  const int64_t groups = parts_of(inputs, kBlockInputs), row_bytes = 4 * groups * ShortMemory::kPerGroup;
+  const int64_t together = std::max<int64_t>(kRowBytes / row_bytes / kBlockRows, 1) * kBlockRows / to.planes;
+  for (int64_t start = 0; start < count; start += together) {
+    const int64_t own = std::min(count - start, together);
+    ShortMemory rounded{nullptr, own * to.planes, groups};
+    rounded.memory = scratch<ShortMemory>(rounded.size());
+    const auto round = [&](Range& range) {
+      for (int64_t begin, end; range.take(begin, end);) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t chunk = row * to.planes / kBlockRows;
+          shorten_row(x + (start + row) * inputs, inputs, row * to.planes % kBlockRows, to.planes, rounded.count(chunk),
+                      rounded.at(chunk));
+        }
+      }
+    };
+    if (own < kRowsWorthThread) {
+      Range alone;
+      alone.set(0, own, 1);
+      round(alone);
+    } else {
+      share(sharing, own, round);
+    }
+    share(sharing, parts_of(to.outputs, kLanes), [&](Range& range) {
+      for (int64_t begin, end; range.take(begin, end);) {
+        for (int64_t number = begin; number < end; ++number) {
+          for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
+            run_blocks_panel<Form>(rounded.count(chunk), panels, rounded.at(chunk), chunk * kBlockRows, groups, number,
+                                   to, std::make_integer_sequence<int, kBlockRows>());
+          }
+        }
+      }
+    });
+    if (to.wide) to.wide += own * to.step;
+    if (to.y) to.y += own * to.step;
+  }
+}
+
+// -- from a file -----------------------------------------------------------------------------------------------------
+
+// Blocks as the format of GGUF has them (its specification, and ggml's `ggml-common.h`), one function each: the codes of
+// a group as bytes without a sign, and the scales to their places in a panel.
+
+inline void spread(const uint8_t* halves, uint8_t* codes) {  // low halves, then high ones
+  for (int at = 0; at < 16; ++at) {
+    codes[at] = halves[at] & 15;
+    codes[at + 16] = halves[at] >> 4;
+  }
+}
+inline void add_fifth(const uint8_t* bits, uint8_t* codes) {
+  uint32_t all;
+  std::memcpy(&all, bits, 4);
+  for (int at = 0; at < 32; ++at) codes[at] |= static_cast<uint8_t>((all >> at & 1) << 4);
+}
+// Scale and minimum of a group, of 8, in the 12 bytes of Q4_K and Q5_K.
+inline void nested_scales(const uint8_t* packed, int group, uint8_t& scale, uint8_t& shift) {
+  if (group < 4) {
+    scale = packed[group] & 63;
+    shift = packed[group + 4] & 63;
+  } else {
+    scale = static_cast<uint8_t>((packed[group + 4] & 15) | packed[group - 4] >> 6 << 4);
+    shift = static_cast<uint8_t>(packed[group + 4] >> 4 | packed[group] >> 6 << 4);
+  }
+}
+
+struct Block {
+  int64_t inputs, bytes;
+  // Group `group` of a block to `codes`; scales of output `output` to those of a panel.
+  void (*read)(const uint8_t* block, int group, int output, uint8_t* codes, uint8_t* head, uint8_t* scales);
+};
+
+inline void copy_half(const uint8_t* from, uint8_t* to, int output) { std::memcpy(to + 2 * output, from, 2); }
+
+inline Block block_of(int32_t form) {
+  using Bytes = uint8_t;
+  switch (form) {
+    case kPolarQ4_0:
+      return {32, 18, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
+        copy_half(block, scales, output);
+        spread(block + 2, codes);
+      }};
+    case kPolarQ4_1:
+      return {32, 20, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
+        copy_half(block, scales, output);
+        copy_half(block + 2, scales + 32, output);
+        spread(block + 4, codes);
+      }};
+    case kPolarQ5_0:
+      return {32, 22, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
+        copy_half(block, scales, output);
+        spread(block + 6, codes);
+        add_fifth(block + 2, codes);
+      }};
+    case kPolarQ5_1:
+      return {32, 24, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
+        copy_half(block, scales, output);
+        copy_half(block + 2, scales + 32, output);
+        spread(block + 8, codes);
+        add_fifth(block + 4, codes);
+      }};
+    case kPolarQ8_0:
+      return {32, 34, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
+        copy_half(block, scales, output);
+        for (int at = 0; at < 32; ++at) codes[at] = block[2 + at] ^ 128;
+      }};
+    case kPolarQ4_K:
+      return {256, 144, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
+        copy_half(block, head, output);
+        copy_half(block + 2, head + 32, output);
+        nested_scales(block + 4, group, scales[output], scales[16 + output]);
+        const Bytes* from = block + 16 + group / 2 * 32;
+        for (int at = 0; at < 32; ++at) codes[at] = from[at] >> 4 * (group % 2) & 15;
+      }};
+    case kPolarQ5_K:
+      return {256, 176, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
+        copy_half(block, head, output);
+        copy_half(block + 2, head + 32, output);
+        nested_scales(block + 4, group, scales[output], scales[16 + output]);
+        const Bytes *high = block + 16, *from = block + 48 + group / 2 * 32;
+        for (int at = 0; at < 32; ++at) {
+          codes[at] = static_cast<Bytes>((from[at] >> 4 * (group % 2) & 15) | (high[at] >> group & 1) << 4);
+        }
+      }};
+    case kPolarQ6_K:
+      return {256, 210, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
+        copy_half(block + 208, head, output);
+        scales[output] = block[192 + 2 * group];
+        scales[16 + output] = block[192 + 2 * group + 1];
+        const int part = group / 4, quarter = group % 4;
+        const Bytes *low = block + 64 * part + 32 * (quarter % 2), *high = block + 128 + 32 * part;
+        for (int at = 0; at < 32; ++at) {
+          codes[at] = static_cast<Bytes>((low[at] >> 4 * (quarter / 2) & 15) | (high[at] >> 2 * quarter & 3) << 4);
+        }
+      }};
+    default:
+      return {0, 0, nullptr};
+  }
+}
+
+// Whether 16 numbers of IEEE's 16 bits are finite.
+inline bool are_finite(const uint8_t* from) {
+  const __m512 values = halves_of(from), none = _mm512_sub_ps(values, values);  // of what is not finite no number
+  return _mm512_cmp_ps_mask(none, none, _CMP_UNORD_Q) == 0;
+}
+
+// The outputs of a file's rows, those of numbers `order` or one after another, to panels; false if a scale is not finite.
+template <class Form>
+bool pack_blocks(int32_t kind, const uint8_t* rows, const int64_t* order, int64_t inputs, int64_t outputs,
+                 uint8_t* panels, const Sharing& sharing) {
+  const Block block = block_of(kind);
+  const int64_t groups = inputs / kBlockInputs, per_block = block.inputs / kBlockInputs;
+  const int64_t row_bytes = inputs / block.inputs * block.bytes, size = panel_bytes<Form>(groups);
+  std::atomic<bool> finite{true};
+  share(sharing, parts_of(outputs, kLanes), [&](Range& range) {
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (int64_t number = begin; number < end; ++number) {
+        uint8_t *at = panels + number * size, *head = at;
+        std::memset(at, 0, static_cast<size_t>(size));
+        const int count = static_cast<int>(std::min(outputs - number * kLanes, kLanes));
+        for (int64_t group = 0; group < groups; ++group) {
+          if (Form::kHead && group % kSuperGroups == 0) {
+            head = at;
+            at += Form::kHead;
+          }
+          for (int output = 0; output < count; ++output) {
+            const int64_t row = number * kLanes + output;
+            const uint8_t* own = rows + (order ? order[row] : row) * row_bytes + group / per_block * block.bytes;
+            alignas(64) uint8_t codes[kBlockInputs];
+            block.read(own, static_cast<int>(group % per_block), output, codes, head, at);
+            Form::Code::put(reinterpret_cast<const uint32_t*>(codes), at + Form::kScales + 4 * output);
+          }
+          const uint8_t* whole = Form::kHead ? head : at;
+          constexpr bool kTwo = Form::kHead == 64 || (Form::kHead == 0 && Form::kScales == 64);
+          if (!are_finite(whole) || (kTwo && !are_finite(whole + 32))) finite = false;
+          at += Form::kScales + Form::Code::kBytes;
+        }
+      }
+    }
+  });
+  return finite;
+}
+
+// The weights of an output, (K,), rounded to bfloat16.
+template <class Form>
+void unpack_output(const uint8_t* panels, int64_t output, int64_t inputs, Half* to) {
+  const int64_t groups = parts_of(inputs, kBlockInputs);
+  const uint8_t *at = panels + output / kLanes * panel_bytes<Form>(groups), *head = at;
+  const int own = static_cast<int>(output % kLanes);
+  for (int64_t group = 0; group < groups; ++group) {
+    if (Form::kHead && group % kSuperGroups == 0) {
+      head = at;
+      at += Form::kHead;
+    }
+    alignas(64) float weights[kBlockInputs];
+    const Line line = Form::line(head, at, own);
+    for (int input = 0; input < kBlockInputs; ++input) {
+      const int code = Form::Code::code(at + Form::kScales + 4 * own, input) - line.offset;
+      weights[input] = line.scale[input / 16] * static_cast<float>(code) + line.shift;
+    }
+    const int64_t start = group * kBlockInputs;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t place = start + half * kLanes;
+      store_rounded(to + place, _mm512_load_ps(weights + half * kLanes), first_lanes(inputs - place));
+    }
+    at += Form::kScales + Form::Code::kBytes;
+  }
+}
+
+}  // namespace polar
