@@ -1,4 +1,4 @@
-"""Turn a GGUF file into a folder that `from_pretrained` reads fast: safetensors, tokenizer, chat template.
+"""Configuration, tokenizer and chat template of a GGUF file, written to a folder as `from_pretrained` reads them.
 
 transformers does the work, and is kept quiet meanwhile: its progress bars, log lines and warnings are for people who
 call it themselves. Its settings belong to the process, so callers hold `LOADING_LOCK`. Does not know where the file
@@ -7,23 +7,19 @@ came from or where the folder will be stored.
 
 from __future__ import annotations
 
-import errno
-import functools
 import logging
 import threading
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
+from polar_sdk.errors import PolarError, UnsupportedArchitectureError
 from polar_sdk.locks import renewed_in_child
-from polar_sdk.models.network import first_not_finite
+from polar_sdk.models.gguf import GgufFile, damaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
-
-    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -35,7 +31,7 @@ def quiet_transformers() -> Iterator[None]:
     output.set_verbosity(logging.CRITICAL)
     output.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings(), _quiet_gguf():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -44,100 +40,56 @@ def quiet_transformers() -> Iterator[None]:
             output.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def _quiet_gguf() -> Iterator[None]:
-    """Silence the GGUF reader, which draws its bar with tqdm itself, regardless of transformers' own switch."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    bar = getattr(reader, "tqdm", None)
-    if bar is None:
-        yield
-        return
-    vars(reader)["tqdm"] = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        vars(reader)["tqdm"] = bar
-
-
-CONVERSION: Final = 1
-"""Version of the conversion. Raise it when the same file yields other weights; fingerprints change with it."""
+CONVERSION: Final = 2
+"""Version of what is written. Raise it when the same file yields another tokenizer or configuration."""
 
 LOADING_LOCK: Final = renewed_in_child(threading.RLock())
 """Held around every call of `from_pretrained`, which sets the process-wide default dtype while it runs."""
 
-_ALL_F32, _MOSTLY_F16 = 0, 1
-"""Values of `general.file_type` in the GGUF format."""
+
+class _Reader:
+    """The `gguf` package's reader, as far as transformers asks it for values."""
+
+    def __init__(self, path: str) -> None:
+        file = GgufFile(Path(path))
+        self.fields, self.tensors = file.fields, list(file.tensors.values())
 
 
-def stored_dtype(gguf: Path) -> str:
-    """The dtype to store a conversion in: that of an unquantized file, bfloat16 for a quantized one.
+@contextmanager
+def _quick_reader() -> Iterator[None]:
+    """Let transformers read headers with `GgufFile`, in a tenth of the time."""
+    import gguf
 
-    bfloat16 keeps 8 significant bits. A 4-bit block has 16 steps, so that the rounding is far below the error
-    already in the file; most weights were bfloat16 before they were quantized, and run in it again.
-    """
-    import gguf as reader
-
+    own = gguf.GGUFReader
+    vars(gguf)["GGUFReader"] = _Reader
     try:
-        field = reader.GGUFReader(str(gguf)).get_field("general.file_type")
-    except Exception as error:  # a malformed file breaks the reader anywhere
-        raise _unreadable(gguf, error) from error
-    kind = -1 if field is None else int(field.contents())
-    return {_ALL_F32: "float32", _MOSTLY_F16: "float16"}.get(kind, "bfloat16")
+        yield
+    finally:
+        vars(gguf)["GGUFReader"] = own
 
 
-def convert(gguf: Path, into: Path, dtype: str = "bfloat16") -> None:
-    """Unpack the weights of `gguf` and save them with the tokenizer as a model folder.
-
-    Args:
-        gguf: The file.
-        into: The folder to create.
-        dtype: What to store the weights in.
+def convert(gguf: Path, into: Path) -> None:
+    """Write configuration, tokenizer and chat template of a file to a folder.
 
     Raises:
-        ModelDamagedError: The file is not a whole GGUF file, or a weight in it is not finite.
+        ModelDamagedError: The file is not a whole GGUF file.
         UnsupportedArchitectureError: transformers does not read this architecture from GGUF.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
-    with LOADING_LOCK, quiet_transformers():
+    GgufFile(gguf)
+    with LOADING_LOCK, quiet_transformers(), _quick_reader():
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                dtype=getattr(torch, dtype),
-                quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay in 4-bit blocks
-            )
+            config: Any = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except MemoryError:
+        except (MemoryError, PolarError):
             raise
         except Exception as error:  # the readers of a malformed file raise anything, a bare Exception included
             if "architecture" in str(error):
                 raise UnsupportedArchitectureError(f"{str(gguf)!r} cannot be converted: {error}") from error
-            raise _unreadable(gguf, error) from error
-        _check_finite(gguf, model)
-        _save(model, tokenizer, into)
-
-
-def _save(model: PreTrainedModel, tokenizer: Any, into: Path) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(into)
+            raise damaged(gguf, str(error)) from error
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        config.architectures = None if kind is None else [kind.__name__]
+        config.save_pretrained(into)
+        GenerationConfig.from_model_config(config).save_pretrained(into)
         tokenizer.save_pretrained(into)
-    except SafetensorError as error:  # its only cause here is the disk; it gives no errno, only text
-        raise OSError(errno.ENOSPC if "space" in str(error) else errno.EIO, str(error)) from error
-
-
-def _check_finite(gguf: Path, model: PreTrainedModel) -> None:
-    if (weight := first_not_finite(model)) is not None:
-        raise ModelDamagedError(
-            f"{str(gguf)!r} is damaged: weight {weight} is not finite.", hint="Copy or fetch the file again."
-        )
-
-
-def _unreadable(gguf: Path, error: Exception) -> ModelDamagedError:
-    return ModelDamagedError(
-        f"{str(gguf)!r} is not a readable GGUF file ({error}).", hint="Copy or fetch the file again."
-    )

