@@ -14,7 +14,7 @@ PROCESSES ?= 2
 AREA ?=
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites tamper check format docs model bench-engine bench-peers bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -119,6 +119,9 @@ docs: $(STAMP) ## Generate the generated documents and build the site into site/
 bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, which it builds first
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.engine
+
+bench-peers: $(STAMP) ## Measure two GGUF files beside llama.cpp, built for this machine and for AVX2
+	$(BIN)/python -m benchmarks.gguf_peers
 
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python -m benchmarks.billing

