@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.large_pages import LargePages
+    from polar_sdk.engine.panels import StoredMatrix
     from polar_sdk.serving.request import Cancel
 
 
@@ -256,6 +257,13 @@ class WeightSource:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
+        from polar_sdk.engine import native
+        from polar_sdk.engine.large_pages import LargePages
+
+        if dtype == torch.bfloat16 and native.load_library(dtype, torch.device("cpu")):
+            stored = self.stored(LargePages(), None)
+            if stored is not None:  # the same numbers, in a fraction of the time
+                return stored.alone.look_up(torch.arange(stored.outputs))
         entry = self._entry
         raw: Any = np.frombuffer(self._file.read(entry.start, entry.size), np.uint8)
         try:
@@ -265,7 +273,7 @@ class WeightSource:
         own = self._processor.process(weights=whole.reshape(entry.shape), name=entry.name).weights
         return torch.from_numpy(np.ascontiguousarray(own)).to(dtype).view(self.shape)
 
-    def stored(self, memory: LargePages, stop: Cancel) -> Any:
+    def stored(self, memory: LargePages, stop: Cancel | None) -> StoredMatrix | None:
         """The weight as the file has it, to be packed; None where the library has no such form, or no such rows."""
         import numpy as np
         import torch
@@ -285,7 +293,7 @@ class WeightSource:
         per_row = entry.size // outputs
 
         def read(first: int, count: int) -> memoryview:
-            if stop.is_set():
+            if stop is not None and stop.is_set():
                 raise KeyboardInterrupt
             return self._file.read(entry.start + first * per_row, count * per_row)
 

@@ -19,6 +19,7 @@ from polar_sdk.engine.row import Row
 from polar_sdk.errors import DeviceError, ModelDamagedError, ModelError, UnsupportedArchitectureError
 from polar_sdk.models.gguf import GgufFile
 from polar_sdk.models.load import load_pretrained
+from polar_sdk.models.network import read_network
 from tests.sdk.engine.test_blocks import some_rows
 from tests.sdk.models.conftest import TOKENS
 
@@ -123,6 +124,17 @@ def test_other_precisions_are_made_of_the_same_numbers(tmp_path: Path) -> None:
     assert (half - wide).norm() < 0.02 * wide.norm()
     with pytest.raises(DeviceError, match="gguf"):
         load_pretrained(load_pretrained(path).path.parent, precision="float64")
+
+
+@_NATIVE
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("arch", ["qwen2", "llama"])
+def test_the_library_decodes_to_the_same_bits(arch: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf", arch=arch)
+    network = read_network(load_pretrained(path).path, [path])
+    for _, weight in network.named_parameters():
+        origin: Any = weight.source  # type: ignore[attr-defined]
+        assert torch.equal(origin.numbers(torch.bfloat16), origin.numbers(torch.float32).bfloat16())
 
 
 @pytest.mark.usefixtures("cache")
