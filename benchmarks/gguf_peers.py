@@ -29,7 +29,7 @@ _FILES: Final = {
 """Qwen's own GGUF files (Apache-2.0), in wheels that carry a part each: requirement, number of parts, bytes."""
 _AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF"
 _RESTRICTED: Final = {"POLAR_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-_ROUNDS: Final = 3
+_TURNS: Final = 3
 _NEW: Final = 64
 _TOKENS: Final = (512, 2048)
 
@@ -76,15 +76,16 @@ class _Ours:
         import transformers  # noqa: F401
 
         from polar_sdk import PolarModel
+        from polar_sdk.models.load import load_pretrained
 
         torch.set_num_threads(_cores())
         begin = time.perf_counter()
         self._model: Any = PolarModel.from_pretrained(file, ledger=None, speculate="off")
         self.load = time.perf_counter() - begin
+        self._tokenizer: Any = load_pretrained(file).tokenizer  # of the model that is loaded already
 
     def read(self, text: str, tokens: int, skipped: int) -> float:
-        tokenizer = self._model.tokenizer
-        prompt = tokenizer.decode(tokenizer(text)["input_ids"][skipped : skipped + tokens])
+        prompt = self._tokenizer.decode(self._tokenizer(text)["input_ids"][skipped : skipped + tokens])
         begin = time.perf_counter()
         answer = self._model.generate(prompt, max_tokens=1)
         return float(answer.usage.tokens.input / (time.perf_counter() - begin))
@@ -134,8 +135,8 @@ def _measure(system: str, file: str) -> dict[str, float]:
     text = Path(__file__).with_name("train_router.py").read_text(encoding="utf-8") * 3
     figures = {"load": run.load, "rss": psutil.Process().memory_info().rss}
     for tokens in _TOKENS:
-        figures[f"prefill{tokens}"] = statistics.median(run.read(text, tokens, 97 * turn) for turn in range(_ROUNDS))
-    prompts = (f"Write a long story about a sailor and the sea, number {turn}." for turn in range(_ROUNDS))
+        figures[f"prefill{tokens}"] = statistics.median(run.read(text, tokens, 97 * turn) for turn in range(_TURNS))
+    prompts = (f"Write a long story about a sailor and the sea, number {turn}." for turn in range(_TURNS))
     figures["decode"] = statistics.median(map(run.decode, prompts))
     return figures
 
@@ -152,6 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for files and builds")
     parser.add_argument("--measure", nargs=2, metavar=("SYSTEM", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each system, in turn")
+    parser.add_argument("--models", nargs="*", default=list(_FILES), choices=list(_FILES))
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(_measure(*options.measure)))
@@ -159,11 +162,11 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     native = _peer(options.folder / "native", "")
     sets = {"native": (native, {}), "avx2": (_peer(options.folder / "avx2", _AVX2), _RESTRICTED)}
-    for name in _FILES:
+    for name in options.models:
         file = _fetch(name, options.folder)
         for isa, (peer, restricted) in sets.items():
             ours, theirs = list[dict[str, float]](), list[dict[str, float]]()
-            for _ in range(_ROUNDS):
+            for _ in range(options.rounds):
                 ours.append(_child(Path(sys.executable), "ours", file, restricted))
                 theirs.append(_child(peer, "llama.cpp", file, {}))
             mine, other = (
