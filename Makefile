@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard polar_sdk/engine/native/*.h p
 
 install: $(STAMP) ## Make .venv and install everything into it
 
-model: $(STAMP) ## Fetch, check and convert the default model, once
+model: $(STAMP) ## Fetch and check the default model, once
 	@$(BIN)/polar models fetch
 
 demo: model ## Run chains for two tenants on three tiers, and make the bill

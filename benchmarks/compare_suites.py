@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.only != "polar" and find_spec("langchain_huggingface") is None:
         parser.error("the peer is not installed; run: pip install --group compare")
-    PolarModel.from_pretrained(ledger=None)  # fetched and converted from here on
+    PolarModel.from_pretrained(ledger=None)  # fetched from here on
     recorder = Recorder("suites", args.results)
     lines = {}
     for name, command in SUITES.items():

@@ -179,7 +179,7 @@ def _on_screen(app: typer.Typer, chat: ChatPolar, folder: Path) -> None:
 
     console = Console(highlight=False)
     console.print("[bold]A LangChain chain: prompt | ChatPolar | StrOutputParser[/bold]")
-    console.print("[dim]Loading the model; the first time it is fetched and converted.[/dim]\n")
+    console.print("[dim]Loading the model; the first time it is fetched.[/dim]\n")
     for answered in _answers(chat):
         _show(console, answered)
     console.print("[bold]Streamed[/bold]  ", STREAMED.text)

@@ -24,7 +24,7 @@ app = typer.Typer(name="models", invoke_without_command=True, no_args_is_help=Fa
 
 @app.callback(epilog="Example: polar models --json")
 def models(context: typer.Context, as_json: opt.AsJson = False) -> None:
-    """List the aliases and the models converted into the cache."""
+    """List the aliases and the models in the cache."""
     if context.invoked_subcommand is not None:
         return
     rows = _rows()
@@ -40,7 +40,7 @@ def fetch(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Fetch, check and convert a model, so that it loads without a network from then on."""
+    """Fetch and check a model, so that it loads without a network from then on."""
     source = resolve(name)
     local = obtain(source, revision, refresh=True)
     size = sum(path.stat().st_size for path in local.folder.rglob("*") if path.is_file())
@@ -74,10 +74,10 @@ def kernels() -> None:
 
 @app.command(epilog="Example: polar models remove smollm2-135m-instruct")
 def remove(
-    name: Annotated[str, typer.Argument(help="Alias, or name of a `.gguf` file that was converted.")],
+    name: Annotated[str, typer.Argument(help="Alias, or name of a `.gguf` file that was loaded.")],
     as_json: opt.AsJson = False,
 ) -> None:
-    """Remove a converted model from the cache; the file it was made from stays."""
+    """Remove a model from the cache; a `.gguf` file of your own stays."""
     alias = find_alias(name)
     name = name if alias is None else alias.name
     freed = remove_stored(name)

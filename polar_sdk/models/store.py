@@ -81,7 +81,7 @@ class StoredFile(_Facts):
 
 
 class Manifest(_Facts):
-    """`polar.json` of a converted model."""
+    """`polar.json` of a model in the cache."""
 
     conversion: int
     """Version of the conversion that wrote it."""
@@ -97,7 +97,7 @@ class Manifest(_Facts):
 
 
 def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
-    """The folder of a converted model, converted now if the cache does not hold it.
+    """The folder of a GGUF file's model, made now if the cache does not hold it.
 
     Args:
         recipe: What to convert.
@@ -153,7 +153,7 @@ def repair_hint(folder: Path) -> str:
 
 
 def list_stored() -> list[Manifest]:
-    """All converted models in the cache, by name."""
+    """All models of GGUF files in the cache, by name."""
     folders = models_folder().glob("*/")
     manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
     return sorted(manifests, key=lambda manifest: (manifest.made_from.name, manifest.made_from.key))

@@ -246,7 +246,7 @@ class TestRealModel(CompletionSuite):
 
     @property
     def model_override(self) -> str:  # type: ignore[override]
-        PolarModel.from_pretrained(ledger=None)  # fetched and converted from here on
+        PolarModel.from_pretrained(ledger=None)  # fetched from here on
         return str(cache_folder() / "models" / ALIASES[0].key)
 
     @pytest.fixture

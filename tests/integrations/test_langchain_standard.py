@@ -115,5 +115,5 @@ class TestRealModel(_Tools, ChatModelIntegrationTests):
 
     @property
     def model_override_value(self) -> str:
-        PolarModel.from_pretrained(ledger=None)  # fetched and converted from here on
+        PolarModel.from_pretrained(ledger=None)  # fetched from here on
         return str(cache_folder() / "models" / ALIASES[0].key)
