@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import drafts as drafting
 from benchmarks.memory import prompt_growth
-from benchmarks.peers import HuggingFace, LlamaCpp, alternate, apart, quantized, timed
+from benchmarks.peers import HuggingFace, LlamaCpp, alternate, apart, plain_folder, quantized, timed
 from benchmarks.results import Machine, Recorder, arguments
 from benchmarks.router_texts import filling
 from polar_sdk import PolarModel, Policy, Program
@@ -100,7 +100,7 @@ class Bench:
     @cached_property
     def hugging_face(self) -> HuggingFace:
         """The same weights in transformers."""
-        return apart(lambda: HuggingFace(self.model("bf16").loaded.path, "bfloat16", self.device))
+        return apart(lambda: HuggingFace(plain_folder(self.model("bf16")), "bfloat16", self.device))
 
     @cached_property
     def llama(self) -> dict[str, LlamaCpp]:

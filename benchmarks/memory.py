@@ -21,7 +21,7 @@ import psutil
 import torch
 import transformers.modeling_utils  # noqa: F401  (what loading imports does not count as growth)
 
-from benchmarks.peers import HuggingFace, apart
+from benchmarks.peers import HuggingFace, apart, plain_folder
 from benchmarks.results import Recorder, arguments
 from polar_sdk import PolarModel, Program
 
@@ -80,7 +80,7 @@ def _grow(name: str | None, tokens: int, system: str) -> None:
     model = apart(lambda: PolarModel.from_pretrained(name, device="cpu", precision="bf16", ledger=None))
     (word,) = model.encode(" light")
     identity = Program.identity(model.depth)
-    peer = HuggingFace(model.loaded.path, "bfloat16", "cpu") if system == "hf" else None
+    peer = HuggingFace(plain_folder(model), "bfloat16", "cpu") if system == "hf" else None
 
     def run(count: int) -> None:
         if peer is None:

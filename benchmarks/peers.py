@@ -2,7 +2,7 @@
 
 Every call runs in a thread that ends with it. OpenMP keeps a pool of threads per calling thread, and once the pools
 together have more threads than the machine has cores, all of them sleep at every wait: two systems that are merely
-loaded in one process would halve each other's speed. Knows nothing of programs or PoLar.
+loaded in one process would halve each other's speed. Of PoLar it knows how a model is exported.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from polar_sdk import Program
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
+
+    from polar_sdk import PolarModel
 
 T = TypeVar("T")
 
@@ -55,6 +59,15 @@ def alternate(rounds: int, *runs: Callable[[], T], before: Callable[[], object] 
             if number:
                 result.append(value)
     return results
+
+
+def plain_folder(model: PolarModel) -> Path:
+    """A folder of a model that transformers reads: that of a GGUF file is written, once."""
+    loaded = model.loaded
+    if all(file.suffix != ".gguf" for file in loaded.weights):
+        return loaded.path
+    folder = Path("out/plain") / loaded.path.name
+    return folder if folder.is_dir() else model.export(Program.identity(model.depth), folder)
 
 
 class HuggingFace:

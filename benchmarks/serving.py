@@ -27,7 +27,7 @@ from typing import Any, Final
 import psutil
 import torch
 
-from benchmarks.peers import alternate, timed
+from benchmarks.peers import alternate, plain_folder, timed
 from benchmarks.results import Recorder, arguments
 from benchmarks.servers import PEERS, Endpoint, Running, events_of, peer
 from polar_sdk import ListSink, PolarModel, Program
@@ -194,7 +194,7 @@ def measured(recorder: Recorder, running: Running, engine: PolarModel) -> None:
 
 def beside(recorder: Recorder, running: Running, engine: PolarModel, name: str) -> None:
     """Ours by a peer's: tokens per second of 16 streams with prompts of their own, and the first token."""
-    with peer(name, engine.loaded.path) as other:
+    with peer(name, plain_folder(engine)) as other:
         if other is None:
             return
         both = (Endpoint(running.port, f"{running.model}:exact"), other)

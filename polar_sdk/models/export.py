@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import ExportError, FolderError, FolderExistsError
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
+from polar_sdk.models.network import bringer, read_network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -175,6 +177,13 @@ def _source(loaded: LoadedModel) -> PreTrainedModel:
                 hint="Keep that model while you export, or load the model with from_pretrained.",
             )
         return adopted
+    if any(file.suffix == ".gguf" for file in loaded.weights):
+        import torch
+
+        network = read_network(loaded.path, loaded.weights)
+        bring = bringer(network, loaded.name, torch.bfloat16, threading.Event())
+        bring(list(network.parameters()), torch.device("cpu"))
+        return network
     from transformers import AutoModelForCausalLM
 
     source: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

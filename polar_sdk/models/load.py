@@ -216,6 +216,7 @@ def _load(
         tokenizer,
         name=name,
         path=local.folder,
+        weights=local.weights,
         fingerprint=local.fingerprint,
         dtype=dtype,
         text_files=text_files,

@@ -44,6 +44,8 @@ class LoadedModel:
     """Name, size and time of last change of the files that tokenizer and chat template were read from."""
     adopted: ReferenceType[PreTrainedModel] | None = None
     """The transformers model that gave the weights, as long as its owner keeps it; None where `path` was read."""
+    weights: tuple[Path, ...] = ()
+    """The files of weights that were read: of the folder `path`, or a GGUF file, which may be elsewhere."""
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

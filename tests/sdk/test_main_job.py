@@ -54,9 +54,13 @@ def test_metered_flops_are_torchs_own(exact: PolarModel) -> None:
 
 
 def test_identity_is_hugging_faces_generate(exact: PolarModel) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    reference = AutoModelForCausalLM.from_pretrained(exact.loaded.path, dtype=torch.float32, local_files_only=True)
+    (gguf,) = exact.loaded.weights
+    numbers = GgufConfig(dequantize=True)
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=numbers
+    )
     ids = torch.tensor([exact._encoder.encode("Write one sentence about the sea.")])
     out = reference.generate(ids, max_new_tokens=24, do_sample=False)
     ours = exact.generate("Write one sentence about the sea.", compute="exact", max_tokens=24)

@@ -17,6 +17,7 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.panels import Blocks
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import DeviceError, ModelDamagedError, ModelError, UnsupportedArchitectureError
+from polar_sdk.models.export import export
 from polar_sdk.models.gguf import GgufFile
 from polar_sdk.models.load import load_pretrained
 from polar_sdk.models.network import read_network
@@ -135,6 +136,14 @@ def test_the_library_decodes_to_the_same_bits(arch: str, tmp_path: Path) -> None
     for _, weight in network.named_parameters():
         origin: Any = weight.source  # type: ignore[attr-defined]
         assert torch.equal(origin.numbers(torch.bfloat16), origin.numbers(torch.float32).bfloat16())
+
+
+@pytest.mark.usefixtures("cache")
+def test_it_is_exported_as_a_folder(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    folder = export(load_pretrained(path, precision="bf16"), Program.identity(LAYERS), tmp_path / "plain")
+    plain, own = load_pretrained(folder, precision="bf16"), load_pretrained(path, precision="bf16")
+    assert torch.equal(_logits(plain), _logits(own))
 
 
 @pytest.mark.usefixtures("cache")
