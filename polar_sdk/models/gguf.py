@@ -156,8 +156,10 @@ class GgufFile:
                 if len(header.data) < length:
                     raise damaged(path, f"its header ends early ({error})") from error
                 length *= 4
-            except (ValueError, KeyError) as error:
-                raise damaged(path, f"its header is malformed ({error})") from error
+            except KeyError as error:
+                raise damaged(path, f"its header has a value of the unknown type {error}") from error
+            except ValueError as error:
+                raise damaged(path, str(error)) from error
 
     def _read(self, header: _Header) -> Iterator[Entry]:
         if header.data[:4] != b"GGUF":
