@@ -183,6 +183,11 @@ class StoredMatrix:
     order: Tensor | None
     memory: LargePages
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), as a tensor says it."""
+        return self.outputs, self.inputs
+
     @cached_property
     def alone(self) -> Blocks:
         """The matrix by itself, without a bias: embedding and head may be the same one."""
@@ -194,7 +199,7 @@ class Blocks:
     """A matrix (N, K) in the formats of a GGUF file, with its bias (N,), which is bfloat16.
 
     Attributes:
-        parts: Form and panels of its outputs, those of one format after another.
+        parts: Form and panels of its outputs, those of one format after another; numbers are in one too.
         ends: Where the outputs of each part end.
         inputs: K.
         bias: Zeros where there is none.
@@ -208,12 +213,11 @@ class Blocks:
     fine: bool = False
 
     @classmethod
-    def of(cls, stored: Sequence[StoredMatrix], bias: Tensor | None) -> Blocks:
-        """Read and pack matrices of the same inputs; their outputs follow one another."""
-        sizes = [each.outputs for each in stored]
-        ends = tuple(accumulate(sizes))
+    def of(cls, weights: Sequence[StoredMatrix | Tensor], bias: Tensor | None) -> Blocks:
+        """Read and pack matrices of the same inputs, of which some may be numbers; their outputs follow one another."""
+        ends, inputs = tuple(accumulate(each.shape[0] for each in weights)), weights[0].shape[1]
         own = torch.zeros(ends[-1], dtype=torch.bfloat16) if bias is None else bias
-        return cls(tuple((each.form, _pack(each)) for each in stored), ends, stored[0].inputs, own)
+        return cls(tuple(map(_pack, weights)), ends, inputs, own)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,13 +231,13 @@ class Blocks:
 
     def outputs_from(self, first: int) -> Blocks | None:
         """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
-        starts = (0, *self.ends)
         part = next(index for index, end in enumerate(self.ends) if first < end)
-        if (first - starts[part]) % INTEGER_OUTPUTS:
+        (form, panels), skipped = self.parts[part], first - (0, *self.ends)[part]
+        per_panel = _OUTPUTS if form == "numbers" else INTEGER_OUTPUTS
+        if skipped % per_panel:
             return None
-        form, panels = self.parts[part]
-        skipped = native.packed_size(form, self.inputs, first - starts[part])
-        parts = ((form, panels[skipped:]), *self.parts[part + 1 :])
+        at = skipped // per_panel if form == "numbers" else native.packed_size(form, self.inputs, skipped)
+        parts = ((form, panels[at:]), *self.parts[part + 1 :])
         return Blocks(parts, tuple(end - first for end in self.ends[part:]), self.inputs, self.bias[first:], self.fine)
 
     def unpack(self, inputs: int) -> Tensor:
@@ -262,12 +266,14 @@ _READ_BYTES: Final = 1 << 24
 """Bytes of a file that are read and packed together, so that no copy of a whole matrix is made."""
 
 
-def _pack(stored: StoredMatrix) -> Tensor:
-    """The panels of a matrix of a file.
+def _pack(stored: StoredMatrix | Tensor) -> tuple[str, Tensor]:
+    """The form and the panels of a matrix of a file, or of one of numbers.
 
     Raises:
         ModelDamagedError: A scale is not finite.
     """
+    if not isinstance(stored, StoredMatrix):
+        return "numbers", Packed.of(stored, None).panels
     form, inputs, outputs = stored.form, stored.inputs, stored.outputs
     panels = stored.memory.empty(native.packed_size(form, inputs, outputs))
     per_panel = native.packed_size(form, inputs, INTEGER_OUTPUTS)
@@ -281,7 +287,7 @@ def _pack(stored: StoredMatrix) -> Tensor:
             raise ModelDamagedError(
                 f"the model is damaged: tensor {stored.name!r} is not finite.", hint="Copy or fetch the file again."
             )
-    return panels
+    return form, panels
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.panels import Blocks
+from polar_sdk.engine.panels import Blocks, StoredMatrix
 from polar_sdk.engine.products import Plain, multiply
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import UnsupportedArchitectureError
@@ -108,12 +108,10 @@ def fuse(linears: Sequence[Any]) -> Plain | Blocks:
     """
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = torch.cat([each.detach() for each in biases]) if biases else None
-    stored = [linear.weight.stored for linear in linears if hasattr(linear.weight, "stored")]
-    if stored:
-        return stored[0].alone if len(stored) == 1 and bias is None else Blocks.of(stored, bias)
-    if len(linears) == 1:
-        return Plain(linears[0].weight.detach(), bias)
-    return Plain(torch.cat([linear.weight.detach() for linear in linears]).contiguous(), bias)
+    weights = [getattr(linear.weight, "stored", linear.weight.detach()) for linear in linears]
+    if any(isinstance(weight, StoredMatrix) for weight in weights):
+        return weights[0].alone if len(weights) == 1 and bias is None else Blocks.of(weights, bias)
+    return Plain(weights[0] if len(weights) == 1 else torch.cat(weights).contiguous(), bias)
 
 
 def take_table(embedding: Any) -> Embedding:

@@ -298,11 +298,6 @@ def shared_by(rows: int) -> Sharing:
     return _sharing(torch.get_num_threads(), rows <= _TEAM_ROWS)
 
 
-def shared_by_all() -> Sharing:
-    """Torch's threads share the work, of however many rows."""
-    return _sharing(torch.get_num_threads(), False)
-
-
 def shared_by_team() -> Sharing:
     """The library's own threads share the work: of many operations one after another."""
     return _sharing(torch.get_num_threads(), True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from polar_sdk.engine import native
 from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.panels import Blocks, StoredMatrix
-from polar_sdk.engine.products import multiply, multiply_wide, outputs_from
+from polar_sdk.engine.products import Plain, multiply, multiply_wide, outputs_from, pack
 from polar_sdk.errors import ModelDamagedError
 from tests.sdk.engine.test_native import KIND, KINDS, RUN_HERE, every, using  # noqa: F401
 
@@ -34,7 +34,7 @@ def some_rows(form: str, outputs: int, inputs: int, seed: int) -> NDArray[np.uin
     """Random rows of a matrix in a format."""
     random, (block, size) = np.random.default_rng(seed), gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[form]]
     blocks = random.integers(0, 256, (outputs, inputs // block, size), dtype=np.uint8)
-    for place in _SCALES.get(form, (208,)):
+    for place in _SCALES.get(form, (size - 2,)):
         scales = random.normal(0, 0.01, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, place : place + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(outputs, -1)
@@ -129,6 +129,20 @@ def test_outputs_in_several_formats_and_in_another_order() -> None:
         assert outputs_from(matrix, 20) is None
     with pytest.raises(IndexError):
         matrix.look_up(torch.tensor([68]))
+
+
+def test_outputs_that_are_numbers_stand_between_others() -> None:
+    x, numbers = torch.randn(5, 256).bfloat16(), torch.randn(64, 256).bfloat16()
+    ends = [_stored(form, some_rows(form, 32, 256, 1), 256) for form in ("Q4_K", "Q6_K")]
+    with torch.inference_mode():
+        matrix = Blocks.of([ends[0], numbers, ends[1]], None)
+        apart = [multiply(x, each.alone) for each in ends]
+        whole = torch.cat((apart[0], multiply(x, pack(Plain(numbers))), apart[1]), 1)
+        assert torch.equal(multiply(x, matrix), whole)
+        for first in (32, 64, 96):
+            assert torch.equal(multiply(x, _part(matrix, first)), whole[:, first:]), first
+        assert outputs_from(matrix, 48) is None
+        assert torch.equal(matrix.look_up(torch.arange(32, 96)), numbers)
 
 
 def test_gradients_pass() -> None:
