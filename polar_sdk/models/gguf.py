@@ -207,7 +207,7 @@ class GgufFile:
         (value,) = field.parts
         return value.decode() if isinstance(value, bytes) else value[0]
 
-    @cached_property
+    @property
     def kind(self) -> str:
         """How its weights are stored, as files of the kind are called: `q4_k_m`, `q8_0`, `f16`."""
         from gguf import LlamaFileType
@@ -216,11 +216,6 @@ class GgufFile:
         if number in set(LlamaFileType):
             return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
         return max(self.tensors.values(), key=lambda entry: entry.size).kind.lower()
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether some of its weights are in blocks."""
-        return any(entry.kind not in {"F32", "F16", "BF16", "F64"} for entry in self.tensors.values())
 
     def read(self, start: int, size: int) -> memoryview:
         """Bytes of the file, which may be written to.
@@ -250,7 +245,7 @@ class WeightSource:
     """
 
     def __init__(self, file: GgufFile, entry: Entry, processor: Any, shape: tuple[int, ...]) -> None:
-        self._file, self._entry, self._processor, self.shape = file, entry, processor, shape
+        self.file, self.shape, self._entry, self._processor = file, shape, entry, processor
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The weight as numbers."""
@@ -267,7 +262,7 @@ class WeightSource:
             if stored is not None:  # the same numbers, in a fraction of the time
                 return stored.alone.look_up(torch.arange(stored.outputs))
         entry = self._entry
-        raw: Any = np.frombuffer(self._file.read(entry.start, entry.size), np.uint8)
+        raw: Any = np.frombuffer(self.file.read(entry.start, entry.size), np.uint8)
         try:
             whole = dequantize(raw.reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.kind])
         except NotImplementedError as error:
@@ -276,7 +271,7 @@ class WeightSource:
         return torch.from_numpy(np.ascontiguousarray(own)).to(dtype).view(self.shape)
 
     def stored(self, memory: LargePages, stop: Cancel | None) -> StoredMatrix | None:
-        """The weight as the file has it, to be packed; None where the library has no such form, or no such rows."""
+        """The weight as the file has it, to be packed; None where it is not in a form of the library, row by row."""
         import numpy as np
         import torch
 
@@ -291,13 +286,15 @@ class WeightSource:
             return None
         rows = np.arange(outputs)[:, None]
         places = self._processor.process(weights=rows, name=entry.name).weights
+        if not np.array_equal(np.sort(places, axis=0), rows):  # a transposed matrix, say
+            return None
         order = None if np.array_equal(places, rows) else torch.from_numpy(np.ascontiguousarray(places[:, 0]))
         per_row = entry.size // outputs
 
         def read(first: int, count: int) -> memoryview:
             if stop is not None and stop.is_set():
                 raise KeyboardInterrupt
-            return self._file.read(entry.start + first * per_row, count * per_row)
+            return self.file.read(entry.start + first * per_row, count * per_row)
 
         return StoredMatrix(entry.name, entry.kind, inputs, outputs, read, order, memory)
 

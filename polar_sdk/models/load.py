@@ -18,7 +18,6 @@ from polar_sdk.models.aliases import Gguf, resolve
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.fingerprint import fingerprint_of
-from polar_sdk.models.gguf import GgufFile
 from polar_sdk.models.network import (
     bringer,
     check_finite,
@@ -29,6 +28,7 @@ from polar_sdk.models.network import (
 )
 from polar_sdk.models.placement import (
     AS_FILE,
+    PRECISIONS,
     DeviceMap,
     Places,
     choose_device,
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.family import Family
     from polar_sdk.engine.placement import Placement
     from polar_sdk.serving.request import Cancel
 
@@ -98,11 +97,12 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
     source = resolve(model)
     places = _places(options.get("device", "auto"), options.get("device_map"))
     wanted = options.get("precision", "auto")
-    _precision(wanted, places)  # what is wrong is said before a model is fetched
+    precision, dtype = _precision(wanted, places)
     local = obtain(source, options.get("revision"))
     if wanted == "auto" and isinstance(source, Gguf) and _runs_blocks(places):
-        wanted = AS_FILE
-    precision, dtype = _precision(wanted, places)
+        precision = AS_FILE
+    elif wanted == AS_FILE and not any(file.suffix == ".gguf" for file in local.weights):
+        raise _not_of_a_file(source.name)
     key = (str(local.folder), local.fingerprint, str(places), precision)
     loaded = _loaded.get(key)
     if loaded is None:
@@ -112,6 +112,8 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
                 kv_memory = options.get("kv_memory")
                 loaded = run_apart(lambda stop: _load(source.name, local, places, precision, dtype, kv_memory, stop))
                 _loaded[key] = loaded
+    if wanted == AS_FILE and loaded.decoder.precision in PRECISIONS:
+        raise _not_of_a_file(source.name)
     if loaded.text_files != _text_files(local.folder):
         with LOADING_LOCK:
             loaded = _loaded[key] = _reread(loaded, local.folder)
@@ -177,7 +179,14 @@ def _places(device: str, device_map: DeviceMap | None) -> Places:
 
 
 def _runs_blocks(places: Places) -> bool:
-    return len(set(places.values())) == 1 and runs_blocks(places[""]) if "" in places else False
+    return "" in places and len(set(places.values())) == 1 and runs_blocks(places[""])
+
+
+def _not_of_a_file(name: str) -> DeviceError:
+    return DeviceError(
+        f"precision {AS_FILE!r} is not available for {name!r}, which has no matrices in blocks of a GGUF file that the "
+        f"native library runs; choose from: auto, {', '.join(PRECISIONS)}."
+    )
 
 
 def _precision(name: str, places: Places) -> tuple[str, torch.dtype]:
@@ -208,7 +217,8 @@ def _load(
         bring, family = bringer(network, name, dtype, stop), find_family(network.config)
         placement = place(places, network, family, precision, dtype)
         if precision == AS_FILE:
-            precision = _as_file(local, network, family, stop)
+            kind = keep_stored(network, stop) if family.reads_blocks and family.plan else ""
+            precision = kind or "bf16"
         decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)
     return _in_memory(
         decoder,
@@ -221,15 +231,6 @@ def _load(
         dtype=dtype,
         text_files=text_files,
     )
-
-
-def _as_file(local: LocalModel, network: PreTrainedModel, family: Family, stop: Cancel) -> str:
-    """Let the weights of a GGUF file be as they are stored, where that can be; returns their precision."""
-    file = next((GgufFile(each) for each in local.weights if each.suffix == ".gguf"), None)
-    if file is None or not file.is_quantized or not (family.reads_blocks and family.plan):
-        return "bf16"
-    keep_stored(network, stop)
-    return file.kind
 
 
 def _text_files(folder: Path) -> tuple[tuple[str, int, int], ...]:

@@ -241,16 +241,24 @@ def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype, stop: Cancel)
     return bring
 
 
-def keep_stored(model: PreTrainedModel, stop: Cancel) -> None:
-    """Let those matrices of a GGUF file that the native library multiplies with stay as they are stored (`stored`)."""
+def keep_stored(model: PreTrainedModel, stop: Cancel) -> str:
+    """Let those matrices of a GGUF file that the native library multiplies with stay as they are stored (`stored`).
+
+    Returns:
+        The kind of the file; empty where there are no such matrices.
+    """
+    from torch import nn
+
     from polar_sdk.engine.large_pages import LargePages
 
-    memory, matrices = LargePages(), [each.weight for each in model.modules() if type(each).__name__ == "Linear"]
+    kind, memory = "", LargePages()
+    matrices = [each.weight for each in model.modules() if isinstance(each, nn.Linear)]
     table: Any = model.get_input_embeddings()
     for weight in [*matrices, table.weight]:
-        origin = getattr(weight, "source", None)
+        origin: WeightSource | None = getattr(weight, "source", None)
         if origin is not None and (stored := origin.stored(memory, stop)) is not None:
-            weight.stored = stored
+            weight.stored, kind = stored, origin.file.kind
+    return kind
 
 
 def _finite(weight: Tensor) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
 from polar_sdk import Program
 from polar_sdk.engine import native
@@ -18,7 +19,7 @@ from polar_sdk.engine.panels import Blocks
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import DeviceError, ModelDamagedError, ModelError, UnsupportedArchitectureError
 from polar_sdk.models.export import export
-from polar_sdk.models.gguf import GgufFile
+from polar_sdk.models.gguf import GgufFile, WeightSource
 from polar_sdk.models.load import load_pretrained
 from polar_sdk.models.network import read_network
 from tests.sdk.engine.test_blocks import some_rows
@@ -64,7 +65,7 @@ def write(path: Path, types: dict[str, str] = MIXED, *, arch: str = "qwen2", tie
 
     def add(name: str, *shape: int) -> None:
         kind = next((kind for part, kind in types.items() if part in name), "F32") if len(shape) == 2 else "F32"
-        if kind in native.FORMS:
+        if kind not in {"F16", "F32"}:
             rows = some_rows(kind, shape[0], shape[1], len(name))
             writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[kind])
         else:
@@ -114,6 +115,44 @@ def test_a_file_runs_as_it_is(arch: str, tied: bool, tmp_path: Path) -> None:
     got = _logits(loaded)
     assert (got - expected).norm() < 0.05 * expected.norm()
     assert not [file for file in loaded.path.iterdir() if file.suffix in {".safetensors", ".gguf"}]
+
+
+@_NATIVE
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("kind", ["F16", "Q3_K"])
+def test_projections_that_the_library_has_no_form_for_stay_beside_the_others(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf", {"attn_k": kind, "ffn_up": kind, "token_embd": kind, "": "Q4_K"})
+    own, half = load_pretrained(path).decoder, load_pretrained(path, precision="bf16").decoder
+    assert own.dtype_name == "q4_k_m"
+    for ours, numbers in zip(own.layers, half.layers, strict=True):
+        for name, inputs in {"qkv": HIDDEN, "out": HIDDEN, "gate_up": HIDDEN, "down": INNER}.items():
+            assert torch.equal(ours[name].unpack(inputs), numbers[name].unpack(inputs)), name
+
+
+@_NATIVE
+@pytest.mark.usefixtures("cache")
+def test_a_file_without_a_form_of_the_library_runs_its_numbers_and_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "other.gguf", {"": "Q3_K"})
+    assert load_pretrained(path).decoder.dtype_name == "bfloat16"
+    with pytest.raises(DeviceError, match="gguf"):
+        load_pretrained(path, precision="gguf")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_folder_has_no_precision_of_a_file(folder: Path) -> None:
+    with pytest.raises(DeviceError, match="gguf"):
+        load_pretrained(folder, precision="gguf")
+
+
+@_NATIVE
+def test_a_square_matrix_that_a_file_has_transposed(tmp_path: Path) -> None:
+    file = GgufFile(write(tmp_path / "mixed.gguf", {"": "Q4_K"}))
+    entry = file.tensors["blk.0.attn_output.weight"]
+    kinds: dict[str, Any] = TENSOR_PROCESSORS
+    turned, plain = (WeightSource(file, entry, kinds[kind](), entry.shape) for kind in ("gpt2", "llama"))
+    wide = turned.numbers(torch.float32)
+    assert torch.equal(wide, plain.numbers(torch.float32).T)
+    assert torch.equal(turned.numbers(torch.bfloat16), wide.bfloat16())
 
 
 @_NATIVE
