@@ -52,8 +52,8 @@ class Gemma2Family(LlamaFamily):
     def take_ends(self, model: PreTrainedModel) -> Weights:
         """Llama's, and the scale of the embedding, rounded to the model's dtype as the reference rounds it."""
         ends = super().take_ends(model)
-        embedding: Tensor = ends["embedding"]
-        scale = torch.tensor(self.hidden**0.5, dtype=embedding.dtype, device=embedding.device)
+        norm: Tensor = ends["norm"]
+        scale = torch.tensor(self.hidden**0.5, dtype=norm.dtype, device=norm.device)
         return {**ends, "embedding_scale": scale}
 
     def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
