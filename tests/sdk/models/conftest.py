@@ -116,15 +116,27 @@ def index(carried: Carried, monkeypatch: pytest.MonkeyPatch) -> Path:
     return carried.wheel.parent
 
 
-def _write_gguf(path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_file_type(0)
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(WINDOW)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model in a GGUF file."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    layers: int
+    window: int
+
+
+def start_gguf(path: Path, arch: str, sizes: Sizes) -> gguf.GGUFWriter:
+    """A GGUF file of an architecture with the tokens of this module; its tensors are still to be added."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(sizes.layers)
+    writer.add_context_length(sizes.window)
+    writer.add_embedding_length(sizes.hidden)
+    writer.add_feed_forward_length(sizes.inner)
+    writer.add_head_count(sizes.heads)
+    writer.add_head_count_kv(sizes.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(len(TOKENS))
@@ -134,14 +146,26 @@ def _write_gguf(path: Path) -> None:
     writer.add_token_merges(["h e"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
     writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
-    random = np.random.default_rng(0)
-    for name, shape in _gguf_shapes().items():
-        writer.add_tensor(name, random.standard_normal(shape, dtype=np.float32))
+    return writer
+
+
+def finish_gguf(writer: gguf.GGUFWriter) -> None:
+    """Write the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_gguf(path: Path) -> None:
+    writer = start_gguf(path, "llama", Sizes(HIDDEN, INNER, HEADS, HEADS, LAYERS, WINDOW))
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    random = np.random.default_rng(0)
+    for name, shape in _gguf_shapes().items():
+        writer.add_tensor(name, random.standard_normal(shape, dtype=np.float32))
+    finish_gguf(writer)
 
 
 def _gguf_shapes() -> dict[str, tuple[int, ...]]:

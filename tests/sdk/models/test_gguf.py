@@ -23,7 +23,7 @@ from polar_sdk.models.gguf import GgufFile, WeightSource
 from polar_sdk.models.load import load_pretrained
 from polar_sdk.models.network import read_network
 from tests.sdk.engine.test_blocks import some_rows
-from tests.sdk.models.conftest import TOKENS
+from tests.sdk.models.conftest import TOKENS, Sizes, finish_gguf, start_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,27 +40,14 @@ _NATIVE = pytest.mark.skipif(not native.comes_along(), reason="there is no libra
 
 def write(path: Path, types: dict[str, str] = MIXED, *, arch: str = "qwen2", tied: bool = True) -> Path:
     """A random model with matrices of these types."""
-    writer = gguf.GGUFWriter(path, arch)
+    heads, kv_heads = (2, 1) if arch == "qwen3" else (HEADS, GROUPS)  # whose heads are of 128 in transformers' reader
+    size = HIDDEN // heads
+    writer = start_gguf(path, arch, Sizes(HIDDEN, INNER, heads, kv_heads, LAYERS, 128))
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(GROUPS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] + [1] * (len(TOKENS) - 1))
-    writer.add_token_merges(["h e"])
-    writer.add_eos_token_id(0)
-    kv = HIDDEN // HEADS * GROUPS
-    matrices = {
-        "attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
-        "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
-    }  # fmt: skip
+    if arch in {"gemma2", "gemma3", "phi3"}:
+        writer.add_key_length(size)
+        writer.add_rope_dimension_count(size)
+        writer.add_sliding_window(64)
     random = np.random.default_rng(0)
 
     def add(name: str, *shape: int) -> None:
@@ -72,21 +59,25 @@ def write(path: Path, types: dict[str, str] = MIXED, *, arch: str = "qwen2", tie
             values = random.normal(float(len(shape) == 1), 0.05, shape)
             writer.add_tensor(name, values.astype(np.float16 if kind == "F16" else np.float32))
 
+    queries, keys = {"attn_q": HIDDEN}, {"attn_k": kv_heads * size, "attn_v": kv_heads * size}
+    qkv = {"attn_qkv": HIDDEN + 2 * kv_heads * size} if arch == "phi3" else queries | keys
+    gate_up = {"ffn_up": 2 * INNER} if arch == "phi3" else {"ffn_gate": INNER, "ffn_up": INNER}
+    gemma = ("post_attention_norm", "post_ffw_norm") if arch.startswith("gemma") else ()
     for layer in range(LAYERS):
-        for name in ("attn_norm", "ffn_norm"):
+        for name in ("attn_norm", "ffn_norm", *gemma):
             add(f"blk.{layer}.{name}.weight", HIDDEN)
-        for name, shape in matrices.items():
-            add(f"blk.{layer}.{name}.weight", *shape)
-            if arch == "qwen2" and name in {"attn_q", "attn_k", "attn_v"}:
-                add(f"blk.{layer}.{name}.bias", shape[0])
+        for name in ("attn_q_norm", "attn_k_norm") if arch in {"qwen3", "gemma3"} else ():
+            add(f"blk.{layer}.{name}.weight", size)
+        for name, outputs in {**qkv, "attn_output": HIDDEN, **gate_up}.items():
+            add(f"blk.{layer}.{name}.weight", outputs, HIDDEN)
+            if arch == "qwen2" and name in qkv:
+                add(f"blk.{layer}.{name}.bias", outputs)
+        add(f"blk.{layer}.ffn_down.weight", HIDDEN, INNER)
     add("token_embd.weight", len(TOKENS), HIDDEN)
     add("output_norm.weight", HIDDEN)
     if not tied:
         add("output.weight", len(TOKENS), HIDDEN)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 
@@ -98,7 +89,13 @@ def _logits(loaded: Any) -> torch.Tensor:
 
 @_NATIVE
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("arch", "tied"), [("qwen2", True), ("qwen2", False), ("llama", True)])
+@pytest.mark.parametrize(
+    ("arch", "tied"),
+    [
+        *[("qwen2", True), ("qwen2", False), ("llama", True), ("qwen3", True), ("gemma2", True), ("gemma3", True)],
+        ("phi3", False),
+    ],
+)
 def test_a_file_runs_as_it_is(arch: str, tied: bool, tmp_path: Path) -> None:
     """Logits are near those of the file's numbers in float32; no file of weights is written."""
     path = write(tmp_path / "mixed.gguf", arch=arch, tied=tied)
@@ -106,7 +103,7 @@ def test_a_file_runs_as_it_is(arch: str, tied: bool, tmp_path: Path) -> None:
     decoder = loaded.decoder
     assert decoder.dtype_name == "q4_k_m"
     assert isinstance(decoder.layers[0]["qkv"], Blocks)
-    assert {form for form, _ in decoder.layers[0]["qkv"].parts} == {"Q4_K", "Q6_K"}
+    assert {form for form, _ in decoder.layers[0]["qkv"].parts} == ({"Q4_K"} if arch == "phi3" else {"Q4_K", "Q6_K"})
     whole: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
