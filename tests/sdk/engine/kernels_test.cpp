@@ -104,9 +104,10 @@ struct Matrix {
   Doubles weight;
   std::vector<uint8_t> panels;
   Halves scale, bias;
+  int32_t fine = 0;
 
   PolarMatrix view() const {
-    return {panels.data(), scale.empty() ? nullptr : scale.data(), bias.data(), inputs, outputs, nullptr, form};
+    return {panels.data(), scale.empty() ? nullptr : scale.data(), bias.data(), inputs, outputs, nullptr, form, fine};
   }
   double of(int64_t output, int64_t input) const { return weight[output * inputs + input]; }
 };
@@ -273,20 +274,27 @@ Halves uneven(int64_t rows, int64_t inputs, Random& random) {
   return made;
 }
 
-// A row as a product reads it: for blocks of a file as 8-bit integers, some of which share a scale.
+// A row as a product reads it: for blocks of a file as 8-bit integers, some of which share a scale, and where the matrix
+// is fine what these lack, once more.
 Doubles read(const Half* x, const Matrix& matrix) {
   constexpr int64_t kShare = 16;
   Doubles row(matrix.inputs);
   for (int64_t k = 0; k < matrix.inputs; ++k) row[k] = wide(x[k]);
   if (matrix.form < kPolarQ4_0) return row;
-  for (int64_t begin = 0; begin < matrix.inputs; begin += kShare) {
-    float largest = 0;
-    for (int64_t k = begin; k < begin + kShare; ++k) largest = std::max(largest, std::abs(static_cast<float>(row[k])));
-    for (int64_t k = begin; largest > 0 && k < begin + kShare; ++k) {
-      row[k] = std::nearbyint(static_cast<float>(row[k]) * (127.0f / largest)) * static_cast<double>(largest / 127.0f);
+  Doubles near(matrix.inputs);
+  for (int plane = 0; plane <= matrix.fine; ++plane) {
+    for (int64_t begin = 0; begin < matrix.inputs; begin += kShare) {
+      float largest = 0;
+      for (int64_t k = begin; k < begin + kShare; ++k) largest = std::max(largest, std::abs(static_cast<float>(row[k])));
+      for (int64_t k = begin; largest > 0 && k < begin + kShare; ++k) {
+        const double integer = std::nearbyint(static_cast<float>(row[k]) * (127.0f / largest));
+        const double own = integer * static_cast<double>(largest / 127.0f);
+        near[k] += own;
+        row[k] = static_cast<float>(row[k] - own);
+      }
     }
   }
-  return row;
+  return near;
 }
 
 double dot(const Doubles& x, const Matrix& matrix, int64_t output) {
@@ -402,8 +410,10 @@ void check_blocks(const Format& format, const Format& other) {
   for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17, 70}) {
     for (const auto& [outputs, blocks] : {std::pair<int64_t, int64_t>{1, 1}, {16, 2}, {33, 3}}) {
       const int64_t inputs = blocks * format.inputs;
-      const Matrix matrix = of_file(format, outputs, inputs, random, 1);
-      check_product(group, matrix, rows, 0, {static_cast<int32_t>(1 + random.below(3)), 1}, random);
+      Matrix matrix = of_file(format, outputs, inputs, random, 1);
+      for (matrix.fine = 0; matrix.fine < 2; ++matrix.fine) {
+        check_product(group, matrix, rows, 0, {static_cast<int32_t>(1 + random.below(3)), 1}, random);
+      }
       const PolarMatrix view = matrix.view();
       for (const int64_t output : {int64_t{0}, outputs - 1, outputs, int64_t{-1}}) {
         Halves row(inputs);
@@ -943,7 +953,7 @@ void check_guesses() {
   std::vector<int64_t> numbers(kTokens);
   for (int64_t at = 0; at < kTokens; ++at) numbers[at] = 3 * at;
   const Halves scale = random.halves(kWidth, 0.2, 1), embeddings = random.halves(3 * kTokens * kWidth);
-  const PolarMatrix embedded{embeddings.data(), nullptr, nullptr, kWidth, 3 * kTokens, nullptr, kPolarRows};
+  const PolarMatrix embedded{embeddings.data(), nullptr, nullptr, kWidth, 3 * kTokens, nullptr, kPolarRows, 0};
   const PolarDraftHead head{kWidth, kUnits, kTokens, numbers.data(), scale.data(), enter.view(), gated.view(),
                             down.view(), rows.view(), embedded};
   for (int64_t round = 0; round < 20; ++round) {
