@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "integers.h"
 #include "kernels.h"
-#include "products.h"
 
 namespace polar {
 
@@ -14,11 +14,10 @@ namespace polar {
 // the group as the file has them. So an instruction multiplies four inputs of 16 outputs, and nothing is rounded again.
 //
 // Rows of x are rounded to 8-bit integers, 16 of which share a scale; where that is not enough, as in the head, which
-// decides between near-equal tokens, what is left is rounded likewise and multiplied as another row. Sums over these are exact, those over several are
-// float32, in their order: so a row is the same whatever rows are beside it, and on every processor.
+// decides between near-equal tokens, what is left is rounded likewise and multiplied as another row. Sums over these are
+// exact, those over several are float32, in their order: so a row is the same whatever rows are beside it, and on every
+// processor.
 
-constexpr int64_t kBlockInputs = 32;
-constexpr int64_t kBlockWords = kBlockInputs / 4;
 constexpr int64_t kSuperGroups = 8;  // groups that share scales of their scales
 #ifdef __AVX512F__
 constexpr int kBlockRows = 8;  // that meet a panel together
@@ -26,8 +25,6 @@ constexpr int kBlockRows = 8;  // that meet a panel together
 constexpr int kBlockRows = 4;
 #endif
 constexpr int64_t kRowBytes = 3 << 17;  // of rows that meet all panels together, so that they stay in the cache
-constexpr int64_t kRowsWorthThread = 4;
-constexpr int64_t kBytesAhead = 4096;  // to fetch
 
 // -- rows ------------------------------------------------------------------------------------------------------------
 
@@ -43,7 +40,7 @@ struct ShortRows {
 struct ShortMemory {
   float* memory;
   int64_t rows, groups;
-  static constexpr int64_t kPerGroup = kBlockWords + 5;
+  static constexpr int64_t kPerGroup = kWords + 5;
   int64_t chunks() const { return parts_of(rows, kBlockRows); }
   int64_t count(int64_t chunk) const { return std::min<int64_t>(rows - chunk * kBlockRows, kBlockRows); }
   int64_t size() const { return rows * groups * kPerGroup; }
@@ -51,7 +48,7 @@ struct ShortMemory {
     float* from = memory + chunk * kBlockRows * groups * kPerGroup;
     const int64_t part = groups * count(chunk);
     auto* words = reinterpret_cast<int32_t*>(from);
-    return {words, from + kBlockWords * part, words + (kBlockWords + 2) * part, from + (kBlockWords + 4) * part};
+    return {words, from + kWords * part, words + (kWords + 2) * part, from + (kWords + 4) * part};
   }
 };
 
@@ -68,7 +65,7 @@ inline float shorten(__m512& values, int64_t group, int64_t half, int64_t row, i
   alignas(16) int32_t words[4];
   _mm_store_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8(integers));
   for (int64_t word = 0; word < 4; ++word) {
-    to.words[(group * kBlockWords + 4 * half + word) * count + row] = words[word];
+    to.words[(group * kWords + 4 * half + word) * count + row] = words[word];
   }
   values = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(scale), values);
   return scale * static_cast<float>(sum);
@@ -76,11 +73,11 @@ inline float shorten(__m512& values, int64_t group, int64_t half, int64_t row, i
 
 // A row at `row` of `count`, and what it lacks in the `planes` − 1 rows after it; inputs after the last one are zero.
 inline void shorten_row(const Half* x, int64_t inputs, int64_t row, int64_t planes, int64_t count, const ShortRows& to) {
-  for (int64_t group = 0; group * kBlockInputs < inputs; ++group) {
+  for (int64_t group = 0; group * kGroup < inputs; ++group) {
     float* sums = to.sum + group * count + row;
     std::fill_n(sums, planes, 0.0f);
     for (int64_t half = 0; half < 2; ++half) {
-      const int64_t at = group * kBlockInputs + half * kLanes;
+      const int64_t at = group * kGroup + half * kLanes;
       __m512 values = widen(x + at, first_lanes(inputs - at));
       for (int64_t plane = 0; plane < planes; ++plane) sums[plane] += shorten(values, group, half, row + plane, count, to);
     }
@@ -211,7 +208,7 @@ struct CodeSums {
 
 // -- scales ----------------------------------------------------------------------------------------------------------
 
-inline __m512 halves_of(const uint8_t* from) {  // 16 numbers of IEEE's 16 bits
+inline __m512 float16s(const uint8_t* from) {  // 16 numbers of IEEE's 16 bits
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 inline __m512 bytes_of(const uint8_t* from) {
@@ -222,10 +219,10 @@ inline __m512 signed_of(const uint8_t* from) {
 }
 
 // One number of IEEE's 16 bits.
-inline float half_at(const uint8_t* from, int place) {
+inline float float16_at(const uint8_t* from, int place) {
   alignas(32) uint8_t padded[32] = {};
   std::memcpy(padded, from + 2 * place, 2);
-  return _mm512_cvtss_f32(halves_of(padded));
+  return _mm512_cvtss_f32(float16s(padded));
 }
 
 // The weights of an output in a group: scale (code − offset) + shift, the scale of its first and last 16 inputs.
@@ -260,13 +257,13 @@ struct Scaled {
   __m512 scale;
 
   void enter(const uint8_t*) {}
-  void begin(const uint8_t* group) { scale = halves_of(group); }
+  void begin(const uint8_t* group) { scale = float16s(group); }
   __m512 add(__m512 total, __m512i* sums, const float* x, float, const int32_t* halves, int step) const {
     take_offset<Codes::kWordsPerShort == 0 && kSignedBytes ? 0 : kOffset>(sums, halves, step);
     return _mm512_fmadd_ps(scale, scaled_sums(sums, x, step), total);
   }
   static Line line(const uint8_t*, const uint8_t* group, int output) {
-    const float own = half_at(group, output);
+    const float own = float16_at(group, output);
     return {{own, own}, 0.0f, kOffset};
   }
 };
@@ -280,15 +277,15 @@ struct Shifted {
 
   void enter(const uint8_t*) {}
   void begin(const uint8_t* group) {
-    scale = halves_of(group);
-    shift = halves_of(group + 32);
+    scale = float16s(group);
+    shift = float16s(group + 32);
   }
   __m512 add(__m512 total, __m512i* sums, const float* x, float sum, const int32_t*, int step) const {
     return _mm512_fmadd_ps(scale, scaled_sums(sums, x, step), _mm512_fmadd_ps(shift, _mm512_set1_ps(sum), total));
   }
   static Line line(const uint8_t*, const uint8_t* group, int output) {
-    const float own = half_at(group, output);
-    return {{own, own}, half_at(group + 32, output), 0};
+    const float own = float16_at(group, output);
+    return {{own, own}, float16_at(group + 32, output), 0};
   }
 };
 
@@ -300,8 +297,8 @@ struct Nested {
   __m512 whole, least, scale, shift;
 
   void enter(const uint8_t* head) {
-    whole = halves_of(head);
-    least = halves_of(head + 32);
+    whole = float16s(head);
+    least = float16s(head + 32);
   }
   void begin(const uint8_t* group) {
     scale = _mm512_mul_ps(whole, bytes_of(group));
@@ -311,8 +308,8 @@ struct Nested {
     return _mm512_fmadd_ps(scale, scaled_sums(sums, x, step), _mm512_fnmadd_ps(shift, _mm512_set1_ps(sum), total));
   }
   static Line line(const uint8_t* head, const uint8_t* group, int output) {
-    const float own = half_at(head, output) * static_cast<float>(group[output]);
-    return {{own, own}, -half_at(head + 32, output) * static_cast<float>(group[16 + output]), 0};
+    const float own = float16_at(head, output) * static_cast<float>(group[output]);
+    return {{own, own}, -float16_at(head + 32, output) * static_cast<float>(group[16 + output]), 0};
   }
 };
 
@@ -324,7 +321,7 @@ struct Sixteens {
   static constexpr int kOffset = 32;
   __m512 scale[2], whole;
 
-  void enter(const uint8_t* head) { whole = halves_of(head); }
+  void enter(const uint8_t* head) { whole = float16s(head); }
   void begin(const uint8_t* group) {
     scale[0] = _mm512_mul_ps(whole, signed_of(group));
     scale[1] = _mm512_mul_ps(whole, signed_of(group + 16));
@@ -338,7 +335,7 @@ struct Sixteens {
     return total;
   }
   static Line line(const uint8_t* head, const uint8_t* group, int output) {
-    const float own = half_at(head, output);
+    const float own = float16_at(head, output);
     const auto part = [&](int half) { return own * static_cast<float>(static_cast<int8_t>(group[16 * half + output])); };
     return {{part(0), part(1)}, 0.0f, kOffset};
   }
@@ -376,12 +373,12 @@ void meet_blocks(const ShortRows& rows, const uint8_t* panel, int64_t groups, __
   for (auto& total : totals) total = _mm512_setzero_ps();
   const int32_t *words = rows.words, *halves = rows.halves;
   Form form;
-  for (int64_t group = 0; group < groups; ++group, words += kBlockWords * kCount, halves += 2 * kCount) {
+  for (int64_t group = 0; group < groups; ++group, words += kWords * kCount, halves += 2 * kCount) {
     if (Form::kHead && group % kSuperGroups == 0) {
       form.enter(panel);
       panel += Form::kHead;
     }
-    for (int64_t at = 0; at < kSize; at += 64) _mm_prefetch(panel + kBytesAhead + at, _MM_HINT_T0);
+    for (int64_t at = 0; at < kSize; at += 64) _mm_prefetch(panel + kFetchIntegers + at, _MM_HINT_T0);
     form.begin(panel);
     const uint8_t* codes = panel + Form::kScales;
     CodeSums<Codes, kCount> first, last;
@@ -436,36 +433,21 @@ void run_blocks_panel(int64_t count, const uint8_t* panels, const ShortRows& row
 template <class Form>
 void run_blocks(const Half* x, int64_t count, int64_t inputs, const uint8_t* panels, Results to,
                 const Sharing& sharing) {
-  const int64_t groups = parts_of(inputs, kBlockInputs), row_bytes = 4 * groups * ShortMemory::kPerGroup;
+  const int64_t groups = parts_of(inputs, kGroup), row_bytes = 4 * groups * ShortMemory::kPerGroup;
   const int64_t together = std::max<int64_t>(kRowBytes / row_bytes / kBlockRows, 1) * kBlockRows / to.planes;
   for (int64_t start = 0; start < count; start += together) {
     const int64_t own = std::min(count - start, together);
     ShortMemory rounded{nullptr, own * to.planes, groups};
     rounded.memory = scratch<ShortMemory>(rounded.size());
-    const auto round = [&](Range& range) {
-      for (int64_t begin, end; range.take(begin, end);) {
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t chunk = row * to.planes / kBlockRows;
-          shorten_row(x + (start + row) * inputs, inputs, row * to.planes % kBlockRows, to.planes, rounded.count(chunk),
-                      rounded.at(chunk));
-        }
-      }
-    };
-    if (own < kRowsWorthThread) {
-      Range alone;
-      alone.set(0, own, 1);
-      round(alone);
-    } else {
-      share(sharing, own, round);
-    }
-    share(sharing, parts_of(to.outputs, kLanes), [&](Range& range) {
-      for (int64_t begin, end; range.take(begin, end);) {
-        for (int64_t number = begin; number < end; ++number) {
-          for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
-            run_blocks_panel<Form>(rounded.count(chunk), panels, rounded.at(chunk), chunk * kBlockRows, groups, number,
-                                   to, std::make_integer_sequence<int, kBlockRows>());
-          }
-        }
+    each(sharing, own, kShared, [&](int64_t row) {
+      const int64_t chunk = row * to.planes / kBlockRows;
+      shorten_row(x + (start + row) * inputs, inputs, row * to.planes % kBlockRows, to.planes, rounded.count(chunk),
+                  rounded.at(chunk));
+    });
+    each(sharing, parts_of(to.outputs, kLanes), 1, [&](int64_t number) {
+      for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
+        run_blocks_panel<Form>(rounded.count(chunk), panels, rounded.at(chunk), chunk * kBlockRows, groups, number, to,
+                               std::make_integer_sequence<int, kBlockRows>());
       }
     });
     if (to.wide) to.wide += own * to.step;
@@ -506,52 +488,52 @@ struct Block {
   void (*read)(const uint8_t* block, int group, int output, uint8_t* codes, uint8_t* head, uint8_t* scales);
 };
 
-inline void copy_half(const uint8_t* from, uint8_t* to, int output) { std::memcpy(to + 2 * output, from, 2); }
+inline void copy_float16(const uint8_t* from, uint8_t* to, int output) { std::memcpy(to + 2 * output, from, 2); }
 
 inline Block block_of(int32_t form) {
   using Bytes = uint8_t;
   switch (form) {
     case kPolarQ4_0:
       return {32, 18, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_half(block, scales, output);
+        copy_float16(block, scales, output);
         spread(block + 2, codes);
       }};
     case kPolarQ4_1:
       return {32, 20, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_half(block, scales, output);
-        copy_half(block + 2, scales + 32, output);
+        copy_float16(block, scales, output);
+        copy_float16(block + 2, scales + 32, output);
         spread(block + 4, codes);
       }};
     case kPolarQ5_0:
       return {32, 22, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_half(block, scales, output);
+        copy_float16(block, scales, output);
         spread(block + 6, codes);
         add_fifth(block + 2, codes);
       }};
     case kPolarQ5_1:
       return {32, 24, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_half(block, scales, output);
-        copy_half(block + 2, scales + 32, output);
+        copy_float16(block, scales, output);
+        copy_float16(block + 2, scales + 32, output);
         spread(block + 8, codes);
         add_fifth(block + 4, codes);
       }};
     case kPolarQ8_0:
       return {32, 34, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_half(block, scales, output);
+        copy_float16(block, scales, output);
         for (int at = 0; at < 32; ++at) codes[at] = block[2 + at] ^ 128;
       }};
     case kPolarQ4_K:
       return {256, 144, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
-        copy_half(block, head, output);
-        copy_half(block + 2, head + 32, output);
+        copy_float16(block, head, output);
+        copy_float16(block + 2, head + 32, output);
         nested_scales(block + 4, group, scales[output], scales[16 + output]);
         const Bytes* from = block + 16 + group / 2 * 32;
         for (int at = 0; at < 32; ++at) codes[at] = from[at] >> 4 * (group % 2) & 15;
       }};
     case kPolarQ5_K:
       return {256, 176, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
-        copy_half(block, head, output);
-        copy_half(block + 2, head + 32, output);
+        copy_float16(block, head, output);
+        copy_float16(block + 2, head + 32, output);
         nested_scales(block + 4, group, scales[output], scales[16 + output]);
         const Bytes *high = block + 16, *from = block + 48 + group / 2 * 32;
         for (int at = 0; at < 32; ++at) {
@@ -560,7 +542,7 @@ inline Block block_of(int32_t form) {
       }};
     case kPolarQ6_K:
       return {256, 210, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
-        copy_half(block + 208, head, output);
+        copy_float16(block + 208, head, output);
         scales[output] = block[192 + 2 * group];
         scales[16 + output] = block[192 + 2 * group + 1];
         const int part = group / 4, quarter = group % 4;
@@ -576,7 +558,7 @@ inline Block block_of(int32_t form) {
 
 // Whether 16 numbers of IEEE's 16 bits are finite.
 inline bool are_finite(const uint8_t* from) {
-  const __m512 values = halves_of(from), none = _mm512_sub_ps(values, values);  // of what is not finite no number
+  const __m512 values = float16s(from), none = _mm512_sub_ps(values, values);  // of what is not finite no number
   return _mm512_cmp_ps_mask(none, none, _CMP_UNORD_Q) == 0;
 }
 
@@ -585,33 +567,29 @@ template <class Form>
 bool pack_blocks(int32_t kind, const uint8_t* rows, const int64_t* order, int64_t inputs, int64_t outputs,
                  uint8_t* panels, const Sharing& sharing) {
   const Block block = block_of(kind);
-  const int64_t groups = inputs / kBlockInputs, per_block = block.inputs / kBlockInputs;
+  const int64_t groups = inputs / kGroup, per_block = block.inputs / kGroup;
   const int64_t row_bytes = inputs / block.inputs * block.bytes, size = panel_bytes<Form>(groups);
   std::atomic<bool> finite{true};
-  share(sharing, parts_of(outputs, kLanes), [&](Range& range) {
-    for (int64_t begin, end; range.take(begin, end);) {
-      for (int64_t number = begin; number < end; ++number) {
-        uint8_t *at = panels + number * size, *head = at;
-        std::memset(at, 0, static_cast<size_t>(size));
-        const int count = static_cast<int>(std::min(outputs - number * kLanes, kLanes));
-        for (int64_t group = 0; group < groups; ++group) {
-          if (Form::kHead && group % kSuperGroups == 0) {
-            head = at;
-            at += Form::kHead;
-          }
-          for (int output = 0; output < count; ++output) {
-            const int64_t row = number * kLanes + output;
-            const uint8_t* own = rows + (order ? order[row] : row) * row_bytes + group / per_block * block.bytes;
-            alignas(64) uint8_t codes[kBlockInputs];
-            block.read(own, static_cast<int>(group % per_block), output, codes, head, at);
-            Form::Code::put(reinterpret_cast<const uint32_t*>(codes), at + Form::kScales + 4 * output);
-          }
-          const uint8_t* whole = Form::kHead ? head : at;
-          constexpr bool kTwo = Form::kHead == 64 || (Form::kHead == 0 && Form::kScales == 64);
-          if (!are_finite(whole) || (kTwo && !are_finite(whole + 32))) finite = false;
-          at += Form::kScales + Form::Code::kBytes;
-        }
+  each(sharing, parts_of(outputs, kLanes), 1, [&](int64_t number) {
+    uint8_t *at = panels + number * size, *head = at;
+    std::memset(at, 0, static_cast<size_t>(size));
+    const int count = static_cast<int>(std::min(outputs - number * kLanes, kLanes));
+    for (int64_t group = 0; group < groups; ++group) {
+      if (Form::kHead && group % kSuperGroups == 0) {
+        head = at;
+        at += Form::kHead;
       }
+      for (int output = 0; output < count; ++output) {
+        const int64_t row = number * kLanes + output;
+        const uint8_t* own = rows + (order ? order[row] : row) * row_bytes + group / per_block * block.bytes;
+        alignas(64) uint8_t codes[kGroup];
+        block.read(own, static_cast<int>(group % per_block), output, codes, head, at);
+        Form::Code::put(reinterpret_cast<const uint32_t*>(codes), at + Form::kScales + 4 * output);
+      }
+      const uint8_t* whole = Form::kHead ? head : at;
+      constexpr bool kTwo = Form::kHead == 64 || (Form::kHead == 0 && Form::kScales == 64);
+      if (!are_finite(whole) || (kTwo && !are_finite(whole + 32))) finite = false;
+      at += Form::kScales + Form::Code::kBytes;
     }
   });
   return finite;
@@ -620,7 +598,7 @@ bool pack_blocks(int32_t kind, const uint8_t* rows, const int64_t* order, int64_
 // The weights of an output, (K,), rounded to bfloat16.
 template <class Form>
 void unpack_output(const uint8_t* panels, int64_t output, int64_t inputs, Half* to) {
-  const int64_t groups = parts_of(inputs, kBlockInputs);
+  const int64_t groups = parts_of(inputs, kGroup);
   const uint8_t *at = panels + output / kLanes * panel_bytes<Form>(groups), *head = at;
   const int own = static_cast<int>(output % kLanes);
   for (int64_t group = 0; group < groups; ++group) {
@@ -628,13 +606,13 @@ void unpack_output(const uint8_t* panels, int64_t output, int64_t inputs, Half* 
       head = at;
       at += Form::kHead;
     }
-    alignas(64) float weights[kBlockInputs];
+    alignas(64) float weights[kGroup];
     const Line line = Form::line(head, at, own);
-    for (int input = 0; input < kBlockInputs; ++input) {
+    for (int input = 0; input < kGroup; ++input) {
       const int code = Form::Code::code(at + Form::kScales + 4 * own, input) - line.offset;
       weights[input] = line.scale[input / 16] * static_cast<float>(code) + line.shift;
     }
-    const int64_t start = group * kBlockInputs;
+    const int64_t start = group * kGroup;
     for (int half = 0; half < 2; ++half) {
       const int64_t place = start + half * kLanes;
       store_rounded(to + place, _mm512_load_ps(weights + half * kLanes), first_lanes(inputs - place));

@@ -101,17 +101,8 @@ POLAR_LANES __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 x, __m512 y) {
   const __m512 lanes = _mm512_castsi512_ps(lanes_of(mask));
   return {_mm256_blendv_ps(x.low, y.low, lanes.low), _mm256_blendv_ps(x.high, y.high, lanes.high)};
 }
-POLAR_LANES __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i x, __m512i y) {
-  return _mm512_castps_si512(_mm512_mask_blend_ps(mask, _mm512_castsi512_ps(x), _mm512_castsi512_ps(y)));
-}
 POLAR_LANES __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 x) {
   return _mm512_castsi512_ps(_mm512_and_si512(lanes_of(mask), _mm512_castps_si512(x)));
-}
-POLAR_LANES __m512 _mm512_mask_max_ps(__m512 other, __mmask16 mask, __m512 x, __m512 y) {
-  return _mm512_mask_blend_ps(mask, other, _mm512_max_ps(x, y));
-}
-POLAR_LANES __m512 _mm512_mask_add_ps(__m512 other, __mmask16 mask, __m512 x, __m512 y) {
-  return _mm512_mask_blend_ps(mask, other, _mm512_add_ps(x, y));
 }
 POLAR_LANES __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const float* from) {
   const __m512i lanes = lanes_of(mask);
@@ -121,9 +112,6 @@ POLAR_LANES void _mm512_mask_storeu_ps(float* to, __mmask16 mask, __m512 x) {
   const __m512i lanes = lanes_of(mask);
   _mm256_maskstore_ps(to, lanes.low, x.low);
   _mm256_maskstore_ps(to + 8, lanes.high, x.high);
-}
-POLAR_LANES void _mm512_mask_storeu_epi32(void* to, __mmask16 mask, __m512i x) {
-  _mm512_mask_storeu_ps(static_cast<float*>(to), mask, _mm512_castsi512_ps(x));
 }
 POLAR_LANES __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* from) {
   if (mask == 0xffff) return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -138,16 +126,6 @@ POLAR_LANES void _mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i x) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
   auto* numbers = static_cast<uint16_t*>(to);
   for (unsigned left = mask; left; left &= left - 1) numbers[__builtin_ctz(left)] = lanes[__builtin_ctz(left)];
-}
-POLAR_LANES __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 x) {
-  float lanes[16], first[16] = {};
-  _mm512_storeu_ps(lanes, x);
-  float* to = first;
-  for (unsigned left = mask; left; left &= left - 1) *to++ = lanes[__builtin_ctz(left)];
-  return _mm512_loadu_ps(first);
-}
-POLAR_LANES __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i x) {
-  return _mm512_castps_si512(_mm512_maskz_compress_ps(mask, _mm512_castsi512_ps(x)));
 }
 template <int kHow>
 POLAR_LANES __mmask16 compare(__m512 x, __m512 y) {

@@ -246,29 +246,14 @@ void run_integers(const Half* x, int64_t count, int64_t inputs, Integers matrix,
   for (int64_t start = 0; start < count; start += kIntegerBlock) {
     RoundedRows rounded{nullptr, std::min(count - start, kIntegerBlock), groups};
     rounded.memory = scratch<RoundedRows>(rounded.words());
-    const auto round = [&](Range& range) {
-      for (int64_t begin, end; range.take(begin, end);) {
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t chunk = row / kIntegerRows;
-          round_row(x + (start + row) * inputs, inputs, row % kIntegerRows, rounded.count(chunk), rounded.at(chunk));
-        }
-      }
-    };
-    if (rounded.rows < kShared) {
-      Range alone;
-      alone.set(0, rounded.rows, 1);
-      round(alone);
-    } else {
-      share(sharing, rounded.rows, round);
-    }
-    share(sharing, parts_of(matrix.outputs, kLanes), [&](Range& range) {
-      for (int64_t begin, end; range.take(begin, end);) {
-        for (int64_t number = begin; number < end; ++number) {
-          for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
-            run_panel<Form>(rounded.count(chunk), matrix, rounded.at(chunk), chunk * kIntegerRows, groups, number,
-                            std::make_integer_sequence<int, kIntegerRows>());
-          }
-        }
+    each(sharing, rounded.rows, kShared, [&](int64_t row) {
+      const int64_t chunk = row / kIntegerRows;
+      round_row(x + (start + row) * inputs, inputs, row % kIntegerRows, rounded.count(chunk), rounded.at(chunk));
+    });
+    each(sharing, parts_of(matrix.outputs, kLanes), 1, [&](int64_t number) {
+      for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
+        run_panel<Form>(rounded.count(chunk), matrix, rounded.at(chunk), chunk * kIntegerRows, groups, number,
+                        std::make_integer_sequence<int, kIntegerRows>());
       }
     });
     if (matrix.y) matrix.y += rounded.rows * matrix.step;

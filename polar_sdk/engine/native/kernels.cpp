@@ -93,7 +93,7 @@ int32_t polar_pick(const float* logits, int64_t tokens, float temperature, int64
 int32_t polar_look_up(const PolarMatrix* matrix, const int64_t* wanted, int64_t count, void* rows,
                       PolarSharing sharing) {
   std::atomic<bool> found{true};
-  each_row(among(sharing), count, [&](int64_t each) {
+  each(among(sharing), count, kTokensShared, [&](int64_t each) {
     if (!look_up(*matrix, wanted[each], static_cast<Half*>(rows) + each * matrix->inputs)) found = false;
   });
   return found ? kPolarDone : kPolarNoSuchPlace;
@@ -104,7 +104,7 @@ int64_t polar_packed_size(int32_t form, int64_t inputs, int64_t outputs) {
   with_form(form, [&](auto kind) {
     using Form = decltype(kind);
     const int64_t step = block_of(form).inputs;
-    if (inputs % step == 0) size = parts_of(outputs, kLanes) * panel_bytes<Form>(inputs / kBlockInputs);
+    if (inputs % step == 0) size = parts_of(outputs, kLanes) * panel_bytes<Form>(inputs / kGroup);
   });
   return size;
 }

@@ -16,6 +16,32 @@
 
 namespace polar {
 
+#ifndef __AVX512F__
+// What follows from the other names, for registers of two or four parts.
+POLAR_LANES __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i x, __m512i y) {
+  return _mm512_castps_si512(_mm512_mask_blend_ps(mask, _mm512_castsi512_ps(x), _mm512_castsi512_ps(y)));
+}
+POLAR_LANES __m512 _mm512_mask_max_ps(__m512 other, __mmask16 mask, __m512 x, __m512 y) {
+  return _mm512_mask_blend_ps(mask, other, _mm512_max_ps(x, y));
+}
+POLAR_LANES __m512 _mm512_mask_add_ps(__m512 other, __mmask16 mask, __m512 x, __m512 y) {
+  return _mm512_mask_blend_ps(mask, other, _mm512_add_ps(x, y));
+}
+POLAR_LANES void _mm512_mask_storeu_epi32(void* to, __mmask16 mask, __m512i x) {
+  _mm512_mask_storeu_ps(static_cast<float*>(to), mask, _mm512_castsi512_ps(x));
+}
+POLAR_LANES __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 x) {
+  float lanes[16], first[16] = {};
+  _mm512_storeu_ps(lanes, x);
+  float* to = first;
+  for (unsigned left = mask; left; left &= left - 1) *to++ = lanes[__builtin_ctz(left)];
+  return _mm512_loadu_ps(first);
+}
+POLAR_LANES __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i x) {
+  return _mm512_castps_si512(_mm512_maskz_compress_ps(mask, _mm512_castsi512_ps(x)));
+}
+#endif
+
 using Half = uint16_t;  // the bits of a bfloat16
 constexpr int64_t kLanes = 16;
 constexpr int64_t kPanel = 32;  // lanes that a product handles at a time …

@@ -15,20 +15,6 @@ constexpr int64_t kTokensTogether = 512;
 // Tokens that are worth a second thread for what lies between two products.
 constexpr int64_t kTokensShared = 8;
 
-// Rows one by one, in several threads where there are many.
-template <class Body>
-void each_row(const Sharing& sharing, int64_t rows, const Body& body) {
-  if (rows < kTokensShared) {
-    for (int64_t row = 0; row < rows; ++row) body(row);
-    return;
-  }
-  share(sharing, rows, [&](Range& range) {
-    for (int64_t begin, end; range.take(begin, end);) {
-      for (int64_t row = begin; row < end; ++row) body(row);
-    }
-  });
-}
-
 // -- norms -----------------------------------------------------------------------------------------------------------
 
 // Calls `use(at, lanes)` for each register of `size` numbers.
@@ -203,7 +189,7 @@ class Layer {
     multiply(it_.out, mixed, nullptr, x.count, it_.pairs, sharing_, attended);
     after(it_.attn_after, attended, x.count);
     float* between = attended + size;  // what the feed-forward is added to
-    each_row(sharing_, x.count, [&](int64_t row) {
+    each(sharing_, x.count, kTokensShared, [&](int64_t row) {
       const Half* own = x.states + x.place(row) * width;
       registers(width, [&](int64_t at, __mmask16 lanes) {
         const __m512 sum = _mm512_add_ps(widen(own + at, lanes), numbers(attended + row * width + at, lanes));
@@ -212,7 +198,7 @@ class Layer {
     });
     const float* grown = it_.parallel ? feed(x.count, [&](int64_t row) { return x.states + x.place(row) * width; })
                                       : feed(x.count, [&](int64_t row) { return between + row * width; });
-    each_row(sharing_, x.count, [&](int64_t row) {
+    each(sharing_, x.count, kTokensShared, [&](int64_t row) {
       Half* own = to + (to_index ? to_index[row] : row) * width;
       registers(width, [&](int64_t at, __mmask16 lanes) {
         const int64_t place = row * width + at;
@@ -251,7 +237,7 @@ class Layer {
   template <class RowAt>
   const Half* normed(const PolarNorm& norm, int64_t count, const RowAt& row_at) const {
     Half* to = Room::of<Room::Normed>(count * it_.width);
-    each_row(sharing_, count, [&](int64_t row) {
+    each(sharing_, count, kTokensShared, [&](int64_t row) {
       norm_row(it_.norm, norm, it_.eps, row_at(row), it_.width, to + row * it_.width);
     });
     return to;
@@ -259,7 +245,7 @@ class Layer {
 
   void after(const PolarNorm& norm, float* rows, int64_t count) const {
     if (!norm.weight) return;
-    each_row(sharing_, count, [&](int64_t row) {
+    each(sharing_, count, kTokensShared, [&](int64_t row) {
       norm_row(it_.norm, norm, it_.eps, rows + row * it_.width, it_.width, rows + row * it_.width);
     });
   }
@@ -267,7 +253,7 @@ class Layer {
   // Some heads of each token, from the first of its row on: normed where the family does that, and turned.
   void turn(const Some& x, const PolarAngles& angles, Half* rows, int64_t first, int64_t count, int64_t step) const {
     if (!angles.width && !it_.head_norms) return;
-    each_row(sharing_, x.count, [&](int64_t row) {
+    each(sharing_, x.count, kTokensShared, [&](int64_t row) {
       const int64_t at = x.place(row) * angles.width;
       for (int64_t head = 0; head < count; ++head) {
         Half* own = rows + row * step + head * it_.size;
@@ -286,7 +272,7 @@ class Layer {
     const Half* from = normed(it_.mlp_norm, count, row_at);
     Half *inner = Room::of<Room::Inner>(count * it_.up.outputs), *active = Room::of<Room::Active>(count * units);
     multiply(it_.up, from, inner, count, it_.pairs, sharing_);
-    each_row(sharing_, count, [&](int64_t row) {
+    each(sharing_, count, kTokensShared, [&](int64_t row) {
       activate_row(it_.activation, it_.gated, inner + row * it_.up.outputs, units, active + row * units);
     });
     float* to = Room::of<Room::Grown, float>(count * it_.width);

@@ -168,17 +168,8 @@ POLAR_LANES __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 x, __m512 y) {
   return {vbslq_f32(lanes_of(mask, 0), y.a, x.a), vbslq_f32(lanes_of(mask, 4), y.b, x.b),
           vbslq_f32(lanes_of(mask, 8), y.c, x.c), vbslq_f32(lanes_of(mask, 12), y.d, x.d)};
 }
-POLAR_LANES __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i x, __m512i y) {
-  return _mm512_castps_si512(_mm512_mask_blend_ps(mask, _mm512_castsi512_ps(x), _mm512_castsi512_ps(y)));
-}
 POLAR_LANES __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 x) {
   return _mm512_mask_blend_ps(mask, _mm512_setzero_ps(), x);
-}
-POLAR_LANES __m512 _mm512_mask_max_ps(__m512 other, __mmask16 mask, __m512 x, __m512 y) {
-  return _mm512_mask_blend_ps(mask, other, _mm512_max_ps(x, y));
-}
-POLAR_LANES __m512 _mm512_mask_add_ps(__m512 other, __mmask16 mask, __m512 x, __m512 y) {
-  return _mm512_mask_blend_ps(mask, other, _mm512_add_ps(x, y));
 }
 
 // Memory by masks: nothing beside the lanes that are meant is read or written.
@@ -202,9 +193,6 @@ POLAR_LANES void _mm512_mask_storeu_ps(void* to, __mmask16 mask, __m512 x) {
   _mm512_storeu_ps(lanes, x);
   copy_lanes(static_cast<float*>(to), lanes, mask);
 }
-POLAR_LANES void _mm512_mask_storeu_epi32(void* to, __mmask16 mask, __m512i x) {
-  _mm512_mask_storeu_ps(to, mask, _mm512_castsi512_ps(x));
-}
 POLAR_LANES __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* from) {
   if (mask == 0xffff) return _mm256_loadu_si256(from);
   alignas(16) uint16_t lanes[16] = {};
@@ -216,16 +204,6 @@ POLAR_LANES void _mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i x) {
   alignas(16) uint16_t lanes[16];
   _mm256_store_si256(lanes, x);
   copy_lanes(static_cast<uint16_t*>(to), lanes, mask);
-}
-POLAR_LANES __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 x) {
-  float lanes[16], first[16] = {};
-  _mm512_storeu_ps(lanes, x);
-  float* to = first;
-  for (unsigned rest = mask; rest; rest &= rest - 1) *to++ = lanes[__builtin_ctz(rest)];
-  return _mm512_loadu_ps(first);
-}
-POLAR_LANES __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i x) {
-  return _mm512_castps_si512(_mm512_maskz_compress_ps(mask, _mm512_castsi512_ps(x)));
 }
 
 // Comparisons, false for what is no number but for the first.

@@ -248,4 +248,18 @@ void share(const Sharing& sharing, int64_t count, const Body& body) {
   if (failed.load()) throw std::bad_alloc();
 }
 
+// Calls `body(number)` for each number below `count`, in several threads where there are at least `least`.
+template <class Body>
+void each(const Sharing& sharing, int64_t count, int64_t least, const Body& body) {
+  if (count < least) {
+    for (int64_t number = 0; number < count; ++number) body(number);
+    return;
+  }
+  share(sharing, count, [&](Range& range) {
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (int64_t number = begin; number < end; ++number) body(number);
+    }
+  });
+}
+
 }  // namespace polar
