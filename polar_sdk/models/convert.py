@@ -7,6 +7,7 @@ came from or where the folder will be stored.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import warnings
@@ -92,4 +93,13 @@ def convert(gguf: Path, into: Path) -> None:
         config.architectures = None if kind is None else [kind.__name__]
         config.save_pretrained(into)
         GenerationConfig.from_model_config(config).save_pretrained(into)
+        _save(tokenizer, into)
+
+
+def _save(tokenizer: Any, into: Path) -> None:
+    try:
         tokenizer.save_pretrained(into)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exceptions; it gives no errno, only text
+        raise OSError(errno.ENOSPC if "space" in str(error) else errno.EIO, str(error)) from error

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
 from polar_sdk import Program
@@ -233,6 +233,16 @@ def test_a_file_without_a_tensor(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight"))
     with pytest.raises(ModelError, match=r"up_proj"):
         load_pretrained(path)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(ModelError, match="full"):
+        load_pretrained(write(tmp_path / "mixed.gguf"))
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
