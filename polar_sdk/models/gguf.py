@@ -66,20 +66,22 @@ class _Header:
     def text(self) -> bytes:
         """A string."""
         length = self.count()
-        text = self.data[self.at : self.at + length]
-        if len(text) < length:
-            raise struct.error("a string ends after the header")
+        start = self.at
+        self.skip(length)
+        return self.data[start : self.at]
+
+    def skip(self, length: int) -> None:
+        """Pass so many bytes, which must be there."""
+        if self.at + length > len(self.data):
+            raise struct.error("a value ends after the header")
         self.at += length
-        return text
 
     def skip_texts(self, count: int) -> None:
         """Pass so many strings, without making one."""
         at, read = self.at, struct.Struct("<Q").unpack_from
         for _ in range(count):
             at += 8 + read(self.data, at)[0]
-        if at > len(self.data):
-            raise struct.error("a string ends after the header")
-        self.at = at
+        self.skip(at - self.at)
 
 
 class Field:
@@ -93,7 +95,7 @@ class Field:
         if self.types[-1] == _STRING:
             header.skip_texts(self._count)
         else:
-            header.at += self._count * struct.calcsize(f"<{_SCALARS[self.types[-1]]}")
+            header.skip(self._count * struct.calcsize(f"<{_SCALARS[self.types[-1]]}"))
 
     @property
     def data(self) -> range:
@@ -173,6 +175,10 @@ class GgufFile:
             name = header.text().decode()
             self.fields[name] = Field(header)
         described = [self._described(header) for _ in range(tensors)]
+        with_weights = len({name.split(".")[1] for name, *_ in described if name.startswith("blk.")})
+        layers = self.value(f"{self.value('general.architecture')}.block_count")
+        if isinstance(layers, int) and layers > with_weights:  # before a network of so many is built
+            raise ValueError(f"it counts {layers} layers, and its weights are those of {with_weights}")
         alignment = int(self.value("general.alignment") or 32)
         begin = -(-header.at // alignment) * alignment
         for name, kind, shape, offset in described:

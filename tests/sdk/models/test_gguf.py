@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -207,14 +208,39 @@ def _endless(content: bytes) -> bytes:
     return content[:8] + b"\xff" * 16 + content[24:]
 
 
+def _number(content: bytes, name: bytes, value: int) -> bytes:
+    """With another value of 32 bits."""
+    at = content.index(name) + len(name) + 4
+    return content[:at] + value.to_bytes(4, "little") + content[at + 4 :]
+
+
+def _many_layers(content: bytes) -> bytes:
+    return _number(content, b".block_count", 10**9)
+
+
+def _some_layers(content: bytes) -> bytes:
+    return _number(content, b".block_count", 4_000)
+
+
+def _array_beyond_the_file(_: bytes) -> bytes:
+    """A header alone: an array of 2^26 bytes, which are not there."""
+    name = b"tokenizer.ggml.token_type"
+    return b"GGUF" + struct.pack(f"<IQQQ{len(name)}sIIQ", 3, 0, 1, len(name), name, 9, 0, 2**26)
+
+
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("spoil", [_cut, _header_only, _other_version, _endless])
+@pytest.mark.parametrize(
+    "spoil",
+    [_cut, _header_only, _other_version, _endless, _many_layers, _some_layers, _array_beyond_the_file],
+)
 def test_a_damaged_file_is_one_clear_error(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = write(tmp_path / "mixed.gguf")
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(ModelDamagedError, match=r"mixed\.gguf") as raised:
         load_pretrained(path)
     assert "\n" not in str(raised.value)
+    with pytest.raises(ModelDamagedError):
+        GgufFile(path)  # whatever it counts is compared with the file before anything is built
 
 
 @pytest.mark.usefixtures("cache")
