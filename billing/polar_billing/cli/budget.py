@@ -68,7 +68,10 @@ def set_(
     ] = None,
     ledger: opt.Ledger = None,
 ) -> None:
-    """Set a budget; it supersedes the one of the same tenant, name, unit and window."""
+    """Set a budget; it supersedes the one of the same tenant, name, unit and window.
+
+    Processes that run enforce a tenant's first budget within 5 seconds, and what is set later at once.
+    """
     with _open(ledger) as budgets:
         from polar_billing.budgets.budget import Budget, OverBudget
         from polar_billing.prices.in_force import Prices

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+from collections import Counter
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from sqlalchemy import Connection, func, insert, inspect, select, text
+from sqlalchemy import Connection, Text, func, insert, inspect, select, text, type_coerce
 from sqlalchemy.exc import IntegrityError
 
 from polar_billing.errors import (
@@ -47,6 +48,7 @@ from polar_billing.ledger.schema import (
     usage_table,
     version_table,
 )
+from polar_billing.values.canonical import canonical_text
 
 if TYPE_CHECKING:
     from collections.abc import Container, Generator, Iterable, Iterator, Sequence
@@ -256,6 +258,19 @@ class Ledger:
         if self._has_tables():
             with closing(self._rows(raw_usage_query(selection))) as rows:
                 yield from rows  # type: ignore[misc]  # in the order of its fields
+
+    def tag_values(self, selection: Selection, tag: str) -> Counter[str]:
+        """Number of requests by the value of a tag; those without it are in no number."""
+        drain(self.identity)
+        if not self._has_tables():
+            return Counter()
+        period, usage = selection.period, usage_table.c
+        where = conditions(selection, usage, usage.started_at, period.since, period.until)
+        with_tag = type_coerce(usage.tags, Text).contains(f"{canonical_text(tag)}:", autoescape=True)
+        with self._database.reading() as connection:
+            found = connection.execute(select(usage.tags).where(*where, with_tag)).scalars().all()
+        wanted = selection.tags.items()
+        return Counter(tags[tag] for tags in found if tag in tags and wanted <= tags.items())
 
     def _rows(self, query: Select[Any]) -> Generator[Row[Any], None, None]:
         with self._database.reading() as connection:

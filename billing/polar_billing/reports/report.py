@@ -24,6 +24,7 @@ from polar_billing.reports.tier_totals import totals_by_tier
 from polar_billing.reports.totals import Rater
 from polar_billing.reports.what_if import Charged, TokenPricing, UsageByBook, WhatIf, token_pricing, what_if
 from polar_billing.statements.issue import issued_statements
+from polar_sdk.usage import DISPUTED_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -85,6 +86,8 @@ class Report(Part):
     rounding: Decimal
     total: Decimal
     figures: Figures
+    disputed: dict[str, int]
+    """Claim of an upstream that could not be → requests that were charged by what the server counted itself."""
     token_pricing: tuple[TokenPricing, ...] = ()
     """Compute-based beside per-token prices, for tenants with a per-token reference for all of their requests."""
     promises: tuple[PromiseReport, ...] = ()
@@ -153,6 +156,7 @@ def build_report(
         price_books=tuple(
             PriceBookUsed(id=book.id, content_hash=digest) for digest, book in sorted(rater.used.items())
         ),
+        disputed=dict(sorted(ledger.tag_values(selection, DISPUTED_TAG).items())),
         token_pricing=token_pricing(summary),
         **summary._asdict(),
         **(_answers(ledger, selection, rater, summary, questions) if summary.figures.requests else {}),

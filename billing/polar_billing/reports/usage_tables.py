@@ -123,6 +123,10 @@ def report_view(report: Report) -> RenderableType:
     for tenant in report.tenants:
         parts += [_statement(tenant, report, amounts), Text()]
     parts += unrated_notes(report.figures.unrated.items())
+    parts += [
+        as_text(f"{requests:,} disputed ({claim}), charged by what the server counted itself.", style="yellow")
+        for claim, requests in report.disputed.items()
+    ]
     return Group(*parts)
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from polar_sdk.usage import DISPUTED_TAG
+
 if TYPE_CHECKING:
     from polar_sdk import UsageRecord
     from polar_server.telemetry.live import LiveEngine
 
-DISPUTED_TAG: Final = "polar.disputed"
-"""Tag of records whose upstream said what cannot be, so that the server counted itself."""
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _PARTS: Final = ("embed", "layers_prefill", "layers_decode", "head", "router", "drafts")
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0)

@@ -28,8 +28,7 @@ from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.programs.cost import pieces
 from polar_sdk.request.admission import admit
 from polar_sdk.request.record import MARK_NS, MARK_TOKENS
-from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
-from polar_server.telemetry.metrics import DISPUTED_TAG
+from polar_sdk.usage import DISPUTED_TAG, FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
 from polar_server.upstream.client import Ended, Event, UpstreamError
 
 if TYPE_CHECKING:

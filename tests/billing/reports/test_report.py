@@ -12,6 +12,7 @@ from html import unescape
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 from sqlalchemy import text
 
 from polar_billing.budgets.settlement import settle
@@ -25,11 +26,13 @@ from polar_billing.reports.html import report_html
 from polar_billing.reports.promises import read_promises
 from polar_billing.reports.report import Questions, Report, build_report
 from polar_billing.reports.text import Amounts, unit_for
+from polar_billing.reports.usage_tables import report_view
 from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import Period
+from polar_sdk.show.tables import show
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:
@@ -113,6 +116,24 @@ def test_depth_shows_skips_and_loops(report: Report) -> None:
     assert depth["economy"][2:4] == (0, 0)
     assert depth["premium"][2] == 2 * depth["premium"][1]
     assert depth[None][0] == 3 * depth[None][5]
+
+
+def test_disputed_use_is_said_in_every_form(ledger: Ledger) -> None:
+    with Meter(ledger) as meter:
+        for name, tags in {
+            "a": {"polar.disputed": "usage"},
+            "b": {"polar.disputed": "usage", "team": "x"},
+            "c": {"note": '"polar.disputed":'},
+            "d": {"polar.disputed": "length"},
+        }.items():
+            meter.emit(usage_record(name, tenant="globex" if name == "d" else "acme", tags=tags))
+    report = build_report(ledger)
+    assert report.disputed == {"length": 1, "usage": 2}
+    assert build_report(ledger, Selection("acme", tags={"team": "x"})).disputed == {"usage": 1}
+    out = io.StringIO()
+    show(report_view(report), Console(file=out, width=100))
+    assert "2 disputed (usage)" in out.getvalue()
+    assert "2 requests disputed" in re.sub("<[^>]+>", "", report_html(report))
 
 
 def test_unrated_use_is_reported_in_no_amount(report: Report) -> None:
