@@ -52,7 +52,7 @@ async def answer_once(
     Args:
         server: Has the store.
         exchange: The call.
-        key: Of the caller.
+        key: Of the caller; each API key has its own.
         content: The body.
         begin: Begins the answer, whose records are held back.
         send: To the client.
@@ -61,6 +61,8 @@ async def answer_once(
         ApiError: The key belongs to another call, or to one that is still being answered.
     """
     store, tenant = server.replies, server.tenant(exchange)
+    if exchange.key is not None:  # what one key was answered is not another's to read
+        key = f"{exchange.key.key_id}\0{key}"
     state, kept = await asyncio.to_thread(lambda: store.claim(tenant, key, _fingerprint(exchange.path, content)))
     if state == "done" and kept is not None:
         await _send_again(kept, exchange, send)

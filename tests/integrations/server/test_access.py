@@ -297,6 +297,22 @@ def test_a_call_that_comes_twice_is_billed_once(
     assert len(sink.records) == 2
 
 
+def test_an_answer_is_given_again_to_the_same_key_only(
+    serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore, keys: ApiKeys
+) -> None:
+    served = serve(keys=keys, replies=replies)
+    one, other = keys.create("acme", "one")[1], keys.create("acme", "other")[1]
+
+    def ask_again(text: str) -> str | None:
+        header = {"idempotency-key": "k", **bearer(text)}
+        status, headers, _ = served.call("POST", "/v1/chat/completions", chat_body(temperature=1), header)
+        assert status == 200
+        return headers.get("idempotent-replayed")
+
+    assert [ask_again(text) for text in (one, other, one, other)] == [None, None, "true", "true"]
+    assert len(sink.records) == 2
+
+
 def test_a_call_that_is_being_answered_may_come_again_later(
     serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore
 ) -> None:
