@@ -8,6 +8,7 @@ on white space. Knows no tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
@@ -35,6 +36,12 @@ _FORMATS: Final = frozenset({*_PATTERNS, "email", "hostname", "ipv4", "ipv6", "u
 _NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 """Keys of a schema whose values are maps from names to schemas."""
 _FIELDS: Final = frozenset({"properties", "patternProperties"})
+_EXACT: Final = 2**53
+"""Grammars know numbers as doubles, which hold every integer up to this one."""
+_WIDEST: Final = 2**63 - 1024
+"""And integers of 64 bits: the last double among them."""
+_LIMITS: Final = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
+"""Keys of a schema that bound a number, and the direction in which its values are."""
 _MAX_TEXT: Final = 1_000_000
 """Unit: characters."""
 _MAX_CHOICES: Final = 10_000
@@ -77,6 +84,8 @@ def schema_text(schema: Schema) -> str:
     try:
         text = json.dumps(followable(read), allow_nan=False)
         parse_json(text, max_bytes=_MAX_TEXT)  # within limits of depth and size, whatever it came from
+    except GrammarError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not a JSON document: {str(error)[:200]}.") from error
     return text
@@ -118,7 +127,11 @@ def followable(schema: Any) -> Any:
     """The schema in terms that a grammar can follow, where an answer to it is one to the schema as it was.
 
     Dates, times and durations exist and are as common parsers read them; formats that no grammar knows say nothing, as
-    JSON Schema has it; names of fields are those listed, or match a pattern.
+    JSON Schema has it; names of fields are those listed, or match a pattern. Bounds beyond 2^53 are the next number
+    within that a grammar can hold.
+
+    Raises:
+        GrammarError: A number is not one that a grammar can hold.
     """
     return _with_parts(schema, _make_followable)
 
@@ -157,6 +170,7 @@ def _make_followable(part: dict[str, Any]) -> dict[str, Any]:
         part["pattern"] = f"^{_PATTERNS[name]}$"
     elif isinstance(name, str) and name not in _FORMATS:
         del part["format"]
+    _hold_numbers(part)
     limits = [part.get(key) for key in ("maximum", "exclusiveMaximum")]
     most = min((limit for limit in limits if isinstance(limit, float)), default=1.0)
     above, least = part.get("exclusiveMinimum"), part.get("minimum", 0)
@@ -168,6 +182,63 @@ def _make_followable(part: dict[str, Any]) -> dict[str, Any]:
         del part["propertyNames"]
         part |= fields
     return part
+
+
+def _hold_numbers(part: dict[str, Any]) -> None:
+    """Bound numbers by those that a grammar can hold; refuse others."""
+    for key in ("const", "enum", "multipleOf"):
+        if key in part and (number := _inexact(part[key])) is not None:
+            raise GrammarError(
+                f"{key} has the integer {shown(number)}, which no grammar can hold exactly; use at most {_EXACT:,}, or "
+                "a string with a pattern."
+            )
+    whole = part.get("type") != "number"
+    given = {key: part[key] for key in _LIMITS if _is_number(part.get(key)) and abs(part[key]) > _EXACT}
+    for key, way in _LIMITS.items():
+        if key not in given:
+            continue
+        name, limit = key, given[key]
+        if whole and name.startswith("exclusive") and isinstance(limit, int):
+            name = f"m{key[-6:]}"
+            bounds = [part.pop(key) + way, *([part[name]] if _is_number(part.get(name)) else [])]
+            limit = max(bounds, key=lambda bound, way=way: way * bound)
+        held = _next_double(limit, way)
+        if whole and way * held > _WIDEST:
+            raise GrammarError(f"{key} = {shown(given[key])}: no integer beyond {_WIDEST:,} is written; use less.")
+        part[name] = -way * _WIDEST if whole and way * held < -_WIDEST else held
+    least = max((part[key] for key in ("minimum", "exclusiveMinimum") if _is_number(part.get(key))), default=-math.inf)
+    most = min((part[key] for key in ("maximum", "exclusiveMaximum") if _is_number(part.get(key))), default=math.inf)
+    if given and least > most:
+        said = " and ".join(f"{key} = {shown(limit)}" for key, limit in given.items())
+        raise GrammarError(f"{said} leave no number that a grammar can hold exactly; use at most {_EXACT:,}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _next_double(limit: float, way: int) -> int | float:
+    """The nearest double that is not beyond a limit, an integer as an integer."""
+    if isinstance(limit, float):
+        return limit
+    try:
+        nearest = float(limit)
+    except OverflowError:
+        return way * _WIDEST * 2  # further than any that is written
+    if way * (int(nearest) - limit) < 0:
+        nearest = math.nextafter(nearest, way * math.inf)
+    return int(nearest)
+
+
+def _inexact(value: Any) -> int | None:
+    """An integer within a value that is not the same as a double."""
+    if isinstance(value, list | tuple):
+        return next((found for one in value if (found := _inexact(one)) is not None), None)
+    if isinstance(value, Mapping):
+        return _inexact(list(value.values()))
+    if isinstance(value, int) and abs(value) > _EXACT and (abs(value) >= 2**63 or int(float(value)) != value):
+        return value
+    return None
 
 
 def _fields_named(names: dict[str, Any], value: Any) -> dict[str, Any]:
