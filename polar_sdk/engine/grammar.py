@@ -1,6 +1,7 @@
 """Grammars: which tokens may come next, and how an answer that runs out of tokens is brought to its end.
 
-A grammar is compiled once per tokenizer and shared; every row that follows it has a state of its own, which moves with
+A grammar is compiled once per tokenizer and tenant, so that no tenant can tell by the time whether another one used it;
+every row that follows it has a state of its own, which moves with
 each sampled token and depends on nothing else, so that a row whose prompt runs again continues where it was. The masks
 are llguidance's, some ten microseconds per token, so they are computed where they are needed and not ahead. Knows token
 ids and logits; no JSON and no requests.
@@ -70,8 +71,8 @@ class GrammarCompiler:
         self.compile = lru_cache(maxsize=_KEPT)(self._compile)
         """As `_compile`, remembering the latest ones."""
 
-    def _compile(self, text: str) -> Grammar:
-        """Compile what `llguidance.LLMatcher.grammar_from_…` returns.
+    def _compile(self, text: str, tenant: str) -> Grammar:
+        """Compile what `llguidance.LLMatcher.grammar_from_…` returns, for a tenant alone.
 
         Raises:
             GrammarError: It is not a grammar, or one that cannot be followed.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from polar_sdk.request.options import Prompt, Template
 
+_FAR: Final = 8
+"""A start of a prompt of twice so many characters per token of the window has more tokens than it, most likely."""
 _MAX_GROWTH: Final = 4
 """A chat template may write this many times the characters of the messages, and `_MAX_ADDED` more."""
 _MAX_ADDED: Final = 200_000
@@ -75,6 +77,31 @@ class PromptEncoder:
             raise InvalidRequestError(
                 f"the prompt contains a lone surrogate at character {error.start}; pass valid Unicode text."
             ) from error
+
+    def more_than(self, prompt: Prompt, window: int) -> int | None:
+        """A number of tokens beyond a window that a prompt has at least, of a prompt far beyond it; None of any other.
+
+        No more of a text is encoded for it than that takes: all of a long one would take seconds, to no use.
+        """
+        if isinstance(prompt, str):
+            texts = [prompt]
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            return None
+        elif prompt and isinstance(prompt[0], int):
+            return len(prompt) if len(prompt) > window else None
+        else:
+            said = (message.get("content") for message in prompt if isinstance(message, Mapping))
+            texts = [text for text in said if isinstance(text, str)]
+        size, length = 2 * _FAR * window, sum(map(len, texts))
+        if length <= size:
+            return None
+        text = "".join(texts).encode("utf-8", "replace").decode()
+        while size < length:
+            count = len(self.plain(text[:size]))
+            if count > 2 * window + self._longest:  # at its end, a start may have more tokens than in the text
+                return count // 2
+            size *= 2
+        return None
 
     def message_start(self) -> list[int]:
         """Tokens before a user's first message by the chat template; empty if there is no template or no such start.
@@ -200,6 +227,11 @@ class PromptEncoder:
                     "pass a text with template='raw'."
                 )
         return ids
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def _beginning(self) -> list[int]:

@@ -87,6 +87,11 @@ class RequestMaker:
             top_k=options.get("top_k", 0),
             seed=options.get("seed"),
         )
+        if (least := self.encoder.more_than(prompt, self.context_window)) is not None:
+            raise ContextWindowError(
+                f"the prompt has at least {least:,} tokens; the context window is {self.context_window}: shorten the "
+                "prompt."
+            )
         tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto")))
         if not tokens:
             raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
@@ -94,6 +99,7 @@ class RequestMaker:
         scored = check_logprobs(options.get("prompt_logprobs"), "prompt_logprobs")
         tiers = {name: tier.program for name, tier in self.policy.tiers.items()}
         max_tokens = self._max_tokens(len(tokens), options.get("max_tokens"))
+        tenant = check_name("tenant", or_default(options.get("tenant"), self.tenant))
         request = partial(
             Request,
             tokens=tokens,
@@ -103,7 +109,7 @@ class RequestMaker:
             sampling=sampling,
             stops=check_stops(options.get("stop")),
             max_tokens=max_tokens,
-            tenant=check_name("tenant", or_default(options.get("tenant"), self.tenant)),
+            tenant=tenant,
             tags={**check_tags(self.tags), **check_tags(or_default(options.get("tags"), {}))},
             request_id=check_name("request_id", or_default(options.get("request_id"), new_request_id())),
             id_is_new=options.get("request_id") is None,
@@ -112,7 +118,7 @@ class RequestMaker:
             logits_hook=check_hook(options.get("logits_hook")),
             logprobs=check_logprobs(options.get("logprobs")),
             prompt_logprobs=scored,
-            grammar=self._grammar(options, max_tokens),
+            grammar=self._grammar(options, max_tokens, tenant),
             speculate=self._speculate(options.get("speculate")),
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers=tiers if scored is None else {name: own for name, own in tiers.items() if not own.fills},
@@ -181,11 +187,11 @@ class RequestMaker:
         name, chosen = self.policy.program_for(tier, self.cost.depth)
         return name, fixed_router(chosen, self.cost.depth)
 
-    def _grammar(self, options: RequestOptions, max_tokens: int) -> Grammar | None:
+    def _grammar(self, options: RequestOptions, max_tokens: int, tenant: str) -> Grammar | None:
         text = grammar_text(options)
         if text is None:
             return None
-        grammar = self.grammars().compile(text)
+        grammar = self.grammars().compile(text, tenant)
         if options.get("fit_max_tokens", True):
             grammar.check_fits(max_tokens)
         return grammar

@@ -39,6 +39,14 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+def test_no_tenant_meets_the_grammar_that_another_has_used(model: PolarModel) -> None:
+    compiler = model.loaded.grammars
+    before = compiler.compile.cache_info().misses
+    for tenant in ("acme", "globex", "acme"):
+        model.generate("hi", regex="[a-c]{2}", tenant=tenant)
+    assert compiler.compile.cache_info().misses == before + 2
+
+
 @pytest.fixture(scope="module")
 def model() -> PolarModel:
     return tiny_model(context_window=2048)

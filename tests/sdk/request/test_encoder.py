@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import AddedToken, processors
 
-from polar_sdk.errors import InvalidRequestError
+from polar_sdk.errors import ContextWindowError, InvalidRequestError
 from polar_sdk.request.encoder import PromptEncoder
-from polar_sdk.testing import tiny_tokenizer
+from polar_sdk.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +50,38 @@ def rendered(own: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, s
 
 def special(ids: list[int]) -> list[int]:
     return [index for index in ids if index >= END]
+
+
+class TestFarBeyondTheWindow:
+    """How much of a prompt is encoded does not depend on how much longer it is."""
+
+    @pytest.mark.parametrize("form", ["text", "messages", "ids"])
+    def test_a_prompt_is_refused_by_its_beginning(self, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, encoded = tiny_model(context_window=64), [0]
+        own = model.loaded.tokenizer.encode
+
+        def encode(text: str, **options: Any) -> Any:
+            encoded[0] += len(text)
+            return own(text, **options)
+
+        monkeypatch.setattr(model.loaded.tokenizer, "encode", encode)
+        text = "word " * 200_000
+        message = {"role": "user", "content": text[:500_000]}
+        prompts: dict[str, Any] = {"text": text, "messages": [message, message], "ids": [1] * 100_000}
+        with pytest.raises(ContextWindowError, match="64"):
+            model.generate(prompts[form])
+        assert encoded[0] < 10_000
+
+    @pytest.mark.parametrize("length", [500, 511, 600, 50_000])
+    def test_no_prompt_is_refused_that_fits(self, length: int) -> None:
+        own = tokenizer()
+        own.add_tokens(["x" * 100])
+        encoder = PromptEncoder(own)
+        text = "x" * length
+        count = len(encoder.plain(text))
+        assert encoder.more_than(text, count) is None
+        more = encoder.more_than("abcdefgh" * length, 8)
+        assert more is None or 8 < more <= 8 * length
 
 
 class TestTextStaysText:
