@@ -200,8 +200,10 @@ def _hold_numbers(part: dict[str, Any]) -> None:
         name, limit = key, given[key]
         if whole and name.startswith("exclusive") and isinstance(limit, int):
             name = f"m{key[-6:]}"
-            bounds = [part.pop(key) + way, *([part[name]] if _is_number(part.get(name)) else [])]
-            limit = max(bounds, key=lambda bound, way=way: way * bound)
+            beside: Any = part.get(name)
+            limit = part.pop(key) + way
+            if _is_number(beside) and way * beside > way * limit:
+                limit = beside
         held = _next_double(limit, way)
         if whole and way * held > _WIDEST:
             raise GrammarError(f"{key} = {shown(given[key])}: no integer beyond {_WIDEST:,} is written; use less.")
@@ -217,17 +219,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _next_double(limit: float, way: int) -> int | float:
+def _next_double(limit: int | float, way: int) -> int | float:
     """The nearest double that is not beyond a limit, an integer as an integer."""
-    if isinstance(limit, float):
-        return limit
     try:
         nearest = float(limit)
     except OverflowError:
         return way * _WIDEST * 2  # further than any that is written
-    if way * (int(nearest) - limit) < 0:
+    if isinstance(limit, int) and way * (int(nearest) - limit) < 0:
         nearest = math.nextafter(nearest, way * math.inf)
-    return int(nearest)
+    return int(nearest) if isinstance(limit, int) else nearest
 
 
 def _inexact(value: Any) -> int | None:
