@@ -14,7 +14,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -178,9 +177,9 @@ def _fetch_gguf(model: str | None) -> Path | None:
     if model is not None:
         return None
     from polar_sdk.models.aliases import ALIASES
-    from polar_sdk.models.fetch import get_gguf
+    from polar_sdk.models.find import obtain
 
-    return get_gguf(ALIASES[0], Path(tempfile.mkdtemp(prefix="polar-bench-")))
+    return obtain(ALIASES[0]).weights[0]
 
 
 PLAIN = "the same without drafts"

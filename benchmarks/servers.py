@@ -176,9 +176,9 @@ def _command(name: str, folder: Path, port: int, work: Path) -> list[str] | None
     if importlib.util.find_spec("llama_cpp") is None or importlib.util.find_spec("sse_starlette") is None:
         return None
     from polar_sdk.models.aliases import ALIASES
-    from polar_sdk.models.fetch import get_gguf
+    from polar_sdk.models.find import obtain
 
-    options = {"model": get_gguf(ALIASES[0], work), "n_ctx": 2048, "n_threads": os.cpu_count(), "port": port}
+    options = {"model": obtain(ALIASES[0]).weights[0], "n_ctx": 2048, "n_threads": os.cpu_count(), "port": port}
     options["interrupt_requests"] = "false"  # else each request cuts off the one before
     named = [text for option, value in options.items() for text in (f"--{option}", str(value))]
     return [sys.executable, "-m", "llama_cpp.server", *named]

@@ -118,8 +118,8 @@ def _absent_row(alias: Alias) -> dict[str, Any]:
         "name": alias.name,
         "default": alias.name == DEFAULT_ALIAS,
         "cached": False,
-        "bytes": None,
-        "source": alias.requirement,
+        "bytes": alias.bytes,
+        "source": alias.origin,
         "licence": alias.licence,
         "fingerprint": None,
         "folder": None,
@@ -146,19 +146,19 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(
         Column("model", overflow="fold"),
-        "size",
-        "source",
+        Column("size", justify="right", no_wrap=True),
+        Column("source", overflow="fold"),
         "licence",
-        "fingerprint",
+        Column("fingerprint", no_wrap=True),
         caption=str(models_folder()),
     )
     for row in rows:
         table.add_row(
             f"{row['name']} (default)" if row["default"] else row["name"],
-            _megabytes(row["bytes"]) if row["cached"] else "not fetched",
+            _megabytes(row["bytes"]),
             row["source"],
             row["licence"] or "unknown",
-            (row["fingerprint"] or "")[:12],
+            row["fingerprint"][:12] if row["cached"] else "not fetched",
         )
     Console().print(table)
 

@@ -184,7 +184,7 @@ def _alias_recipe(alias: Alias) -> Recipe:
     return Recipe(
         key=alias.key,
         name=alias.name,
-        origin=alias.requirement,
+        origin=alias.origin,
         gguf_sha256=alias.gguf_sha256,
         licence=alias.licence,
     )

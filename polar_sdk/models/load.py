@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from polar_sdk.errors import DeviceError, ModelError, did_you_mean
-from polar_sdk.models.aliases import Gguf, resolve
+from polar_sdk.models.aliases import Alias, Gguf, Source, resolve
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.fingerprint import fingerprint_of
@@ -69,7 +69,7 @@ class LoadOptions(TypedDict, total=False):
     `{"0-14": "cuda:0", "15-29": "cuda:1"}`; or by module, as Hugging Face has it. They run by torch."""
     precision: str
     """`auto`, the default, or `bf16`, `fp16`, `fp32`, `int8`, `int4`, or `gguf`: as a quantized GGUF file has its
-    weights, which is what `auto` means for a `.gguf` file on a CPU."""
+    weights, which is what `auto` means on a CPU for a `.gguf` file, and for an alias that is not the default model."""
     kv_memory: int | None
     """Max bytes for keys and values of all requests together; None = half of the memory that is free when the model
     is first loaded."""
@@ -99,7 +99,7 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
     wanted = options.get("precision", "auto")
     precision, dtype = _precision(wanted, places)
     local = obtain(source, options.get("revision"))
-    if wanted == "auto" and isinstance(source, Gguf) and _runs_blocks(places):
+    if wanted == "auto" and _is_quantized_file(source) and _runs_blocks(places):
         precision = AS_FILE
     elif wanted == AS_FILE and not any(file.suffix == ".gguf" for file in local.weights):
         raise _not_of_a_file(source.name)
@@ -176,6 +176,10 @@ def _places(device: str, device_map: DeviceMap | None) -> Places:
     if device != "auto":
         raise DeviceError(f"device={device!r} and device_map={device_map!r} exclude each other; pass one of them.")
     return read_map(device_map)
+
+
+def _is_quantized_file(source: Source) -> bool:
+    return isinstance(source, Gguf) or (isinstance(source, Alias) and source.runs_as_file)
 
 
 def _runs_blocks(places: Places) -> bool:

@@ -3,6 +3,7 @@
     <cache>/models/<key>/         the model of one GGUF file with its `polar.json`; moved here whole, never edited
     <cache>/locks/<key>.lock      held while that model is being prepared
     <cache>/work/<key>/           only while it is being prepared
+    <cache>/parts/<key>.gguf      the parts of its file that an interrupted fetch has left
     <cache>/file-hashes.json      hashes of weight files, so that they are read once and not on every load
 
 Does not know what a model is.
@@ -39,6 +40,16 @@ def cache_folder() -> Path:
 def models_folder() -> Path:
     """The folder of the models of GGUF files."""
     return cache_folder() / "models"
+
+
+def partial_path(key: str) -> Path:
+    """The file that the parts of a model are added to while it is fetched."""
+    return cache_folder() / "parts" / f"{key}.gguf"
+
+
+def partial_files() -> list[Path]:
+    """The files of which some parts were fetched."""
+    return sorted((cache_folder() / "parts").glob("*.gguf"))
 
 
 @contextmanager
@@ -92,7 +103,10 @@ def disk_errors() -> Iterator[None]:
 
 def disk_full(needed: int | None = None, free: int | None = None) -> ModelError:
     """The error for a disk without space; sizes in bytes where they are known."""
-    detail = "" if needed is None or free is None else f": {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+    detail = ""
+    if needed is not None and free is not None:
+        sizes = f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+        detail = f": {sizes}, {(needed - free) / 1e6:,.0f} MB missing"
     return ModelError(
         f"the disk of cache folder {str(cache_folder())!r} is full{detail}.",
         hint=f"Free some space, or set {CACHE_VARIABLE} to a folder on another disk.",

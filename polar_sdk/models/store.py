@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from polar_sdk.errors import ModelDamagedError, ModelNotFoundError, UnsupportedArchitectureError
 from polar_sdk.models.convert import CONVERSION, convert
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_conversion, hash_file
-from polar_sdk.models.paths import models_folder, work_folder
+from polar_sdk.models.paths import models_folder, partial_files, work_folder
 from polar_sdk.programs.program import MAX_STEPS
 from polar_sdk.reading import Unreadable, not_finite, parse_json, parse_object, read_bytes, shown
 from polar_sdk.show.progress import stage
@@ -101,7 +101,8 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
 
     Args:
         recipe: What to convert.
-        get_gguf: Given the work folder, returns the path of the checked GGUF file; called only if needed.
+        get_gguf: Given the work folder, returns the path of the GGUF file, whose hash it has checked; called only if
+            needed.
 
     Raises:
         ModelDamagedError: The cache holds it, but a file is missing or was changed.
@@ -160,7 +161,7 @@ def list_stored() -> list[Manifest]:
 
 
 def remove_stored(name: str) -> int:
-    """Remove the conversions of that name or key from the cache.
+    """Remove the conversions of that name or key from the cache, and what an interrupted fetch left of it.
 
     Returns:
         Bytes freed.
@@ -169,7 +170,8 @@ def remove_stored(name: str) -> int:
         ModelNotFoundError: The cache holds none.
     """
     manifests = [manifest for manifest in list_stored() if name in (manifest.made_from.name, manifest.made_from.key)]
-    if not manifests:
+    begun = [path for path in partial_files() if name in (path.stem, path.stem[:-13])]  # less `-` and 12 digits
+    if not manifests and not begun:
         held = sorted({manifest.made_from.name for manifest in list_stored()})
         raise ModelNotFoundError(
             f"model {name!r} is not in {str(models_folder())!r}, which contains: {', '.join(held) or 'nothing'}."
@@ -179,7 +181,12 @@ def remove_stored(name: str) -> int:
         # Moved away first: no half-removed model is ever stored under its name.
         with work_folder(key) as work, suppress(FileNotFoundError):
             (models_folder() / key).replace(work / "model")
-    return sum(manifest.bytes for manifest in manifests)
+    freed = sum(manifest.bytes for manifest in manifests)
+    for path in begun:
+        with work_folder(path.stem), suppress(FileNotFoundError):
+            freed += path.stat().st_size
+            path.unlink()
+    return freed
 
 
 def _convert(recipe: Recipe, gguf: Path, work: Path) -> None:
@@ -191,7 +198,7 @@ def _convert(recipe: Recipe, gguf: Path, work: Path) -> None:
             gguf.replace(folder / _WEIGHTS)
         elif str(gguf) != recipe.origin:
             shutil.copyfile(gguf, folder / _WEIGHTS)
-        files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+        files = {path.name: _describe(path, recipe) for path in sorted(folder.iterdir())}
     manifest = Manifest(
         conversion=CONVERSION,
         made_from=recipe,
@@ -208,8 +215,10 @@ def gguf_of(folder: Path, manifest: Manifest) -> Path:
     return kept if _WEIGHTS in manifest.files else Path(manifest.made_from.origin)
 
 
-def _describe(path: Path) -> StoredFile:
-    return StoredFile(bytes=path.stat().st_size, sha256=hash_file(path))
+def _describe(path: Path, recipe: Recipe) -> StoredFile:
+    # The weights were checked when they were fetched; what comes from there to here is a rename, or a copy.
+    sha256 = recipe.gguf_sha256 if path.name == _WEIGHTS else hash_file(path)
+    return StoredFile(bytes=path.stat().st_size, sha256=sha256)
 
 
 def check_folder(folder: Path, hint: str = "Copy or fetch the model again.") -> tuple[Path, ...]:

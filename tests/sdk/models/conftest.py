@@ -17,7 +17,7 @@ from gguf.vocab import bytes_to_unicode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from polar_sdk.models.aliases import Alias
+from polar_sdk.models.aliases import Alias, Part
 from polar_sdk.models.load import clear_cache
 
 if TYPE_CHECKING:
@@ -83,37 +83,65 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Carried:
-    """An alias whose wheel lies in a folder, as on a package index."""
+    """An alias whose wheels are in a folder, as on a package index."""
 
     alias: Alias
-    wheel: Path
+    wheels: tuple[Path, ...]
 
 
 @pytest.fixture(scope="session")
 def carried(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Carried:
-    wheel = tmp_path_factory.mktemp("index") / "polar_tiny-1.0-py3-none-any.whl"
-    _write_wheel(wheel, gguf_file)
+    """One wheel with the whole file."""
+    return _carried(gguf_file, tmp_path_factory.mktemp("index"), 1)
+
+
+@pytest.fixture(scope="session")
+def carried_in_parts(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Carried:
+    """Three wheels with a piece of the file each."""
+    return _carried(gguf_file, tmp_path_factory.mktemp("index"), 3)
+
+
+def _carried(gguf_file: Path, folder: Path, pieces: int) -> Carried:
+    content, wheels, parts = gguf_file.read_bytes(), list[Path](), list[Part]()
+    size = -(-len(content) // pieces)
+    for number in range(pieces):
+        distribution = "polar-tiny" if pieces == 1 else f"polar-tiny-part{number + 1}"
+        piece, package = content[number * size :][:size], distribution.replace("-", "_")
+        wheel, member = folder / f"{package}-1.0-py3-none-any.whl", f"{package}/data/part.bin"
+        _write_wheel(wheel, distribution, {member: piece})
+        sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        parts.append(Part(distribution, "1.0", wheel.stat().st_size, sha256, member, len(piece)))
+        wheels.append(wheel)
     alias = Alias(
         name="tiny",
-        distribution="polar-tiny",
-        version="1.0",
-        wheel=wheel.name,
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        wheel_bytes=wheel.stat().st_size,
-        member="polar_tiny/Tiny.gguf",
-        gguf_sha256=hashlib.sha256(gguf_file.read_bytes()).hexdigest(),
-        space_bytes=1_000_000,
+        gguf="Tiny.gguf",
+        gguf_sha256=hashlib.sha256(content).hexdigest(),
+        parts=tuple(parts),
         licence="Apache-2.0",
+        runs_as_file=False,
     )
-    return Carried(alias, wheel)
+    return Carried(alias, tuple(wheels))
 
 
 @pytest.fixture
 def index(carried: Carried, monkeypatch: pytest.MonkeyPatch) -> Path:
     """pip configured to find the wheel of `carried`, and nothing else."""
+    return _configure_pip(carried, monkeypatch)
+
+
+@pytest.fixture
+def index_of_parts(carried_in_parts: Carried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip configured to find copies of the wheels of `carried_in_parts`, which the test may spoil."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    copies = tuple(Path(shutil.copy(wheel, folder)) for wheel in carried_in_parts.wheels)
+    return _configure_pip(Carried(carried_in_parts.alias, copies), monkeypatch)
+
+
+def _configure_pip(carried: Carried, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(carried.wheel.parent))
-    return carried.wheel.parent
+    monkeypatch.setenv("PIP_FIND_LINKS", str(carried.wheels[0].parent))
+    return carried.wheels[0].parent
 
 
 @dataclass(frozen=True)
@@ -186,10 +214,11 @@ def _gguf_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"token_embd.weight": (len(TOKENS), HIDDEN), "output_norm.weight": (HIDDEN,)}
 
 
-def _write_wheel(path: Path, gguf_file: Path) -> None:
-    info = "polar_tiny-1.0.dist-info"
+def _write_wheel(path: Path, distribution: str, files: dict[str, bytes]) -> None:
+    info = f"{distribution.replace('-', '_')}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.write(gguf_file, "polar_tiny/Tiny.gguf")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: polar-tiny\nVersion: 1.0\n")
+        for name, content in files.items():
+            wheel.writestr(name, content)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")

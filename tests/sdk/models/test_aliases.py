@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from polar_sdk.errors import ModelNotFoundError
-from polar_sdk.models.aliases import ALIASES, Folder, Gguf, Hub, resolve
+from polar_sdk.models.aliases import ALIASES, Alias, Folder, Gguf, Hub, resolve
 
 DEFAULT = ALIASES[0]
 
@@ -22,6 +22,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", [None, "default", "smollm2-135m-instruct", "SmolLM2-135M-Instruct"])
 def test_default_alias(name: str | None) -> None:
     assert resolve(name) is DEFAULT
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=lambda alias: alias.name)
+def test_alias_is_one_file_in_wheels(alias: Alias) -> None:
+    assert resolve(alias.name.upper()) is alias
+    assert len({part.wheel_sha256 for part in alias.parts}) == len({part.requirement for part in alias.parts})
+    assert all(len(part.wheel_sha256) == 64 and 0 < part.wheel_bytes < 1.01 * part.bytes for part in alias.parts)
+    assert alias.bytes + 2 * max(part.wheel_bytes for part in alias.parts) < 3 * alias.bytes
 
 
 def test_environment_names_the_default(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

