@@ -30,11 +30,14 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard polar_sdk/engine/native/*.h p
 
 install: $(STAMP) ## Make .venv and install everything into it
 
-model: $(STAMP) ## Fetch and check the default model, once
-	@$(BIN)/polar models fetch
+# make demo MODEL=qwen2.5-coder-0.5b-instruct runs another one; `polar models` lists them.
+MODEL ?=
 
-demo: model ## Run chains for two tenants on three tiers, and make the bill
-	$(BIN)/polar demo
+model: $(STAMP) ## Fetch and check the default model, or MODEL, once
+	@$(BIN)/polar models fetch $(MODEL)
+
+demo: model ## Run chains for two tenants on three tiers, and make the bill; MODEL names another model
+	$(if $(MODEL),POLAR_MODEL='$(MODEL)') $(BIN)/polar demo
 
 test: model ## Run every test, the real model included
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL)

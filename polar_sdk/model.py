@@ -19,6 +19,7 @@ from polar_sdk.request.maker import RequestMaker
 from polar_sdk.request.options import check_speculate, ending_on, split_loading
 from polar_sdk.request.scores import hidden_states, loglikelihoods
 from polar_sdk.router.base import fixed_router
+from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_policy, find_router
 from polar_sdk.serving.threads import iterate_in_thread, run_in_thread
@@ -26,7 +27,7 @@ from polar_sdk.sinks import AUTO_LEDGER, find_sink
 from polar_sdk.usage import NullSink
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Generator, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -151,6 +152,14 @@ class PolarModel:
     def tags(self) -> Mapping[str, str]:
         """Tags of every request, to which a request may add."""
         return self._maker.tags
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers that a request may name: those certified for the router, or else the policy's; always `exact`."""
+        named: Iterable[str] = self.policy.tiers
+        if isinstance(self.router, LearnedRouter):
+            named = () if self.router.certificate is None else self.router.certificate.tiers
+        return tuple(dict.fromkeys([*named, "exact"]))
 
     @property
     def depth(self) -> int:

@@ -1,9 +1,10 @@
 """`polar demo`: a metered LangChain chain on the real model, from prompts to the bill.
 
 Two tenants send nine prompts as chains do (minutes, a letter or retrieved passages with a question, and short ones) on
-three tiers; one answer is streamed, one is interrupted. Then the ledger and the report are shown by the commands that a
-user would type. The demo has a ledger of its own, created anew each time. It knows no billing: prices come back with
-the answers, tables come from the commands of `polar`.
+three tiers; one answer is streamed, one is interrupted. A model without a router for these tiers answers at full
+depth. Then the ledger and the report are shown by the commands that a user would type. The demo has a ledger of its
+own, created anew each time. It knows no billing: prices come back with the answers, tables come from the commands of
+`polar`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from langchain_polar import ChatPolar
     from langchain_polar.callbacks import PolarCall
+    from polar_sdk import PolarModel
 
 
 OutOption = Annotated[Path | None, typer.Option(help="Folder for ledger and report; default: the user's data folder.")]
@@ -36,7 +38,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothin
 LEDGER: Final = "polar-demo.sqlite3"
 REPORT: Final = "polar-demo.html"
 """Created anew each time, so they have names that no ledger or report of the user has."""
-MAX_TOKENS: Final = 32
+MAX_TOKENS: Final = 64
 _BREAK_AFTER: Final = 8
 """Pieces of text after which the demo leaves a stream. Unit: chunks."""
 
@@ -166,20 +168,23 @@ def register(app: typer.Typer) -> None:
     def demo(out: OutOption = None, as_json: JsonOption = False) -> None:
         """Run a metered LangChain chain on the real model: two tenants, three tiers, the bill at the end."""
         folder = (out or user_data_path("polar", appauthor=False) / "demo").expanduser().absolute()
-        chat = _model(folder / LEDGER)
         _make_fresh(folder)
         if as_json:
-            typer.echo(json.dumps(_as_json(app, chat, folder), indent=2, ensure_ascii=False))
+            typer.echo(json.dumps(_as_json(app, _model(folder / LEDGER), folder), indent=2, ensure_ascii=False))
         else:
-            _on_screen(app, chat, folder)
+            _on_screen(app, folder)
 
 
-def _on_screen(app: typer.Typer, chat: ChatPolar, folder: Path) -> None:
+def _on_screen(app: typer.Typer, folder: Path) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     console.print("[bold]A LangChain chain: prompt | ChatPolar | StrOutputParser[/bold]")
     console.print("[dim]Loading the model; the first time it is fetched.[/dim]\n")
+    chat = _model(folder / LEDGER)
+    if absent := {question.tier for question in QUESTIONS} - {*_engine(chat).tiers}:
+        tiers = ", ".join(sorted(absent))
+        console.print(f"{_engine(chat).name} has no certified router for {tiers}: asked at full depth instead.\n")
     for answered in _answers(chat):
         _show(console, answered)
     console.print("[bold]Streamed[/bold]  ", STREAMED.text)
@@ -222,7 +227,7 @@ def _answers(chat: ChatPolar) -> Iterator[Answered]:
     from langchain_polar import get_polar_cost_callback
 
     prompt = ChatPromptTemplate.from_messages([("human", "{question}")])
-    for question in QUESTIONS:
+    for question in (_offered(question, chat) for question in QUESTIONS):
         chain = prompt | chat.bind(compute=question.tier) | StrOutputParser()
         with get_polar_cost_callback() as costs:
             answer = chain.invoke({"question": question.prompt}, config={"metadata": {"tenant": question.tenant}})
@@ -231,8 +236,18 @@ def _answers(chat: ChatPolar) -> Iterator[Answered]:
 
 def _stream(chat: ChatPolar, question: Question) -> Generator[str]:
     config: Any = {"metadata": {"tenant": question.tenant}}
-    for chunk in chat.stream(question.text, config=config, compute=question.tier):
+    for chunk in chat.stream(question.text, config=config, compute=_offered(question, chat).tier):
         yield str(chunk.content)
+
+
+def _offered(question: Question, chat: ChatPolar) -> Question:
+    """The question, at full depth where the model has no router for its tier."""
+    return question if question.tier in _engine(chat).tiers else replace(question, tier="exact")
+
+
+def _engine(chat: ChatPolar) -> PolarModel:
+    assert chat.engine is not None, "`_model` loads it"
+    return chat.engine
 
 
 def _interrupted(chat: ChatPolar) -> list[str]:
@@ -245,11 +260,13 @@ def _interrupted(chat: ChatPolar) -> list[str]:
 def _model(ledger: Path) -> ChatPolar:
     try:
         from langchain_polar import ChatPolar
+        from polar_sdk import PolarModel
     except ModuleNotFoundError as error:
         package = (error.name or "langchain_core").partition(".")[0]
         hint = "In a clone: `pip install '.[all]'`."
         raise PolarError(f"the demo needs the package {package!r}.", hint=hint) from error
-    return ChatPolar(max_tokens=MAX_TOKENS, ledger=f"sqlite:///{ledger}")
+    engine = PolarModel.from_pretrained(ledger=f"sqlite:///{ledger}")
+    return ChatPolar(engine=engine, max_tokens=MAX_TOKENS)
 
 
 def _show(console: Console, answered: Answered) -> None:

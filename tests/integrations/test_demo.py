@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from langchain_polar import ChatPolar, demo
+from polar_sdk import PolarModel, Policy
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -59,7 +60,23 @@ def test_it_has_a_fresh_ledger_of_its_own_and_shows_its_figures(app: typer.Typer
     assert {one["tenant"] for one in shown["answers"]} == {"acme", "globex"}
     assert {one["tier"] for one in shown["answers"]} == {"economy", "standard", "premium"}
     (left,) = [one for one in shown["requests"] if one["outcome"] == "cancelled"]
-    assert left["tokens"]["output"] < 32  # the longest answer of the demo
+    assert left["tokens"]["output"] < demo.MAX_TOKENS  # the longest answer of the demo
+
+
+def test_a_model_without_a_router_answers_at_full_depth(
+    app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(ledger: Path) -> ChatPolar:
+        engine = PolarModel(tiny_model(context_window=8192).loaded, policy=Policy(), ledger=f"sqlite:///{ledger}")
+        return ChatPolar(engine=engine, max_tokens=4)
+
+    monkeypatch.setattr(demo, "_model", model)
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "no certified router for economy, premium, standard" in " ".join(done.output.split())
+    shown = json.loads(CliRunner().invoke(app, ["demo", "--json", "--out", str(tmp_path / "out")]).stdout)
+    assert {one["tier"] for one in shown["answers"]} == {"exact"}
+    assert {one["saved"] for one in shown["answers"]} == {0.0}
 
 
 @pytest.mark.model

@@ -15,7 +15,7 @@ from polar_sdk.usage import Offer
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from polar_sdk import PolarModel
 
@@ -37,16 +37,8 @@ class Catalog:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """The tiers that a request may name: those certified for the router, or else the policy's; always `exact`.
-
-        Those that other servers compute are among them.
-        """
-        router = self.engine.router
-        if isinstance(router, LearnedRouter):
-            named: Iterable[str] = () if router.certificate is None else router.certificate.tiers
-        else:
-            named = self.engine.policy.tiers
-        return tuple(dict.fromkeys([*named, *self.elsewhere, "exact"]))
+        """The tiers that a request may name: the engine's, and those that other servers compute."""
+        return tuple(dict.fromkeys([*self.engine.tiers, *self.elsewhere]))
 
     def ids(self) -> list[str]:
         """Every id that a request may name."""
