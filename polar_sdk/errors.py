@@ -46,6 +46,7 @@ PolarError
 │   └── FolderExistsError (FileExistsError)  something is stored there already
 ├── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
 │   └── SinkNotFoundError
+├── SandboxError (OSError)                code of a model cannot be run safely on this machine
 └── MissingExtraError (ImportError)       an optional dependency is not installed
 
 A message names the value, the limit and the fix on one line; `hint` repeats the fix alone, for programs that show it
@@ -337,6 +338,10 @@ class SinkError(PolarError, OSError):
 
 class SinkNotFoundError(SinkError):
     """No meter is installed for the requested ledger."""
+
+
+class SandboxError(PolarError, OSError):
+    """Code that a model wrote cannot be run safely on this machine."""
 
 
 class MissingExtraError(PolarError, ImportError):

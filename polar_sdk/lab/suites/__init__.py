@@ -1,0 +1,1 @@
+"""Suites: known sets of problems with right answers, and what every tier makes of them."""
