@@ -204,9 +204,9 @@ class PolarModel:
         """Input tokens that a prompt would be billed for, chat template included."""
         return len(self._encoder.encode(prompt))
 
-    def prompt_tokens(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt as a request runs them, chat template included."""
-        return self._encoder.encode(prompt)
+    def prompt_tokens(self, prompt: Prompt, template: Template = "auto") -> list[int]:
+        """Token ids of a prompt as a request runs them, chat template included; see `RequestOptions`."""
+        return self._encoder.encode(prompt, template)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -386,14 +386,16 @@ class PolarModel:
         max_tokens: int,
         program: Program | None = None,
         router: Router | None = None,
+        stop: Sequence[str] = (),
     ) -> list[tuple[int, ...]]:
         """Token ids of greedy answers, for calibration: as `router` chooses, or by `program` or identity. Unmetered.
 
-        Any number of prompts: they are queued some at a time.
+        Any number of prompts: they are queued some at a time. Texts in `stop` end an answer, and are part of its ids.
         """
         depth = self._loaded.decoder.depth
         maker = replace(self._maker, router=router or fixed_router(program or Program.identity(depth), depth))
-        requests = [maker.make(prompt, {"max_tokens": max_tokens}) for prompt in prompts]
+        options: RequestOptions = {"max_tokens": max_tokens, "stop": stop}
+        requests = [maker.make(prompt, options) for prompt in prompts]
         parts = (requests[start : start + _QUEUED] for start in range(0, len(requests), _QUEUED))
         return [done.token_ids for part in parts for done in answer(self._loaded, part, NullSink())]
 

@@ -7,7 +7,6 @@ matplotlib) and is laid out by `page.html.jinja`. Knows how to draw, not how any
 from __future__ import annotations
 
 import io
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import MissingExtraError
@@ -84,7 +83,7 @@ def class_rows(classes: Sequence[ClassResult]) -> list[tuple[str, ...]]:
             f"{result.flops_saved:z.1%}",
             f"{result.non_identity_rate:.0%}",
             f"{result.agreement:.1%}",
-            _drop(result.accuracy_drop),
+            drop_text(result.accuracy_drop),
             _over(result.shuffled),
             _over(result.static),
             _OUTCOMES[result.outcome],
@@ -120,7 +119,7 @@ def _free(free: FreeFigures | None) -> tuple[str, str, str, str]:
     """KL, tokens before the first difference, chrF and repeats, and the drop in F1."""
     if free is None:
         return "", "", "", ""
-    drop = "–" if free.gold_f1_drop is None else _drop(free.gold_f1_drop)
+    drop = "–" if free.gold_f1_drop is None else drop_text(free.gold_f1_drop)
     return (
         f"{free.kl_per_token:.4f}",
         f"{free.first_divergence:.1f}",
@@ -137,7 +136,8 @@ def _over(rival: Comparison) -> str:
     return f"{agreement}, right {rival.accuracy_gain * 100:+.1f} (p {rival.accuracy_p:.2g})"
 
 
-def _drop(drop: Interval | None) -> str:
+def drop_text(drop: Interval | None) -> str:
+    """A drop in points, with its interval."""
     return "–" if drop is None else f"{drop.value * 100:+.2f} [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]"
 
 
@@ -146,10 +146,10 @@ def _row(system: SystemResult) -> tuple[str, ...]:
     p = system.mcnemar_vs_identity_p
     return (
         name,
-        "–" if system.accuracy is None else _interval(system.accuracy),
-        _drop(system.accuracy_drop),
+        "–" if system.accuracy is None else interval_text(system.accuracy),
+        drop_text(system.accuracy_drop),
         "–" if p is None else f"{p:.2g}",
-        _interval(system.agreement),
+        interval_text(system.agreement),
         f"{system.non_identity_rate:.0%}",
         str(len(system.programs)),
         f"{system.flops_saved.total:.1%}",
@@ -159,7 +159,8 @@ def _row(system: SystemResult) -> tuple[str, ...]:
     )
 
 
-def _interval(value: Interval) -> str:
+def interval_text(value: Interval) -> str:
+    """A share with its interval."""
     return f"{value.value:.1%} [{value.low * 100:.0f}, {value.high * 100:.0f}]"
 
 
@@ -186,22 +187,28 @@ def require_report() -> None:
 def to_html(evaluation: Evaluation) -> str:
     """The page."""
     require_report()
-    import jinja2
     from markupsafe import Markup
 
-    text = (resources.files("polar_sdk") / "lab" / "evaluation" / "page.html.jinja").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
-    sets = [(result, Markup(_chart(result)), rows(result)) for result in evaluation.sets]
-    classes = class_rows(evaluation.classes)
-    return template.render(
+    return render_page(
+        "evaluation/page.html.jinja",
         e=evaluation,
-        sets=sets,
+        sets=[(result, Markup(_chart(result)), rows(result)) for result in evaluation.sets],
         columns=COLUMNS,
-        classes=classes,
+        classes=class_rows(evaluation.classes),
         class_columns=CLASS_COLUMNS,
         texts=text_rows(evaluation.texts),
         text_columns=TEXT_COLUMNS,
     )
+
+
+def render_page(template: str, **values: object) -> str:
+    """A page of the laboratory by the name of its template, a path within `polar_sdk/lab`."""
+    import jinja2
+
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("polar_sdk.lab", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return pages.get_template(template).render(values)
 
 
 def _chart(result: SetResult) -> str:

@@ -143,6 +143,12 @@ def _remembered(training: dict[str, Any], *names: str) -> set[str]:
     return {text[start : start + _ID_DIGITS] for text in texts for start in range(0, len(text), _ID_DIGITS)}
 
 
+def used(items: Sequence[Item], training: dict[str, Any]) -> list[bool]:
+    """For each item, whether a router was trained or calibrated on it, by its training record."""
+    remembered = _remembered(training, "seen", "calibrated")
+    return [item_id(item)[:_ID_DIGITS] in remembered for item in items]
+
+
 def unseen(items: Sequence[Item], training: dict[str, Any], *, calibrating: bool) -> list[Item]:
     """The items that a router may be calibrated or evaluated on, without duplicates.
 
