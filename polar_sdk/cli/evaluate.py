@@ -1,10 +1,10 @@
-"""`polar evaluate`: a router beside identity and honest controls, as a table, as JSON and as an HTML page."""
+"""`polar evaluate`: a router beside identity and controls, or tiers on a suite; as a table, JSON and an HTML page."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
@@ -14,20 +14,26 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Console
 
     from polar_sdk.lab.evaluation.results import Evaluation
+    from polar_sdk.model import PolarModel
+    from polar_sdk.request.options import Template
     from polar_sdk.router.base import Router
 
 
-_WIDTH = 150
+_WIDTH = 170
 """Width that a table of figures needs; a narrower terminal wraps its lines, so that nothing is lost."""
 
 
 @opt.with_lab_model
 def evaluate(
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Known problems with right answers: mmlu, arc, gsm8k or humaneval; --data is its file."),
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -43,6 +49,18 @@ def evaluate(
     theta: Annotated[
         list[float] | None, typer.Option(help="Setting of the dial (θ), without a promise; repeatable.")
     ] = None,
+    program: Annotated[
+        list[str] | None,
+        typer.Option("--program", "-p", help="With --suite: program by hand for all problems; repeatable."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="With --suite: solved problems before each one.")] = 0,
+    shots_from: Annotated[Path | None, typer.Option(help="With --suite: file of solved problems.")] = None,
+    template: Annotated[
+        str, typer.Option(help="With --suite: auto, chat or raw: whether to ask through the model's chat template.")
+    ] = "auto",
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="With --suite: run code that the model writes, confined.")
+    ] = False,
     timed: Annotated[int, typer.Option(min=0, help="Prompts to time at batch 1.")] = 8,
     free: Annotated[
         int, typer.Option(min=0, help="Prompts that every tier also answers freely, to compare the texts.")
@@ -53,7 +71,7 @@ def evaluate(
     *,
     load: opt.Load,
 ) -> None:
-    """Measure a router on prompts that it has not seen."""
+    """Measure a router on prompts that it has not seen, or with --suite every tier on known problems."""
     from polar_sdk.lab.evaluation.rendering import require_report, to_html
 
     if html is not None:  # before minutes are spent on measuring
@@ -62,6 +80,14 @@ def evaluate(
             raise InvalidRequestError(
                 f"--html {str(html)!r} cannot be written: its folder does not exist; create it first."
             )
+    if suite is not None:
+        asked = _Asked(suite, data or [], limit, shots, shots_from, cast("Template", template), run_code)
+        _evaluate_suite(asked, lambda: load(router=router), compute or [], theta or [], program or [], html, as_json)
+        return
+    if program or shots or shots_from or run_code:
+        raise InvalidRequestError(
+            "--program, --shots, --shots-from and --run-code are for a suite; name it with --suite."
+        )
     sets = {path.stem: lab.read_items(path, limit) for path in data} if data else opt.items_of(None, limit)
     engine = load(router=router)
     points = _points(engine.router, compute or [], theta or [])
@@ -73,6 +99,69 @@ def evaluate(
         typer.echo(json.dumps(evaluation.plain(), indent=2))
     else:
         _show(evaluation)
+
+
+class _Asked(NamedTuple):
+    """What `--suite` and the options beside it say."""
+
+    suite: str
+    data: list[Path]
+    limit: int | None
+    shots: int
+    shots_from: Path | None
+    template: Template
+    run_code: bool
+
+    def check(self) -> None:
+        """Check what can be checked without a model, before one is loaded."""
+        from polar_sdk.lab.suites.evaluate import find_suite
+        from polar_sdk.lab.suites.suite import check_shots
+
+        suite = find_suite(self.suite, run_code=self.run_code)
+        if len(self.data) != 1:
+            raise InvalidRequestError(f"a suite takes one file (got {len(self.data)}); name it with --data.")
+        check_shots(suite, self.shots, self.shots_from)
+        suite.read(self.data[0], self.limit)
+
+
+def _evaluate_suite(
+    asked: _Asked,
+    load: Callable[[], PolarModel],
+    compute: list[str],
+    thetas: list[float],
+    programs: list[str],
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    from polar_sdk.lab.suites import rendering
+
+    asked.check()
+    model = load()
+    with ProgressBars(quiet=as_json) as show:
+        found = lab.evaluate_suite(
+            model,
+            asked.suite,
+            asked.data[0],
+            compute=[value for text in compute if (value := opt.compute_of(text)) is not None],
+            thetas=thetas,
+            programs=programs,
+            shots=asked.shots,
+            shots_from=asked.shots_from,
+            template=asked.template,
+            limit=asked.limit,
+            run_code=asked.run_code,
+            on_progress=show,
+        )
+    if html is not None:
+        html.write_text(rendering.to_html(found), encoding="utf-8")
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    console = _console()
+    title = f"{found.suite}: {found.model} ({found.dtype} on {found.device})"
+    _show_table(console, title, rendering.COLUMNS, rendering.rows(found))
+    for sentence in rendering.notes(found):
+        console.print(f"• {sentence}", soft_wrap=True)
 
 
 def _points(router: Router | None, compute: list[str], thetas: list[float]) -> dict[str, float] | None:
@@ -89,12 +178,9 @@ def _points(router: Router | None, compute: list[str], thetas: list[float]) -> d
 
 
 def _show(evaluation: Evaluation) -> None:
-    from rich.console import Console
-
     from polar_sdk.lab.evaluation import rendering
 
-    console = Console()
-    console.width = max(console.width, _WIDTH)
+    console = _console()
     where = f"{evaluation.dtype} on {evaluation.device}"
     console.print(f"{evaluation.model} ({where}): {evaluation.router}, compared at {evaluation.point}")
     for result in evaluation.sets:
@@ -112,6 +198,14 @@ def _show(evaluation: Evaluation) -> None:
         console.print("The certificate does not hold for what was run here.")
     for sentence in evaluation.verdict:
         console.print(f"• {sentence}", soft_wrap=True)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    return console
 
 
 def _show_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -17,8 +17,8 @@ PUBLIC = {
     """,
     "polar_sdk.lab": """
         AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions Item LayerwiseSettings MenuSettings
-        PromptItem RewardMatrix ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal
-        train_draft_head read_items scan search train
+        PromptItem RewardMatrix ScanReport SearchOptions SearchResult SuiteEvaluation builtin_items calibrate evaluate
+        evaluate_suite heal train_draft_head read_items scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_sdk.errors import SandboxError
-from polar_sdk.lab.suites import sandbox
 from polar_sdk.lab.suites.sandbox import Ended, Limits, require_sandbox, run_code
 
 if TYPE_CHECKING:
@@ -161,12 +160,13 @@ def test_other_files_cannot_be_read_where_the_kernel_has_landlock(tmp_path: Path
 def _has_landlock() -> bool:
     import ctypes
 
-    return ctypes.CDLL(None, use_errno=True).syscall(444, None, ctypes.c_size_t(0), 1) > 0
+    version: int = ctypes.CDLL(None, use_errno=True).syscall(444, None, ctypes.c_size_t(0), 1)
+    return version > 0
 
 
 def test_a_machine_that_cannot_hold_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     require_sandbox.cache_clear()
-    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    monkeypatch.setattr("sys.platform", "darwin")
     try:
         with pytest.raises(SandboxError, match="darwin"):
             run("pass")

@@ -1,0 +1,130 @@
+"""What a suite is: problems in the original data set's own fields, how each is asked, and when an answer is right.
+
+A suite knows neither models nor programs. `asking.py` turns what it asks into tokens, `answers.py` has them answered.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from polar_sdk.errors import DataError, InvalidRequestError
+from polar_sdk.reading import Unreadable, first_flaw, parse_object, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from polar_sdk.lab.items import Item
+
+_MAX_FILE = 512 * 2**20
+"""Unit: bytes."""
+
+
+class Problem(BaseModel, frozen=True):
+    """One line of a data file; other fields of the line are ignored."""
+
+    @property
+    @abstractmethod
+    def item(self) -> Item:
+        """What it asks, by which a router knows whether it was trained on it."""
+
+    @property
+    def group(self) -> str | None:
+        """A part of the suite that is also reported alone, such as a subject."""
+        return None
+
+
+P = TypeVar("P", bound=Problem)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How one problem is put to a model.
+
+    Attributes:
+        text: A user's message, or for a model without a chat template the whole prompt.
+        start: Start of the answer that is put into the model's mouth.
+        choices: What may follow, of which the likeliest is the answer; empty = the model writes.
+        stops: Texts that end what it writes.
+        max_tokens: Of what it writes.
+    """
+
+    text: str
+    start: str = ""
+    choices: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
+    max_tokens: int = 1
+
+
+class Suite(ABC, Generic[P]):
+    """A set of problems of one form."""
+
+    name: ClassVar[str]
+    form: type[P]
+    """The fields of a line."""
+    takes_shots: ClassVar[bool] = True
+    """Whether solved problems may stand before the one that is asked."""
+    runs_code: ClassVar[bool] = False
+    """Whether to judge an answer means to run it."""
+
+    @abstractmethod
+    def ask(self, problem: P, shots: Sequence[P], *, chat: bool) -> Asked:
+        """Put a problem to a model that has a chat template, or to one that has none."""
+
+    @abstractmethod
+    def judge(self, problem: P, answer: int | str) -> str:
+        """Nothing where the answer is right, else what is wrong: an index of the choices, or a text."""
+
+    def shots(self, problem: P, solved: Sequence[P], count: int) -> list[P]:
+        """The solved problems that stand before this one: the first that are not itself."""
+        return [other for other in solved if other != problem][:count]
+
+    def read(self, path: Path, limit: int | None = None) -> list[P]:
+        """The problems of a JSONL file.
+
+        Args:
+            path: The file.
+            limit: Read only the first N; None = all.
+
+        Raises:
+            DataError: The file cannot be read, holds no problem, or a line lacks a field.
+        """
+        try:
+            lines = read_text(path, _MAX_FILE).split("\n")
+        except (OSError, Unreadable) as error:
+            raise DataError(f"data file {str(path)!r} cannot be read ({error}).") from error
+        rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
+        if not rows:
+            raise DataError(f"data file {str(path)!r} holds no problem; {self._form_named}")
+        return [self._problem(line, f"{path}:{number}") for number, line in rows]
+
+    def _problem(self, line: str, where: str) -> P:
+        try:
+            return self.form.model_validate(parse_object(line))
+        except Unreadable as error:
+            raise DataError(f"{where}: {error}; {self._form_named}") from error
+        except ValidationError as error:
+            raise DataError(f"{where}: {first_flaw(error)}; {self._form_named}") from error
+
+    @property
+    def _form_named(self) -> str:
+        fields = ", ".join(self.form.model_fields)
+        return f"a line of suite {self.name} is a JSON object with {fields}."
+
+
+def check_shots(suite: Suite[Any], count: int, file: Path | None) -> None:
+    """Check that the solved problems that are asked for can be had.
+
+    Raises:
+        InvalidRequestError: The suite takes none, or no file holds them.
+    """
+    if count and not suite.takes_shots:
+        raise InvalidRequestError(f"suite {suite.name} is asked without examples (got {count} shots); use 0.")
+    if count and file is None:
+        raise InvalidRequestError(
+            f"{count} shots need solved problems; name a file of them, in the same form, with --shots-from."
+        )
