@@ -1,6 +1,6 @@
 """Prompts as chains send them, by kind, for fills and for the router; and a fact at every depth of a long prompt.
 
-Used by `train_router.py`. Kinds come from the package's own prompts, from `synthetic_prompts`, and, where
+Used by `train_router.py`. Kinds come from the package's own prompts, from `lab.fit.synthetic`, and, where
 POLAR_DATA names a folder, from its passages, abstracts, trivia and sums. A hash deals each prompt to one of two parts:
 fills are fitted on one, and the router is trained, calibrated and judged on the other, which no map has seen. It takes
 tasks about passages that neither part has as well.
@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from benchmarks.synthetic_prompts import long_items, notes
 from polar_sdk.lab.evaluation.text_answers import f1
+from polar_sdk.lab.fit.synthetic import long_items, notes
 from polar_sdk.lab.items import (
     AnswerItem,
     ChoiceItem,

@@ -49,10 +49,10 @@ def calibrate(
     from polar_sdk.lab.evaluation.judge import Judge
     from polar_sdk.router.store import saved_router_path
 
-    tiers = dict(map(_tier, tier)) if tier else None
+    tiers = dict(promised("--tier", text) for text in tier) if tier else None
     items = [item for path in data for item in lab.read_items(path)] if data else None
     engine = load()
-    folder = router or saved_router_path(engine.fingerprint)
+    folder = router or saved_router_path(engine.fingerprint, engine.dtype)
     with ProgressBars(quiet=as_json) as show:
         certified = lab.calibrate(engine, items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
         broken = []
@@ -64,7 +64,7 @@ def calibrate(
     _report(certified, out or folder, broken, as_json=as_json)
 
 
-def _tier(text: str) -> tuple[str, TierPromise]:
+def promised(option: str, text: str) -> tuple[str, TierPromise]:
     """A promise such as `economy=0.1`, `standard=0.05:drops` or `premium=0.02:differs:strict=0.2`."""
     from polar_sdk.programs.policy import TIERS
     from polar_sdk.router.certificate import LOSSES, TierPromise
@@ -77,7 +77,7 @@ def _tier(text: str) -> tuple[str, TierPromise]:
     shares = [_share(number), *map(_share, strict)]
     if name not in TIERS[:-1] or None in shares or loss is None or len(losses) > 1 or len(strict) > 1:
         raise InvalidRequestError(
-            f"--tier {text!r} is not a promise; write e.g. economy=0.1, standard=0.05:drops or "
+            f"{option} {text!r} is not a promise; write e.g. economy=0.1, standard=0.05:drops or "
             f"premium=0.02:differs:strict=0.2. Tiers: {', '.join(TIERS[:-1])}."
         )
     alpha, *others = (share for share in shares if share is not None)

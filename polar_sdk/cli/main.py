@@ -22,6 +22,7 @@ from polar_sdk.cli import models
 from polar_sdk.cli.calibrate import calibrate
 from polar_sdk.cli.drafts import drafts
 from polar_sdk.cli.evaluate import evaluate
+from polar_sdk.cli.fit import fit
 from polar_sdk.cli.heal import heal
 from polar_sdk.cli.run import chat, run
 from polar_sdk.cli.scan import scan
@@ -88,6 +89,7 @@ _EXAMPLES: Final[dict[Callable[..., None], str]] = {
     run: "polar run 'What is the capital of France?' --compute economy --stream",
     chat: "polar chat --compute economy --system 'Answer in one sentence.'",
     evaluate: "polar evaluate --data questions.jsonl --compute economy --html evaluation.html",
+    fit: "polar fit qwen2.5-coder-0.5b-instruct --data prompts.jsonl --hours 1",
     models.export: "polar export --program '0-20 25-29' --out ./smaller",
     scan: "polar lab scan --data prompts.jsonl --limit 64 --save",
     heal: 'polar lab heal --segments "12-15,17-20" --out bridges --distil 200',

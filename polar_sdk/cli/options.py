@@ -128,7 +128,8 @@ def with_lab_model(command: Callable[..., None]) -> Callable[..., None]:
     """Add to a command the options of the model that it works on.
 
     Args:
-        command: Takes what loads the model as `load`; typer does not see that parameter.
+        command: Takes what loads the model as `load`; typer does not see that parameter. It may name the model itself,
+            as an argument.
     """
     own, model = _parameters(command, without="load"), _parameters(_lab_model)
 
@@ -136,7 +137,7 @@ def with_lab_model(command: Callable[..., None]) -> Callable[..., None]:
         load = partial(load_model, no_ledger=True, **{name: values[name] for name in model})
         command(**{name: values[name] for name in own}, load=load)
 
-    return _described(run, command, {**own, **model})
+    return _described(run, command, {**own, **{name: option for name, option in model.items() if name not in own}})
 
 
 def _parameters(function: Callable[..., Any], *, without: str = "") -> dict[str, inspect.Parameter]:

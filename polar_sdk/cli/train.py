@@ -61,7 +61,7 @@ def train(
     matrix = lab.RewardMatrix.load(rewards)  # before seconds are spent on loading the model
     items = None if data is None else lab.read_items(data)
     engine = load()
-    target = out or saved_router_path(engine.fingerprint)
+    target = out or saved_router_path(engine.fingerprint, engine.dtype)
     with ProgressBars(quiet=as_json) as show:
         router = lab.train(
             engine,

@@ -4,6 +4,8 @@ from .drafting import train_draft_head as train_draft_head
 from .evaluation.judge import calibrate as calibrate
 from .evaluation.judge import evaluate as evaluate
 from .evaluation.results import Evaluation as Evaluation
+from .fit.fit import FitResult as FitResult
+from .fit.fit import fit as fit
 from .healing.heal import heal as heal
 from .healing.method import BridgeOptions as BridgeOptions
 from .healing.method import FillOptions as FillOptions

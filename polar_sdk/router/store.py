@@ -56,9 +56,9 @@ def saved_policy_path(fingerprint: str) -> Path:
     return cache_folder() / "policies" / f"{fingerprint}.json"
 
 
-def saved_router_path(fingerprint: str) -> Path:
-    """Folder of the user's router for a model, which `polar lab train` writes."""
-    return cache_folder() / "routers" / fingerprint
+def saved_router_path(fingerprint: str, dtype: str) -> Path:
+    """Folder of the user's router for a model in a precision, which `polar fit` and `polar lab train` write."""
+    return cache_folder() / "routers" / f"{fingerprint}-{dtype}"
 
 
 def find_policy(policy: Policy | str | Path | None, fingerprint: str) -> Policy:
@@ -123,7 +123,7 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
 
 def _certified_routers(host: _Host) -> Iterator[Router]:
     """Routers for the model whose promises hold here; a damaged one is passed over, because nobody named it."""
-    for folder in router_folders(host.fingerprint):
+    for folder in router_folders(host.fingerprint, host.decoder.dtype_name):
         try:
             router = load_router(folder)
             if isinstance(router, LearnedRouter) and router.fits(host.fingerprint, host.decoder.dtype_name):
@@ -199,11 +199,12 @@ def map_folders(router: Path) -> list[Path]:
     return [folder for name in MAP_FOLDERS.values() if (folder := router / name).is_dir()]
 
 
-def router_folders(fingerprint: str) -> Iterator[Path]:
-    """Folders of routers: the user's own router for the model, then every shipped one."""
-    saved = saved_router_path(fingerprint)
-    if (saved / "router.json").is_file():
-        yield saved
+def router_folders(fingerprint: str, dtype: str = "*") -> Iterator[Path]:
+    """Folders of routers: the user's own for the model, in that precision or in any, then every shipped one."""
+    pattern = saved_router_path(fingerprint, dtype)
+    for saved in sorted(pattern.parent.glob(pattern.name)):
+        if (saved / "router.json").is_file():
+            yield saved
     shipped = resources.files("polar_sdk") / "shipped" / "routers"
     if shipped.is_dir():
         for folder in shipped.iterdir():

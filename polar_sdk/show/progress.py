@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Protocol
 
 from polar_sdk.show.lines import print_line
 
@@ -59,14 +60,20 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
             bar.update(task, completed=total)
 
 
+_EVERY: Final = 30.0
+"""Time between lines about one stage, where no bar can be drawn. Unit: seconds."""
+
+
 class ProgressBars:
-    """One bar per stage; a `Progress`."""
+    """One bar per stage, or a line now and then where standard error is not a terminal; a `Progress`."""
 
     def __init__(self, *, quiet: bool) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-        self._bar = _bar("", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), quiet=quiet)
+        self._in_lines = not quiet and not sys.stderr.isatty()
+        self._bar = _bar("", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), quiet=quiet or self._in_lines)
         self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
 
     def __enter__(self) -> ProgressBars:
         self._bar.start()
@@ -77,6 +84,9 @@ class ProgressBars:
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Show how far a stage is."""
+        if self._in_lines and monotonic() >= self._said.get(stage, -_EVERY) + _EVERY:
+            self._said[stage] = monotonic()
+            say(f"{stage}: {done:,} of {total:,}")
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
         self._bar.update(self._tasks[stage], completed=done, total=total)

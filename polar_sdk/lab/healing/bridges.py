@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.maps import Map
+    from polar_sdk.lab.checkpoint import Checkpoint
     from polar_sdk.lab.healing.method import BridgeOptions
     from polar_sdk.lab.healing.packs import Pack
     from polar_sdk.lab.rewards.tasks import Task
@@ -63,6 +64,7 @@ class BridgeMethod(Method):
         tasks: Sequence[Task],
         groups: Sequence[Group],
         known: Mapping[Segment, Map],
+        checkpoint: Checkpoint,
         on_progress: Progress,
     ) -> dict[Segment, Map]:
         """See `Method.fit`."""

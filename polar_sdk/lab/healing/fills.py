@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.maps import Map
+    from polar_sdk.lab.checkpoint import Checkpoint
     from polar_sdk.lab.healing.method import FillOptions
     from polar_sdk.lab.healing.packs import Pack
     from polar_sdk.lab.rewards.tasks import Task
@@ -44,6 +46,10 @@ _SHARES: Final = (0.1, 0.2, 0.27, 0.35, 0.43, 0.5)
 """Shares of the layers that are filled by default: 3, 6, 8, 10, 13 and 15 of 30."""
 _SUMS: Final = 2 * 2**30
 """Memory for sums of one pass over the packs. Unit: bytes."""
+SUMS: Final = "sums"
+"""Name of their checkpoint."""
+_KEEP_EVERY: Final = 60.0
+"""Time between two of them. Unit: seconds."""
 _DRAWN_ON: Final = 4
 """Packs whose states say how hidden units are drawn."""
 _MAX_HELD_OUT: Final = 100
@@ -119,6 +125,7 @@ class FillMethod(Method):
         tasks: Sequence[Task],
         groups: Sequence[Group],
         known: Mapping[Segment, Map],
+        checkpoint: Checkpoint,
         on_progress: Progress,
     ) -> dict[Segment, Map]:
         """See `Method.fit`."""
@@ -128,7 +135,12 @@ class FillMethod(Method):
         packs = make_packs(decoder, tasks, FIT_TOKENS)
         on_progress("fitting fills", 0, len(packs))
         fitted = fit_fills(
-            decoder, packs, missing, self.options, lambda done, total: on_progress("fitting fills", done, total)
+            decoder,
+            packs,
+            missing,
+            self.options,
+            lambda done, total: on_progress("fitting fills", done, total),
+            checkpoint,
         )
         return {**known, **fitted}
 
@@ -185,6 +197,7 @@ def fit_fills(
     segments: Sequence[Segment],
     options: FillOptions,
     on_pack: Callable[[int, int], None],
+    checkpoint: Checkpoint | None = None,
 ) -> dict[Segment, Fill]:
     """Fit fills of several segments, in float32: in one pass over the packs, or more where their sums are large.
 
@@ -194,6 +207,7 @@ def fit_fills(
         segments: First and last layer of each.
         options: Ridge, rank, hidden units and seed.
         on_pack: Called with the number of packs done, and of all.
+        checkpoint: Where the sums are kept every few minutes; None keeps none.
     """
     family, units = decoder.family, options.units
     inputs, width = family.hidden + units, 2 * family.kv_heads * family.head_dim
@@ -206,13 +220,43 @@ def fit_fills(
     passes = list(_passes(outputs, inputs))
     for number, some in enumerate(passes):
         sums = {segment: RidgeSums(inputs, outputs[segment], decoder.device) for segment in some}
+        kept = _KeptSums(checkpoint, number, sums)
         with torch.inference_mode():
-            for done, pack in enumerate(packs, 1):
+            for done, pack in enumerate(packs[kept.done :], kept.done + 1):
                 _add(decoder, pack, sums, hidden)
+                kept.keep(done)
                 on_pack(number * len(packs) + done, len(passes) * len(packs))
         for segment, total in sums.items():
             fitted[segment] = _solved(decoder, segment, total, options, hidden.get(segment[0], ()))
     return fitted
+
+
+class _KeptSums:
+    """The sums of one pass over the packs in a checkpoint, from which an interrupted pass goes on."""
+
+    def __init__(self, checkpoint: Checkpoint | None, number: int, sums: Mapping[Segment, RidgeSums]) -> None:
+        self._checkpoint, self._number, self._sums = checkpoint, number, sums
+        self._saved = monotonic()
+        self.done = 0
+        """Packs that are in the sums."""
+        found = None if checkpoint is None else checkpoint.load(SUMS)
+        if found is not None and found[1]["number"] == number:
+            for (first, last), each in sums.items():
+                start = f"{first}-{last}."
+                each.restore({name.removeprefix(start): of for name, of in found[0].items() if name.startswith(start)})
+            self.done = int(found[1]["done"])
+
+    def keep(self, done: int) -> None:
+        """Write the sums of that many packs, unless they were written a moment ago."""
+        if self._checkpoint is None or monotonic() < self._saved + _KEEP_EVERY:
+            return
+        tensors = {
+            f"{first}-{last}.{name}": each
+            for (first, last), sums in self._sums.items()
+            for name, each in sums.tensors().items()
+        }
+        self._checkpoint.save(SUMS, tensors, {"number": self._number, "done": done})
+        self._saved = monotonic()
 
 
 def _passes(outputs: Mapping[Segment, Sequence[int]], inputs: int) -> Iterator[list[Segment]]:

@@ -17,10 +17,19 @@ from polar_sdk.errors import MapError
 from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.healing.bridges import BridgeMethod
 from polar_sdk.lab.healing.distillation import CHECKPOINT, MapTrainer
-from polar_sdk.lab.healing.fills import FillMethod
+from polar_sdk.lab.healing.fills import SUMS, FillMethod
 from polar_sdk.lab.healing.method import TRAIN_TOKENS, BridgeOptions, FillOptions, segments_of
-from polar_sdk.lab.healing.packs import make_packs, trainable_copy
-from polar_sdk.lab.items import ChoiceItem, builtin_items, data_hash, distinct_items, item_id, split_of
+from polar_sdk.lab.healing.packs import make_packs, own_copy
+from polar_sdk.lab.items import (
+    DEFAULT_SHARES,
+    ChoiceItem,
+    Shares,
+    builtin_items,
+    data_hash,
+    distinct_items,
+    item_id,
+    split_of,
+)
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.router.map_set import MapFacts, MapKind, MapRecord, MapSet, stored
@@ -52,6 +61,7 @@ def heal(
     kind: MapKind = "bridge",
     out: str | Path | None = None,
     cache: RewardCache | None = None,
+    shares: Shares = DEFAULT_SHARES,
     on_progress: Progress = silent,
     **options: Any,
 ) -> MapSet:
@@ -67,6 +77,7 @@ def heal(
         kind: Which maps to fit: bridges cross layers, fills write their keys and values for prompt tokens.
         out: Folder to write the maps to; checkpoints are kept there until training is done.
         cache: Where identity's answers to prompts are kept; None = in memory.
+        shares: Of the splits: the maps are fitted on `train` and measured on `dev`.
         on_progress: Called with (stage, steps done, steps in all).
         **options: Fields of `BridgeOptions` or `FillOptions`.
 
@@ -75,7 +86,9 @@ def heal(
         MapError: An option is out of range, a segment does not fit the model, or no prompt is left to fit on.
     """
     chosen = BridgeOptions.of(**options) if kind == "bridge" else FillOptions.of(**options)
-    return model.use_maps(Healer(model, chosen, items, segments, out, cache or RewardCache(), on_progress).run())
+    return model.use_maps(
+        Healer(model, chosen, items, segments, out, cache or RewardCache(), shares, on_progress).run()
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,7 @@ class Healer:
     segments: str
     out: str | Path | None
     cache: RewardCache
+    shares: Shares = DEFAULT_SHARES
     on_progress: Progress = silent
 
     def run(self) -> MapSet:
@@ -100,7 +114,7 @@ class Healer:
                 f"load the model with precision='bf16' (the {method.kind}s serve in every precision), or use distil=0."
             )
         items = self._usable(method)
-        decoder = trainable_copy(self.model.loaded.decoder)
+        decoder = own_copy(self.model.loaded.decoder, trainable=bool(options.distil))
         start = self._start()
         lots = method.lots(self._tasks(items, "train"), self._tasks(items, "dev"))
         if not lots.fitted:
@@ -110,20 +124,20 @@ class Healer:
         dtype = decoder.dtype if options.storage == "exact" else torch.float32
         known = {} if start is None else {key: each.to(dtype, decoder.device) for key, each in start.maps.items()}
         known = {key: each for key, each in known.items() if key in segments_of(groups)}
-        fitted = method.fit(decoder, lots.fitted, groups, known, self.on_progress)
-        fitted = {segment: fitted[segment] for segment in segments_of(groups)}
         programs = [method.program(group).text for group in groups]
+        data = data_hash(items)
+        checkpoint = Checkpoint(
+            None if self.out is None else Path(self.out) / _CHECKPOINTS,
+            run_key(self.model.fingerprint, self.model.dtype, programs, data, options, self.shares),
+        )
+        fitted = method.fit(decoder, lots.fitted, groups, known, checkpoint, self.on_progress)
+        fitted = {segment: fitted[segment] for segment in segments_of(groups)}
         training: dict[str, Any] = {
             **options.model_dump(),
             "prompts": max(len(lots.fitted), len(lots.trained)),
             "programs": programs,
             "start": None if start is None else _provenance(start),
         }
-        data = data_hash(items)
-        checkpoint = Checkpoint(
-            None if self.out is None else Path(self.out) / _CHECKPOINTS,
-            run_key(self.model.fingerprint, self.model.dtype, programs, data, options),
-        )
         if options.distil:
             fitted, measured = self._distil(decoder, lots, groups, fitted, dtype, checkpoint)
             training |= measured
@@ -144,7 +158,7 @@ class Healer:
             made = MapSet(facts.model_copy(update={"segments": records}), made.tensors)
         if self.out is not None:
             made.save(self.out)
-            checkpoint.clear([CHECKPOINT])
+            checkpoint.clear([CHECKPOINT, SUMS])
         return made
 
     @property
@@ -161,7 +175,7 @@ class Healer:
         return items
 
     def _tasks(self, items: Sequence[Item], split: str) -> list[Task]:
-        chosen = [item for item in items if split_of(item_id(item)) == split]
+        chosen = [item for item in items if split_of(item_id(item), self.shares) == split]
         tokens = self.options.answer_tokens
         return make_tasks(self.model, chosen, self.cache, answer_tokens=tokens, on_progress=self.on_progress)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.maps import Map
+    from polar_sdk.lab.checkpoint import Checkpoint
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.programs.program import Program
     from polar_sdk.router.map_set import MapKind, MapSet
@@ -233,6 +234,7 @@ class Method(ABC):
         tasks: Sequence[Task],
         groups: Sequence[Group],
         known: Mapping[Segment, Map],
+        checkpoint: Checkpoint,
         on_progress: Progress,
     ) -> dict[Segment, Map]:
         """The maps of all groups in closed form; those that are known stay as they are."""

@@ -88,10 +88,10 @@ def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack
     return packed
 
 
-def trainable_copy(decoder: Decoder) -> Decoder:
+def own_copy(decoder: Decoder, *, trainable: bool = False) -> Decoder:
     """A copy of a decoder that shares the weights and has maps of its own, so that unfinished ones serve no request.
 
-    The plain kernels run it, whose arithmetic has derivatives.
+    A trainable one is run by the plain kernels, whose arithmetic has derivatives.
 
     Raises:
         DeviceError: Its layers are on several devices: states before and after a map are compared on one.
@@ -99,5 +99,6 @@ def trainable_copy(decoder: Decoder) -> Decoder:
     if len(decoder.placement.devices) > 1:
         raise DeviceError(f"maps are fitted on one device, not on {decoder.placement}; load the model on one device.")
     own = copy.copy(decoder)
-    own.kernels = TorchKernels(decoder.family)
+    if trainable:
+        own.kernels = TorchKernels(decoder.family)
     return own

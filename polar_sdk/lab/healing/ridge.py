@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -53,6 +53,20 @@ class RidgeSums:
         outputs = outputs.float()
         self._outputs[place] += outputs.sum(0)
         self._cross[place] += inputs.float().T @ outputs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name, as they are stored."""
+        outputs = {f"outputs.{place}": each for place, each in enumerate(self._outputs)}
+        cross = {f"cross.{place}": each for place, each in enumerate(self._cross)}
+        count = torch.tensor([self._count])
+        return {"count": count, "inputs": self._inputs, "gram": self._gram, **outputs, **cross}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the sums to stored ones."""
+        for name, each in self.tensors().items():
+            if name != "count":
+                each.copy_(tensors[name])
+        self._count = int(tensors["count"])
 
     def solve(self, strength: float, rank: int | None = None, sets: slice = slice(None)) -> Affine:
         """One map to sets of outputs, side by side.

@@ -126,6 +126,13 @@ class RewardMatrix:
         rest = {field.name: getattr(self, field.name) for field in fields(self)}
         return RewardMatrix(**{**rest, **per_row, **tensors})
 
+    def only(self, columns: Sequence[int]) -> RewardMatrix:
+        """The same matrix with these programs only; identity must be the first."""
+        rest = {field.name: getattr(self, field.name) for field in fields(self)}
+        per_program = ("agree", "share", "margin", "right", "flops")
+        tensors = {name: getattr(self, name)[:, list(columns)] for name in per_program}
+        return RewardMatrix(**{**rest, **tensors, "programs": tuple(self.programs[column] for column in columns)})
+
     def of(self, *splits: Split, kinds: Collection[PromptKind] = ("choice", "prompt", "answer")) -> RewardMatrix:
         """The rows of these splits (and kinds).
 

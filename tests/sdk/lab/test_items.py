@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.synthetic_prompts import long_items, messages, notes, passages
 from polar_sdk.errors import DataError
+from polar_sdk.lab.fit.synthetic import long_items, messages, notes, passages
 from polar_sdk.lab.items import (
     NEAR,
     SPLITS,

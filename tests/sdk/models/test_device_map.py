@@ -23,7 +23,7 @@ from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import score_questions, states_after
 from polar_sdk.errors import CacheMemoryError, DeviceError
-from polar_sdk.lab.healing.packs import trainable_copy
+from polar_sdk.lab.healing.packs import own_copy
 from polar_sdk.models.load import clear_cache
 from polar_sdk.models.placement import place, read_map
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
@@ -247,7 +247,7 @@ class TestServing:
 
     def test_what_needs_one_device_says_so(self, folder: Path) -> None:
         with pytest.raises(DeviceError, match=r"maps are fitted on one device, not on cpu\+cpu:0"):
-            trainable_copy(_split(folder).loaded.decoder)
+            own_copy(_split(folder).loaded.decoder)
 
 
 def test_a_model_that_its_owner_has_split() -> None:

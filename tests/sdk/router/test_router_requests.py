@@ -130,7 +130,7 @@ def test_the_users_certified_router_is_found(
         return PolarModel.from_hf(tiny_llama(), tiny_tokenizer(), ledger=None, **settings)
 
     assert fresh().router is None
-    folder = save_router(router, saved_router_path(certified.facts.fingerprint))
+    folder = save_router(router, saved_router_path(certified.facts.fingerprint, "float32"))
     assert fresh().router is None  # it promises nothing
     save_router(certified, folder)
     served = fresh().router

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.synthetic_prompts import notes
 from polar_sdk import PolarModel
+from polar_sdk.lab.fit.synthetic import notes
 from polar_sdk.router.menu import MenuRouter
 
 pytestmark = pytest.mark.model

@@ -1,0 +1,410 @@
+"""Fit: from a model to a certified router of its own, which whoever loads the model gets from then on.
+
+The steps: measure the pace and plan; fit maps that fill a prompt's upper layers, of several cuts at once; measure the
+programs; keep those that none beats; train the router, and beside it a table that reads nothing but the length; certify
+the better one; evaluate it on prompts that nothing has seen; register it. Every step keeps its work in a folder that
+belongs to the model, the prompts and the settings, so that the same call goes on where it stopped. Knows which steps
+there are; each is done by the lab.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel
+
+from polar_sdk.engine import engine_version
+from polar_sdk.errors import DataError
+from polar_sdk.lab.checkpoint import run_key
+from polar_sdk.lab.evaluation.judge import Judge
+from polar_sdk.lab.evaluation.rendering import require_report, to_html
+from polar_sdk.lab.fit.plan import SHARES, Plan, load_of, make_plan, measure_pace
+from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.healing.heal import heal
+from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, split_of
+from polar_sdk.lab.program_search.matrix import RewardMatrix, measured_matrix
+from polar_sdk.lab.rewards.cache import RewardCache, cache_path
+from polar_sdk.lab.rewards.measure import Measurer
+from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.lab.training.menu_training import MenuSettings
+from polar_sdk.lab.training.outcomes import id_prefixes
+from polar_sdk.lab.training.train import train
+from polar_sdk.models.paths import cache_folder, disk_errors
+from polar_sdk.programs.program import Program
+from polar_sdk.reading import read_document
+from polar_sdk.router.artifact import load_router
+from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.exact_tests import least_paired_prompts, least_prompts
+from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.map_set import MapSet
+from polar_sdk.router.store import map_folders, save_with_maps, saved_router_path
+from polar_sdk.show.progress import Progress, silent
+from polar_sdk.writing import replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from polar_sdk.lab.evaluation.results import Evaluation
+    from polar_sdk.lab.items import Item, Split
+    from polar_sdk.model import PolarModel
+    from polar_sdk.router.certificate import Loss
+
+PROMISES: Final[dict[str, TierPromise]] = {
+    "economy": TierPromise(0.05, strict=0.5),
+    "standard": TierPromise(0.025, strict=0.25),
+    "premium": TierPromise(0.01, strict=0.1),
+}
+"""What tiers promise by default; a tier that the prompts are too few for is left out."""
+_DELTA: Final = 0.1
+_HALVES: Final = Shares(0.6, 0.4, 0.0, 0.0)
+"""Of the prompts that the menu is chosen on: to train the router on, and to choose by."""
+_ROUTING_EARNS: Final = 0.01
+"""Share of the FLOPs that reading a prompt must save beside the table, to be worth its risk."""
+
+
+class FitFacts(BaseModel, frozen=True):
+    """What the folder of a fit says about it."""
+
+    key: str
+    """Hash of the model, the engine, the prompts and the settings."""
+    model: str
+    fingerprint: str
+    dtype: str
+    plan: Plan
+    sentences: tuple[str, ...] = ()
+    """The result in words; empty until it is done."""
+    figures: dict[str, Any] = {}
+    """By tier: FLOPs saved and tokens kept, of all test prompts and by length."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished fit.
+
+    Attributes:
+        folder: Of its files: `fit.json`, `router/`, `evaluation.json`, `fit.html`.
+        facts: What is stored about it.
+        registered: Folder of the registered router; None where nothing could be promised.
+    """
+
+    folder: Path
+    facts: FitFacts
+    registered: Path | None
+
+
+def fit_folder(fingerprint: str, dtype: str) -> Path:
+    """Default folder of the fits of a model in a precision."""
+    return cache_folder() / "fits" / f"{fingerprint[:24]}-{dtype}"
+
+
+def fit(
+    model: PolarModel,
+    data: Sequence[Item] | None = None,
+    *,
+    hours: float = 1.0,
+    promises: Mapping[str, TierPromise] | None = None,
+    out: str | Path | None = None,
+    limit: int | None = None,
+    distil: int | None = None,
+    seed: int = 0,
+    on_plan: Callable[[Plan], None] = lambda _: None,
+    on_progress: Progress = silent,
+) -> FitResult:
+    """Make a certified router for a model, and register it for whoever loads the model from now on.
+
+    What was interrupted goes on where it stopped; what is finished is returned as it is.
+
+    Args:
+        model: The model, in the precision that it is to serve in.
+        data: Prompts like those that it will be asked; None = the package's own, by kind and length.
+        hours: Time that the plan must fit in, on this machine.
+        promises: What each tier is to promise; None = `PROMISES`.
+        out: Folder of the work; None = one in the cache, see `fit_folder`.
+        limit: Maximum prompts, whatever the hours allow.
+        distil: Training steps of the maps after their closed form; None = as many as the hours allow.
+        seed: Of the router's training.
+        on_plan: Called with the plan before the work begins.
+        on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        DataError: Prompts or hours are too few, or the folder holds the fit of another model.
+        CalibrationSizeError: The prompts are too few for any of the promises.
+        MissingExtraError: The extra `report` is not installed, which the page needs.
+    """
+    require_report()
+    folder = fit_folder(model.fingerprint, model.dtype) if out is None else Path(out)
+    with disk_errors(), RewardCache(cache_path(model.fingerprint, model.dtype)) as cache:
+        asked = dict(PROMISES if promises is None else promises)
+        work = _Work(model, prompts_of(data, limit), hours, asked, folder, distil, seed, cache, on_progress)
+        return work.run(on_plan)
+
+
+@dataclass
+class _Work:
+    """One fit in its folder; see `fit`."""
+
+    model: PolarModel
+    items: list[Item]
+    hours: float
+    promises: dict[str, TierPromise]
+    folder: Path
+    distil: int | None
+    seed: int
+    cache: RewardCache
+    on_progress: Progress
+    notes: list[str] = field(default_factory=list)
+    """What is not possible."""
+
+    def run(self, on_plan: Callable[[Plan], None]) -> FitResult:
+        """All steps."""
+        facts = self._begin()
+        on_plan(facts.plan)
+        if facts.sentences:
+            kept = saved_router_path(self.model.fingerprint, self.model.dtype)
+            return FitResult(self.folder, facts, kept if (kept / "router.json").is_file() else None)
+        self.items = self.items[: facts.plan.prompts]
+        self.notes += facts.plan.notes
+        tiers = self._possible()
+        fills = self._heal(facts.plan)
+        router = self._train(fills)
+        certified = self._certified(router, tiers)
+        evaluation = self._evaluate(certified)
+        registered = self._register(certified)
+        facts = facts.model_copy(
+            update={"sentences": tuple(self._sentences(certified, evaluation)), "figures": _figures(evaluation)}
+        )
+        self._write(facts)
+        return FitResult(self.folder, facts, registered)
+
+    def _begin(self) -> FitFacts:
+        """The plan that this fit began with, or else a new one; work of another one in the folder is removed."""
+        model, path = self.model, self.folder / "fit.json"
+        asked = {tier: tuple(promise) for tier, promise in self.promises.items()}
+        key = run_key(
+            model.fingerprint,
+            model.dtype,
+            engine_version(model.dtype),
+            data_hash(self.items),
+            self.hours,
+            asked,
+            self.distil,
+            self.seed,
+        )
+        if path.is_file():
+            found = read_document(path, FitFacts, lambda reason: DataError(f"{str(path)!r} {reason}; remove it."))
+            if found.fingerprint != model.fingerprint:
+                raise DataError(
+                    f"{str(self.folder)!r} holds the fit of another model, {found.model} in {found.dtype}; give "
+                    "another folder, or remove it."
+                )
+            if found.key == key:
+                return found
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise DataError(f"{str(self.folder)!r} is not empty and holds no fit; give another folder.")
+        pace = measure_pace(model, self.items, self.on_progress)
+        plan = make_plan(model, load_of(model, self.items), pace, self.hours, self.distil)
+        for name in ("fills", "menu", "table", "router"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        facts = FitFacts(key=key, model=model.name, fingerprint=model.fingerprint, dtype=model.dtype, plan=plan)
+        self._write(facts)
+        return facts
+
+    def _write(self, facts: FitFacts) -> None:
+        with replacing(self.folder / "fit.json") as draft:
+            draft.write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def _of(self, *splits: Split) -> list[Item]:
+        return [item for item in self.items if split_of(item_id(item), SHARES) in splits]
+
+    def _possible(self) -> dict[str, TierPromise]:
+        """The promises that the calibration prompts are enough for.
+
+        Raises:
+            DataError: They are enough for none.
+        """
+        prompts = self._of("calibration")
+        kinds = {isinstance(item, ChoiceItem) for item in prompts}
+        counts = {kind: sum(isinstance(item, ChoiceItem) == kind for item in prompts) for kind in kinds}
+        possible, needed = {}, {}
+        for tier, promise in self.promises.items():
+            paired = least_paired_prompts if promise.loss == "drops" else least_prompts
+            needed[tier] = max(
+                paired(promise.alpha, _DELTA) if kind else least_prompts(promise.alpha, _DELTA)
+                for kind in kinds or {False}
+            )
+            if counts and min(counts.values()) >= needed[tier]:
+                possible[tier] = promise
+            else:
+                self.notes.append(
+                    f"No {tier}: its promise needs {needed[tier]} calibration prompts of a kind, and there are "
+                    f"{min(counts.values(), default=0)}."
+                )
+        if not possible:
+            fewest = min(needed.values())
+            raise DataError(
+                f"{len(self.items)} prompts are too few for any promise: {fewest} of each kind must be left for "
+                f"calibration, some {fewest / SHARES.calibration:.0f} prompts in all; give more prompts, or more hours."
+            )
+        return possible
+
+    def _heal(self, plan: Plan) -> MapSet:
+        """The fills of all cuts; choices are not fitted on, though fills serve them as well."""
+        out = self.folder / "fills"
+        if (out / "maps.json").is_file():
+            return self.model.use_maps(out)
+        return heal(
+            self.model,
+            [item for item in self._of("train", "dev") if not isinstance(item, ChoiceItem)],
+            ",".join(map(str, plan.cuts)),
+            kind="fill",
+            out=out,
+            cache=self.cache,
+            shares=SHARES,
+            on_progress=self.on_progress,
+            distil=plan.distil,
+            prompts=len(self.items),
+            ridge=1e-4,
+            seed=self.seed,
+        )
+
+    def _train(self, fills: MapSet) -> LearnedRouter:
+        """The better of a router that reads the prompt and a table of programs by length."""
+        matrix = _undominated(self._matrix(fills.programs))
+        labelled = bool(matrix.labelled.any())
+        loss: Loss = "drops" if labelled else "differs"
+        settings = MenuSettings(
+            seeds=(self.seed, self.seed + 1, self.seed + 2),
+            loss=loss,
+            strict=True,
+            hidden=((64,),),
+            penalties=(0.3, 1.0, 3.0),
+            risks=(0.05, 0.15, 0.3),
+            least=0.15,
+        )
+        seen = id_prefixes(item_id(item) for item in self._of("train", "dev"))
+        made: dict[str, LearnedRouter] = {}
+        for kind, name in (("static", "table"), ("menu", "menu")):
+            router = train(
+                self.model,
+                matrix,
+                kind=kind,  # type: ignore[arg-type]
+                settings=settings,
+                out=self.folder / name,
+                maps=self.folder / "fills",
+                on_progress=self.on_progress,
+            )
+            made[name] = router.with_facts(training={**router.facts.training, "seen": seen})
+        earned = made["menu"].facts.training["utility"] - made["table"].facts.training["utility"]
+        if earned >= _ROUTING_EARNS:
+            return made["menu"]
+        self.notes.append(
+            "The table of programs ships: a network that reads the prompts saves "
+            f"{100 * earned:+.1f} % of the FLOPs beside it on held-out prompts, which is not worth its risk."
+        )
+        return made["table"]
+
+    def _matrix(self, programs: Sequence[Program]) -> RewardMatrix:
+        tasks = make_tasks(self.model, self._of("dev"), self.cache, on_progress=self.on_progress)
+        return measured_matrix(
+            Measurer(self.model, self.cache, self.on_progress),
+            tasks,
+            [Program.identity(self.model.depth), *programs],
+            splits=[split_of(task.id, _HALVES, seed=1) for task in tasks],
+            data=data_hash(task.item for task in tasks),
+            write_tokens=None,
+            stage="measuring programs",
+        )
+
+    def _certified(self, router: LearnedRouter, tiers: dict[str, TierPromise]) -> LearnedRouter:
+        out = self.folder / "router"
+        if (out / "router.json").is_file():
+            found = load_router(out)
+            if isinstance(found, LearnedRouter) and found.version == router.version and found.certificate is not None:
+                return found.bind(self.model.decoder, self.model.fingerprint)
+        judge = Judge(self.model, router, self.cache, on_progress=self.on_progress)
+        certified = judge.calibrate(self._of("calibration"), tiers=tiers, delta=_DELTA)
+        save_with_maps(certified, out, [MapSet.load(self.folder / "fills")])
+        return certified
+
+    def _evaluate(self, router: LearnedRouter) -> Evaluation:
+        judge = Judge(self.model, router, self.cache, on_progress=self.on_progress)
+        evaluation = judge.evaluate({"test": self._of("test")})
+        with replacing(self.folder / "evaluation.json") as draft:
+            draft.write_text(json.dumps(evaluation.plain(), indent=2) + "\n", encoding="utf-8")
+        with replacing(self.folder / "fit.html") as draft:
+            draft.write_text(to_html(evaluation), encoding="utf-8")
+        return evaluation
+
+    def _register(self, router: LearnedRouter) -> Path | None:
+        """Make the router the model's own; None where every tier runs full depth."""
+        assert router.certificate is not None
+        if all(promise.theta == 0 for promise in router.certificate.tiers.values()):
+            return None
+        target = saved_router_path(self.model.fingerprint, self.model.dtype)
+        shutil.rmtree(target, ignore_errors=True)
+        save_with_maps(router, target, map(MapSet.load, map_folders(self.folder / "router")))
+        return target
+
+    def _sentences(self, router: LearnedRouter, evaluation: Evaluation) -> list[str]:
+        """What each tier saves and promises, on what, and what was not possible."""
+        assert router.certificate is not None
+        tiers, exact = router.certificate.tiers, evaluation.texts.get("exact")
+        said = []
+        for tier, promise in tiers.items():
+            if promise.theta == 0:
+                said.append(f"{tier} runs full depth: nothing could be promised")
+                continue
+            saved = next(
+                system for system in evaluation.sets[0].systems if system.name == f"router ({tier})"
+            ).flops_saved.total
+            kept = evaluation.texts.get(tier)
+            tokens = "" if kept is None else f" and keeps {kept.tokens_kept:.1%} of the tokens"
+            long = None if kept is None else kept.by_length.get("over_500")
+            more = "" if long is None else f" ({long.flops_saved:.1%} and {long.tokens_kept:.1%} over 500 tokens)"
+            said.append(f"{tier} saves {saved:.1%} of the FLOPs{tokens}{more}; {promise.text}")
+        floor = "" if exact is None else f"; full depth against itself keeps {exact.noise_floor:.1%}"
+        splits = ", ".join(f"{len(self._of(split))} {use}" for split, use in _USES.items())
+        kinds = len({item.task for item in self.items})
+        return [
+            ". ".join(said) + ".",
+            f"On {len(self.items)} prompts of {kinds} kinds ({splits}), "
+            f"{self.model.name} in {self.model.dtype}{floor}.",
+            " ".join(self.notes) or "Nothing that was asked for was impossible.",
+        ]
+
+
+_USES: Final[dict[Split, str]] = {
+    "train": "to fit maps on",
+    "dev": "to choose programs by",
+    "calibration": "for the promises",
+    "test": "for these figures",
+}
+
+
+def _undominated(matrix: RewardMatrix) -> RewardMatrix:
+    """The matrix without programs that another one beats: one that saves as much and keeps as many tokens."""
+    kept = matrix.share.double().mean(0).tolist()
+    flops = matrix.flops.double().sum(0).tolist()
+    programs = range(len(matrix.programs))
+    better = [
+        place
+        for place in programs
+        if place == 0
+        or not any(kept[other] >= kept[place] and flops[other] < flops[place] for other in programs if other != place)
+    ]
+    return matrix.only(better)
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    """Per tier, all test prompts answered in text, and those of each length."""
+    return {
+        tier: {
+            name: {"prompts": part.prompts, "flops_saved": part.flops_saved, "tokens_kept": part.tokens_kept}
+            for name, part in {"all": whole, **whole.by_length}.items()
+        }
+        for tier, whole in evaluation.texts.items()
+    }

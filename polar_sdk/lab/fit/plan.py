@@ -1,0 +1,194 @@
+"""The plan of a fit: how many prompts, which cuts and how much training the given hours allow.
+
+It follows from what a minute's measurement says of the model on this machine, from the model's depth and from what the
+prompts are like. Nothing is tuned to a family. Knows no files.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean
+from time import perf_counter
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pydantic import BaseModel
+
+from polar_sdk.engine.pack import Question
+from polar_sdk.engine.scoring import score_questions
+from polar_sdk.errors import DataError
+from polar_sdk.lab.items import ChoiceItem, Shares
+from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
+from polar_sdk.programs.program import TAIL, Program
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_sdk.lab.items import Item
+    from polar_sdk.model import PolarModel
+    from polar_sdk.show.progress import Progress
+
+SHARES: Final = Shares(0.35, 0.25, 0.25, 0.15)
+"""Of the prompts: maps are fitted on the first part, the menu is chosen on the second; then calibration and test."""
+_CUT_SHARES: Final = (0.08, 0.16, 0.21, 0.27, 0.33, 0.4, 0.46, 0.52, 0.58)
+"""Shares of the layers that are filled."""
+_MOST_PROMPTS: Final = 2000
+FEWEST_TOKENS: Final = 5
+"""Tokens per number that a map reads, below which its closed form would fit noise."""
+_MEASURED_PROMPTS: Final = 16
+_MEASURED_ANSWER: Final = 16
+"""Prompts that the pace is measured on, and tokens of their answers."""
+_RESERVE: Final = 0.8
+"""Share of the hours that is planned; the rest is for what the measurement cannot know."""
+_DISTIL_STEPS: Final = 250
+_DISTIL_TOKENS: Final = 2048
+_DISTIL_PASSES: Final = 4.0
+"""Passes of full depth that a training step takes as long as, for the programs that it runs forth and back."""
+_PASS_OF_FIT: Final = 1.15
+"""A pass that collects the sums of all cuts, over one that does not."""
+
+
+class Pace(BaseModel, frozen=True):
+    """How fast a model is on this machine. Unit: tokens per second."""
+
+    read: float
+    """Prompts, in one pass at full depth."""
+    write: float
+    """Answers of several prompts at once."""
+
+
+class Load(NamedTuple):
+    """What the prompts of a fit are like."""
+
+    prompts: int
+    """Distinct prompts that are there."""
+    tokens: float
+    """Mean length of a prompt as the model reads it."""
+
+
+class Plan(BaseModel, frozen=True):
+    """What a fit does."""
+
+    hours: float
+    pace: Pace
+    prompts: int
+    """Prompts that are used, of all splits together."""
+    tokens: int
+    """Their tokens."""
+    cuts: tuple[int, ...]
+    """First layers of what candidate programs fill up to the last layer."""
+    distil: int
+    """Training steps of the maps after their closed form."""
+    minutes: dict[str, float]
+    """Expected time of each step."""
+    notes: tuple[str, ...] = ()
+    """What is not possible here."""
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        parts = ", ".join(f"{name} {value:.0f} min" for name, value in self.minutes.items())
+        layers = ", ".join(map(str, self.cuts))
+        trained = f", then {self.distil} training steps" if self.distil else ""
+        return [
+            f"{self.prompts:,} prompts of {self.tokens / self.prompts:.0f} tokens on average; maps that fill from "
+            f"layer {layers} on, in closed form{trained}.",
+            f"About {sum(self.minutes.values()):.0f} minutes: {parts} (reads {self.pace.read:.0f} and writes "
+            f"{self.pace.write:.0f} tokens/s here).",
+            *self.notes,
+        ]
+
+
+def measure_pace(model: PolarModel, items: Sequence[Item], on_progress: Progress) -> Pace:
+    """Measure how fast a model reads and writes: the prompts are read once, and answered together."""
+    texts = [item.prompt for item in items if not isinstance(item, ChoiceItem)] or [
+        item.question for item in items if isinstance(item, ChoiceItem)
+    ]
+    step = max(1, len(texts) // _MEASURED_PROMPTS)
+    chosen = texts[::step][:_MEASURED_PROMPTS]
+    questions = [Question(tuple(model.prompt_tokens(text)), ((0,),)) for text in chosen]
+    identity = Program.identity(model.depth)
+    score_questions(model.decoder, questions[:1], identity)  # the first pass ever is slower
+    on_progress("measuring the pace", 0, 2)
+    begun = perf_counter()
+    score_questions(model.decoder, questions, identity)
+    reading = perf_counter() - begun
+    on_progress("measuring the pace", 1, 2)
+    read = sum(question.tokens for question in questions) / reading
+    begun = perf_counter()
+    answers = model.greedy_answers(chosen, max_tokens=_MEASURED_ANSWER)
+    writing = max(perf_counter() - begun - reading, 0.05 * reading)
+    on_progress("measuring the pace", 2, 2)
+    return Pace(read=read, write=max(1, sum(map(len, answers))) / writing)
+
+
+def cuts_of(depth: int) -> tuple[int, ...]:
+    """First layers of the candidate fills, from few to many filled layers; at least one layer runs below them."""
+    return tuple(sorted({depth - max(1, round(share * depth)) for share in _CUT_SHARES} - {0}, reverse=True))
+
+
+def make_plan(model: PolarModel, load: Load, pace: Pace, hours: float, distil: int | None = None) -> Plan:
+    """Plan a fit within the hours, with that many training steps or, where that is None, as many as they allow.
+
+    Raises:
+        DataError: The model is too shallow, or prompts or hours are too few to fit a map.
+    """
+    cuts = cuts_of(model.depth)
+    if not cuts:
+        raise DataError(f"a model of {model.depth} layer has nothing to fill; polar fit needs at least 2 layers.")
+    per_prompt = _seconds(model, load.tokens, pace, cuts)
+    seconds = hours * 3600 * _RESERVE
+    most = min(load.prompts, _MOST_PROMPTS)
+    prompts = min(most, int(seconds / sum(per_prompt.values())))
+    needed = FEWEST_TOKENS * model.decoder.family.hidden
+    enough = int(needed / SHARES.train / (load.tokens + ANSWER_TOKENS)) + 1
+    if prompts < enough:
+        told = (
+            f"give more or longer prompts: there are {load.prompts:,}"
+            if prompts == most
+            else f"about {enough * sum(per_prompt.values()) / _RESERVE / 3600:.2g} hours are needed here"
+        )
+        raise DataError(
+            f"maps of {model.decoder.family.hidden:,} inputs need {needed:,} tokens to be fitted on, some {enough:,} "
+            f"prompts of {load.tokens:.0f} tokens in all; {told}."
+        )
+    left = seconds - prompts * sum(per_prompt.values())
+    trains = model.dtype in {"float32", "bfloat16", "float16"}
+    step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
+    if distil is None:
+        allowed = min(_DISTIL_STEPS, int(left / step)) if trains else 0
+        distil = allowed if allowed >= _DISTIL_STEPS // 5 else 0
+    minutes = {name: prompts * value / 60 for name, value in per_prompt.items()}
+    if distil:
+        minutes["training"] = distil * step / 60
+    notes = [] if trains else [f"The maps are not trained further: weights in {model.dtype} have no derivatives."]
+    return Plan(
+        hours=hours,
+        pace=pace,
+        prompts=prompts,
+        tokens=round(prompts * load.tokens),
+        cuts=cuts,
+        distil=distil,
+        minutes=minutes,
+        notes=tuple(notes),
+    )
+
+
+def _seconds(model: PolarModel, length: float, pace: Pace, cuts: Sequence[int]) -> dict[str, float]:
+    """Seconds of each step per prompt: programs share what they begin with; above a cut only a prompt's end runs."""
+    tokens = length + ANSWER_TOKENS
+    above = sum((model.depth - cut) / model.depth * (min(TAIL, length) + ANSWER_TOKENS) / tokens for cut in cuts)
+    return {
+        "answers": length / pace.read + ANSWER_TOKENS / pace.write,
+        "fitting": SHARES.train * tokens / pace.read * _PASS_OF_FIT,
+        "measuring": (1 - SHARES.train) * tokens / pace.read * (1 + 1.3 * above),
+    }
+
+
+def load_of(model: PolarModel, items: Sequence[Item]) -> Load:
+    """What the prompts are like, by a sample of them."""
+    step = max(1, len(items) // 200)
+    sample = [_text(item) for item in items[::step]]
+    return Load(len(items), fmean(len(model.prompt_tokens(text)) for text in sample))
+
+
+def _text(item: Item) -> str:
+    return item.question if isinstance(item, ChoiceItem) else item.prompt

@@ -1,0 +1,59 @@
+"""The prompts of a fit: the caller's own, or the package's by kind and length, dealt evenly over both.
+
+Where the caller gives none, tasks of chains are made from the grammar of `synthetic`, and from the prompts that come
+with the package. Knows no model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from polar_sdk.errors import DataError
+from polar_sdk.lab.fit.synthetic import long_items
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, builtin_items, distinct_items, item_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from polar_sdk.lab.items import Item
+
+_MADE: Final = 240
+"""Long prompts that are made of each kind."""
+_LENGTHS: Final = (400, 2000)
+"""Characters between which lengths differ: some 100 and 500 tokens."""
+
+
+def prompts_of(data: Sequence[Item] | None, limit: int | None = None) -> list[Item]:
+    """The distinct prompts in the order in which they are taken: kinds and lengths in turn, each by hash.
+
+    So the first N of them are as mixed as all are, and a larger N keeps what a smaller one had. Texts whose right
+    answer is known count as bare prompts: a fit compares with full depth.
+
+    Args:
+        data: The caller's; None = the package's own.
+        limit: Maximum number.
+
+    Raises:
+        DataError: There is none, or all are copies of one.
+    """
+    items = [*builtin_items(), *long_items(_MADE, seed=1)] if data is None else list(data)
+    if not items:
+        raise DataError("the data holds no prompt; give at least one.")
+    lots: dict[tuple[str, int], list[Item]] = {}
+    for item in sorted(distinct_items(items), key=item_id):
+        bare = PromptItem(prompt=item.prompt, task=item.task) if isinstance(item, AnswerItem) else item
+        lots.setdefault((item.task or "", _length(item)), []).append(bare)
+    return list(_in_turn(lots[name] for name in sorted(lots)))[:limit]
+
+
+def _in_turn(lots: Iterable[list[Item]]) -> Iterable[Item]:
+    left = [list(lot) for lot in lots]
+    while left:
+        for lot in left:
+            yield lot.pop(0)
+        left = [lot for lot in left if lot]
+
+
+def _length(item: Item) -> int:
+    size = len(item.question if isinstance(item, ChoiceItem) else item.prompt)
+    return sum(size >= edge for edge in _LENGTHS)

@@ -1,0 +1,209 @@
+"""`lab.fit`: from a model and prompts to a registered router; what is planned, interrupted, refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polar_sdk import PolarModel, lab
+from polar_sdk.errors import DataError
+from polar_sdk.lab.fit.fit import fit_folder
+from polar_sdk.lab.fit.plan import SHARES, Load, Pace, cuts_of, make_plan
+from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.items import PromptItem, item_id, split_of
+from polar_sdk.router.certificate import TierPromise
+from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from polar_sdk.lab.fit.fit import FitResult
+    from polar_sdk.lab.items import Item
+
+PROMPTS = 240
+LOOSE = {"economy": TierPromise(0.9), "standard": TierPromise(0.6)}
+"""Promises that a model of random weights can keep."""
+
+
+def made_items(count: int = PROMPTS) -> list[Item]:
+    """Prompts of two kinds and of several lengths."""
+    dice = random.Random(3)
+    words = "harbour lantern maple quartz comet juniper falcon pebble orchard beacon saffron glacier".split()  # noqa: SIM905
+    return [
+        PromptItem(prompt=" ".join(dice.choices(words, k=dice.randint(4, 24))) + f" {place}", task=f"kind {place % 2}")
+        for place in range(count)
+    ]
+
+
+def tiny_fresh() -> PolarModel:
+    """The tiny model, loaded anew."""
+    return PolarModel.from_hf(tiny_llama(), tiny_tokenizer(), ledger=None)
+
+
+def fitted(model: PolarModel, items: list[Item], **options: Any) -> FitResult:
+    return lab.fit(model, items, **{"hours": 1, "promises": LOOSE, "distil": 0, **options})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which the tiny model was fitted."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> FitResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLAR_CACHE", str(home))
+        return fitted(tiny_fresh(), made_items(), promises={**LOOSE, "premium": TierPromise(0.01)})
+
+
+def test_whoever_loads_the_model_gets_the_fitted_tiers(
+    finished: FitResult, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(home))
+    assert finished.registered is not None
+    served = tiny_fresh()
+    answer = served.generate(made_items()[0].prompt, compute="economy", max_tokens=3)  # type: ignore[union-attr]
+    assert "(" in answer.usage.program  # something is filled
+    assert answer.usage.flops.total < answer.usage.identity_flops
+    economy = finished.facts.figures["economy"]["all"]
+    assert 0 < economy["flops_saved"] < 1
+    assert economy["prompts"] == sum(split_of(item_id(item), SHARES) == "test" for item in made_items())
+    assert any("economy" in sentence for sentence in finished.facts.sentences)
+    assert "<html" in (finished.folder / "fit.html").read_text(encoding="utf-8")
+    assert json.loads((finished.folder / "evaluation.json").read_text(encoding="utf-8"))["certificate_holds"]
+
+
+def test_a_tier_that_needs_more_prompts_is_left_out(finished: FitResult) -> None:
+    assert "premium" not in finished.facts.figures
+    assert "premium" in finished.facts.sentences[2]
+
+
+def test_a_finished_fit_is_returned_as_it_is(finished: FitResult, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(home))
+    stages: list[str] = []
+    promises = {**LOOSE, "premium": TierPromise(0.01)}
+    again = fitted(tiny_fresh(), made_items(), promises=promises, on_progress=lambda stage, *_: stages.append(stage))
+    assert again == finished
+    assert not stages
+
+
+def test_a_folder_of_another_fit_is_not_touched(
+    finished: FitResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    before = (finished.folder / "fit.json").read_bytes()
+    with pytest.raises(DataError):
+        fitted(tiny_model(seed=7), made_items(), out=finished.folder)
+    assert (finished.folder / "fit.json").read_bytes() == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("keep me", encoding="utf-8")
+    with pytest.raises(DataError):
+        fitted(tiny_fresh(), made_items(), out=foreign)
+
+
+@pytest.mark.long
+def test_a_fit_that_is_killed_ends_where_an_undisturbed_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polar_sdk.engine import scoring
+
+    passes = 0
+    score = scoring.score_programs
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return score(*arguments, **options)
+
+    monkeypatch.setattr("polar_sdk.lab.rewards.measure.score_programs", counted)
+
+    def run(cache: str, kills: list[int]) -> tuple[FitResult, int]:
+        nonlocal passes
+        passes, calls = 0, 0
+        monkeypatch.setenv("POLAR_CACHE", str(tmp_path / cache))
+        model = tiny_fresh()
+
+        def disturb(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls in kills:
+                raise KeyboardInterrupt
+
+        while True:
+            try:
+                return fitted(model, made_items(), on_progress=disturb), passes
+            except KeyboardInterrupt:
+                continue
+
+    quiet, all_passes = run("quiet", [])
+    dice = random.Random(1)
+    killed, passes_of_killed = run("killed", sorted(dice.sample(range(2, 300), 10)))
+    assert killed.facts.figures == quiet.facts.figures
+    assert killed.facts.sentences == quiet.facts.sentences
+    assert passes_of_killed <= all_passes + 10  # what a kill interrupts is done again, and nothing else
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])
+def test_other_families_end_in_tiers_or_in_a_plain_word(
+    name: str, tiny_family: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    model = PolarModel.from_hf(tiny_family(name), tiny_tokenizer(), ledger=None)
+    items: list[Item] = [
+        PromptItem(prompt=f"{place} harbour lantern {place * 7} maple " * 2) for place in range(PROMPTS)
+    ]
+    made = fitted(model, items)
+    for tier in LOOSE:
+        assert f"{tier} saves" in made.facts.sentences[0] or "nothing could be promised" in made.facts.sentences[0]
+
+
+def test_too_few_prompts_or_hours_are_refused_before_anything_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    model, items = tiny_fresh(), made_items()
+    with pytest.raises(DataError, match="45"):  # least_prompts(0.05, 0.1)
+        fitted(model, items[:100], promises=None)
+    with pytest.raises(DataError):
+        fitted(model, items[:8])
+    with pytest.raises(DataError):
+        fitted(model, items, hours=1e-6)
+    with pytest.raises(DataError):
+        fitted(model, [])
+    assert not (fit_folder(model.fingerprint, model.dtype) / "fills").exists()
+
+
+@given(st.integers(2, 200))
+def test_cuts_leave_a_layer_that_runs_and_fill_at_least_one(depth: int) -> None:
+    cuts = cuts_of(depth)
+    assert cuts == tuple(sorted(set(cuts), reverse=True))
+    assert all(1 <= cut < depth for cut in cuts)
+
+
+def test_a_slower_machine_or_fewer_hours_get_fewer_prompts() -> None:
+    model, load = tiny_model(), Load(prompts=5000, tokens=2000.0)
+    plans = [
+        make_plan(model, load, Pace(read=read, write=read), hours)
+        for read, hours in ((400, 0.2), (400, 0.4), (800, 0.4))
+    ]
+    sizes = [plan.prompts for plan in plans]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert all(sum(plan.minutes.values()) <= 60 * plan.hours for plan in plans)
+
+
+def test_the_first_prompts_are_as_mixed_as_all() -> None:
+    everything = prompts_of(None)
+    first = prompts_of(None, limit=120)
+    assert first == everything[:120]
+    assert {item.task for item in first} == {item.task for item in everything}
