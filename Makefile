@@ -115,6 +115,7 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 docs: $(STAMP) ## Generate the generated documents and build the site into site/
 	$(BIN)/python -m pip install --quiet --group docs
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_options.py
 	$(BIN)/python docs/generate_proof.py
 	$(BIN)/python docs/generate_images.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -85,6 +85,7 @@ class PolarModel:
         self._maker = RequestMaker(
             encoder=self._encoder,
             grammars=lambda: loaded.grammars,
+            end_tokens=lambda: loaded.end_tokens,
             policy=self.policy,
             cost=loaded.decoder.cost,
             context_window=loaded.decoder.context_window,
@@ -203,6 +204,10 @@ class PolarModel:
     def count_tokens(self, prompt: Prompt) -> int:
         """Input tokens that a prompt would be billed for, chat template included."""
         return len(self._encoder.encode(prompt))
+
+    def more_tokens_than(self, prompt: Prompt, window: int) -> int | None:
+        """A number of tokens that a prompt far longer than a window has at least; None of any other."""
+        return self._encoder.more_than(prompt, window)
 
     def prompt_tokens(self, prompt: Prompt, template: Template = "auto") -> list[int]:
         """Token ids of a prompt as a request runs them, chat template included; see `RequestOptions`."""

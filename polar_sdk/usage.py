@@ -43,6 +43,8 @@ NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 DISPUTED_TAG: Final = "polar.disputed"
 """Tag of records of which somebody else computed, and claimed what cannot be: the kind of the claim."""
+STOPPED_TAG: Final = "polar.stopped_by"
+"""Tag of records of answers that an option ended: `repeats`."""
 AS_STORED: Final = {"as_stored": True}
 """Validation context for records that were accepted before, whatever their names."""
 _CONTROL: Final = {

@@ -19,6 +19,7 @@ from pydantic import Field, SecretStr
 
 from langchain_polar._messages import UNKNOWN
 from langchain_polar.errors import MAY_PASS, langchain_errors
+from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
 from polar_sdk.frameworks.settings import ModelSettings
 from polar_sdk.frameworks.telemetry import CallSpan
@@ -41,7 +42,12 @@ if TYPE_CHECKING:
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
 """Prefixes of metadata that frameworks add themselves: run bookkeeping, of no use on a bill."""
 _FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:", "retry:attempt:")
+_SAMPLING: Final = (
+    *("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "logit_bias", "stop_repeats", "ignore_eos", "logprobs", "n"),
+)
 _SCALAR: Final = (str, int, float, bool)
+MAX_ANSWERS: Final = 128
 MAX_LABEL_LENGTH: Final = 200
 """Longer metadata values are payload, not labels. Unit: characters."""
 
@@ -120,6 +126,38 @@ class Call:
     caller: Caller
     tracing: bool = False
     """Whether OpenTelemetry's current span gets the answers' figures."""
+    n: int = 1
+    """Number of answers to each prompt."""
+
+    def answers(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
+        """`n` answers to each of several prompts, those of one prompt together; all decode together."""
+        with langchain_errors():
+            span, (each_prompt, each) = CallSpan(self.tracing), self._repeated(prompts, callers)
+            return [_noted(span, one) for one in self.engine.generate_batch(each_prompt, each=each, **self.options)]
+
+    async def aanswers(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
+        """As `answers`, without blocking the event loop; a cancelled task stops every row within one pass."""
+        with langchain_errors():
+            span, (each_prompt, each) = CallSpan(self.tracing), self._repeated(prompts, callers)
+            found = await self.engine.agenerate_batch(each_prompt, each=each, **self.options)
+            return [_noted(span, one) for one in found]
+
+    def _repeated(
+        self, prompts: Sequence[Prompt], callers: Sequence[Caller]
+    ) -> tuple[list[Prompt], list[RequestOptions]]:
+        """Each prompt `n` times, and the options of each: the first answer has the caller's request id."""
+        if not 1 <= self.n <= MAX_ANSWERS:
+            raise InvalidRequestError(f"n={self.n} is out of range; use 1 to {MAX_ANSWERS}.")
+        seed, each = self.options.get("seed"), []
+        for caller in callers:
+            for place in range(self.n):
+                options = caller.as_options()
+                if place:
+                    options["request_id"] = None
+                    if seed is not None:
+                        options["seed"] = seed + place
+                each.append(options)
+        return [prompt for prompt in prompts for _ in range(self.n)], each
 
     def answer(self, prompt: Prompt) -> Generation:
         """Answer one prompt."""
@@ -156,19 +194,9 @@ class Call:
                     if chunk.text or chunk.generation is not None:
                         yield chunk
 
-    def answer_batch(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
-        """Answer several prompts, which decode together, each for its own caller."""
-        with langchain_errors():
-            span, each = CallSpan(self.tracing), [caller.as_options() for caller in callers]
-            return [_noted(span, one) for one in self.engine.generate_batch(prompts, each=each, **self.options)]
-
-    async def aanswer_batch(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
-        """As `answer_batch`, without blocking the event loop; a cancelled task stops every row within one pass."""
-        with langchain_errors():
-            span, each = CallSpan(self.tracing), [caller.as_options() for caller in callers]
-            return [_noted(span, one) for one in await self.engine.agenerate_batch(prompts, each=each, **self.options)]
-
     def _options(self) -> dict[str, Any]:
+        if self.n != 1:
+            raise InvalidRequestError(f"n={self.n}: a stream has one answer; leave n= out, or do not stream.")
         return {**self.options, **self.caller.as_options()}
 
 
@@ -191,7 +219,10 @@ class PolarBase(ModelSettings):
     max_retries: int | None = Field(default=None, exclude=True, repr=False)
     """Ignored: no network is involved, so the same request would fail the same way."""
 
-    per_call: ClassVar[frozenset[str]] = ModelSettings.per_call - {"stop"} | {"model"}
+    n: int = 1
+    """Number of answers to one prompt, each with a seed one higher than the last, each metered. Per call."""
+
+    per_call: ClassVar[frozenset[str]] = ModelSettings.per_call - {"stop"} | {"model", "n"}
     """`stop` is a parameter of its own."""
     dropped: ClassVar[frozenset[str]] = frozenset({"api_key", "max_retries", "stream"})
     """LangChain has acted on `stream` already."""
@@ -213,11 +244,7 @@ class PolarBase(ModelSettings):
             "precision": self.precision if self.engine is None else self.engine.dtype,
             "compute": self.compute,
             "program": None if self.program is None else str(self.program),
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in _SAMPLING},
             "default_stop": list(self.stop),
             "constraint": str([self.json_schema, self.regex, self.choice, self.grammar, self.fit_max_tokens]),
         }
@@ -268,7 +295,7 @@ class PolarBase(ModelSettings):
     def _call(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
         """Prepare one call of the engine; loads it if needed."""
         bound = self._with_options(options)
-        return Call(bound._engine(), bound._engine_options(stop), self._caller(caller, options), bound.tracing)
+        return Call(bound._engine(), bound._engine_options(stop), self._caller(caller, options), bound.tracing, bound.n)
 
     async def _acall(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
         """As `_call`; loading weights does not block the event loop."""

@@ -17,10 +17,11 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts, total_cost
+from polar_sdk.frameworks.forms import listed_logprobs
 from polar_sdk.frameworks.tools import result_text, turn_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from polar_sdk import Chunk, Generation
     from polar_sdk.frameworks.forms import AnswerForm
@@ -113,12 +114,13 @@ def usage_metadata(record: UsageRecord) -> UsageMetadata:
     return usage
 
 
-def response_metadata(generation: Generation) -> dict[str, Any]:
+def response_metadata(generation: Generation, decode: Callable[[list[int]], str]) -> dict[str, Any]:
     """Model, finish reason, cost and compute of one answer, JSON-like; and whether it matches its schema, if any."""
     record = generation.usage
     facts = {
         "model_name": record.model,
         "finish_reason": generation.finish_reason,
+        **listed_logprobs(generation, decode),
         **cost_facts(record, generation.receipt),
     }
     if generation.complete is not None:
@@ -149,13 +151,18 @@ def totals(generations: Sequence[Generation]) -> dict[str, Any]:
 
 
 class AnswerReader:
-    """Reads one answer of a given form."""
+    """Reads one answer of a given form.
 
-    def __init__(self, form: AnswerForm) -> None:
-        self._form, self._reader = form, form.reader()
+    Args:
+        form: The form.
+        decode: Text of token ids.
+    """
 
-    def result(self, generation: Generation) -> ChatResult:
-        """A whole answer.
+    def __init__(self, form: AnswerForm, decode: Callable[[list[int]], str]) -> None:
+        self._form, self._reader, self._decode = form, form.reader(), decode
+
+    def result(self, generation: Generation, *others: Generation) -> ChatResult:
+        """A whole answer, and others to the same messages.
 
         Raises:
             IncompleteAnswerError: A call was cut off.
@@ -167,9 +174,10 @@ class AnswerReader:
             content=self._reader.text,
             tool_calls=[tool_call(name=call.name, args=call.values() or {}, id=call.id) for call in self._reader.calls],
             usage_metadata=usage_metadata(generation.usage),
-            response_metadata=response_metadata(generation),
+            response_metadata=response_metadata(generation, self._decode),
         )
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        rest = [AnswerReader(self._form, self._decode).result(other).generations[0] for other in others]
+        return ChatResult(generations=[ChatGeneration(message=message), *rest])
 
     def chunks(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
         """Chunks that one piece of a streamed answer completes; the last one has usage and cost.
@@ -184,7 +192,7 @@ class AnswerReader:
             return
         message = self._message([*pieces, *self._reader.finish()])
         message.usage_metadata = usage_metadata(chunk.generation.usage)
-        message.response_metadata = response_metadata(chunk.generation)
+        message.response_metadata = response_metadata(chunk.generation, self._decode)
         message.chunk_position = "last"
         yield ChatGenerationChunk(message=message)
         self._check(chunk.generation)

@@ -216,14 +216,13 @@ class ChatPolar(PolarBase, BaseChatModel):
         run_manager: BaseRunManager | None,
         options: Mapping[str, Any],
     ) -> list[ChatGeneration]:
-        message = generations[0].message
-        caller = self._caller(Caller.of_run(run_manager), options)
-        settled = self._settle_cached(message.response_metadata, caller)
-        copy = message.model_copy(update={"response_metadata": settled})
-        return [
-            ChatGeneration(message=copy, generation_info=generations[0].generation_info),
-            *generations[1:],
-        ]
+        caller, settled = self._caller(Caller.of_run(run_manager), options), []
+        for generation in generations:
+            metadata = self._settle_cached(generation.message.response_metadata, caller)
+            copy = generation.message.model_copy(update={"response_metadata": metadata})
+            settled.append(ChatGeneration(message=copy, generation_info=generation.generation_info))
+            caller = replace(caller, request_id=None)
+        return settled
 
     # --- What LangChain calls. ---
 
@@ -235,7 +234,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call, roles, reader = self._ready(messages, kwargs, stop, run_manager)
-        return reader.result(call.answer(roles))
+        return reader.result(*(call.answers([roles], [call.caller]) if call.n != 1 else [call.answer(roles)]))
 
     async def _agenerate(
         self,
@@ -245,7 +244,8 @@ class ChatPolar(PolarBase, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call, roles, reader = await asyncio.to_thread(self._ready, messages, kwargs, stop, run_manager)
-        return reader.result(await call.aanswer(roles))
+        found = await call.aanswers([roles], [call.caller]) if call.n != 1 else [await call.aanswer(roles)]
+        return reader.result(*found)
 
     def _stream(
         self,
@@ -285,7 +285,7 @@ class ChatPolar(PolarBase, BaseChatModel):
             call = replace(call, options={**call.options, **form.options()})
         if self.profile is not None and options.get("model") is None:
             self.profile.setdefault("max_input_tokens", call.engine.context_window)
-        return call, roles, AnswerReader(form)
+        return call, roles, AnswerReader(form, call.engine.decode)
 
 
 def _count(engine: PolarModel, roles: Sequence[Mapping[str, str]]) -> int:

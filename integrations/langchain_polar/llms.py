@@ -7,6 +7,7 @@ messages, and for LangChain's own usage callback, use `ChatPolar`.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.language_models.llms import BaseLLM
@@ -97,8 +98,12 @@ class PolarLLM(PolarBase, BaseLLM):
         for index, row in enumerate(rows):
             info = row[0].generation_info or {}
             if (info.get("polar") or {}).get("request_id") not in computed:
-                settled = self._settle_cached(info, self._caller(callers[index], options))
-                rows[index] = [Generation(text=row[0].text, generation_info=settled), *row[1:]]
+                caller, own = self._caller(callers[index], options), list[Generation]()
+                for one in row:
+                    settled = self._settle_cached(one.generation_info or {}, caller)
+                    own.append(Generation(text=one.text, generation_info=settled))
+                    caller = replace(caller, request_id=None)
+                rows[index] = [*own]
         return result
 
     def _callers(
@@ -148,8 +153,8 @@ class PolarLLM(PolarBase, BaseLLM):
     ) -> LLMResult:
         call = self._call(kwargs, stop, Caller.of_run(run_manager))
         if self.streaming and len(prompts) == 1:
-            return _result([_streamed(call.stream(prompts[0]), run_manager)])
-        return _result(call.answer_batch(prompts, self._each(prompts, call, callers, kwargs)))
+            return _result(call, [_streamed(call, prompts[0], run_manager)])
+        return _result(call, call.answers(prompts, self._each(prompts, call, callers, kwargs)))
 
     async def _agenerate(
         self,
@@ -161,8 +166,8 @@ class PolarLLM(PolarBase, BaseLLM):
     ) -> LLMResult:
         call = await self._acall(kwargs, stop, Caller.of_run(run_manager))
         if self.streaming and len(prompts) == 1:
-            return _result([await _astreamed(call.astream(prompts[0]), run_manager)])
-        return _result(await call.aanswer_batch(prompts, self._each(prompts, call, callers, kwargs)))
+            return _result(call, [await _astreamed(call, prompts[0], run_manager)])
+        return _result(call, await call.aanswers(prompts, self._each(prompts, call, callers, kwargs)))
 
     def _each(
         self, prompts: Sequence[str], call: Call, callers: Sequence[Caller] | None, options: Mapping[str, Any]
@@ -179,8 +184,9 @@ class PolarLLM(PolarBase, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        for chunk in self._call(kwargs, stop, Caller.of_run(run_manager)).stream(prompt):
-            piece = _piece(chunk)
+        call = self._call(kwargs, stop, Caller.of_run(run_manager))
+        for chunk in call.stream(prompt):
+            piece = _piece(call, chunk)
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece.text, chunk=piece)
             yield piece
@@ -194,44 +200,48 @@ class PolarLLM(PolarBase, BaseLLM):
     ) -> AsyncIterator[GenerationChunk]:
         call = await self._acall(kwargs, stop, Caller.of_run(run_manager))
         async for chunk in call.astream(prompt):
-            piece = _piece(chunk)
+            piece = _piece(call, chunk)
             if run_manager is not None:
                 await run_manager.on_llm_new_token(piece.text, chunk=piece)
             yield piece
 
 
-def _result(generations: Sequence[polar_sdk.Generation]) -> LLMResult:
-    rows = [[Generation(text=answer.text, generation_info=_info(answer))] for answer in generations]
+def _result(call: Call, generations: Sequence[polar_sdk.Generation]) -> LLMResult:
+    listed = [Generation(text=answer.text, generation_info=_info(call, answer)) for answer in generations]
+    rows = [listed[start : start + call.n] for start in range(0, len(listed), call.n)]
     return LLMResult(generations=rows, llm_output=totals(generations))
 
 
-def _info(generation: polar_sdk.Generation) -> dict[str, Any]:
-    return {**response_metadata(generation), "usage_metadata": usage_metadata(generation.usage)}
+def _info(call: Call, generation: polar_sdk.Generation) -> dict[str, Any]:
+    return {
+        **response_metadata(generation, call.engine.decode),
+        "usage_metadata": usage_metadata(generation.usage),
+    }
 
 
-def _piece(chunk: polar_sdk.Chunk) -> GenerationChunk:
-    info = None if chunk.generation is None else _info(chunk.generation)
+def _piece(call: Call, chunk: polar_sdk.Chunk) -> GenerationChunk:
+    info = None if chunk.generation is None else _info(call, chunk.generation)
     return GenerationChunk(text=chunk.text, generation_info=info)
 
 
-def _streamed(chunks: Iterator[polar_sdk.Chunk], run_manager: CallbackManagerForLLMRun | None) -> polar_sdk.Generation:
+def _streamed(call: Call, prompt: str, run_manager: CallbackManagerForLLMRun | None) -> polar_sdk.Generation:
     """Run a stream to its end for `streaming=True`, reporting tokens to callbacks."""
     last = None
-    for chunk in chunks:
+    for chunk in call.stream(prompt):
         last = chunk.generation
         if run_manager is not None:
-            run_manager.on_llm_new_token(chunk.text, chunk=_piece(chunk))
+            run_manager.on_llm_new_token(chunk.text, chunk=_piece(call, chunk))
     assert last is not None, "the engine's last chunk carries the generation"
     return last
 
 
 async def _astreamed(
-    chunks: AsyncIterator[polar_sdk.Chunk], run_manager: AsyncCallbackManagerForLLMRun | None
+    call: Call, prompt: str, run_manager: AsyncCallbackManagerForLLMRun | None
 ) -> polar_sdk.Generation:
     last = None
-    async for chunk in chunks:
+    async for chunk in call.astream(prompt):
         last = chunk.generation
         if run_manager is not None:
-            await run_manager.on_llm_new_token(chunk.text, chunk=_piece(chunk))
+            await run_manager.on_llm_new_token(chunk.text, chunk=_piece(call, chunk))
     assert last is not None, "the engine's last chunk carries the generation"
     return last

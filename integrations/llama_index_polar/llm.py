@@ -42,7 +42,7 @@ from llama_index_polar._messages import (
     tool_selections,
 )
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm
+from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm, listed_logprobs
 from polar_sdk.frameworks.settings import ModelSettings
 from polar_sdk.frameworks.telemetry import CallSpan
 
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from llama_index.core.tools import BaseTool
 
     from llama_index_polar._messages import AsyncStream, Respond, Stream
+    from polar_sdk import Generation, PolarModel
     from polar_sdk.request.options import Prompt, Template
 
 
@@ -289,24 +290,40 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
 
     def _run(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Any:
         span = CallSpan(self.tracing)
-        generation = self._engine().generate(prompt, template=template, **options)
+        engine = self._engine()
+        generation = engine.generate(prompt, template=template, **options)
         span.note(generation.usage, generation.receipt)
-        return respond(generation.text, None, generation)
+        return _with_logprobs(respond, engine)(generation.text, None, generation)
 
     async def _arun(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Any:
         span = CallSpan(self.tracing)
         engine = await asyncio.to_thread(self._engine)  # may load weights
         generation = await engine.agenerate(prompt, template=template, **options)
         span.note(generation.usage, generation.receipt)
-        return respond(generation.text, None, generation)
+        return _with_logprobs(respond, engine)(generation.text, None, generation)
 
     def _stream(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Stream:
         span = CallSpan(self.tracing)
-        return responses(self._engine().stream(prompt, template=template, **options), respond, span)
+        engine = self._engine()
+        chunks = engine.stream(prompt, template=template, **options)
+        return responses(chunks, _with_logprobs(respond, engine), span)
 
     async def _astream(
         self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond
     ) -> AsyncStream:
         span = CallSpan(self.tracing)
         engine = await asyncio.to_thread(self._engine)
-        return aresponses(engine.astream(prompt, template=template, **options), respond, span)
+        chunks = engine.astream(prompt, template=template, **options)
+        return aresponses(chunks, _with_logprobs(respond, engine), span)
+
+
+def _with_logprobs(respond: Respond, engine: PolarModel) -> Respond:
+    """The same responses, whose `raw` has the log-probabilities that a call asks for."""
+
+    def noted(text: str, delta: str | None, generation: Generation | None) -> Any:
+        response = respond(text, delta, generation)
+        if generation is not None and isinstance(response.raw, dict):
+            response.raw |= listed_logprobs(generation, engine.decode)
+        return response
+
+    return noted

@@ -62,8 +62,13 @@ class Choice:
 
     def admitted(self, bound: UsageBound, offer: Offer) -> None:
         """Wait until the other choices are admitted too: all of them run, or none."""
-        self._together.wait()
+        # Before the others go on: each may say of all what was asked.
         self.request_id, self.bound, self.offer = bound.request_id, bound, offer
+        try:
+            self._together.wait()
+        except threading.BrokenBarrierError:
+            self.request_id = self.bound = self.offer = None
+            raise
 
     def recorded(self, record: UsageRecord, receipt: Receipt | None) -> None:
         """Keep what was stored."""

@@ -18,6 +18,7 @@ from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
 from polar_server.endpoints.account import NUMBERS, USAGE, Quote, receipt, usage
 from polar_server.endpoints.answer import Endpoint
+from polar_server.endpoints.tokens import Detokenize, DetokenizeBody, Tokenize, TokenizeBody
 from polar_server.http.exchange import Exchange, JsonEndpoint, send_bytes, send_json
 from polar_server.http.front import Front, unrouted
 from polar_server.http.pages import page_routes
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from polar_server.openai.calls import CallBody
+    from polar_server.openai.fields import Body
     from polar_server.settings import Settings
 
 
@@ -58,6 +59,8 @@ def build(settings: Settings) -> Starlette:
         Route("/v1/chat/completions", Endpoint(server, ChatBody, partial(ChoiceWriter, ChatShape)), methods=["POST"]),
         Route("/v1/completions", Endpoint(server, TextBody, partial(ChoiceWriter, TextShape)), methods=["POST"]),
         Route("/v1/responses", Endpoint(server, ResponseBody, ResponseWriter), methods=["POST"]),
+        Route("/tokenize", JsonEndpoint(Tokenize(server)), methods=["POST"]),
+        Route("/detokenize", JsonEndpoint(Detokenize(server)), methods=["POST"]),
         Route("/v1/polar/quote", JsonEndpoint(Quote(server)), methods=["GET", "POST"]),
     ]
     reads: dict[str, Callable[[Scope, Receive], Any]] = {
@@ -162,6 +165,12 @@ def _document() -> dict[str, Any]:
         "/v1/responses": _post("Answer items, statelessly.", "response", ResponseBody),
         "/v1/completions": _post("Continue a text.", "text_completion", TextBody),
     }
+    for path, summary, body in (
+        ("/tokenize", "Token ids of a text or of messages.", TokenizeBody),
+        ("/detokenize", "The text of token ids.", DetokenizeBody),
+    ):
+        paths[path] = _post(summary, path.strip("/"), body)
+        paths[path]["post"]["responses"] = _responses("application/json")
     for path, summary in _READS.items():
         paths[path] = {"get": {"summary": summary, "responses": _responses("application/json")}}
     for path, name in (("/v1/models/{model}", "model"), ("/v1/polar/receipts/{id}", "id")):
@@ -187,7 +196,7 @@ def _parameter(name: str, place: str, kind: str, *, required: bool = True) -> di
     return {"name": name, "in": place, "required": required, "schema": {"type": kind}}
 
 
-def _post(summary: str, kind: str, model: type[CallBody]) -> dict[str, Any]:
+def _post(summary: str, kind: str, model: type[Body]) -> dict[str, Any]:
     return {
         "post": {
             "summary": summary,

@@ -34,8 +34,15 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     name: Annotated[
-        str | None, typer.Option(help="Id of the model at /v1/models; default: its name.", rich_help_panel=_SERVER)
+        list[str] | None,
+        typer.Option(help="Id of the model at /v1/models; repeatable; default: its name.", rich_help_panel=_SERVER),
     ] = None,
+    lenient: Annotated[
+        bool,
+        typer.Option(
+            "--lenient", help="Let be what no API knows in a body, rather than refuse it.", rich_help_panel=_SERVER
+        ),
+    ] = False,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that answers have to finish after SIGTERM.", rich_help_panel=_SERVER)
     ] = 30.0,
@@ -97,7 +104,7 @@ def serve(
     no_ledger: opt.NoLedger = False,
 ) -> None:
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
-    asked = {**locals(), "backend": backend or ()}
+    asked = {**locals(), "backend": backend or (), "name": name or ()}
     try:
         from polar_server.deployment.launch import Launch
     except ModuleNotFoundError as error:

@@ -60,9 +60,9 @@ class Server:
         self._traces = Traces(settings.telemetry)
         self.engine = copy(given)
         self.engine.sink = self.sink
-        default_tier = Catalog(self.engine, settings.model_id).default_tier
+        default_tier = Catalog(self.engine, settings.model_ids).default_tier
         self.tiers = Tiers(self.engine, settings.backends, settings.backend_key, default_tier)
-        self.catalog = Catalog(self.engine, settings.model_id, self.tiers.programs())
+        self.catalog = Catalog(self.engine, settings.model_ids, self.tiers.programs())
         self.answers = Answers(self.tiers, self.sink)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
         self.guard = KeyGuard(settings.keys, settings.key_rule)

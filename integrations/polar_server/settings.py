@@ -55,12 +55,12 @@ class Settings:
 
     Attributes:
         engine: The model to serve, with its policy, router and sink.
-        name: Id of the model at `/v1/models`; None = the name it was loaded by.
+        name: Id of the model at `/v1/models`, or several; None = the name it was loaded by.
         max_body: Longest request body that is read. Unit: bytes.
         max_choices: Maximum number of answers of one call: `n` times its prompts.
         timeout: Longest time of one answer; None = any. Unit: seconds.
         usage_always: Send `usage` at the end of every stream, asked for or not.
-        strict: Refuse fields that the API does not know, rather than count them.
+        lenient: Let fields be that the API does not know, and count them, rather than refuse them.
         drain: How long a server that is told to stop lets answers run. Unit: seconds.
         keys: Where API keys are kept; None = there are none, and no key is valid.
         require_keys: The calls that need one; None = all where keys are kept, and else none. A call without a key is
@@ -76,12 +76,12 @@ class Settings:
     """
 
     engine: PolarModel
-    name: str | None = None
+    name: str | Sequence[str] | None = None
     max_body: int = 4 * 2**20
     max_choices: int = 16
     timeout: float | None = None
     usage_always: bool = False
-    strict: bool = False
+    lenient: bool = False
     drain: float = 30.0
     keys: KeyStore | None = None
     require_keys: KeyRule | None = None
@@ -96,8 +96,14 @@ class Settings:
 
     @property
     def model_id(self) -> str:
-        """Id of the model without a tier."""
-        return self.name or self.engine.name
+        """First id of the model, without a tier."""
+        return self.model_ids[0]
+
+    @property
+    def model_ids(self) -> tuple[str, ...]:
+        """Every id of the model, without a tier."""
+        names = (self.name,) if isinstance(self.name, str) else tuple(self.name or ())
+        return tuple(dict.fromkeys(names)) or (self.engine.name,)
 
     @property
     def key_rule(self) -> KeyRule:

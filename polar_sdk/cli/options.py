@@ -42,6 +42,14 @@ MaxTokens = Annotated[int | None, typer.Option(help="Max tokens of the answer.")
 Temperature = Annotated[float, typer.Option(help="0 = greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this total probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from the N likeliest tokens; 0 = all.")]
+MinP = Annotated[float, typer.Option(help="Sample from tokens at least so likely beside the likeliest; 0 = all.")]
+Penalty = Annotated[float, typer.Option(help="Off the logits of tokens that are in the answer, -2 to 2.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same for each time that they are there.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Divides the logits of tokens in prompt or answer.")]
+StopRepeats = Annotated[
+    int | None, typer.Option(help="End an answer that says the same N times in a row; default: it goes on.")
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="The model cannot end its answer.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 SpeculateMode = Annotated[
     str | None,
@@ -162,19 +170,16 @@ def _request(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    presence_penalty: Penalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop_repeats: StopRepeats = None,
+    ignore_eos: IgnoreEos = False,
     seed: Seed = None,
     speculate: SpeculateMode = None,
 ) -> dict[str, Any]:
-    return {
-        "compute": compute_of(compute),
-        "program": program,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-        "speculate": speculate,
-    }
+    return {**locals(), "compute": compute_of(compute)}
 
 
 def _model(

@@ -35,6 +35,8 @@ def run(
         Path | None,
         typer.Option(help="File with a JSON schema that the answer must match; needs the extra structured."),
     ] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole answer matches.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these texts; may be repeated.")] = None,
     request_id: Annotated[str | None, typer.Option(help="Idempotency key of the usage record.")] = None,
     *,
     chosen: opt.Chosen,
@@ -51,6 +53,8 @@ def run(
         "stop": stop,
         "request_id": request_id,
         "schema": text_of_schema,
+        "regex": regex,
+        "choice": choice or None,
     }
     if stream:
         _print_stream(engine, text, request, as_json=as_json)

@@ -39,6 +39,7 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
     ("temperature", Real, "a number"),
     ("top_p", Real, "a number"),
     ("top_k", Integral, "a whole number"),
+    ("min_p", Real, "a number"),
     ("seed", Integral, "a whole number"),
 )
 _UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
@@ -131,12 +132,14 @@ class Sampling:
         temperature: 0 (or less than 0.00001) chooses greedily; otherwise logits are divided by it.
         top_p: Keep the most likely tokens that together reach this probability; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
+        min_p: Keep tokens that are at least so likely beside the likeliest; 0 keeps all.
         seed: Makes sampling repeatable on one device; None draws a new one.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +153,8 @@ class Sampling:
             raise SamplingError(f"top_p={shown(self.top_p)} is out of range; use a number above 0 and at most 1.")
         if not 0 <= self.top_k < 2**63:
             raise SamplingError(f"top_k={shown(self.top_k)} is out of range; use 0 (off) or more.")
+        if not 0 <= self.min_p <= 1:
+            raise SamplingError(f"min_p={shown(self.min_p)} is out of range; use a number from 0 (off) to 1.")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise SamplingError(f"seed={shown(self.seed)} is out of range; use a 64-bit integer.")
 
@@ -202,9 +207,17 @@ class Sampler:
             picked = _likeliest(logits.numpy(), settings, allowed)
         if picked is None and allowed is not None:
             strike_out(logits, allowed)
-        if not settings.top_k:
-            picked = _whole(logits, settings) if settings.top_p == 1 else _nucleus(logits, settings)
-        return Candidates(self._filtered(logits).numpy(), None) if picked is None else picked
+        if not settings.top_k and settings.top_p < 1:
+            picked = _nucleus(logits, settings)
+        elif not settings.top_k and settings.min_p:
+            picked = Candidates(*_picked(logits, float(settings.temperature), float(settings.min_p))[:2])
+        elif not settings.top_k:
+            picked = _whole(logits, settings)
+        if picked is None:
+            return Candidates(self._filtered(logits).numpy(), None)
+        if settings.min_p:
+            picked = picked._replace(weights=picked.weights * (picked.weights >= settings.min_p))
+        return picked
 
     def _filtered(self, logits: Tensor) -> Tensor:
         """The likelihoods (V,) that Hugging Face's warpers leave."""
@@ -323,11 +336,13 @@ def _reaching(top_p: float, tokens: NDArray[np.int_], weights: NDArray[np.float3
 
 def _filters(sampling: Sampling) -> list[LogitsProcessor]:
     """The processors of logits, in this order."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses the int 1
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(int(sampling.top_k)))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(float(sampling.min_p)))
     return warpers

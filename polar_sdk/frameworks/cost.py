@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT
+from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT, STOPPED_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +49,7 @@ def _executed(record: UsageRecord) -> dict[str, Any]:
         "flops": record.flops.total,
         "identity_flops": record.identity_flops,
         **({"drafts": drafts} if tokens.drafted else {}),
+        **({"stopped_by": record.tags[STOPPED_TAG]} if STOPPED_TAG in record.tags else {}),
         "compute_units": record.compute_units,
         "tier": record.tier,
         "tenant": record.tenant,

@@ -6,7 +6,7 @@ takes a schema or a grammar, and the prompt says what to write. Knows no framewo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -92,6 +92,21 @@ class AnswerForm:
 
 
 _FREE: Final[RequestOptions] = {"schema": None, "regex": None, "choice": None, "grammar": None}
+
+
+def listed_logprobs(generation: Generation, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """`logprobs` as OpenAI's chat has them; empty where the request asks for none."""
+    if generation.logprobs is None:
+        return {}
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": decode([token]), "logprob": logprob}
+
+    content = [
+        {**one(scored.token, scored.logprob), "top_logprobs": [one(*pair) for pair in scored.top]}
+        for scored in generation.logprobs
+    ]
+    return {"logprobs": {"content": content}}
 
 
 def _merged(key: str, schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from polar_sdk.errors import did_you_mean
+from polar_sdk.frameworks.options import CLASS_NAMES, INSTEAD
 from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.aliases import DEFAULT_ALIAS, MODEL_VARIABLE
 from polar_sdk.models.load import LoadOptions
@@ -36,8 +37,9 @@ CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
 _CONSTRAINTS: Final = ("json_schema", "regex", "choice", "grammar")
 """Settings of which one at most says what an answer must match."""
 _PER_CALL: Final = (
-    *("compute", "program", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout"),
-    *(*_CONSTRAINTS, "fit_max_tokens", "speculate"),
+    *("compute", "program", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "timeout"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_repeats", "ignore_eos"),
+    *(*_CONSTRAINTS, "fit_max_tokens", "speculate", "logprobs"),
 )
 """Settings that are options of the engine by the same name, but for `json_schema`, there `schema`."""
 _OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink")
@@ -66,6 +68,22 @@ class ModelSettings(BaseModel):
     """Sample from the likeliest tokens up to this total probability. Per call."""
     top_k: int = 0
     """Sample from this number of likeliest tokens; 0 = all. Per call."""
+    min_p: float = 0.0
+    """Sample from tokens that are at least so likely beside the likeliest; 0 = all. Per call."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that is in the answer, -2 to 2. Per call."""
+    frequency_penalty: float = 0.0
+    """Taken off for each time that it is there, -2 to 2. Per call."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens in prompt or answer; 1 = leave them as they are. Per call."""
+    logit_bias: dict[int, float] | None = None
+    """What is added to the logits of tokens, by their ids, -100 to 100. Per call."""
+    stop_repeats: int | None = None
+    """End an answer that says the same so many times in a row; `stopped_by` then says so. Per call."""
+    ignore_eos: bool = False
+    """The model cannot end its answer. Per call."""
+    logprobs: bool | int | None = None
+    """Report the log-probability of each token of the answer, with so many alternatives; True = with none. Per call."""
     max_tokens: int | None = None
     """Max tokens of the answer; None = 256, or what the context window leaves. Per call."""
     stop: list[str] = Field(default_factory=list)
@@ -123,6 +141,7 @@ class ModelSettings(BaseModel):
     @classmethod
     def _refuse_unknown_settings(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            values = _renamed(values, cls.model_fields, cls.__name__)
             _refuse_unknown(values, cls.model_fields, cls.__name__)
         return values
 
@@ -217,7 +236,9 @@ class ModelSettings(BaseModel):
         Raises:
             TypeError: An option does not exist; the message names the nearest that does.
         """
-        _refuse_unknown(options, {*self.per_call, *CALLER_OPTIONS, *self.dropped}, f"a call of {type(self).__name__}")
+        known = {*self.per_call, *CALLER_OPTIONS, *self.dropped}
+        options = _renamed(options, known, f"a call of {type(self).__name__}")
+        _refuse_unknown(options, known, f"a call of {type(self).__name__}")
         update = {name: value for name, value in options.items() if name in self.per_call}
         if update.get("compute") is not None:
             update.setdefault("program", None)  # a program of the object must not override the tier of the call
@@ -231,7 +252,35 @@ class ModelSettings(BaseModel):
         """Engine options that determine the answer."""
         options = {name: getattr(self, name) for name in _PER_CALL}
         options["schema"] = options.pop("json_schema")
+        if isinstance(self.logprobs, bool):
+            options["logprobs"] = 0 if self.logprobs else None
         return options
+
+
+def _renamed(values: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
+    """Settings by our names, where they have those of other model classes.
+
+    Raises:
+        TypeError: One is there under two names, or is not ours; the message says what to use.
+    """
+    read: dict[str, Any] = {name: value for name, value in values.items() if name in known}
+    for name, value in values.items():
+        own = CLASS_NAMES.get(name, name)
+        if name in known:
+            continue
+        if name in INSTEAD:
+            if value is not None:
+                raise TypeError(f"{owner} has no setting {name!r}: {INSTEAD[name]}.")
+        elif own not in known or own == name:
+            read[name] = value
+        elif value is not None:
+            given = read.get(own)
+            if given is not None and given is not True and given != value:
+                raise TypeError(
+                    f"{owner}: {name}={value!r} and {own}={given!r} are the same setting; pass one of them."
+                )
+            read[own] = value
+    return read
 
 
 def _refuse_unknown(names: Iterable[str], known: Collection[str], owner: str) -> None:

@@ -20,7 +20,7 @@ Schema = Mapping[str, Any] | str | type
 """A JSON schema: a mapping, JSON text, or a class whose schema pydantic knows; a class has its own fields only."""
 JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How JSON is written; in a grammar with `%json`, the value of its key `x-guidance`."""
-_OPTIONS: Final = ("schema", "regex", "choice", "grammar")
+CONSTRAINTS: Final = ("schema", "regex", "choice", "grammar")
 _VALUES: Final = frozenset({"const", "enum", "default", "examples"})
 """Keys of a schema whose values are not schemas."""
 _DATE: Final = (
@@ -55,7 +55,7 @@ def grammar_text(options: Mapping[str, object]) -> str | None:
         GrammarError: A schema that is not valid JSON.
         MissingExtraError: llguidance is not installed.
     """
-    given = [name for name in _OPTIONS if options.get(name) is not None]
+    given = [name for name in CONSTRAINTS if options.get(name) is not None]
     if not given:
         return None
     if len(given) > 1:
@@ -70,7 +70,23 @@ def grammar_text(options: Mapping[str, object]) -> str | None:
         return str(matcher.grammar_from_lark(_choices(value)))
     if not isinstance(value, str) or not value or len(value) > _MAX_TEXT:
         raise InvalidRequestError(f"{given[0]}={shown(value)} is not a text of 1 to {_MAX_TEXT:,} characters.")
-    return str(matcher.grammar_from_regex(value) if given[0] == "regex" else matcher.grammar_from_lark(value))
+    return str(matcher.grammar_from_regex(value) if given[0] == "regex" else matcher.grammar_from_lark(_lark(value)))
+
+
+def _lark(grammar: str) -> str:
+    """A grammar as Lark, be it that or GBNF.
+
+    Raises:
+        GrammarError: It is neither.
+    """
+    if "::=" not in grammar:
+        return grammar
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(grammar)
+    except Exception as error:  # its own, which is of no other class
+        raise GrammarError(f"the grammar is neither Lark nor GBNF: {' '.join(str(error).split())[:200]}.") from error
 
 
 def schema_text(schema: Schema) -> str:

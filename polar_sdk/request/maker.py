@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from polar_sdk.engine.sampling import Sampling
+from polar_sdk.engine.steering import Steering
 from polar_sdk.errors import (
     ContextWindowError,
     EmptyPromptError,
@@ -22,13 +23,16 @@ from polar_sdk.errors import (
 )
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import shown
-from polar_sdk.request.constraint import grammar_text
+from polar_sdk.request.constraint import CONSTRAINTS, grammar_text
 from polar_sdk.request.options import (
     RequestOptions,
+    check_biases,
     check_cancel,
     check_hook,
     check_logprobs,
     check_name,
+    check_number,
+    check_repeats,
     check_speculate,
     check_stops,
     check_tags,
@@ -62,6 +66,7 @@ class RequestMaker:
 
     encoder: PromptEncoder
     grammars: Callable[[], GrammarCompiler]
+    end_tokens: Callable[[], frozenset[int]]
     policy: Policy
     cost: CostModel
     context_window: int
@@ -85,6 +90,7 @@ class RequestMaker:
             temperature=options.get("temperature", 0.0),
             top_p=options.get("top_p", 1.0),
             top_k=options.get("top_k", 0),
+            min_p=options.get("min_p", 0.0),
             seed=options.get("seed"),
         )
         if (least := self.encoder.more_than(prompt, self.context_window)) is not None:
@@ -115,6 +121,8 @@ class RequestMaker:
             id_is_new=options.get("request_id") is None,
             cancel=check_cancel(options.get("cancel")),
             timeout=check_timeout(options.get("timeout")),
+            steering=self._steering(options) or None,
+            stop_repeats=check_repeats(options.get("stop_repeats")),
             logits_hook=check_hook(options.get("logits_hook")),
             logprobs=check_logprobs(options.get("logprobs")),
             prompt_logprobs=scored,
@@ -149,6 +157,20 @@ class RequestMaker:
                     f"{times} prompts have the request_id {request_id!r}; pass each its own in each=."
                 )
         return requests
+
+    def _steering(self, options: RequestOptions) -> Steering:
+        ignores = options.get("ignore_eos", False)
+        if not isinstance(ignores, bool):
+            raise InvalidRequestError(f"ignore_eos={shown(ignores)} is neither True nor False.")
+        if ignores and any(options.get(name) is not None for name in CONSTRAINTS):
+            raise InvalidRequestError("ignore_eos=True goes with no schema, regex, choice or grammar; leave it out.")
+        return Steering(
+            bias=check_biases(options.get("logit_bias")),
+            presence=check_number("presence_penalty", options.get("presence_penalty", 0.0), -2, 2),
+            frequency=check_number("frequency_penalty", options.get("frequency_penalty", 0.0), -2, 2),
+            repetition=check_number("repetition_penalty", options.get("repetition_penalty", 1.0), 0.01, 100),
+            forbidden=tuple(sorted(self.end_tokens())) if ignores else (),
+        )
 
     def _speculate(self, asked: Speculate | None) -> Speculate | None:
         speculate = check_speculate(or_default(asked, self.speculate))

@@ -31,6 +31,7 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
+MAX_BIASES = 1_000
 MAX_STOPS = 256
 """The engine's thread looks for each of them after every token."""
 MAX_STOP_LENGTH = 1_000
@@ -81,9 +82,26 @@ class RequestOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    """Sample from tokens that are at least so likely beside the likeliest; 0 = all."""
     seed: int | None
     stop: str | Sequence[str] | None
     """Texts that end the answer; they are not part of it."""
+    stop_repeats: int | None
+    """End an answer whose last tokens are one part of at most 64 tokens, so many times in a row, 16 tokens at least:
+    small models that choose greedily may go round for ever. The record then has the tag `polar.stopped_by` = `repeats`.
+    From 2 on; None = never."""
+    ignore_eos: bool
+    """The model cannot end its answer. Not with what an answer must match."""
+    presence_penalty: float
+    """Taken off the logit of each token that is in the answer, -2 to 2."""
+    frequency_penalty: float
+    """Taken off for each time that it is there, -2 to 2."""
+    repetition_penalty: float
+    """Logits of tokens in prompt or answer are divided by it, or multiplied where negative, 0.01 to 100; 1 = as they
+    are."""
+    logit_bias: Mapping[int, float] | None
+    """What is added to the logits of tokens, by their ids, -100 to 100 each."""
     logits_hook: LogitsHook | None
     """Called before each token is chosen, greedily or not: (ids sampled so far, float32 logits (V,)) → logits (V,).
     It blocks all rows and must not call the model; an error in it ends this request only."""
@@ -96,7 +114,8 @@ class RequestOptions(TypedDict, total=False):
     choice: Sequence[str] | None
     """The answer is one of these texts."""
     grammar: str | None
-    """Grammar that the answer matches: Lark, as llguidance reads it; `%json {…}` in it is a JSON schema."""
+    """Grammar that the answer matches: Lark, as llguidance reads it, where `%json {…}` is a JSON schema; or llama.cpp's
+    GBNF."""
     fit_max_tokens: bool
     """When an answer with a schema, regular expression, choice or grammar comes near `max_tokens`, allow only tokens
     after which it can still end in time, so that texts and lists end early rather than in the middle. True unless
@@ -224,6 +243,46 @@ def check_cancel(cancel: Cancel | None) -> Cancel | None:
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InvalidRequestError(f"cancel is {cancel!r}; pass something with is_set(), such as threading.Event().")
     return cancel
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> float:
+    """A number within bounds."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise SamplingError(f"{name}={shown(value)} is not a number; pass one.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not least <= number <= most:
+        raise SamplingError(f"{name}={shown(value)} is out of range; use {least:g} to {most:g}.")
+    return number
+
+
+def check_biases(biases: Any) -> Mapping[int, float]:
+    """Biases of tokens by their ids, which JSON has as texts; none for None."""
+    if biases is None:
+        return {}
+    if not isinstance(biases, Mapping) or len(biases) > MAX_BIASES:
+        raise SamplingError(f"logit_bias={shown(biases)} is not a mapping of at most {MAX_BIASES:,} token ids.")
+    read: dict[int, float] = {}
+    for token, bias in biases.items():
+        written = token if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10 else None
+        index = int(written) if written is not None else token
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise SamplingError(f"logit_bias has {shown(token)}, which is not a token id.")
+        read[index] = check_number(f"logit_bias[{index}]", bias, -100, 100)
+    return read
+
+
+def check_repeats(times: Any) -> int | None:
+    """How often a part may be repeated, or None."""
+    if times is None:
+        return None
+    if isinstance(times, bool) or not isinstance(times, int):
+        raise InvalidRequestError(f"stop_repeats={shown(times)} is not a whole number; pass one, or None.")
+    if not 2 <= times <= 1_000:
+        raise InvalidRequestError(f"stop_repeats={shown(times)} is out of range; use 2 to 1,000, or None.")
+    return times
 
 
 def check_hook(hook: LogitsHook | None) -> LogitsHook | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from polar_sdk.programs.program import Program
 from polar_sdk.serving.threads import Inbox
-from polar_sdk.usage import Outcome, TokenUsage, UsageRecord
+from polar_sdk.usage import STOPPED_TAG, Outcome, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:
     from polar_sdk.serving.job import Job, Progress
@@ -48,7 +48,7 @@ def record_of(
     return UsageRecord(
         request_id=request.request_id,
         tenant=request.tenant,
-        tags=dict(request.tags),
+        tags={**request.tags, **({STOPPED_TAG: "repeats"} if job.repeated else {})},
         model=model.name,
         model_fingerprint=model.fingerprint,
         router=request.router,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, near_ties, read_logprobs
+from polar_sdk.engine.steering import Repeats
 from polar_sdk.engine.text import TextStream
 from polar_sdk.errors import LogitsError, RequestTimeoutError
 from polar_sdk.programs.cost import CHUNK
@@ -108,8 +109,12 @@ class Job:
             request.tokens, request.speculate, request.sampling, exact=exact, repeats=exact or float32
         )
         """Proposes its next tokens; None = nothing does."""
-        self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))
-        """True if the request has a hook or a grammar or wants log-probabilities, so that logits are looked at."""
+        looking = (request.steering, request.logits_hook, request.logprobs, self.grammar)
+        self.needs_logits = any(each is not None for each in looking)
+        """True if logits are looked at: to change them, for a grammar, or for log-probabilities."""
+        self._repeats = None if request.stop_repeats is None else Repeats(request.stop_repeats)
+        self.repeated = False
+        """Whether the answer was ended because it repeats itself."""
         self.cached = 0
         """Prompt tokens whose keys and values were already available."""
         self.finish: FinishReason | None = None
@@ -328,6 +333,8 @@ class Job:
         Log-probabilities are by the logits that result.
         """
         request = self.request
+        if request.steering is not None:
+            logits = request.steering(request.tokens, self.tokens, logits)
         if request.logits_hook is not None:
             logits = apply_hook(request.logits_hook, self.tokens, logits)
         token = self.sampler(logits) if self.grammar is None else self.grammar.sample(self.sampler, logits)
@@ -348,10 +355,11 @@ class Job:
         if self.grammar is not None and not ended:
             self.grammar.accept(token)
             ended = self.grammar.ended  # nothing but an end could follow, so that it need not be computed
-        if ended or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
+        self.repeated = not ended and self._repeats is not None and self._repeats.follow(self.tokens)
+        if ended or self.repeated or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
             piece += self.text.finish()  # what was held back may contain a stop string, too
             cut = self.grammar is not None and self.grammar.cut
-            self.finish = "stop" if (ended and not cut) or self.text.stopped else "length"
+            self.finish = "stop" if (ended and not cut) or self.repeated or self.text.stopped else "length"
             self.end(piece)
         else:
             self._put(piece)

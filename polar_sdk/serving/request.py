@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.grammar import Grammar
     from polar_sdk.engine.sampling import LogitsHook, Sampling
+    from polar_sdk.engine.steering import Steering
     from polar_sdk.programs.program import Program
     from polar_sdk.serving.drafts import Speculate
 
@@ -47,6 +48,10 @@ class Request:
     cancel: Cancel | None
     timeout: float | None
     """Time allowed from creation; None = unlimited. Unit: seconds."""
+    steering: Steering | None = None
+    """Biases and penalties on logits, before the hook; None = there are none."""
+    stop_repeats: int | None = None
+    """The answer ends where its last tokens are one part so many times; None = never."""
     logits_hook: LogitsHook | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -242,7 +242,7 @@ class TestPages:
         assert promised == {name: f"{100 * promise['alpha']:g}" for name, promise in certificate["tiers"].items()}
         assert f"at δ = {certificate['delta']:g}" in page
 
-    @pytest.mark.parametrize("name", ["generate_cli", "generate_proof"])
+    @pytest.mark.parametrize("name", ["generate_cli", "generate_options", "generate_proof"])
     def test_generated_pages_are_as_generated(self, name: str) -> None:
         module = generator(name)
         assert module.PAGE.read_text(encoding="utf-8") == module.page(), f"run: python docs/{name}.py"

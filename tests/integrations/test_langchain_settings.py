@@ -6,13 +6,20 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer.main
 from langchain_core import exceptions as langchain
+from langchain_core.messages import HumanMessage
 from langchain_core.runnables import ConfigurableField
 
 from langchain_polar import ChatPolar, PolarLLM
 from langchain_polar.errors import langchain_errors
+from llama_index_polar import PolarLLM as LlamaIndexLLM
 from polar_sdk import ListSink, Program
 from polar_sdk import errors as polar
+from polar_sdk.cli.main import app
+from polar_sdk.frameworks.options import INSTEAD, OPTIONS
+from polar_sdk.frameworks.settings import CALLER_OPTIONS
+from polar_sdk.request.options import RequestOptions
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -222,3 +229,97 @@ async def test_a_timeout_stops_the_request_and_says_so(kind: Any, engine: PolarM
             pass
     assert {record.outcome for record in sink.records} == {"cancelled"}
     assert len(sink.records) == 4
+
+
+@pytest.mark.parametrize("kind", [PolarLLM, ChatPolar, LlamaIndexLLM])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"num_predict": 3}, {"max_tokens": 3}),
+        ({"max_completion_tokens": 3}, {"max_tokens": 3}),
+        ({"repeat_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        ({"request_timeout": 9.0}, {"timeout": 9.0}),
+        ({"logprobs": True, "top_logprobs": 2}, {"logprobs": 2}),
+        ({"stop_sequences": ["x"]}, {"stop": ["x"]}),
+        ({"base_url": None}, {}),
+    ],
+)
+def test_names_of_other_classes_work(kind: Any, engine: PolarModel, theirs: Any, ours: Any) -> None:
+    one, other = kind(engine=engine, **theirs), kind(engine=engine, **ours)
+    assert one._answer_options() == other._answer_options()
+
+
+@BOTH
+def test_names_of_other_classes_work_or_say_what_to_use(kind: Any, engine: PolarModel) -> None:
+    assert kind(model_name="other").model == "other"
+    assert len(_text(kind(engine=engine).invoke("Hello", num_predict=3)).encode()) <= 9
+    for name in INSTEAD:
+        with pytest.raises(TypeError, match=name):
+            kind(engine=engine, **{name: "x"})
+    with pytest.raises(TypeError, match="num_predict"):
+        kind(engine=engine, num_predict=3, max_tokens=4)
+
+
+@pytest.mark.parametrize(("surface", "kind"), [("chat", ChatPolar), ("llm", PolarLLM), ("llama_index", LlamaIndexLLM)])
+def test_the_table_of_options_names_what_the_classes_have(surface: str, kind: Any) -> None:
+    for option in OPTIONS:
+        name = option.on(surface)
+        taken = {*kind.model_fields, *kind.per_call, *CALLER_OPTIONS, *kind.dropped, "formatted"}
+        assert name is None or name in taken, option.name
+        if name is None and surface != "llama_index":
+            assert option.name not in {*kind.model_fields, *kind.per_call}, option.name
+
+
+def test_the_table_of_options_names_what_engine_and_command_have() -> None:
+    command: Any = typer.main.get_command(app)
+    flags = {parameter.name for parameter in command.commands["run"].params}
+    for option in OPTIONS:
+        assert (option.on("command") in flags) == (option.on("command") is not None), option.name
+        assert (option.on("engine") in RequestOptions.__annotations__) == (option.on("engine") is not None), option.name
+    assert set(RequestOptions.__annotations__) <= {option.on("engine") for option in OPTIONS}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {65: 100.0}},
+        {"repetition_penalty": 0.01},
+        {"logit_bias": {65: 100.0}, "frequency_penalty": 2.0},
+        {"min_p": 1.0, "temperature": 2.0},
+        {"stop_repeats": 2, "logit_bias": {65: 100.0}, "max_tokens": 40},
+    ],
+)
+def test_what_steers_an_answer_acts_as_in_the_engine(kind: Any, engine: PolarModel, options: Any) -> None:
+    options = {"max_tokens": 10, **options}
+    answer = kind(engine=engine, **options).invoke("Hello")
+    assert _text(answer) == engine.generate("Hello", **options).text
+
+
+def test_several_answers_each_with_its_record(engine: PolarModel, sink: ListSink) -> None:
+    options: Any = {"engine": engine, "n": 3, "temperature": 1.5, "seed": 5, "max_tokens": 6}
+    chat = ChatPolar(**options).generate([[HumanMessage("Hello")]])
+    texts = [generation.text for generation in chat.generations[0]]
+    assert texts == [engine.generate("Hello", temperature=1.5, seed=5 + place, max_tokens=6).text for place in range(3)]
+    assert len(sink.records) == 6
+    llm = PolarLLM(**options).generate(["Hello", "Bye"])
+    assert [generation.text for generation in llm.generations[0]] == texts
+    assert [len(row) for row in llm.generations] == [3, 3]
+    assert len({record.request_id for record in sink.records}) == 12
+    with pytest.raises(langchain.LangChainException, match="n=3"):
+        list(ChatPolar(**options).stream("Hello"))
+
+
+def test_log_probabilities_are_in_the_metadata(engine: PolarModel) -> None:
+    expected = engine.generate("Hello", logprobs=2, max_tokens=4).logprobs
+    assert expected is not None
+    message = ChatPolar(engine=engine, logprobs=True, top_logprobs=2, max_tokens=4).invoke("Hello")
+    content = message.response_metadata["logprobs"]["content"]
+    assert [one["logprob"] for one in content] == [one.logprob for one in expected]
+    assert [len(one["top_logprobs"]) for one in content] == [2] * 4
+    *_, last = ChatPolar(engine=engine, logprobs=2, max_tokens=4).stream("Hello")
+    assert last.response_metadata["logprobs"]["content"] == content
+    (row,) = PolarLLM(engine=engine, logprobs=2, max_tokens=4).generate(["Hello"]).generations
+    assert (row[0].generation_info or {})["logprobs"]["content"] == content
+    raw: Any = LlamaIndexLLM(engine=engine, logprobs=2, max_tokens=4).complete("Hello").raw
+    assert raw["logprobs"]["content"] == content

@@ -39,7 +39,8 @@ class Launch:
     """The options of one server; see `polar serve --help`."""
 
     host: str = LOOPBACK[0]
-    name: str | None = None
+    name: Sequence[str] = ()
+    lenient: bool = False
     drain: float = 30.0
     timeout: float | None = None
     require_keys: bool | None = None
@@ -125,6 +126,7 @@ class Launch:
         return Settings(
             engine=load_model(**{name: getattr(self, name) for name in _MODEL}),
             name=self.name,
+            lenient=self.lenient,
             timeout=self.timeout,
             drain=self.drain,
             pages=None if self.no_ledger else self._pages(),

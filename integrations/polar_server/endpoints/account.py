@@ -70,7 +70,7 @@ class Quote:
 
         def checked(content: dict[str, Any]) -> Call:
             model = next((model for name, model in _BODIES.items() if name in content), ChatBody)
-            body, _ = read(content, model, strict=settings.strict)
+            body, _ = read(content, model, lenient=settings.lenient)
             return body.call(server.rules(exchange))
 
         async with server.counted(exchange):  # a router may run layers

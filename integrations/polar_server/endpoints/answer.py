@@ -79,7 +79,7 @@ class Endpoint:
         server, settings = self._server, self._server.settings
 
         def checked(content: dict[str, Any]) -> tuple[dict[str, Any], Call]:
-            body, unknown = read(content, self._model, strict=settings.strict)
+            body, unknown = read(content, self._model, lenient=settings.lenient)
             server.metrics.unknown(unknown)
             return content, body.call(server.rules(exchange))
 

@@ -30,6 +30,8 @@ _PATHS: Final = frozenset(
         "/v1/models",
         "/v1/polar/quote",
         "/v1/polar/usage",
+        "/tokenize",
+        "/detokenize",
         "/health",
         "/ready",
         "/metrics",

@@ -14,8 +14,19 @@ from polar_sdk.errors import GrammarError, MissingExtraError
 from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
-from polar_server.openai.fields import Body, Labels, Name, Only, Penalty, Stops, Text, Top, invalid
-from polar_server.openai.steering import Biases, Steering
+from polar_server.openai.fields import (
+    Biases,
+    Body,
+    Labels,
+    Name,
+    Only,
+    Penalty,
+    Stops,
+    Text,
+    Top,
+    invalid,
+    unsupported,
+)
 from polar_server.openai.tools import TOOL_CHOICE, TOOLS
 
 if TYPE_CHECKING:
@@ -27,6 +38,11 @@ if TYPE_CHECKING:
     from polar_server.openai.catalog import Catalog
 
 _INT64: Final = 2**63
+_AS_THEY_ARE: Final = (
+    *("temperature", "top_p", "min_p", "stop", "logit_bias", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "ignore_eos", "stop_repeats", "speculate", "fit_max_tokens"),
+)
+"""Fields that are options of the engine."""
 RESERVED_TAGS: Final = ("key", "polar.")
 """Tags that only the server sets; the second is the beginning of a name."""
 _SERVICE_TIERS: Final = {"auto": None, "default": None, "flex": "economy", "priority": "premium"}
@@ -64,6 +80,10 @@ class Call:
     """Number of prompts."""
     stream: bool
     include_usage: bool
+    each_usage: bool = False
+    """Whether every event of a stream says how many tokens there are so far."""
+    prompt_logprobs: bool = False
+    """Whether the log-probabilities of the prompt are shown beside the answer."""
     logprobs: int | None
     """How many alternatives to report per token; None = no log-probabilities at all."""
     echo: Sequence[str | Sequence[int]] = ()
@@ -74,6 +94,8 @@ class Call:
     """Text, calls of tools, or JSON by a schema."""
     format_param: str = "response_format"
     """The field that asks for JSON by a schema."""
+    constraint: str | None = None
+    """The field of ours that says what the answer must match."""
     repeated: Mapping[str, Any] = field(default_factory=dict)
     """Fields that the answer repeats, where the API wants that."""
 
@@ -85,7 +107,7 @@ class Call:
     def blamed(self, error: Exception) -> Exception:
         """An error of the engine with the field that is to blame, which the engine cannot know."""
         if isinstance(error, GrammarError):
-            return ApiError(str(error), param=self.form_param)
+            return ApiError(str(error), param=self.constraint or self.form_param)
         if isinstance(error, MissingExtraError):
             return ApiError(str(error), code="unsupported_value", param=self.form_param)
         return error
@@ -116,6 +138,38 @@ class CallBody(Body):
     compute: Annotated[Any, WithJsonSchema({"oneOf": [{"type": "string"}, {"type": "number"}]})] = None
     program: Annotated[str, Text(10_000)] | None = None
     tags: Labels = Field(default_factory=dict)
+    # Beyond OpenAI's: `polar_sdk.frameworks.options` has the names that other servers give them.
+    stop: Stops | None = None
+    logit_bias: Biases = Field(default_factory=dict)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=_INT64 - 1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ignore_eos: bool = False
+    stop_repeats: Annotated[int, Field(ge=2, le=1_000)] | None = None
+    speculate: Literal["auto", "off", "prompt"] | None = None
+    json_schema: Annotated[
+        Any, WithJsonSchema({"oneOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})
+    ] = None
+    regex: Annotated[str, Text()] | None = None
+    choice: Annotated[list[Annotated[str, Text()]], Field(min_length=1, max_length=10_000)] | None = None
+    grammar: Annotated[str, Text()] | None = None
+    fit_max_tokens: bool = True
+
+    @property
+    def constraint(self) -> str | None:
+        """The field that says what the answer must match.
+
+        Raises:
+            ApiError: There are several.
+        """
+        given = [name for name in ("json_schema", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise invalid(given[1], f"it excludes {given[0]}; give one of them.")
+        if given and self.ignore_eos:
+            raise invalid("ignore_eos", f"it excludes {given[0]}; give one of them.")
+        return given[0] if given else None
 
     def call(self, rules: Rules) -> Call:
         """The call of the engine that the body asks for.
@@ -151,26 +205,23 @@ class ChoicesBody(CallBody):
     """The fields of chat and text completions."""
 
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    stop: Stops | None = None
-    logit_bias: Biases = Field(default_factory=dict)
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
+    prompt_logprobs: Top | None = None
 
-    @property
-    def hook(self) -> Steering | None:
-        """The body's changes of logits."""
-        if not (self.logit_bias or self.presence_penalty or self.frequency_penalty):
-            return None
-        return Steering(self.logit_bias, self.presence_penalty, self.frequency_penalty)
-
-    def streams_usage(self, rules: Rules) -> bool:
-        """Whether the answer is streamed with its usage at the end.
+    def streamed(self, rules: Rules) -> Mapping[str, bool]:
+        """When the usage of a streamed answer comes: at its end, and with each event; the fields of a `Call`.
 
         Raises:
-            ApiError: As `stream_settings`.
+            ApiError: As `stream_settings`; or what is asked comes with a whole answer only.
         """
-        settings = self.stream_settings("include_usage", "include_obfuscation")
-        return self.stream and (settings.get("include_usage", False) or rules.usage_always)
+        if self.stream and self.prompt_logprobs is not None:
+            raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
+        settings = self.stream_settings("include_usage", "continuous_usage_stats", "include_obfuscation")
+        each = settings.get("continuous_usage_stats", False)
+        return {
+            "include_usage": self.stream and (settings.get("include_usage", False) or each or rules.usage_always),
+            "each_usage": each,
+            "prompt_logprobs": self.prompt_logprobs is not None,
+        }
 
 
 class TurnBody(CallBody):
@@ -218,9 +269,19 @@ class TurnBody(CallBody):
             ApiError: It cannot be served.
         """
         options = options_of(self, rules)
+        if self.constraint is not None and form.options():
+            raise invalid(self.constraint, "it excludes tools and response_format; give one of them.")
         own: Any = {"template": "chat", "max_tokens": max_tokens, "logprobs": facts["logprobs"], **form.options()}
         asks = choices_of([form.teach(messages)], {**options, **own}, self, rules, count=count)
-        return Call(model=self.model, asks=asks, prompts=1, stream=self.stream, form=form, **facts)
+        return Call(
+            model=self.model,
+            asks=asks,
+            prompts=1,
+            stream=self.stream,
+            form=form,
+            constraint=self.constraint,
+            **facts,
+        )
 
 
 def options_of(body: CallBody, rules: Rules) -> RequestOptions:
@@ -235,18 +296,20 @@ def options_of(body: CallBody, rules: Rules) -> RequestOptions:
     _check_bounds(body, compute, rules)
     if body.top_p == 0:
         raise invalid("top_p", "0 allows no token; use more than 0, or temperature 0 for the likeliest.")
-    stop, hook = (body.stop, body.hook) if isinstance(body, ChoicesBody) else (None, None)
-    options = {
+    constraint = body.constraint
+    options: dict[str, Any] = {name: getattr(body, name) for name in _AS_THEY_ARE}
+    options |= {
         "compute": None if body.program is not None else compute,
         "program": body.program,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "stop": stop,
-        "logits_hook": hook,
+        "top_k": max(body.top_k, 0),
         "timeout": rules.timeout,
         "tenant": rules.caller.tenant,
         "tags": _tags(body, rules.caller),
     }
+    if constraint is not None:
+        options["schema" if constraint == "json_schema" else constraint] = getattr(body, constraint)
+    if isinstance(body, ChoicesBody):
+        options["prompt_logprobs"] = body.prompt_logprobs
     return cast("RequestOptions", options)
 
 

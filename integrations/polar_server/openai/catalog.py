@@ -26,14 +26,19 @@ class Catalog:
 
     Attributes:
         engine: What answers.
-        name: Its id without a tier.
+        names: Its ids without a tier.
         elsewhere: The programs of tiers that other servers compute.
     """
 
     engine: PolarModel
-    name: str
+    names: tuple[str, ...]
     elsewhere: Mapping[str, Program] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(datetime.now(UTC).timestamp()))
+
+    @property
+    def name(self) -> str:
+        """The first of its ids."""
+        return self.names[0]
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -42,7 +47,7 @@ class Catalog:
 
     def ids(self) -> list[str]:
         """Every id that a request may name."""
-        return [self.name, *(f"{self.name}:{tier}" for tier in self.tiers)]
+        return [each for name in self.names for each in (name, *(f"{name}:{tier}" for tier in self.tiers))]
 
     def tier_of(self, model: str) -> str | None:
         """The tier that an id names, or None.
@@ -50,10 +55,10 @@ class Catalog:
         Raises:
             ApiError: There is no such model: 404.
         """
-        if model == self.name:
+        if model in self.names:
             return None
         base, _, tier = model.rpartition(":")
-        if base == self.name and tier in self.tiers:
+        if base in self.names and tier in self.tiers:
             return tier
         raise self.missing(model)
 
@@ -75,7 +80,8 @@ class Catalog:
     def may_name(self, model: str, models: Sequence[str], tiers: Sequence[str]) -> bool:
         """Whether a caller that is bound to some models or tiers may name an id; empty = any."""
         tier = self.tier_of(model)
-        may_model = not models or model in models or self.name in models
+        base = model if tier is None else model.rpartition(":")[0]
+        may_model = not models or model in models or base in models
         return may_model and (not tiers or (tier or self.default_tier) in tiers)
 
     def entry(self, model: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class ChatBody(ChoicesBody, TurnBody):
             form,
             max_tokens=max_tokens_of(old if new is None else new, _DEFAULT_MAX_TOKENS, rules),
             count=self.n,
-            include_usage=self.streams_usage(rules),
+            **self.streamed(rules),
             logprobs=self.scored(self.logprobs, "logprobs=true"),
         )
 

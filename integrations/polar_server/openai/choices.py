@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from polar_sdk import Chunk
 from polar_server.errors import api_error
 from polar_server.http.exchange import packed_json
-from polar_server.openai.logprobs import Entry, ShownTokens, prompt_entries
+from polar_server.openai.logprobs import LEAST, Entry, ShownTokens, prompt_entries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,6 +72,8 @@ class ChoiceWriter:
         self._tokens = [ShownTokens(facts.token_bytes) for _ in self._call.asks] if scored else None
         self._left = set(range(len(self._call.asks)))
         self._opened: set[int] = set()
+        self._written = [0] * len(self._call.asks)
+        """Tokens of each choice so far, where every event says how many there are."""
         self._beginning = b""
 
     # -- whole ------------------------------------------------------------------------------------------------------
@@ -80,6 +82,12 @@ class ChoiceWriter:
         """The answer as one object."""
         choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
         shared = self._shared(self._shape.whole)
+        if self._call.prompt_logprobs:
+            listed = [self._scored(generation) for generation in generations]
+            if self._shape.opening:  # a chat has one prompt
+                shared["prompt_logprobs"] = listed[0]
+            else:
+                choices = [{**choice, "prompt_logprobs": one} for choice, one in zip(choices, listed, strict=True)]
         return {**shared, "choices": choices, "usage": self._usage(), **self._facts.bill()}
 
     def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
@@ -92,6 +100,24 @@ class ChoiceWriter:
             logprobs = [*self._prompt(generation), *(entry.after(len(echoed)) for entry in logprobs)]
         turn = Turn(echoed + reader.text, reader.calls(), reader.finish(generation))
         return self._shape.choice(index, turn, logprobs)
+
+    def _scored(self, generation: Generation) -> list[dict[str, Any] | None]:
+        """The tokens of a prompt as vLLM lists them: by id, none for the first."""
+        listed: list[dict[str, Any] | None] = [None]
+        for scored in generation.prompt_logprobs or ():
+            ranks = {token: place for place, (token, _) in enumerate(scored.top, 1)}
+            several = {scored.token: scored.logprob, **dict(scored.top)}
+            listed.append(
+                {
+                    str(token): {
+                        "logprob": max(logprob, LEAST),
+                        "rank": ranks.get(token),
+                        "decoded_token": self._facts.token_bytes.text([token]),
+                    }
+                    for token, logprob in several.items()
+                }
+            )
+        return listed
 
     def _prompt(self, generation: Generation) -> list[Entry]:
         return prompt_entries(self._facts.token_bytes, generation.prompt_ids, generation.prompt_logprobs or ())
@@ -112,6 +138,7 @@ class ChoiceWriter:
     def piece(self, index: int, chunk: Chunk) -> list[bytes]:
         """The events of one piece."""
         frames = []
+        self._written[index] += chunk.generation is None or len(chunk.generation.token_ids) > self._written[index]
         if index not in self._opened:
             self._opened.add(index)
             if self._shape.opening:
@@ -141,7 +168,9 @@ class ChoiceWriter:
     def _event(self, rest: dict[str, Any]) -> bytes:
         if not self._beginning:  # of every event of this stream, up to what differs
             self._beginning = b"data: " + packed_json(self._shared(self._shape.piece))[:-1] + b","
-        usage = {"usage": None} if self._call.include_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self._call.include_usage else {}
+        if self._call.each_usage:
+            usage = {"usage": _counted(self._facts.read(), sum(self._written))}
         return self._beginning + packed_json({**usage, **rest})[1:] + b"\n\n"
 
     # -- both -------------------------------------------------------------------------------------------------------
@@ -165,12 +194,14 @@ class ChoiceWriter:
     def _usage(self) -> dict[str, Any]:
         tokens = self._facts.tokens()
         return {
-            "prompt_tokens": tokens.read,
-            "completion_tokens": tokens.written,
-            "total_tokens": tokens.read + tokens.written,
+            **_counted(tokens.read, tokens.written),
             # All of OpenAI's, as LangChain warns of those that are missing.
             "prompt_tokens_details": {"cached_tokens": tokens.cached, "cache_write_tokens": 0, "audio_tokens": 0},
         }
+
+
+def _counted(read: int, written: int) -> dict[str, int]:
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 class ChoiceReader:

@@ -47,9 +47,9 @@ class TextBody(ChoicesBody):
         if self.best_of not in (None, self.n):
             raise unsupported("best_of", "answers are not compared; leave it out or make it equal to n.")
         prompts = _prompts(self.prompt)
-        include_usage = self.streams_usage(rules)
+        streamed: Any = self.streamed(rules)
         if scores:
-            options["prompt_logprobs"] = self.logprobs
+            options["prompt_logprobs"] = max(self.logprobs or 0, self.prompt_logprobs or 0)
             if self.stream:
                 raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
         return Call(
@@ -57,7 +57,8 @@ class TextBody(ChoicesBody):
             asks=calls.choices_of(prompts, options, self, rules, count=self.n),
             prompts=len(prompts),
             stream=self.stream,
-            include_usage=include_usage,
+            **streamed,
+            constraint=self.constraint,
             logprobs=self.logprobs,
             echo=[prompt for prompt in prompts for _ in range(self.n)] if self.echo else (),
             only_echo=asked == 0,

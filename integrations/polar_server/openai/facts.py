@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polar_sdk.engine import engine_version
 from polar_sdk.frameworks.cost import total_cost
 from polar_sdk.request.admission import DOWNGRADED_TAG
+from polar_sdk.usage import STOPPED_TAG
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel, UsageRecord
@@ -89,6 +90,12 @@ class Facts:
             headers["x-polar-cost"] = f"{price['amount']} {price['currency'] or ''}".strip()
         return headers
 
+    def read(self) -> int:
+        """Tokens of the prompts, before there is a record."""
+        bounds = [choice.bound for choice in self.answer.choices]
+        prompts = bounds[:: max(len(bounds) // self.call.prompts, 1)]
+        return sum(bound.tokens_input for bound in prompts if bound is not None)
+
     def tokens(self) -> Tokens:
         """Tokens on record, integers only: LangChain adds them up."""
         records = self._records
@@ -118,6 +125,8 @@ class Facts:
         }
         if records and DOWNGRADED_TAG in records[0].tags:
             polar["downgraded_from"] = records[0].tags[DOWNGRADED_TAG]
+        if stopped := [record.tags[STOPPED_TAG] for record in records if STOPPED_TAG in record.tags]:
+            polar["stopped_by"] = stopped[0]
         self.exchange.facts |= {"program": polar["program"], "tier": polar["tier"], "flops": flops}
         return {
             "cost": None if total is None else float(total),

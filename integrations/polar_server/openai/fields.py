@@ -7,15 +7,20 @@ server refuses. A field that no model knows is reported, never dropped in silenc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
 
+from polar_sdk.errors import SamplingError, nearest
+from polar_sdk.frameworks.options import HTTP_NAMES, NEUTRAL
 from polar_sdk.reading import shown
+from polar_sdk.request.options import MAX_BIASES, check_biases
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
 B = TypeVar("B", bound="Body")
@@ -119,12 +124,31 @@ def _few(value: Any) -> Any:
     return value
 
 
+def _biases(value: Any) -> dict[int, float]:
+    try:
+        return dict(check_biases(value))
+    except SamplingError as error:
+        raise wrong(str(error)) from None
+
+
 _MAX_STOPS: Final = 4
 _MAX_LABELS: Final = 16
 MAX_TOKENS: Final = 2**31 - 1
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Biases = Annotated[
+    dict[int, float],
+    PlainValidator(_biases),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_BIASES,
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
+]
+"""`logit_bias`: what is added to the logits of tokens, by their ids."""
 Name = Annotated[str, Text(200)]
 _Stop = Annotated[str, Text(1_000)]
 Stops = Annotated[
@@ -140,6 +164,9 @@ class Body(BaseModel):
     """A request body. Null is as good as absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Fields of other bodies, and what they are called here."""
 
 
 _WORDS: Final = {
@@ -159,34 +186,98 @@ _CODES: Final = {
     "missing": "missing_required_parameter",
 }
 _SHOWN: Final = 8
+_STRUCTURED: Final = {
+    "json": "json_schema",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+    "disable_any_whitespace": "disable_any_whitespace",
+    "disable_additional_properties": "disable_additional_properties",
+}
+"""Parts of vLLM's `structured_outputs`, and the fields that they are here."""
 
 
-def read(content: Mapping[str, Any], model: type[B], *, strict: bool) -> tuple[B, int]:
-    """A body, and the number of its fields that the model does not know.
+def read(content: Mapping[str, Any], model: type[B], *, lenient: bool) -> tuple[B, int]:
+    """A body, whose fields may have the names that vLLM and llama.cpp give them.
+
+    Args:
+        content: The fields.
+        model: Of the body.
+        lenient: Let fields be that the model does not know.
+
+    Returns:
+        The body, and the number of fields that were let be.
 
     Raises:
-        ApiError: A field holds what it may not or is missing, or with `strict` is unknown.
+        ApiError: A field holds what it may not, is missing, is there twice or unknown.
     """
-    known = model.model_fields
-    unknown = [name for name in content if name not in known]
+    given, unknown, spelt = _renamed(content, model)
     try:
-        body, failed = model.model_validate({name: value for name, value in content.items() if value is not None}), None
+        body, failed = model.model_validate({name: value for name, value in given.items() if value is not None}), None
     except ValidationError as error:
         # The first fault in the caller's order; what is missing comes last.
-        place = {name: index for index, name in enumerate(content)}
+        place = {name: index for index, name in enumerate(given)}
         failed = min(error.errors(include_url=False), key=lambda one: place.get(str(one["loc"][0]), len(place)))
         if failed["type"] != "missing":
-            raise _refusal(failed) from error
-    if unknown and strict:
-        names = ", ".join(name[:64] for name in unknown[:_SHOWN])
-        raise ApiError(f"unknown fields: {names}; remove them.", code="unknown_parameter", param=unknown[0][:64])
+            raise _refusal(failed, spelt) from error
+    if unknown and not lenient:
+        raise _unknown(unknown, model)
     if failed is not None:
-        raise _refusal(failed)
+        raise _refusal(failed, spelt)
     return body, len(unknown)
 
 
-def _refusal(fault: Any) -> ApiError:
-    param = ".".join(str(part)[:64] for part in fault["loc"] if isinstance(part, str) and part != "[key]")
+def _renamed(content: Mapping[str, Any], model: type[Body]) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Fields by the model's names, the unknown ones, and how the caller spelt those that were renamed."""
+    given, spelt, unknown = dict[str, Any](), dict[str, str](), list[str]()
+    for name, said, value in _named(content, model):
+        if value is None:
+            continue
+        if name in model.model_fields:
+            if name in given and given[name] != value:
+                first = spelt.get(name, name)
+                raise invalid(said, f"it says {shown(value)}, {first} {shown(given[name])}; give one of them.")
+            given[name] = value
+            spelt[name] = said
+        elif name in NEUTRAL:
+            values, why = NEUTRAL[name]
+            if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values):
+                raise unsupported(said, why)
+        else:
+            unknown.append(said)
+    return given, unknown, spelt
+
+
+def _named(content: Mapping[str, Any], model: type[Body]) -> Iterator[tuple[str, str, Any]]:
+    """Each field: its name here, its name as it came, and its value."""
+    for name, value in content.items():
+        if name == "structured_outputs" and isinstance(value, dict):
+            for part, within in value.items():
+                said = f"{name}.{part[:64]}"
+                if part == "json_object":
+                    yield "json_schema", said, {"type": "object"} if within is True else None
+                else:
+                    yield _STRUCTURED.get(part, said), said, within
+        elif name in model.model_fields:
+            yield name, name, value
+        else:
+            own = HTTP_NAMES.get(name, name)
+            yield model.other_names.get(own, own), name, value
+
+
+def _unknown(names: list[str], model: type[Body]) -> ApiError:
+    """The refusal of fields that nobody knows, with the nearest that is known."""
+    served = {*model.model_fields, *(name for name, own in HTTP_NAMES.items() if own in model.model_fields)}
+    near = nearest(names[0], sorted(served))
+    listed = ", ".join(name[:64] for name in names[:_SHOWN])
+    how = f"did you mean {near!r}?" if near else "remove it." if len(names) == 1 else "remove them."
+    fields = "unknown field" if len(names) == 1 else "unknown fields"
+    return ApiError(f"{fields}: {listed}; {how}", code="unknown_parameter", param=names[0][:64])
+
+
+def _refusal(fault: Any, spelt: Mapping[str, str]) -> ApiError:
+    first, *rest = [str(part)[:64] for part in fault["loc"] if isinstance(part, str) and part != "[key]"]
+    param = ".".join([spelt.get(first, first), *rest])
     words = _WORDS.get(fault["type"])
     why = fault["msg"] if words is None else words.format(value=shown(fault["input"]), **fault.get("ctx", {}))
     if fault["type"] == "unsupported":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from polar_sdk import Chunk, TokenLogprobs
 
-_LEAST: Final = -9999.0
+LEAST: Final = -9999.0
 """Stands for −inf, which JSON cannot express."""
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -136,7 +136,7 @@ def _scored(names: TokenBytes, raw: bytes, logprobs: TokenLogprobs) -> dict[str,
 
 
 def _wire(raw: bytes, logprob: float | None) -> dict[str, Any]:
-    shown = None if logprob is None else max(logprob, _LEAST)
+    shown = None if logprob is None else max(logprob, LEAST)
     return {"token": raw.decode("utf-8", "replace"), "logprob": shown, "bytes": list(raw)}
 
 

@@ -6,7 +6,8 @@ refused by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 from pydantic import ConfigDict, WithJsonSchema
 
@@ -18,8 +19,6 @@ from polar_server.openai.fields import Only, Text, Tokens, invalid, unserved, un
 from polar_server.openai.messages import ROLES, check_count, read_call_of, read_result, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from polar_sdk.frameworks.tools import Roles
     from polar_server.openai.calls import Rules
 
@@ -37,6 +36,11 @@ class ResponseBody(TurnBody):
     """A body of `POST /v1/responses`."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["model", "input"]})
+
+    other_names: ClassVar[Mapping[str, str]] = {
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+    }
 
     input: Annotated[
         Any, WithJsonSchema({"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})

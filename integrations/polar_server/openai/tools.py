@@ -67,7 +67,10 @@ def read_format(name: str, value: Any) -> Mapping[str, Any] | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"type": kind}
+        schema = value.get("schema")
+        if schema is not None and not isinstance(schema, dict):
+            raise invalid(name, "schema must be a JSON schema, which is an object.")
+        return {"type": kind} if schema is None else {"type": kind, "schema": schema}
     return {"type": kind, "json_schema": check_schema(name, value.get("json_schema"), "json_schema.schema")}
 
 

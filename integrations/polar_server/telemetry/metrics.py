@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from polar_sdk.usage import DISPUTED_TAG
+from polar_sdk.usage import DISPUTED_TAG, STOPPED_TAG
 
 if TYPE_CHECKING:
     from polar_sdk import UsageRecord
@@ -48,6 +48,7 @@ class Metrics:
         self._unknown = counter("polar_unknown_fields", "Fields of bodies that the API does not know.")
         self._refused = counter("polar_budget_refusals", "Requests that a budget refused.")
         self._disputed = counter("polar_disputed_requests", "Requests whose upstream said what cannot be.")
+        self._stopped = counter("polar_stopped_requests", "Requests whose answer an option ended.", "by")
         self._flops = counter("polar_flops", "Executed FLOPs.", "tier", "part")
         self._saved = gauge("polar_flops_saved", "FLOPs saved against full depth; fewer after a loop.", "tier")
         self._visits = counter("polar_layer_visits", "Executed layer visits.", "kind")
@@ -85,6 +86,8 @@ class Metrics:
         """A request ended, and its record is stored."""
         tier = record.tier or "none"
         self._disputed.inc(DISPUTED_TAG in record.tags)
+        if STOPPED_TAG in record.tags:
+            self._stopped.labels(record.tags[STOPPED_TAG]).inc()
         for part in _PARTS:
             self._flops.labels(tier, part).inc(getattr(record.flops, part))
         self._saved.labels(tier).inc(record.flops_saved)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from polar_sdk.errors import InvalidRequestError
-from polar_server.openai.steering import Steering
 from polar_server.upstream.client import UpstreamError
 
 if TYPE_CHECKING:
@@ -99,9 +98,22 @@ class Backend:
             body["seed"] = sampling.seed
         if request.stops:
             body["stop"] = list(request.stops)
-        if isinstance(request.logits_hook, Steering):
-            body |= request.logits_hook.fields()
-        return body
+        return body | _beyond(request)
+
+
+def _beyond(request: Request) -> dict[str, Any]:
+    """Options beyond the common ones, as vLLM and PoLar servers name them; only those that say something."""
+    sampling, steering = request.sampling, request.steering
+    asked: dict[str, Any] = {"top_k": sampling.top_k, "min_p": sampling.min_p}
+    if steering is not None:
+        asked |= {
+            "logit_bias": {str(token): bias for token, bias in steering.bias.items()},
+            "presence_penalty": steering.presence,
+            "frequency_penalty": steering.frequency,
+            "repetition_penalty": 0 if steering.repetition == 1 else steering.repetition,
+            "ignore_eos": bool(steering.forbidden),
+        }
+    return {name: value for name, value in asked.items() if value}
 
 
 def place_of(url: str, client: Client) -> Place:

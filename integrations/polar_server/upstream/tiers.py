@@ -96,5 +96,7 @@ class Tiers:
             raise GrammarError(why)
         if any(asked.get(name) is not None for name in _SCORES):
             raise ApiError(f"logprobs: {why}", code="unsupported_value", param="logprobs")
+        if asked.get("stop_repeats") is not None:  # which no other server knows, and some would drop it
+            raise ApiError(f"stop_repeats: {why}", code="unsupported_value", param="stop_repeats")
         request = self.engine.request(prompt, **asked)
         return replace(request, tier=backend.tier, tiers=self.programs())

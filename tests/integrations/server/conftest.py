@@ -170,7 +170,7 @@ def serve(tiny: PolarModel, sink: RecordingSink) -> Iterator[Callable[..., Serve
             engine = settings.pop("engine", None) or PolarModel(
                 tiny.loaded, policy=tiny.policy, sink=settings.pop("sink", sink), tenant="acme"
             )
-            served = Served(Settings(engine=engine, name="tiny", **{"drain": 0.0, **settings}))
+            served = Served(Settings(engine=engine, **{"name": "tiny", "drain": 0.0, **settings}))
             stack.callback(served.close)
             return served
 

@@ -321,10 +321,31 @@ def test_what_does_not_exist_is_a_json_error(refusing: Served, method: str, path
     assert headers["x-request-id"]
 
 
-def test_unknown_fields_are_let_be_unless_strict(serve: Callable[..., Served]) -> None:
-    assert serve().chat(no_such_field=1)["choices"]
-    status, _, body = serve(strict=True).call("POST", "/v1/chat/completions", chat_body(no_such_field=1))
-    assert (status, body["error"]["code"], body["error"]["param"]) == (400, "unknown_parameter", "no_such_field")
+@pytest.mark.parametrize(
+    ("fields", "near"),
+    [({"temprature": 1}, "temperature"), ({"guided_regx": "a"}, "guided_regex"), ({"zzzz": {}}, "remove it")],
+)
+def test_a_field_that_nobody_knows_is_refused_with_the_nearest(
+    refusing: Served, serve: Callable[..., Served], fields: dict[str, Any], near: str
+) -> None:
+    status, _, body = refusing.call("POST", "/v1/chat/completions", chat_body(**fields))
+    (name,) = fields
+    assert (status, body["error"]["code"], body["error"]["param"]) == (400, "unknown_parameter", name)
+    assert near in body["error"]["message"]
+    lenient = serve(lenient=True)
+    assert lenient.chat(**fields)["choices"]
+    assert "polar_unknown_fields_total 1.0" in lenient.call("GET", "/metrics")[2]
+
+
+def test_a_model_has_several_names(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    served = serve(name=["one", "two"])
+    _, _, listed = served.call("GET", "/v1/models")
+    tiers = ("", ":economy", ":standard", ":premium", ":exact")
+    assert [model["id"] for model in listed["data"]] == [f"{name}{tier}" for name in ("one", "two") for tier in tiers]
+    for model in ("one", "two", "two:economy"):
+        assert served.chat(model=model)["model"] == model
+    assert [record.tier for record in sink.records][2] == "economy"
+    assert served.call("POST", "/v1/chat/completions", chat_body(model="three"))[0] == 404
 
 
 class _Refusing(RecordingSink):

@@ -149,7 +149,7 @@ def test_calls_come_whole_and_in_events(script: Script) -> None:
 
 
 def test_an_answer_that_is_too_long_is_incomplete(served: Served) -> None:
-    fields = {"extra": 1, "max_output_tokens": 3, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    fields = {"max_output_tokens": 3, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
     answer = ask(served, **fields)
     assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert answer["output"][0]["status"] == "incomplete"

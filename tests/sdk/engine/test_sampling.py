@@ -13,7 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from polar_sdk.engine import native as library
 from polar_sdk.engine.sampling import Candidates, Sampler, Sampling
@@ -57,6 +63,8 @@ def likelihoods_of_hugging_face(sampling: Sampling, logits: Tensor) -> Tensor:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
     scores: Tensor = warpers(cast("torch.LongTensor", torch.empty((1, 0), dtype=torch.long)), logits[None])
     return scores[0].softmax(-1)
 
@@ -79,6 +87,7 @@ class TestLikelihoods:
         temperature=st.floats(0.05, 5),
         top_k=st.one_of(st.just(0), st.integers(1, 400)),
         top_p=st.one_of(st.just(1.0), st.floats(0.01, 1)),
+        min_p=st.one_of(st.just(0.0), st.floats(0.001, 1)),
     )
     def test_they_are_those_of_hugging_face(
         self,
@@ -90,8 +99,9 @@ class TestLikelihoods:
         temperature: float,
         top_k: int,
         top_p: float,
+        min_p: float,
     ) -> None:
-        sampling, logits = Sampling(temperature, top_p, top_k), random_logits(size, seed, spread, grid)
+        sampling, logits = Sampling(temperature, top_p, top_k, min_p), random_logits(size, seed, spread, grid)
         with unless(native):
             ours = likelihoods_of_ours(sampling, logits)
         theirs = likelihoods_of_hugging_face(sampling, logits)
