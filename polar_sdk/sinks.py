@@ -12,6 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import entry_points
 from io import FileIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from polar_sdk.usage import NullSink, UsageRecord, UsageSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from importlib.metadata import EntryPoints
 
 
 GROUP: Final = "polar_sdk.sinks"
@@ -51,7 +53,7 @@ def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -
     if ledger is None:
         return NullSink()
     url = os.environ.get(LEDGER_VARIABLE) or None if ledger == AUTO_LEDGER else ledger
-    factory = _registered_factory()
+    factory = _registered_factory(entry_points)
     if factory is not None:
         return factory(url)
     if url is None:
@@ -62,8 +64,10 @@ def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -
     )
 
 
-def _registered_factory() -> Callable[[str | None], UsageSink] | None:
-    for entry in entry_points(group=GROUP, name="default"):
+@cache
+def _registered_factory(find: Callable[..., EntryPoints]) -> Callable[[str | None], UsageSink] | None:
+    """The factory; looked for once, as it takes longer than to make an object of a model that is loaded."""
+    for entry in find(group=GROUP, name="default"):
         try:
             factory: Callable[[str | None], UsageSink] = entry.load()
         except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed

@@ -101,6 +101,8 @@ class Decoder:
         self.layers = list(self._take_layers(modules, bring))
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = TorchKernels(family)
+        self.prepared: dict[object, object] = {}
+        """Of others, once for all objects over these weights: the routers bound to them."""
         self.bridges: dict[Segment, Bridge] = {}
         self.fills: dict[Segment, Fill] = {}
         self.draft_head: DraftHead | NativeDraftHead | None = None

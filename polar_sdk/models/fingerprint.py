@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"})
 """Configuration fields that do not change what the model computes; nor do those that begin with `_`."""
+_hashes: Final[dict[str, list[Any]]] = {}
+"""What this process knows of files, by their paths."""
 _HASHES_LOCK: Final = renewed_in_child(threading.Lock())
 
 
@@ -64,13 +66,14 @@ def file_sha256(path: Path) -> str:
     stat = path.stat()
     stamp = [stat.st_size, stat.st_mtime_ns]
     with _HASHES_LOCK:
-        known = _read_hashes().get(str(path))
-    if known is not None and known[:2] == stamp:
-        return str(known[2])
-    value = hash_file(path)
+        known = _hashes.get(str(path)) or _read_hashes().get(str(path))
+    if known is None or known[:2] != stamp:
+        known = [*stamp, hash_file(path)]
+        with _HASHES_LOCK:
+            _remember(path, known)
     with _HASHES_LOCK:
-        _remember(path, [*stamp, value])
-    return value
+        _hashes[str(path)] = known
+    return str(known[2])
 
 
 def hash_file(path: Path) -> str:

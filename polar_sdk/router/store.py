@@ -12,7 +12,7 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from polar_sdk.engine.large_pages import give_back_freed_memory
 from polar_sdk.errors import MapError, ModelNotFoundError, ProgramError, RouterError
@@ -94,9 +94,45 @@ def find_router(router: Router | str | Path | None, host: _Host, *, look: bool) 
     """
     if isinstance(router, Router):
         return attach_router(router, host, None)
-    if router is not None:
-        return attach_router(load_router(router), host, Path(router))
-    return next(_certified_routers(host), None) if look else None
+    if router is None and not look:
+        return None
+    # Objects over the same weights share what was read, checked and bound for one of them, while nothing has changed.
+    folders = [*router_folders(host.fingerprint)] if router is None else [Path(router)]
+    decoder = host.decoder
+    key = (router is None, host.policy.model_dump_json(), *map(_stamps, folders))
+    found = decoder.prepared.get(key)
+    if isinstance(found, _Prepared) and found.holds(decoder):
+        return found.router
+    if router is None:
+        chosen = next(_certified_routers(host), None)
+    else:
+        chosen = attach_router(load_router(router), host, Path(router))
+    decoder.prepared[key] = _Prepared(chosen, _maps_of(decoder))
+    return chosen
+
+
+class _Prepared(NamedTuple):
+    """A router that is ready to serve, and the maps that the weights had then."""
+
+    router: Router | None
+    maps: list[object]
+
+    def holds(self, decoder: Decoder) -> bool:
+        """Whether the weights have the same maps still."""
+        now = _maps_of(decoder)
+        return len(now) == len(self.maps) and all(one is other for one, other in zip(now, self.maps, strict=True))
+
+
+def _maps_of(decoder: Decoder) -> list[object]:
+    """The maps that a model in memory has."""
+    return [*decoder.bridges.values(), *decoder.fills.values()]
+
+
+def _stamps(folder: Path) -> tuple[object, ...]:
+    """Size and time of last change of every file of a router."""
+    files = [file for each in (folder, *map_folders(folder)) if each.is_dir() for file in each.iterdir()]
+    stats = [(str(file), file.stat()) for file in sorted(files)]
+    return str(folder), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polar_sdk.errors import RouterDamagedError, RouterError
+from polar_sdk.model import PolarModel
+from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import IdentityRouter, Route, Router, StaticRouter
@@ -17,13 +19,11 @@ from polar_sdk.router.layerwise import LayerwiseRouter
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter
 from polar_sdk.router.network import Network
-from polar_sdk.testing import tiny_model
+from polar_sdk.testing import random_fill, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
-
-    from polar_sdk.model import PolarModel
 
 TOKENS = (5, 80, 33, 7, 120)
 
@@ -116,3 +116,25 @@ def test_features_that_the_weights_were_not_trained_on_are_refused(folder: Path)
     edit(folder, lambda facts: facts["facts"].update(features="ending"))
     with pytest.raises(RouterDamagedError, match=r"49 numbers.* 97"):
         tiny_model(router=folder)
+
+
+def test_objects_over_the_same_weights_share_a_router_until_it_changes(
+    folder: Path, certified: MenuRouter, model: PolarModel
+) -> None:
+    one, other = (PolarModel(model.loaded, router=folder, ledger=None) for _ in range(2))
+    assert one.router is other.router
+    assert PolarModel(model.loaded, router=folder, policy=Policy(max_visits=2), ledger=None).router is not one.router
+    edit(folder, lambda facts: facts.update(certificate=None))
+    changed = PolarModel(model.loaded, router=folder, ledger=None).router
+    assert isinstance(changed, MenuRouter)
+    assert isinstance(one.router, MenuRouter)
+    assert (one.router.certified, changed.certified) == (True, False)
+    model.decoder.set_fills({(2, 3): random_fill(model.decoder, (2, 3))})
+    try:
+        assert PolarModel(model.loaded, router=folder, ledger=None).router is not changed
+    finally:
+        model.decoder.set_fills({})
+    save_router(certified, folder)
+    (folder / "router.safetensors").write_bytes(b"")
+    with pytest.raises(RouterDamagedError):
+        PolarModel(model.loaded, router=folder, ledger=None)
