@@ -16,11 +16,12 @@ from langchain_core.runnables import RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
 
 from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
 from polar_sdk.reading import Unreadable, parse_json
-from polar_sdk.request.constraint import closed
+from polar_sdk.request.constraint import closed, json_schema
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +47,7 @@ def structured(
     """A model that answers with objects of a schema; see `ChatPolar.with_structured_output`."""
     traced = {"kwargs": {"method": method}, "schema": schema}
     if method == "function_calling":
-        tool = convert_to_openai_tool(schema)
+        tool = openai_tool(schema)
         name = tool["function"]["name"]
         bound = model.bind_tools([tool], tool_choice=name, ls_structured_output_format=traced, **options)
     elif method in ("json_schema", "json_mode"):
@@ -63,12 +64,34 @@ def structured(
 
 
 def _format(schema: dict[str, Any] | type, method: Method) -> dict[str, Any]:
-    read = convert_to_json_schema(schema)
-    if isinstance(schema, type):
-        read = closed(read)
+    if _is_pydantic(schema):
+        read = json_schema(schema)
+    else:
+        read = convert_to_json_schema(schema)
+        if isinstance(schema, type):
+            read = closed(read)
     if method == "json_mode":
         return {"type": "json_object", "schema": read}
     return {"type": "json_schema", "json_schema": {"name": read.get("title") or "answer", "schema": read}}
+
+
+def openai_tool(tool: Any) -> dict[str, Any]:
+    """A tool in OpenAI's form; where LangChain has a pydantic class, with the schema that this class has itself.
+
+    LangChain's own conversion drops the part of a class that refers to the class.
+    """
+    read = convert_to_openai_tool(tool)
+    arguments = getattr(tool, "tool_call_schema", tool)
+    if _is_pydantic(arguments):
+        read["function"]["parameters"] = {
+            name: value for name, value in json_schema(arguments).items() if name not in {"title", "description"}
+        }
+    return read
+
+
+def _is_pydantic(schema: Any) -> bool:
+    """Whether it is a class of pydantic 2."""
+    return isinstance(schema, type) and issubclass(schema, BaseModel)
 
 
 class AnswerParser(BaseCumulativeTransformOutputParser[Any]):

@@ -14,11 +14,10 @@ from uuid import UUID
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.outputs import ChatGeneration
 from langchain_core.runnables.config import get_config_list
-from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from langchain_polar._base import Caller, PolarBase, with_thread
 from langchain_polar._messages import AnswerReader, to_roles
-from langchain_polar._structured import Method, structured
+from langchain_polar._structured import Method, openai_tool, structured
 from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm
@@ -92,7 +91,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         `trim_messages` asks about, they are counted one by one, which gives some more.
         """
         with langchain_errors():
-            form = AnswerForm.of({"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
+            form = AnswerForm.of({"tools": [openai_tool(tool) for tool in tools or ()]})
             roles = form.teach(to_roles(messages))
             return _count(self._engine(), roles)
 
@@ -121,7 +120,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         Raises:
             ModelInvalidRequestError: `tool_choice` names no tool.
         """
-        form = {"tools": [convert_to_openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
+        form = {"tools": [openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
         if parallel_tool_calls is not None:
             form["parallel_tool_calls"] = parallel_tool_calls
         with langchain_errors():

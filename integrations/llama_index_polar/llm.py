@@ -45,12 +45,13 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm, listed_logprobs
 from polar_sdk.frameworks.settings import ModelSettings
 from polar_sdk.frameworks.telemetry import CallSpan
+from polar_sdk.request.constraint import json_schema
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llama_index.core.llms.llm import ToolSelection
-    from llama_index.core.tools import BaseTool
+    from llama_index.core.tools import BaseTool, ToolMetadata
 
     from llama_index_polar._messages import AsyncStream, Respond, Stream
     from polar_sdk import Generation, PolarModel
@@ -210,7 +211,7 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
         kwargs["tool_choice"] = kwargs.get("tool_choice") or ("any" if tool_required else "auto")
         return {
             "messages": messages,
-            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "tools": [_openai_tool(tool.metadata) for tool in tools],
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
         }
@@ -315,6 +316,18 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
         engine = await asyncio.to_thread(self._engine)
         chunks = engine.astream(prompt, template=template, **options)
         return aresponses(chunks, _with_logprobs(respond, engine), span)
+
+
+def _openai_tool(metadata: ToolMetadata) -> dict[str, Any]:
+    """A tool in OpenAI's form, with the schema that its class has: LlamaIndex's own form loses recursive parts."""
+    if metadata.fn_schema is None:
+        return metadata.to_openai_tool(skip_length_check=True)
+    parameters = json_schema(metadata.fn_schema)
+    if "$ref" in metadata.fn_schema.model_json_schema():
+        # Of a class that refers to itself: LlamaIndex, which calls the tool, looks for fields at the root.
+        metadata.get_parameters_dict = lambda: parameters  # type: ignore[method-assign]
+    function = {"name": metadata.name, "description": metadata.description, "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def _with_logprobs(respond: Respond, engine: PolarModel) -> Respond:

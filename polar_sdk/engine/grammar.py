@@ -9,6 +9,7 @@ ids and logits; no JSON and no requests.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
@@ -438,7 +439,14 @@ def _no_panic() -> Iterator[None]:
         raise _unsupported(f"llguidance fails at it ({error})") from error
 
 
+_SOURCE: Final = re.compile(
+    r"^\s*(\d+\s*)?\|.*$|^[\s^]+$|\bat \d+\(\d+\): |failed to compile JSON schema: ", re.MULTILINE
+)
+"""Within a message of the library: where in the text of a grammar, which may be one that nobody wrote, it is."""
+
+
 def _unsupported(reason: str) -> GrammarError:
+    reason = _SOURCE.sub("", reason)
     return GrammarError(
         f"this schema, regular expression or grammar is not supported: {' '.join(reason.split())[:400].rstrip('.')}.",
         hint="Remove or reword that part; what must hold beyond it is to be checked on the answer.",

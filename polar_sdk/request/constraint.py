@@ -36,6 +36,10 @@ _FORMATS: Final = frozenset({*_PATTERNS, "email", "hostname", "ipv4", "ipv6", "u
 _NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 """Keys of a schema whose values are maps from names to schemas."""
 _FIELDS: Final = frozenset({"properties", "patternProperties"})
+_UNFOLLOWED: Final = frozenset({"uniqueItems", "not", "if", "contains", "dependentRequired", "dependentSchemas"})
+"""Keys that no grammar can enforce."""
+_DECIMAL: Final = ["number", "string"]
+_FINITE: Final = {"minimum": -(10**15), "maximum": 10**15}
 _EXACT: Final = 2**53
 """Grammars know numbers as doubles, which hold every integer up to this one."""
 _WIDEST: Final = 2**63 - 1024
@@ -125,7 +129,7 @@ def json_schema(schema: Schema) -> dict[str, Any]:
         from pydantic import PydanticUserError, TypeAdapter
 
         try:
-            own: dict[str, Any] = _with_parts(closed(TypeAdapter(schema).json_schema()), _allow_twice)
+            own: dict[str, Any] = _with_parts(closed(_at_its_root(TypeAdapter(schema).json_schema())), _as_written)
             return own
         except PydanticUserError as error:
             raise GrammarError(
@@ -149,7 +153,9 @@ def followable(schema: Any) -> Any:
     Raises:
         GrammarError: A number is not one that a grammar can hold.
     """
-    return _with_parts(schema, _make_followable)
+    read = _with_parts(schema, _make_followable)
+    _refuse_unfollowed(read)
+    return read
 
 
 def _with_parts(part: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
@@ -173,10 +179,49 @@ def _close(part: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
-def _allow_twice(part: dict[str, Any]) -> dict[str, Any]:
-    """No grammar can keep a list from having an item twice; a Python set takes it all the same."""
+def _at_its_root(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a class that refers to itself, whose root is a reference, with its fields at the root."""
+    place, _, name = str(schema.get("$ref", "")).rpartition("/")
+    target = schema.get("$defs", {}).get(name) if place == "#/$defs" else None
+    return {**target, "$defs": schema["$defs"]} if isinstance(target, dict) else schema
+
+
+def _as_written(part: dict[str, Any]) -> dict[str, Any]:
+    """What pydantic reads of a class's fields, as far as a grammar can write it.
+
+    None can keep a list from having an item twice, and a Python set takes it all the same. A decimal number is finite.
+    """
     part.pop("uniqueItems", None)
+    options = part.get("anyOf")
+    if isinstance(options, list) and [one.get("type") for one in options if isinstance(one, dict)] == _DECIMAL:
+        number = options[0]
+        if _FINITE.keys().isdisjoint(number):
+            part["anyOf"] = [{**number, **_FINITE}]
     return part
+
+
+def _refuse_unfollowed(part: Any, place: str = "") -> None:
+    """Refuse what no grammar can enforce, with the field that asks for it.
+
+    Raises:
+        GrammarError: There is such a key.
+    """
+    if isinstance(part, list):
+        for item in part:
+            _refuse_unfollowed(item, place)
+    if not isinstance(part, dict):
+        return
+    for key, value in part.items():
+        if key in _NAMED and isinstance(value, dict):
+            for name, field in value.items():
+                _refuse_unfollowed(field, f"{place}.{name}" if place and key in _FIELDS else name)
+        elif key in _UNFOLLOWED and value is not False:
+            where = f"field {place!r}" if place else "the schema"
+            raise GrammarError(
+                f"{where} has {key}, which no grammar can enforce; remove it, and check the answer.",
+            )
+        elif key not in _VALUES:
+            _refuse_unfollowed(value, place)
 
 
 def _make_followable(part: dict[str, Any]) -> dict[str, Any]:
