@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 from polar_billing import ALL_TENANTS, Ledger, Meter, PriceBook, Selection, build_report, report_html, usage_rows
@@ -49,9 +50,9 @@ def main(folder: Path) -> None:
     for row in usage_rows(ledger, Selection(ALL_TENANTS), by=["tenant", "tier"]):
         who, on = row.group["tenant"], row.group["tier"]
         tokens = row.tokens_input + row.tokens_output
-        print(
-            f"  {who:<7} {on:<9} {tokens:>4} tokens  {row.compute_units:.6f} CU  saved {row.compute_units_saved:.6f} CU"
-        )
+        saved = row.compute_units_saved / (row.compute_units + row.compute_units_saved)
+        less = f"{saved:.1%} less than full depth" if saved >= Decimal("0.0005") else "full depth"
+        print(f"  {who:<7} {on:<9} {tokens:>4} tokens  {row.compute_units:.6f} CU, {less}")
 
     report = build_report(ledger)
     print(f"\nThe bill, {report.currency}")

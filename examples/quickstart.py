@@ -21,10 +21,10 @@ def main() -> None:
         answer = model.generate(PROMPT, compute=tier, max_tokens=24)
         usage = answer.usage
         print(f"  {tier:<9} {answer.text.strip()!r}")
-        print(
-            f"  {'':<9} program {usage.program} · {usage.flops.total / 1e9:.2f} GFLOP, "
-            f"{usage.flops_saved / usage.identity_flops:.1%} less than full depth"
-        )
+        saved = usage.flops_saved / usage.identity_flops
+        less = f"{saved:.1%} less than full depth" if saved >= 0.0005 else "full depth"
+        cached = f", {usage.tokens.cached} tokens of it were there already" if usage.tokens.cached else ""
+        print(f"  {'':<9} program {usage.program} · {usage.flops.total / 1e9:.2f} GFLOP, {less}{cached}")
 
     print("\nA program by hand, layer 15 visited twice:")
     answer = model.generate(PROMPT, program="0-14 15x2 16-29", max_tokens=24)

@@ -112,6 +112,7 @@ class PolarModel:
             PolicyError: The policy belongs to another model.
         """
         loading, own = split_loading(options)
+        own["sink"] = find_sink(own.pop("ledger", AUTO_LEDGER), own.get("sink"))  # one that cannot be takes no time
         return cls(load_pretrained(model, **loading), **own)
 
     @classmethod

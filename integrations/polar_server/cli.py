@@ -122,10 +122,11 @@ def _serve_here(launch: Launch, port: int) -> None:
     try:
         from polar_server.app import build
         from polar_server.deployment.launch import log_as_json
-        from polar_server.deployment.uvicorn_server import UvicornServer
+        from polar_server.deployment.uvicorn_server import UvicornServer, listening
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
     log_as_json()
+    listening(launch.host, port).close()  # before the model is loaded
     settings = launch.settings()
     server = UvicornServer(build(settings), host=launch.host, port=port)
     server.on_start = lambda where: _announce(f"Serving {settings.model_id} on {where}/v1", settings.key_rule)

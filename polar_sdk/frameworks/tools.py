@@ -115,8 +115,10 @@ class ToolUse:
             function = choice.get("function")
             named = function if isinstance(function, Mapping) else choice
             choice = named.get("name") or choice.get("name") or choice.get("type")
-        if not tools or choice in ("none", False):
+        if choice in ("none", False) or (not tools and choice in (None, "auto")):
             return None
+        if not tools:
+            raise InvalidRequestError(f"tool_choice={choice!r} needs tools; pass some, or leave it out.")
         if choice in (None, "auto"):
             return cls(tuple(tools), parallel=parallel)
         if choice in names:

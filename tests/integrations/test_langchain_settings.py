@@ -323,3 +323,16 @@ def test_log_probabilities_are_in_the_metadata(engine: PolarModel) -> None:
     assert (row[0].generation_info or {})["logprobs"]["content"] == content
     raw: Any = LlamaIndexLLM(engine=engine, logprobs=2, max_tokens=4).complete("Hello").raw
     assert raw["logprobs"]["content"] == content
+
+
+def test_a_choice_of_tools_needs_tools(engine: PolarModel) -> None:
+    for choice in ("any", "get_weather", {"type": "function", "function": {"name": "x"}}):
+        with pytest.raises(langchain.ModelInvalidRequestError, match="needs tools"):
+            ChatPolar(engine=engine).invoke("Hello", tool_choice=choice)
+    assert ChatPolar(engine=engine, max_tokens=2).invoke("Hello", tool_choice="auto")
+
+
+@BOTH
+def test_a_ledger_that_cannot_be_is_refused_before_a_model_is_loaded(kind: Any) -> None:
+    with pytest.raises(polar.PolarError, match="mysql"):
+        kind(model="/no/such/model", ledger="mysql://host/polar").invoke("Hello")

@@ -14,12 +14,14 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import AccessError
+from polar_sdk.errors import did_you_mean
 from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from polar_billing.access.keys import ApiKey, ApiKeys
+    from polar_billing.ledger.ledger import Ledger
 
 _Id = Annotated[str, typer.Argument(help="The key's id, which `polar key list` shows.", metavar="ID")]
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -57,6 +59,7 @@ def create(
 ) -> None:
     """Create a key; it is printed once, and only its hash is stored."""
     with _open(ledger) as keys:
+        _check_tiers(keys.ledger, tier or ())
         made, text = keys.create(
             tenant,
             name,
@@ -77,9 +80,10 @@ def create(
 def list_(tenant: opt.Tenant = None, as_json: opt.Json = False, ledger: opt.Ledger = None) -> None:
     """Show keys and what they may do; never a secret."""
     with _open(ledger) as keys:
-        rows = [_row(found) for found in keys.all(opt.tenant_or_all(tenant))]
+        found = list(keys.all(opt.tenant_or_all(tenant)))
+    rows = [_row(one) for one in found]
     if as_json:
-        print_json(rows)
+        print_json([_facts(one) for one in found])
     elif not rows:
         print_line("There are no keys.")
     else:
@@ -119,7 +123,7 @@ def _open(ledger: str | None) -> Iterator[ApiKeys]:
 
 def _show_new(made: ApiKey, text: str, *, as_json: bool) -> None:
     if as_json:
-        print_json({**_row(made), "key": text})
+        print_json({**_facts(made), "key": text})
         return
     print_line(f"Key {made.key_id} ({made.name}) of tenant {made.tenant}; this is the only time that it is shown:")
     typer.echo(text)
@@ -142,6 +146,27 @@ def _row(found: ApiKey) -> dict[str, Any]:
         "expires_at": None if found.expires_at is None else found.expires_at.isoformat(timespec="seconds"),
         "rotated_from": found.rotated_from,
     }
+
+
+def _facts(found: ApiKey) -> dict[str, Any]:
+    """The same for programs: several values are a list."""
+    listed = {"scopes": list(found.scopes), "models": list(found.models), "tiers": list(found.tiers)}
+    return {**_row(found), **listed, "tags": dict(found.tags)}
+
+
+def _check_tiers(ledger: Ledger, tiers: Sequence[str]) -> None:
+    """Refuse tiers that no price book of the ledger has, and that are none of the usual ones.
+
+    Raises:
+        AccessError: There is one.
+    """
+    from polar_billing.prices.entries import USUAL_TIERS
+
+    priced = (entry.tiers for book in ledger.price_books().values() for entry in book.prices)
+    known = {*USUAL_TIERS, *(name for tiers in priced for name in tiers)}
+    for tier in tiers:
+        if tier not in known:
+            raise AccessError(f"there is no tier {tier[:40]!r}; {did_you_mean(tier, known)}")
 
 
 def _duration(text: str) -> timedelta:

@@ -88,16 +88,19 @@ def _read_receipt(path: Path) -> dict[str, object]:
 def receipt(
     request: Annotated[str, typer.Argument(help="Id of the request.", metavar="REQUEST")],
     ledger: opt.Ledger = None,
-    tenant: Annotated[str, typer.Option(help="Tenant of the request.", metavar="NAME")] = "default",
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose, where several have such a request.", metavar="NAME")
+    ] = None,
     source: Annotated[
-        str | None, typer.Option(help="Service that stored it; default: POLAR_SOURCE, or polar.", metavar="NAME")
+        str | None, typer.Option(help="Service that stored it, where several have.", metavar="NAME")
     ] = None,
 ) -> None:
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
-    from polar_billing.proof.receipts import make_receipt
+    from polar_billing.proof.receipts import find_request, make_receipt
 
     with opt.existing_ledger(ledger) as store, store.snapshot() as connection:
-        print_json(make_receipt(connection, tenant, request, source=source))
+        owner, stored_by, _ = find_request(connection, request, tenant, source)
+        print_json(make_receipt(connection, owner, request, source=stored_by))
 
 
 def prune(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def statement(
-    tenant: opt.OneTenant,
+    tenant: opt.Tenant = None,
     ledger: opt.Ledger = None,
     month: opt.Month = None,
     since: opt.Since = None,
@@ -62,21 +62,43 @@ def statement(
     as_json: opt.Json = False,
     csv: opt.Csv = None,
 ) -> None:
-    """Show what a tenant owes for a period, line by line; without a period, list the tenant's issued statements.
+    """Show what tenants owe for a period, line by line; without a period, list the issued statements.
 
     A statement is a draft until it is issued, and never changes afterwards: usage that is stored later becomes a
     correction on the next one.
     """
+    if tenant is None and (trace is not None or csv is not None):
+        raise QueryError("--trace and --csv are of one statement.", hint="Name its tenant with --tenant.")
     with opt.open_ledger(ledger) as store:
+        tenants = [tenant] if tenant is not None else _tenants(store)
         if month is None and since is None and until is None:
-            _list(store, tenant, as_json)
+            _list(store, tenants, as_json)
             return
         agreements = _agreements(agreement, agreement_from)
-        document, issued = _statement(store, tenant, (month, since, until, zone), issue, book, agreements)
-        if trace is not None:
-            _trace(store, issued, trace, as_json)
+        period = (month, since, until, zone)
+        found = [_statement(store, one, period, issue, book, agreements) for one in tenants]
+        if tenant is None:
+            _show_all(found, as_json)
+        elif trace is not None:
+            _trace(store, found[0][1], trace, as_json)
         else:
-            _show(document, issued, as_json, csv)
+            _show(*found[0], as_json, csv)
+
+
+def _tenants(store: Ledger) -> list[str]:
+    """Every tenant that has usage or statements."""
+    from polar_billing.ledger.records import ALL_TENANTS, Selection
+
+    return sorted({usage.tenant for usage in store.usage_sums(Selection(ALL_TENANTS), hourly=False)})
+
+
+def _show_all(found: list[tuple[Statement, IssuedStatement | None]], as_json: bool) -> None:
+    if as_json:
+        print_json([_document(*one) for one in found])
+    elif not found:
+        print_line("There is no usage yet.")
+    for one in [] if as_json else found:
+        _show(*one, as_json, None)
 
 
 def _statement(
@@ -103,17 +125,25 @@ def _statement(
     return polar_billing.draft_statement(store, tenant, period, book=prices, agreement=agreements), None
 
 
-def _list(store: Ledger, tenant: str, as_json: bool) -> None:
+def _document(document: Statement, issued: IssuedStatement | None) -> dict[str, Any]:
+    issued_at = None if issued is None else issued.issued_at.isoformat()
+    return {"issued_at": issued_at, **document.model_dump(mode="json")}
+
+
+def _list(store: Ledger, tenants: list[str], as_json: bool) -> None:
     from polar_billing.reports.billing_tables import issued_view
     from polar_billing.statements.issue import issued_statements
 
-    statements = issued_statements(store, tenant)
+    issued = {tenant: issued_statements(store, tenant) for tenant in tenants}
     if as_json:
-        print_json([issued.statement.model_dump(mode="json") for issued in statements])
-    elif statements:
-        opt.show(issued_view(statements, tenant))
-    else:
-        print_line(f"No statement of {tenant} has been issued yet. For a draft, name a month: --month 2026-11.")
+        print_json([one.statement.model_dump(mode="json") for each in issued.values() for one in each])
+        return
+    for tenant, statements in issued.items():
+        if statements:
+            opt.show(issued_view(statements, tenant))
+    if not any(issued.values()):
+        whose = f" of {tenants[0]}" if len(tenants) == 1 else ""
+        print_line(f"No statement{whose} has been issued yet. For a draft, name a month: --month 2026-11.")
 
 
 def _show(document: Statement, issued: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
@@ -123,8 +153,7 @@ def _show(document: Statement, issued: IssuedStatement | None, as_json: bool, cs
     if csv is not None:
         opt.write_file(csv, statement_csv(document))
     if as_json:
-        issued_at = None if issued is None else issued.issued_at.isoformat()
-        print_json({"issued_at": issued_at, **document.model_dump(mode="json")})
+        print_json(_document(document, issued))
     elif csv is None:
         opt.show(statement_view(document, issued))
 

@@ -24,7 +24,7 @@ from pydantic import (
 from polar_billing.values.money import STORED_SCALE
 from polar_sdk.reading import Unreadable, parse_decimal
 
-_TIERS: Final = ("economy", "standard", "premium", "exact")
+USUAL_TIERS: Final = ("economy", "standard", "premium", "exact")
 _DATED: Final = re.compile(r"\s*\d{4}-\d\d-\d\d")
 """Beginning of a text with a date; other texts are taken for seconds since 1970."""
 
@@ -159,5 +159,5 @@ def entry_at(entries: tuple[PriceEntry, ...], moment: datetime) -> PriceEntry | 
 def tier_order(tier: str | None) -> tuple[int, str]:
     """Sort key of a tier: the usual ones from the cheapest up, then others by name, then none."""
     if tier is None:
-        return (len(_TIERS) + 1, "")
-    return (_TIERS.index(tier), "") if tier in _TIERS else (len(_TIERS), tier)
+        return (len(USUAL_TIERS) + 1, "")
+    return (USUAL_TIERS.index(tier), "") if tier in USUAL_TIERS else (len(USUAL_TIERS), tier)

@@ -31,6 +31,7 @@ from polar_billing.proof.chain_check import ChainCheck
 from polar_billing.proof.column_types import well_typed
 from polar_billing.proof.verify import MALFORMED
 from polar_billing.values.money import STORED_SCALE, from_scaled
+from polar_sdk.reading import shown
 from polar_sdk.usage import COMPUTE_UNIT_VERSION
 
 if TYPE_CHECKING:
@@ -58,6 +59,38 @@ class ReceiptCheck:
     """The first disagreement with the ledger; None if nothing was found."""
     unchecked: tuple[str, ...] = ()
     """Fields that the ledger can no longer check, because retention deleted the facts."""
+
+
+def find_request(
+    connection: Connection, request_id: str, tenant: str | None, source: str | None
+) -> tuple[str, str, str]:
+    """Tenant, source and id of the one request of that id; tenant and source may be left out.
+
+    Raises:
+        QueryError: There is none, or there are several.
+    """
+    found: set[tuple[str, str]] = set()
+    storable = all(can_be_stored(name) for name in (request_id, tenant, source) if name is not None)
+    for table in (usage_table, pruned_table) if storable else ():
+        query = select(table.c.tenant, table.c.source).where(table.c.request_id == request_id)
+        query = query if tenant is None else query.where(table.c.tenant == tenant)
+        query = query if source is None else query.where(table.c.source == source)
+        found |= {(row.tenant, row.source) for row in connection.execute(query)}
+    if not found:
+        of = "" if tenant is None else f" of tenant {tenant!r}"
+        by = "" if source is None else f" from source {source!r}"
+        raise QueryError(
+            f"no request {shown(request_id)}{of}{by} is in the ledger.",
+            hint="`polar usage --requests` lists requests, and lines are named like st-…/1.",
+        )
+    if len(found) > 1:
+        tenants, sources = (sorted(names) for names in map(set, zip(*found, strict=True)))
+        option, names = ("--tenant", tenants) if len(tenants) > 1 else ("--source", sources)
+        raise QueryError(
+            f"{len(found)} requests have the id {shown(request_id)}.",
+            hint=f"Name one with {option}: {', '.join(map(shown, names[:5]))}.",
+        )
+    return (*found.pop(), request_id)
 
 
 def make_receipt(connection: Connection, tenant: str, request_id: str, *, source: str | None = None) -> dict[str, Any]:

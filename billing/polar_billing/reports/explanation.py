@@ -19,9 +19,9 @@ from polar_billing.ledger.append import find_known
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.records import StoredUsage
 from polar_billing.ledger.rollups import joined_sum, split_sum
-from polar_billing.ledger.schema import pruned_table, statement_table, usage_table
+from polar_billing.ledger.schema import statement_table, usage_table
 from polar_billing.prices.rating import ITEMS, product, rate, rate_of
-from polar_billing.proof.receipts import can_be_stored, make_receipt
+from polar_billing.proof.receipts import find_request, make_receipt
 from polar_billing.reports import Part
 from polar_billing.reports.depth import LayerState, layers_of_record
 from polar_billing.reports.formula import Formula, work_out
@@ -155,7 +155,7 @@ def explain_request(
         QueryError: There is no such request, there are several, or retention has deleted its facts.
     """
     with ledger.snapshot() as connection:
-        identity = _identity(connection, request_id, tenant, source)
+        identity = find_request(connection, request_id, tenant, source)
         _, stored = find_known(connection, [identity])[identity]
         if not isinstance(stored, StoredUsage):
             raise QueryError(
@@ -197,32 +197,6 @@ def explain_request(
         lines=tuple(line_id(issued.statement.id, line.number) for issued, line in lines),
         receipt=receipt,
     )
-
-
-def _identity(connection: Connection, request_id: str, tenant: str | None, source: str | None) -> tuple[str, str, str]:
-    """The one request of that id."""
-    found: set[tuple[str, str]] = set()
-    storable = all(can_be_stored(name) for name in (request_id, tenant, source) if name is not None)
-    for table in (usage_table, pruned_table) if storable else ():
-        query = select(table.c.tenant, table.c.source).where(table.c.request_id == request_id)
-        query = query if tenant is None else query.where(table.c.tenant == tenant)
-        query = query if source is None else query.where(table.c.source == source)
-        found |= {(row.tenant, row.source) for row in connection.execute(query)}
-    if not found:
-        of = "" if tenant is None else f" of tenant {tenant!r}"
-        by = "" if source is None else f" from source {source!r}"
-        raise QueryError(
-            f"no request {shown(request_id)}{of}{by} is in the ledger.",
-            hint="`polar usage --requests` lists requests, and lines are named like st-…/1.",
-        )
-    if len(found) > 1:
-        tenants, sources = (sorted(names) for names in map(set, zip(*found, strict=True)))
-        option, names = ("--tenant", tenants) if len(tenants) > 1 else ("--source", sources)
-        raise QueryError(
-            f"{len(found)} requests have the id {shown(request_id)}.",
-            hint=f"Name one with {option}: {', '.join(map(shown, names[:5]))}.",
-        )
-    return (*found.pop(), request_id)
 
 
 def _prices(record: UsageRecord, book: PriceBook) -> tuple[PriceStep, ...]:

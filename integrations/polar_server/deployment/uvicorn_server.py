@@ -7,11 +7,15 @@ clients hear it. A second signal stops them at once. Either way every record is 
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from typing import TYPE_CHECKING, Any, Final
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +62,29 @@ class _Protocol(H11Protocol):
             self._patience = None
 
 
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address.
+
+    Raises:
+        InvalidRequestError: It cannot be, as where another process listens there.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        why = "is in use" if in_use else f"cannot be listened on ({error.strerror})"
+        how = "name another, or 0 for any that is free" if in_use else "name another host or port"
+        raise InvalidRequestError(f"--port {port} of --host {host} {why}; {how}.") from error
+    return bound
+
+
 class PlainServer(uvicorn.Server):
     """uvicorn without its own log, which says when it listens."""
 
@@ -79,6 +106,14 @@ class PlainServer(uvicorn.Server):
         )
         self.on_start: Callable[[str], object] | None = None
         """Called with the URL when the socket listens."""
+
+    def run(self, sockets: Any = None) -> None:
+        """Serve until a signal comes.
+
+        Raises:
+            InvalidRequestError: Nothing can listen there.
+        """
+        super().run(sockets or [listening(self.config.host, self.config.port)])
 
     @property
     def url(self) -> str:

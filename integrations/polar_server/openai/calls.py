@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 
 from pydantic import Field, WithJsonSchema
 
-from polar_sdk.errors import GrammarError, MissingExtraError
+from polar_sdk.errors import ContextWindowError, GrammarError, MissingExtraError
 from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
@@ -94,6 +94,8 @@ class Call:
     """Text, calls of tools, or JSON by a schema."""
     format_param: str = "response_format"
     """The field that asks for JSON by a schema."""
+    length_param: str = "max_tokens"
+    """The field that says how long the answer may be."""
     constraint: str | None = None
     """The field of ours that says what the answer must match."""
     repeated: Mapping[str, Any] = field(default_factory=dict)
@@ -106,8 +108,12 @@ class Call:
 
     def blamed(self, error: Exception) -> Exception:
         """An error of the engine with the field that is to blame, which the engine cannot know."""
+        said = str(error).replace("max_tokens=", f"{self.length_param}=").replace("of max_tokens", "of it")
+        if isinstance(error, ContextWindowError):
+            param = self.length_param if said.startswith(self.length_param) else None
+            return ApiError(said, code="context_length_exceeded", param=param)
         if isinstance(error, GrammarError):
-            return ApiError(str(error), param=self.constraint or self.form_param)
+            return ApiError(said, param=self.constraint or self.form_param)
         if isinstance(error, MissingExtraError):
             return ApiError(str(error), code="unsupported_value", param=self.form_param)
         return error

@@ -40,7 +40,9 @@ class ChatBody(ChoicesBody, TurnBody):
     function_call: Annotated[None, Only("none", "auto", why=_OLDER)] = None
     functions: Annotated[None, unserved(_OLDER)] = None
     audio: Annotated[None, unserved("this engine writes text only.")] = None
-    prediction: Annotated[None, unserved("this engine has no speculative decoding.")] = None
+    prediction: Annotated[
+        None, unserved("drafts of a client are not taken; the engine makes its own, see speculate.")
+    ] = None
     web_search_options: Annotated[None, unserved("this engine has no tools of its own.")] = None
 
     def call(self, rules: Rules) -> Call:
@@ -48,6 +50,7 @@ class ChatBody(ChoicesBody, TurnBody):
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise invalid("max_tokens", f"it says {old}, max_completion_tokens {new}; give one of them.")
+        length = "max_tokens" if new is None else "max_completion_tokens"
         form = tools.read_form(
             self.tools,
             self.tool_choice,
@@ -59,7 +62,8 @@ class ChatBody(ChoicesBody, TurnBody):
             rules,
             read_messages(self.messages),
             form,
-            max_tokens=max_tokens_of(old if new is None else new, _DEFAULT_MAX_TOKENS, rules),
+            max_tokens=max_tokens_of(old if new is None else new, _DEFAULT_MAX_TOKENS, rules, name=length),
+            length_param=length,
             count=self.n,
             **self.streamed(rules),
             logprobs=self.scored(self.logprobs, "logprobs=true"),

@@ -81,6 +81,7 @@ class ResponseBody(TurnBody):
             _messages_of(self.input, self.instructions),
             form,
             max_tokens=max_tokens_of(self.max_output_tokens, _DEFAULT_MAX_TOKENS, rules, name="max_output_tokens"),
+            length_param="max_output_tokens",
             include_usage=True,
             logprobs=self.scored(_LOGPROBS in self.include, f"include=[{_LOGPROBS!r}]"),
             format_param="text.format",

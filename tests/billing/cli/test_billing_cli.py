@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import (
+    AccessError,
     CurrencyMixError,
     LedgerUnsoundError,
     LedgerUrlError,
@@ -30,6 +31,7 @@ from polar_billing.errors import (
     StoreNotFoundError,
 )
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.ledger.schema import SCHEMA_VERSION
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.report import Report, build_report
@@ -218,7 +220,7 @@ def test_a_key_is_shown_once(ok: Callable[..., str]) -> None:
     assert text not in listed
     assert "search" in listed
     (row,) = json.loads(ok("key", "list", "--tenant", "acme", "--json"))
-    assert (row["id"], row["tiers"], row["rpm"], row["state"]) == (text.split("_")[1], "economy", 60, "active")
+    assert (row["id"], row["tiers"], row["rpm"], row["state"]) == (text.split("_")[1], ["economy"], 60, "active")
     assert json.loads(ok("key", "list", "--tenant", "globex", "--json")) == []
 
 
@@ -342,7 +344,7 @@ def test_a_receipt_that_is_none_is_refused(tmp_path: Path, polar: Callable[..., 
     ):
         file.write_text(content, encoding="utf-8")
         assert isinstance(polar("verify", "--receipt", str(file)).exception, QueryError)
-    for arguments in (["nothing", "--tenant", "acme"], ["b", "--tenant", "globex"], ["b"]):
+    for arguments in (["nothing", "--tenant", "acme"], ["b", "--tenant", "globex"], ["nothing"]):
         assert isinstance(polar("receipt", *arguments).exception, QueryError)
 
 
@@ -367,3 +369,35 @@ def test_migrating_says_from_where_to_where(served: Ledger, tmp_path: Path, pola
     for missing, error in (("x.sqlite3", SchemaVersionError), ("none/x.sqlite3", StoreNotFoundError)):
         assert isinstance(polar("migrate", "--ledger", str(tmp_path / missing)).exception, error)
         assert not (tmp_path / missing).exists()
+
+
+def test_a_receipt_is_found_whoever_it_is_of(filled: Ledger, polar: Callable[..., Result]) -> None:
+    (tenant,) = (one.record.tenant for one in filled.read(Selection(ALL_TENANTS)) if one.record.request_id == "first")
+    assert json.loads(polar("receipt", "second").output)["tenant"] == "globex"
+    assert json.loads(polar("receipt", "first").output)["tenant"] == tenant
+    Meter(filled).emit(usage_record("first", tenant="globex"))
+    assert isinstance(polar("receipt", "first").exception, QueryError)
+    assert json.loads(polar("receipt", "first", "--tenant", "globex").output)["tenant"] == "globex"
+
+
+def test_statements_of_a_month_are_those_of_every_tenant(filled: Ledger, polar: Callable[..., Result]) -> None:
+    tenants = sorted({one.record.tenant for one in filled.read(Selection(ALL_TENANTS))})
+    found = json.loads(polar("statement", "--month", "2026-12", "--json").output)
+    assert [one["tenant"] for one in found] == tenants
+    shown = polar("statement", "--month", "2026-12").output
+    assert all(tenant in shown for tenant in tenants)
+    assert isinstance(polar("statement", "--month", "2026-12", "--trace", "1").exception, QueryError)
+
+
+def test_a_key_of_a_tier_that_there_is_not(filled: Ledger, polar: Callable[..., Result]) -> None:
+    refused = polar("key", "create", "acme", "search", "--tier", "econmy")
+    assert isinstance(refused.exception, AccessError)
+    assert "'economy'" in str(refused.exception)
+    made = json.loads(polar("key", "create", "acme", "search", "--tier", "economy", "--tag", "a=b", "--json").output)
+    (listed,) = json.loads(polar("key", "list", "--json").output)
+    assert (made["tiers"], listed["tiers"], listed["scopes"], listed["tags"]) == (
+        ["economy"],
+        ["economy"],
+        ["infer"],
+        {"a": "b"},
+    )

@@ -106,6 +106,18 @@ def test_usage_with_every_event(served: Served) -> None:
     assert {event["usage"]["prompt_tokens"] for event in events} == {events[-1]["usage"]["prompt_tokens"]}
 
 
+def test_errors_name_the_length_as_it_came(served: Served) -> None:
+    body = {key: value for key, value in chat_body().items() if key != "max_tokens"}
+    for path, field, rest in (
+        ("/v1/chat/completions", "max_completion_tokens", body),
+        ("/v1/chat/completions", "max_tokens", body),
+        ("/v1/responses", "max_output_tokens", {"model": "tiny", "input": "a"}),
+    ):
+        _, _, refused = served.call("POST", path, {**rest, field: 10_000})
+        assert (refused["error"]["code"], refused["error"]["param"]) == ("context_length_exceeded", field)
+        assert refused["error"]["message"].startswith(f"{field}=10000")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

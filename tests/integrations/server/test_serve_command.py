@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -164,3 +165,16 @@ def test_the_dashboard_says_what_is_wrong_before_it_starts(ledger_url: str, opti
         ApiKeys(ledger).create("acme", "search")
     with pytest.raises(PolarError, match=said):
         cli.dashboard(**options)
+
+
+def test_a_port_in_use_is_one_line_and_the_callers_mistake(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = ("--port", str(port), "--model", str(model), "--no-ledger")
+        with serving(*arguments) as process:
+            _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"--port {port}" in said
+    assert said.count("\n") == 1
