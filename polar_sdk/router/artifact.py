@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from polar_sdk.engine.hashes import hash_programs, hash_tensors
 from polar_sdk.errors import RouterDamagedError, RouterError
 from polar_sdk.programs.program import Program
-from polar_sdk.reading import read_document
+from polar_sdk.reading import Unreadable, parse_object, read_bytes, read_document
 from polar_sdk.router.base import IdentityRouter, StaticRouter
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.layerwise import LayerwiseRouter
@@ -110,6 +110,15 @@ def load_router(folder: str | Path) -> Router:
         program = file.programs[0]
         return IdentityRouter(len(program)) if file.kind == "identity" else StaticRouter(program)
     return _learned(source, file, tensors)
+
+
+def model_of(folder: Path) -> str | None:
+    """Fingerprint of the model that a router names, before anything of it is checked; None where it names none."""
+    try:
+        facts = parse_object(read_bytes(folder / _JSON)).get("facts")
+    except (OSError, Unreadable):
+        return None
+    return facts.get("fingerprint") if isinstance(facts, dict) else None
 
 
 def _learned(source: Path, file: _File, tensors: dict[str, Tensor]) -> LearnedRouter:

@@ -21,7 +21,7 @@ from polar_sdk.models.network import read_config
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
-from polar_sdk.router.artifact import load_router, save_router
+from polar_sdk.router.artifact import load_router, model_of, save_router
 from polar_sdk.router.base import Router
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
@@ -160,6 +160,8 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
 def _certified_routers(host: _Host) -> Iterator[Router]:
     """Routers for the model whose promises hold here; a damaged one is passed over, because nobody named it."""
     for folder in router_folders(host.fingerprint, host.decoder.dtype_name):
+        if model_of(folder) != host.fingerprint:  # to check a certificate takes longer than to read a small model
+            continue
         try:
             router = load_router(folder)
             if isinstance(router, LearnedRouter) and router.fits(host.fingerprint, host.decoder.dtype_name):
