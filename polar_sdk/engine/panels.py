@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine import native
-from polar_sdk.errors import ModelDamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -166,21 +165,17 @@ class StoredMatrix:
     """A matrix (N, K) of a GGUF file that is not in memory yet.
 
     Attributes:
-        name: In the file.
-        form: Its type there, one of `native.FORMS`.
+        form: Its type in the file, one of `native.FORMS`.
         inputs: K.
         outputs: N.
-        read: Reads so many rows, from the one with the first number on.
-        order: Which row each output is, (N,), where that is not its own number.
+        fill: Writes its panels to memory of their size.
         memory: Where its panels go.
     """
 
-    name: str
     form: str
     inputs: int
     outputs: int
-    read: Callable[[int, int], memoryview]
-    order: Tensor | None
+    fill: Callable[[Tensor], None]
     memory: LargePages
 
     @property
@@ -262,32 +257,13 @@ class Blocks:
         return following
 
 
-_READ_BYTES: Final = 1 << 24
-"""Bytes of a file that are read and packed together, so that no copy of a whole matrix is made."""
-
-
 def _pack(stored: StoredMatrix | Tensor) -> tuple[str, Tensor]:
-    """The form and the panels of a matrix of a file, or of one of numbers.
-
-    Raises:
-        ModelDamagedError: A scale is not finite.
-    """
+    """The form and the panels of a matrix of a file, or of one of numbers."""
     if not isinstance(stored, StoredMatrix):
         return "numbers", Packed.of(stored, None).panels
-    form, inputs, outputs = stored.form, stored.inputs, stored.outputs
-    panels = stored.memory.empty(native.packed_size(form, inputs, outputs))
-    per_panel = native.packed_size(form, inputs, INTEGER_OUTPUTS)
-    together = outputs
-    if stored.order is None:
-        together = max(_READ_BYTES // per_panel, 1) * INTEGER_OUTPUTS
-    for first in range(0, outputs, together):
-        count = min(together, outputs - first)
-        rows = stored.read(first, count)
-        if not native.pack(form, rows, stored.order, inputs, count, panels[first // INTEGER_OUTPUTS * per_panel :]):
-            raise ModelDamagedError(
-                f"the model is damaged: tensor {stored.name!r} is not finite.", hint="Copy or fetch the file again."
-            )
-    return form, panels
+    panels = stored.memory.empty(native.packed_size(stored.form, stored.inputs, stored.outputs))
+    stored.fill(panels)
+    return stored.form, panels
 
 
 @lru_cache(maxsize=64)

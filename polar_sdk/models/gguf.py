@@ -7,19 +7,22 @@ of a file is mapped: a file that shrinks would end the process. Knows names, typ
 
 from __future__ import annotations
 
+import os
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -223,21 +226,38 @@ class GgufFile:
             return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
         return max(self.tensors.values(), key=lambda entry: entry.size).kind.lower()
 
-    def read(self, start: int, size: int) -> memoryview:
-        """Bytes of the file, which may be written to.
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """The number of the open file, for a block that reads it.
 
         Raises:
             ModelDamagedError: It is not the file any more whose header was read.
         """
-        rows = bytearray(size)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            filled = view = memoryview(rows)
-            while filled and (count := file.readinto(filled)):
-                filled = filled[count:]
-        if filled or _stamp(self.path) != self._stamp:
-            raise damaged(self.path, "it has changed while it was read")
-        return view
+            changed = None
+            try:
+                yield file.fileno()
+            except EOFError as error:
+                changed = error
+        if changed or _stamp(self.path) != self._stamp:
+            raise damaged(self.path, "it has changed while it was read") from changed
+
+    def read(self, entry: Entry) -> NDArray[Any]:
+        """Bytes of a tensor.
+
+        Raises:
+            ModelDamagedError: It is not the file any more whose header was read.
+        """
+        import numpy as np
+
+        rows = np.empty(entry.size, np.uint8)
+        with self.opened() as number:
+            left, at = rows.data, entry.start
+            while left:  # the system reads no more than 2 GiB at a time
+                if not (count := os.preadv(number, [left], at)):
+                    raise EOFError
+                left, at = left[count:], at + count
+        return rows
 
 
 class WeightSource:
@@ -246,12 +266,14 @@ class WeightSource:
     Args:
         file: The file.
         entry: Its tensor.
-        processor: transformers' for the file's architecture: it says how a weight lies in the file.
+        turn: Makes the network's weight of the file's, in whose rows it may lie otherwise; None = they are the same.
         shape: The weight's.
     """
 
-    def __init__(self, file: GgufFile, entry: Entry, processor: Any, shape: tuple[int, ...]) -> None:
-        self.file, self.shape, self._entry, self._processor = file, shape, entry, processor
+    def __init__(
+        self, file: GgufFile, entry: Entry, turn: Callable[[NDArray[Any]], NDArray[Any]] | None, shape: tuple[int, ...]
+    ) -> None:
+        self.file, self.shape, self._entry, self._turn = file, shape, entry, turn
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The weight as numbers."""
@@ -268,13 +290,13 @@ class WeightSource:
             if stored is not None:  # the same numbers, in a fraction of the time
                 return stored.alone.look_up(torch.arange(stored.outputs))
         entry = self._entry
-        raw: Any = np.frombuffer(self.file.read(entry.start, entry.size), np.uint8)
         try:
-            whole = dequantize(raw.reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.kind])
+            whole = dequantize(self.file.read(entry).reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.kind])
         except NotImplementedError as error:
             raise UnsupportedArchitectureError(f"tensor {entry.name!r} has type {entry.kind}: {error}") from error
-        own = self._processor.process(weights=whole.reshape(entry.shape), name=entry.name).weights
-        return torch.from_numpy(np.ascontiguousarray(own)).to(dtype).view(self.shape)
+        whole = whole.reshape(entry.shape)
+        own = np.ascontiguousarray(self._turn(whole) if self._turn else whole)
+        return torch.from_numpy(own).to(dtype).view(self.shape)
 
     def stored(self, memory: LargePages, stop: Cancel | None) -> StoredMatrix | None:
         """The weight as the file has it, to be packed; None where it is not in a form of the library, row by row."""
@@ -290,19 +312,26 @@ class WeightSource:
         outputs, inputs = entry.shape
         if not native.packed_size(entry.kind, inputs, outputs):
             return None
-        rows = np.arange(outputs)[:, None]
-        places = self._processor.process(weights=rows, name=entry.name).weights
-        if not np.array_equal(np.sort(places, axis=0), rows):  # a transposed matrix, say
-            return None
-        order = None if np.array_equal(places, rows) else torch.from_numpy(np.ascontiguousarray(places[:, 0]))
-        per_row = entry.size // outputs
+        order = None
+        if self._turn:
+            rows = np.arange(outputs)[:, None]
+            places = self._turn(rows)
+            if not np.array_equal(np.sort(places, axis=0), rows):  # a transposed matrix, say
+                return None
+            order = None if np.array_equal(places, rows) else torch.from_numpy(np.ascontiguousarray(places[:, 0]))
 
-        def read(first: int, count: int) -> memoryview:
+        def fill(panels: Tensor) -> None:
             if stop is not None and stop.is_set():
                 raise KeyboardInterrupt
-            return self.file.read(entry.start + first * per_row, count * per_row)
+            try:
+                with self.file.opened() as number:
+                    native.pack(entry.kind, number, entry.start, order, inputs, outputs, panels)
+            except ArithmeticError as error:
+                raise ModelDamagedError(
+                    f"the model is damaged: tensor {entry.name!r} is not finite.", hint="Copy or fetch the file again."
+                ) from error
 
-        return StoredMatrix(entry.name, entry.kind, inputs, outputs, read, order, memory)
+        return StoredMatrix(entry.kind, inputs, outputs, fill, memory)
 
 
 def sources(file: GgufFile, shell: PreTrainedModel) -> dict[str, WeightSource]:
@@ -329,11 +358,18 @@ def sources(file: GgufFile, shell: PreTrainedModel) -> dict[str, WeightSource]:
             continue
         if sorted(entry.shape) != sorted(shape):
             raise damaged(file.path, f"tensor {stored!r} has shape {entry.shape}, and {name} has {shape}")
-        found[name] = WeightSource(file, entry, processor, shape)
+        turn = partial(_turned, processor, stored) if named in TENSOR_PROCESSORS else None
+        found[name] = WeightSource(file, entry, turn, shape)
     tied: Any = shell.all_tied_weights_keys if shell.config.tie_word_embeddings else {}
     if missing := sorted(shapes.keys() - found.keys() - set(tied)):
         raise damaged(file.path, f"it has no {', '.join(missing[:3])}")
     return found
+
+
+def _turned(processor: Any, name: str, weights: NDArray[Any]) -> NDArray[Any]:
+    """A weight of transformers of the file's."""
+    own: NDArray[Any] = processor.process(weights=weights, name=name).weights
+    return own
 
 
 def damaged(path: Path, reason: str) -> ModelDamagedError:

@@ -48,7 +48,7 @@ FORMS: Final = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
 )
 """How matrices can be stored, in the order of `PolarForm`: those of GGUF files have their names there."""
-_DONE, _NO_MEMORY = 0, 1
+_DONE, _NO_MEMORY, _CUT_SHORT, _NOT_FINITE = 0, 1, 3, 4
 """Results of the library's functions, see `kernels.h`."""
 _log = logging.getLogger(__name__)
 _loaded: dict[str, ctypes.CDLL] = {}
@@ -257,7 +257,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "polar_weigh": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, *[_ADDRESS] * 2),
     "polar_pick": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, ctypes.c_float, *[_ADDRESS] * 4),
     "polar_look_up": (_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, Sharing),
-    "polar_pack": (_NUMBER, *[_ADDRESS] * 2, *[_SIZE] * 2, *[_ADDRESS] * 2, Sharing),
+    "polar_pack": (*[_NUMBER] * 2, _SIZE, _ADDRESS, *[_SIZE] * 2, _ADDRESS, Sharing),
     "polar_packed_size": (_NUMBER, *[_SIZE] * 2),
     "polar_project": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
     "polar_keys_values": (_ADDRESS, _ADDRESS, _SIZE, Angles, _ADDRESS, Sharing),
@@ -280,10 +280,14 @@ def call(name: str, *arguments: Any) -> None:
     Raises:
         MemoryError: There is no memory for what it keeps.
         IndexError: A page is not in the store, or an output not in the matrix.
+        EOFError: A file ends before what it should hold.
+        ArithmeticError: A scale in a file is not finite.
     """
     result = getattr(_library(), name)(*arguments)
     if result == _NO_MEMORY:
         raise MemoryError(f"there is no memory left for {name}")
+    if result in (_CUT_SHORT, _NOT_FINITE):
+        raise EOFError("the file ends early") if result == _CUT_SHORT else ArithmeticError("a scale is not finite")
     if result != _DONE:
         raise IndexError(f"{name} was given a page, an offset or an output that is out of range")
 
@@ -348,25 +352,24 @@ def packed_size(form: str, inputs: int, outputs: int) -> int:
     return int(_library().polar_packed_size(FORMS.index(form), inputs, outputs))
 
 
-def pack(form: str, rows: memoryview, order: Tensor | None, inputs: int, outputs: int, panels: Tensor) -> bool:
-    """Bring rows of a form of GGUF files into panels.
+def pack(form: str, file: int, start: int, order: Tensor | None, inputs: int, outputs: int, panels: Tensor) -> None:
+    """Bring a matrix of a GGUF file into panels.
 
     Args:
         form: One of `FORMS`.
-        rows: As the file has them.
-        order: Which of them are outputs, (N,); None = all, one after another.
+        file: The number of the open file.
+        start: Of the matrix, in bytes.
+        order: Which of its rows are outputs, (N,), int64; None = all, one after another.
         inputs: K.
         outputs: N.
         panels: Of the size of `packed_size`.
 
-    Returns:
-        Whether all scales are finite.
+    Raises:
+        EOFError: The file ends before the matrix does.
+        ArithmeticError: A scale is not finite.
     """
-    source, places = torch.frombuffer(rows, dtype=torch.uint8), None if order is None else order.data_ptr()
-    to, finite = panels.data_ptr(), ctypes.c_int32()
-    sizes = inputs, outputs, to, ctypes.addressof(finite)
-    call("polar_pack", FORMS.index(form), source.data_ptr(), places, *sizes, shared_by_team())
-    return bool(finite.value)
+    places = None if order is None else order.data_ptr()
+    call("polar_pack", FORMS.index(form), file, start, places, inputs, outputs, panels.data_ptr(), shared_by_team())
 
 
 def is_loaded() -> bool:

@@ -1,6 +1,9 @@
 // Products of rows with a matrix in the formats of quantized GGUF files, whose numbers are kept as they are.
 #pragma once
 
+#include <unistd.h>
+
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 
@@ -86,14 +89,17 @@ inline void shorten_row(const Half* x, int64_t inputs, int64_t row, int64_t plan
 
 // -- codes -----------------------------------------------------------------------------------------------------------
 
-// How codes without a sign lie in a group: `word` gives those of four inputs for 16 outputs, and `put` writes them for
-// one. `kWordsPerShort` words, of four, can be summed up in 16 bits, where there is no instruction for more; 0 = none can.
+// How codes without a sign lie in a group: `word` gives those of four inputs for 16 outputs, and `put` writes all of
+// them. `kWordsPerShort` words, of four, can be summed up in 16 bits, where there is no instruction for more; 0 = none can.
 
 #ifdef POLAR_SHORT_SUMS
 constexpr bool kSignedBytes = true;  // they are multiplied with their sign, in half the steps
 #else
 constexpr bool kSignedBytes = false;
 #endif
+
+// The codes of a group: those of four inputs for each of 16 outputs, and so on.
+using Words = uint32_t[kWords][kLanes];
 
 struct FourBits {  // low halves of bytes are one word, high ones the next
   static constexpr int64_t kBytes = 256;
@@ -102,11 +108,14 @@ struct FourBits {  // low halves of bytes are one word, high ones the next
     const __m512i both = _mm512_loadu_si512(from + 64 * (number / 2));
     return _mm512_and_si512(number % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
   }
-  static void put(const uint32_t* words, uint8_t* to) {
+  static void put(const Words& words, uint8_t* to) {
+    Words both;
     for (int pair = 0; pair < 4; ++pair) {
-      const uint32_t both = (words[2 * pair] & 0x0f0f0f0f) | (words[2 * pair + 1] & 0x0f0f0f0f) << 4;
-      std::memcpy(to + 64 * pair, &both, 4);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        both[pair][lane] = (words[2 * pair][lane] & 0x0f0f0f0f) | (words[2 * pair + 1][lane] & 0x0f0f0f0f) << 4;
+      }
     }
+    std::memcpy(to, both, kBytes);
   }
   static int code(const uint8_t* from, int input) {
     const int word = input / 4;
@@ -122,11 +131,13 @@ struct FiveBits {  // four of them as above; then the fifth, of word w in bit w
     const __m512i moved = number < 4 ? _mm512_slli_epi16(high, 4 - number) : _mm512_srli_epi16(high, number - 4);
     return _mm512_or_si512(FourBits::word(from, number), _mm512_and_si512(moved, _mm512_set1_epi8(16)));
   }
-  static void put(const uint32_t* words, uint8_t* to) {
+  static void put(const Words& words, uint8_t* to) {
     FourBits::put(words, to);
-    uint32_t high = 0;
-    for (int word = 0; word < 8; ++word) high |= (words[word] >> 4 & 0x01010101) << word;
-    std::memcpy(to + 256, &high, 4);
+    uint32_t high[kLanes] = {};
+    for (int word = 0; word < kWords; ++word) {
+      for (int lane = 0; lane < kLanes; ++lane) high[lane] |= (words[word][lane] >> 4 & 0x01010101) << word;
+    }
+    std::memcpy(to + 256, high, sizeof high);
   }
   static int code(const uint8_t* from, int input) {
     return FourBits::code(from, input) | (from[256 + input % 4] >> input / 4 & 1) << 4;
@@ -142,12 +153,16 @@ struct SixBits {  // four of them as above; then two, of word w in bits 2 (w mod
     const __m512i moved = place < 4 ? _mm512_slli_epi16(high, 4 - place) : _mm512_srli_epi16(high, place - 4);
     return _mm512_or_si512(FourBits::word(from, number), _mm512_and_si512(moved, _mm512_set1_epi8(48)));
   }
-  static void put(const uint32_t* words, uint8_t* to) {
+  static void put(const Words& words, uint8_t* to) {
     FourBits::put(words, to);
     for (int half = 0; half < 2; ++half) {
-      uint32_t high = 0;
-      for (int word = 0; word < 4; ++word) high |= (words[4 * half + word] >> 4 & 0x03030303) << 2 * word;
-      std::memcpy(to + 256 + 64 * half, &high, 4);
+      uint32_t high[kLanes] = {};
+      for (int word = 0; word < 4; ++word) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          high[lane] |= (words[4 * half + word][lane] >> 4 & 0x03030303) << 2 * word;
+        }
+      }
+      std::memcpy(to + 256 + 64 * half, high, sizeof high);
     }
   }
   static int code(const uint8_t* from, int input) {
@@ -163,9 +178,7 @@ struct EightBits {
     const __m512i codes = _mm512_loadu_si512(from + 64 * number);
     return kSignedBytes ? _mm512_xor_si512(codes, _mm512_set1_epi8(-128)) : codes;
   }
-  static void put(const uint32_t* words, uint8_t* to) {
-    for (int word = 0; word < 8; ++word) std::memcpy(to + 64 * word, words + word, 4);
-  }
+  static void put(const Words& words, uint8_t* to) { std::memcpy(to, words, kBytes); }
   static int code(const uint8_t* from, int input) { return from[64 * (input / 4) + input % 4]; }
 };
 
@@ -457,99 +470,142 @@ void run_blocks(const Half* x, int64_t count, int64_t inputs, const uint8_t* pan
 
 // -- from a file -----------------------------------------------------------------------------------------------------
 
-// Blocks as the format of GGUF has them (its specification, and ggml's `ggml-common.h`), one function each: the codes of
-// a group as bytes without a sign, and the scales to their places in a panel.
+// Sixteen rows of a file, at the same place of each.
+struct FileRows {
+  const uint8_t* first;
+  int64_t step;
 
-inline void spread(const uint8_t* halves, uint8_t* codes) {  // low halves, then high ones
-  for (int at = 0; at < 16; ++at) {
-    codes[at] = halves[at] & 15;
-    codes[at + 16] = halves[at] >> 4;
+  const uint8_t* at(int lane) const { return first + lane * step; }
+  // Four bytes of each row after another.
+  void words(int64_t from, int count, uint32_t (*to)[kLanes]) const {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int word = 0; word < count; ++word) std::memcpy(&to[word][lane], at(lane) + from + 4 * word, 4);
+    }
+  }
+  void halves(int64_t from, uint8_t* to) const {  // a number of 16 bits of each row
+    for (int lane = 0; lane < kLanes; ++lane) std::memcpy(to + 2 * lane, at(lane) + from, 2);
+  }
+};
+
+// Blocks as the format of GGUF has them (its specification, and ggml's `ggml-common.h`), one function each: the codes of
+// a group of 16 rows without a sign, and the scales to their places in a panel.
+
+inline void read_nibbles(const FileRows& rows, int64_t from, Words& codes) {  // low halves, then high ones
+  rows.words(from, 4, codes);
+  for (int word = 0; word < 4; ++word) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      codes[word + 4][lane] = codes[word][lane] >> 4 & 0x0f0f0f0f;
+      codes[word][lane] &= 0x0f0f0f0f;
+    }
   }
 }
-inline void add_fifth(const uint8_t* bits, uint8_t* codes) {
-  uint32_t all;
-  std::memcpy(&all, bits, 4);
-  for (int at = 0; at < 32; ++at) codes[at] |= static_cast<uint8_t>((all >> at & 1) << 4);
+inline void read_fifths(const FileRows& rows, int64_t from, Words& codes) {  // bit n is that of input n
+  uint32_t bits[1][kLanes];
+  rows.words(from, 1, bits);
+  for (int word = 0; word < kWords; ++word) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint32_t own = bits[0][lane] >> 4 * word & 15;
+      codes[word][lane] |= ((own | own << 7 | own << 14 | own << 21) & 0x01010101) << 4;
+    }
+  }
 }
-// Scale and minimum of a group, of 8, in the 12 bytes of Q4_K and Q5_K.
-inline void nested_scales(const uint8_t* packed, int group, uint8_t& scale, uint8_t& shift) {
-  if (group < 4) {
-    scale = packed[group] & 63;
-    shift = packed[group + 4] & 63;
-  } else {
-    scale = static_cast<uint8_t>((packed[group + 4] & 15) | packed[group - 4] >> 6 << 4);
-    shift = static_cast<uint8_t>(packed[group + 4] >> 4 | packed[group] >> 6 << 4);
+// Half bytes of 32 inputs, low ones or high ones; then `kMask` bits more of each, from bit `shift` of a byte on.
+inline void read_halves(const FileRows& rows, int64_t from, bool high, Words& codes) {
+  rows.words(from, kWords, codes);
+  for (auto& word : codes) {
+    for (auto& code : word) code = code >> (high ? 4 : 0) & 0x0f0f0f0f;
+  }
+}
+template <uint32_t kMask>
+void read_more(const FileRows& rows, int64_t from, int shift, Words& codes) {
+  Words more;
+  rows.words(from, kWords, more);
+  for (int word = 0; word < kWords; ++word) {
+    for (int lane = 0; lane < kLanes; ++lane) codes[word][lane] |= (more[word][lane] >> shift & 0x01010101 * kMask) << 4;
+  }
+}
+// Scales and minima of a group, of 8, in the 12 bytes of Q4_K and Q5_K.
+inline void read_nested(const FileRows& rows, int group, uint8_t* head, uint8_t* scales) {
+  if (group == 0) {
+    rows.halves(0, head);
+    rows.halves(2, head + 32);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint8_t* packed = rows.at(lane) + 4;
+    uint8_t &scale = scales[lane], &shift = scales[kLanes + lane];
+    if (group < 4) {
+      scale = packed[group] & 63;
+      shift = packed[group + 4] & 63;
+    } else {
+      scale = static_cast<uint8_t>((packed[group + 4] & 15) | packed[group - 4] >> 6 << 4);
+      shift = static_cast<uint8_t>(packed[group + 4] >> 4 | packed[group] >> 6 << 4);
+    }
   }
 }
 
 struct Block {
   int64_t inputs, bytes;
-  // Group `group` of a block to `codes`; scales of output `output` to those of a panel.
-  void (*read)(const uint8_t* block, int group, int output, uint8_t* codes, uint8_t* head, uint8_t* scales);
+  // Group `group` of a block of 16 rows: its codes, and its scales to those of a panel.
+  void (*read)(const FileRows& rows, int group, Words& codes, uint8_t* head, uint8_t* scales);
 };
 
-inline void copy_float16(const uint8_t* from, uint8_t* to, int output) { std::memcpy(to + 2 * output, from, 2); }
-
 inline Block block_of(int32_t form) {
+  using Rows = const FileRows&;
   using Bytes = uint8_t;
   switch (form) {
     case kPolarQ4_0:
-      return {32, 18, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_float16(block, scales, output);
-        spread(block + 2, codes);
+      return {32, 18, [](Rows rows, int, Words& codes, Bytes*, Bytes* scales) {
+        rows.halves(0, scales);
+        read_nibbles(rows, 2, codes);
       }};
     case kPolarQ4_1:
-      return {32, 20, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_float16(block, scales, output);
-        copy_float16(block + 2, scales + 32, output);
-        spread(block + 4, codes);
+      return {32, 20, [](Rows rows, int, Words& codes, Bytes*, Bytes* scales) {
+        rows.halves(0, scales);
+        rows.halves(2, scales + 32);
+        read_nibbles(rows, 4, codes);
       }};
     case kPolarQ5_0:
-      return {32, 22, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_float16(block, scales, output);
-        spread(block + 6, codes);
-        add_fifth(block + 2, codes);
+      return {32, 22, [](Rows rows, int, Words& codes, Bytes*, Bytes* scales) {
+        rows.halves(0, scales);
+        read_nibbles(rows, 6, codes);
+        read_fifths(rows, 2, codes);
       }};
     case kPolarQ5_1:
-      return {32, 24, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_float16(block, scales, output);
-        copy_float16(block + 2, scales + 32, output);
-        spread(block + 8, codes);
-        add_fifth(block + 4, codes);
+      return {32, 24, [](Rows rows, int, Words& codes, Bytes*, Bytes* scales) {
+        rows.halves(0, scales);
+        rows.halves(2, scales + 32);
+        read_nibbles(rows, 8, codes);
+        read_fifths(rows, 4, codes);
       }};
     case kPolarQ8_0:
-      return {32, 34, [](const Bytes* block, int, int output, Bytes* codes, Bytes*, Bytes* scales) {
-        copy_float16(block, scales, output);
-        for (int at = 0; at < 32; ++at) codes[at] = block[2 + at] ^ 128;
+      return {32, 34, [](Rows rows, int, Words& codes, Bytes*, Bytes* scales) {
+        rows.halves(0, scales);
+        rows.words(2, kWords, codes);
+        for (auto& word : codes) {
+          for (auto& code : word) code ^= 0x80808080;
+        }
       }};
     case kPolarQ4_K:
-      return {256, 144, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
-        copy_float16(block, head, output);
-        copy_float16(block + 2, head + 32, output);
-        nested_scales(block + 4, group, scales[output], scales[16 + output]);
-        const Bytes* from = block + 16 + group / 2 * 32;
-        for (int at = 0; at < 32; ++at) codes[at] = from[at] >> 4 * (group % 2) & 15;
+      return {256, 144, [](Rows rows, int group, Words& codes, Bytes* head, Bytes* scales) {
+        read_nested(rows, group, head, scales);
+        read_halves(rows, 16 + group / 2 * 32, group % 2, codes);
       }};
     case kPolarQ5_K:
-      return {256, 176, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
-        copy_float16(block, head, output);
-        copy_float16(block + 2, head + 32, output);
-        nested_scales(block + 4, group, scales[output], scales[16 + output]);
-        const Bytes *high = block + 16, *from = block + 48 + group / 2 * 32;
-        for (int at = 0; at < 32; ++at) {
-          codes[at] = static_cast<Bytes>((from[at] >> 4 * (group % 2) & 15) | (high[at] >> group & 1) << 4);
-        }
+      return {256, 176, [](Rows rows, int group, Words& codes, Bytes* head, Bytes* scales) {
+        read_nested(rows, group, head, scales);
+        read_halves(rows, 48 + group / 2 * 32, group % 2, codes);
+        read_more<1>(rows, 16, group, codes);
       }};
     case kPolarQ6_K:
-      return {256, 210, [](const Bytes* block, int group, int output, Bytes* codes, Bytes* head, Bytes* scales) {
-        copy_float16(block + 208, head, output);
-        scales[output] = block[192 + 2 * group];
-        scales[16 + output] = block[192 + 2 * group + 1];
-        const int part = group / 4, quarter = group % 4;
-        const Bytes *low = block + 64 * part + 32 * (quarter % 2), *high = block + 128 + 32 * part;
-        for (int at = 0; at < 32; ++at) {
-          codes[at] = static_cast<Bytes>((low[at] >> 4 * (quarter / 2) & 15) | (high[at] >> 2 * quarter & 3) << 4);
+      return {256, 210, [](Rows rows, int group, Words& codes, Bytes* head, Bytes* scales) {
+        if (group == 0) rows.halves(208, head);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          scales[lane] = rows.at(lane)[192 + 2 * group];
+          scales[kLanes + lane] = rows.at(lane)[192 + 2 * group + 1];
         }
+        const int part = group / 4, quarter = group % 4;
+        read_halves(rows, 64 * part + 32 * (quarter % 2), quarter / 2, codes);
+        read_more<3>(rows, 128 + 32 * part, 2 * quarter, codes);
       }};
     default:
       return {0, 0, nullptr};
@@ -562,37 +618,69 @@ inline bool are_finite(const uint8_t* from) {
   return _mm512_cmp_ps_mask(none, none, _CMP_UNORD_Q) == 0;
 }
 
-// The outputs of a file's rows, those of numbers `order` or one after another, to panels; false if a scale is not finite.
+// Where the rows of a matrix are in a file, those of numbers `order` or one after another.
+struct FileMatrix {
+  int file;
+  int64_t start, row_bytes;
+  const int64_t* order;
+
+  // Some of them to `to`; false if the file ends before.
+  bool read(int64_t first, int64_t count, uint8_t* to) const {
+    if (!order) return read_bytes(first, count * row_bytes, to);
+    for (int64_t row = 0; row < count; ++row) {
+      if (!read_bytes(order[first + row], row_bytes, to + row * row_bytes)) return false;
+    }
+    return true;
+  }
+
+ private:
+  bool read_bytes(int64_t row, int64_t size, uint8_t* to) const {
+    for (int64_t done = 0; done < size;) {
+      const ssize_t count = pread(file, to + done, static_cast<size_t>(size - done), start + row * row_bytes + done);
+      if (count < 0 && errno == EINTR) continue;
+      if (count <= 0) return false;
+      done += count;
+    }
+    return true;
+  }
+};
+
+enum class Packing { kDone, kNotFinite, kCutShort };
+
+// A matrix of a file to panels. Threads read what they pack, so that it is in their caches.
 template <class Form>
-bool pack_blocks(int32_t kind, const uint8_t* rows, const int64_t* order, int64_t inputs, int64_t outputs,
-                 uint8_t* panels, const Sharing& sharing) {
+Packing pack_blocks(int32_t kind, FileMatrix from, int64_t inputs, int64_t outputs, uint8_t* panels,
+                    const Sharing& sharing) {
   const Block block = block_of(kind);
-  const int64_t groups = inputs / kGroup, per_block = block.inputs / kGroup;
-  const int64_t row_bytes = inputs / block.inputs * block.bytes, size = panel_bytes<Form>(groups);
-  std::atomic<bool> finite{true};
+  const int64_t groups = inputs / kGroup, per_block = block.inputs / kGroup, size = panel_bytes<Form>(groups);
+  from.row_bytes = inputs / block.inputs * block.bytes;
+  std::atomic<bool> finite{true}, whole{true};
   each(sharing, parts_of(outputs, kLanes), 1, [&](int64_t number) {
+    if (!whole) return;
+    auto* rows = reinterpret_cast<uint8_t*>(scratch<FileMatrix>(parts_of(kLanes * from.row_bytes, sizeof(float))));
+    const int64_t count = std::min(outputs - number * kLanes, kLanes);
+    if (!from.read(number * kLanes, count, rows)) {
+      whole = false;
+      return;
+    }
+    std::memset(rows + count * from.row_bytes, 0, static_cast<size_t>((kLanes - count) * from.row_bytes));
     uint8_t *at = panels + number * size, *head = at;
-    std::memset(at, 0, static_cast<size_t>(size));
-    const int count = static_cast<int>(std::min(outputs - number * kLanes, kLanes));
     for (int64_t group = 0; group < groups; ++group) {
       if (Form::kHead && group % kSuperGroups == 0) {
         head = at;
         at += Form::kHead;
       }
-      for (int output = 0; output < count; ++output) {
-        const int64_t row = number * kLanes + output;
-        const uint8_t* own = rows + (order ? order[row] : row) * row_bytes + group / per_block * block.bytes;
-        alignas(64) uint8_t codes[kGroup];
-        block.read(own, static_cast<int>(group % per_block), output, codes, head, at);
-        Form::Code::put(reinterpret_cast<const uint32_t*>(codes), at + Form::kScales + 4 * output);
-      }
-      const uint8_t* whole = Form::kHead ? head : at;
+      Words codes;
+      block.read({rows + group / per_block * block.bytes, from.row_bytes}, static_cast<int>(group % per_block), codes,
+                 head, at);
+      Form::Code::put(codes, at + Form::kScales);
+      const uint8_t* factors = Form::kHead ? head : at;
       constexpr bool kTwo = Form::kHead == 64 || (Form::kHead == 0 && Form::kScales == 64);
-      if (!are_finite(whole) || (kTwo && !are_finite(whole + 32))) finite = false;
+      if (!are_finite(factors) || (kTwo && !are_finite(factors + 32))) finite = false;
       at += Form::kScales + Form::Code::kBytes;
     }
   });
-  return finite;
+  return !whole ? Packing::kCutShort : finite ? Packing::kDone : Packing::kNotFinite;
 }
 
 // The weights of an output, (K,), rounded to bfloat16.

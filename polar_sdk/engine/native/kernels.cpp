@@ -109,14 +109,16 @@ int64_t polar_packed_size(int32_t form, int64_t inputs, int64_t outputs) {
   return size;
 }
 
-int32_t polar_pack(int32_t form, const void* rows, const int64_t* order, int64_t inputs, int64_t outputs, void* panels,
-                   int32_t* finite, PolarSharing sharing) {
+int32_t polar_pack(int32_t form, int32_t file, int64_t start, const int64_t* order, int64_t inputs, int64_t outputs,
+                   void* panels, PolarSharing sharing) {
   return guarded([&] {
+    Packing packing = Packing::kDone;
     const bool known = with_form(form, [&](auto kind) {
-      *finite = pack_blocks<decltype(kind)>(form, static_cast<const uint8_t*>(rows), order, inputs, outputs,
+      packing = pack_blocks<decltype(kind)>(form, {file, start, 0, order}, inputs, outputs,
                                             static_cast<uint8_t*>(panels), among(sharing));
     });
-    return known ? kPolarDone : kPolarNoSuchPlace;
+    if (!known) return kPolarNoSuchPlace;
+    return packing == Packing::kCutShort ? kPolarCutShort : packing == Packing::kDone ? kPolarDone : kPolarNotFinite;
   });
 }
 

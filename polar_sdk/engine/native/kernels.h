@@ -11,7 +11,9 @@
 
 extern "C" {
 
-enum PolarResult : int32_t { kPolarDone = 0, kPolarNoMemory = 1, kPolarNoSuchPlace = 2 };
+enum PolarResult : int32_t {
+  kPolarDone = 0, kPolarNoMemory = 1, kPolarNoSuchPlace = 2, kPolarCutShort = 3, kPolarNotFinite = 4
+};
 
 // Number of threads, and whether they are the library's own rather than torch's.
 struct PolarSharing {
@@ -47,10 +49,10 @@ POLAR_EXPORT int32_t polar_look_up(const PolarMatrix* matrix, const int64_t* wan
 // Bytes of the panels of so many outputs in a form of a GGUF file; 0 where that form cannot have so many inputs.
 POLAR_EXPORT int64_t polar_packed_size(int32_t form, int64_t inputs, int64_t outputs);
 
-// Brings rows (N, K) of such a form, as the file has them, into panels: those at `order` (N,), or all where it is null.
-// `finite` says whether all their scales are.
-POLAR_EXPORT int32_t polar_pack(int32_t form, const void* rows, const int64_t* order, int64_t inputs, int64_t outputs,
-    void* panels, int32_t* finite, PolarSharing sharing);
+// Brings a matrix (N, K) of such a form into panels, from the byte `start` of an open file on: its rows at `order` (N,),
+// or all where it is null. The file may be cut short, or a scale not be finite.
+POLAR_EXPORT int32_t polar_pack(int32_t form, int32_t file, int64_t start, const int64_t* order, int64_t inputs,
+    int64_t outputs, void* panels, PolarSharing sharing);
 
 // How a layer attends; a window or soft cap of 0 is none.
 struct PolarKind {

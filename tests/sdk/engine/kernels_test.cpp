@@ -224,6 +224,21 @@ const std::vector<Format> kFormats = {
      }},
 };
 
+// A file of these bytes.
+class OpenFile {
+ public:
+  explicit OpenFile(const std::vector<uint8_t>& bytes) : file_(std::tmpfile()) {
+    std::fwrite(bytes.data(), 1, bytes.size(), file_);
+    std::fflush(file_);
+  }
+  OpenFile(const OpenFile&) = delete;
+  ~OpenFile() { std::fclose(file_); }
+  int number() const { return fileno(file_); }
+
+ private:
+  std::FILE* file_;
+};
+
 // A matrix of random blocks, brought into panels by the library, of some of the rows in any order.
 Matrix of_file(const Format& format, int64_t outputs, int64_t inputs, Random& random, double by) {
   const int64_t row_bytes = inputs / format.inputs * format.bytes, rows = outputs + 3;
@@ -242,12 +257,13 @@ Matrix of_file(const Format& format, int64_t outputs, int64_t inputs, Random& ra
   for (int64_t n = 0; n < outputs; ++n) order[n] = outputs + 2 - n;
   Matrix made{format.form, outputs, inputs, Doubles(outputs * inputs), {}, {}, random.halves(outputs, by)};
   made.panels.resize(polar_packed_size(format.form, inputs, outputs));
-  int32_t finite = 0;
-  polar_pack(format.form, file.data(), order.data(), inputs, outputs, made.panels.data(), &finite, {2, 1});
+  const OpenFile stored(file);
+  const int32_t packed =
+      polar_pack(format.form, stored.number(), 0, order.data(), inputs, outputs, made.panels.data(), {2, 1});
   for (int64_t n = 0; n < outputs; ++n) {
     for (int64_t k = 0; k < inputs; ++k) {
       const uint8_t* block = file.data() + order[n] * row_bytes + k / format.inputs * format.bytes;
-      made.weight[n * inputs + k] = finite ? format.weight(block, static_cast<int>(k % format.inputs)) : NAN;
+      made.weight[n * inputs + k] = packed == kPolarDone ? format.weight(block, static_cast<int>(k % format.inputs)) : NAN;
     }
   }
   return made;
@@ -447,12 +463,13 @@ void check_blocks(const Format& format, const Format& other) {
   // A scale that is not finite is found.
   std::vector<uint8_t> block(kInputs / format.inputs * format.bytes);
   std::vector<uint8_t> panels(polar_packed_size(format.form, kInputs, 1));
-  int32_t finite = 0;
-  group.done(polar_pack(format.form, block.data(), nullptr, kInputs, 1, panels.data(), &finite, {1, 1}));
-  group.same(finite == 1);
+  const auto result = [&](int64_t outputs) {
+    return polar_pack(format.form, OpenFile(block).number(), 0, nullptr, kInputs, outputs, panels.data(), {1, 1});
+  };
+  group.done(result(1));
+  group.same(result(2) == kPolarCutShort);
   block[format.halves.back() + 1] = 0x7c;
-  group.done(polar_pack(format.form, block.data(), nullptr, kInputs, 1, panels.data(), &finite, {1, 1}));
-  group.same(finite == 0);
+  group.same(result(1) == kPolarNotFinite);
   group.same(polar_packed_size(format.form, format.inputs - 1, 1) == 0);
 }
 
