@@ -8,6 +8,7 @@ came from or where the folder will be stored.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import threading
 import warnings
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.errors import PolarError, UnsupportedArchitectureError
 from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.gguf import GgufFile, damaged
+from polar_sdk.reading import parse_object, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +43,7 @@ def quiet_transformers() -> Iterator[None]:
             output.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-CONVERSION: Final = 2
+CONVERSION: Final = 3
 """Version of what is written. Raise it when the same file yields another tokenizer or configuration."""
 
 LOADING_LOCK: Final = renewed_in_child(threading.RLock())
@@ -94,6 +96,9 @@ def convert(gguf: Path, into: Path) -> None:
         config.save_pretrained(into)
         GenerationConfig.from_model_config(config).save_pretrained(into)
         _save(tokenizer, into)
+        tokenizer = AutoTokenizer.from_pretrained(into, local_files_only=True)
+        _save(tokenizer, into)  # as its class has it, which splits texts otherwise than the reader of files, say
+        _add_settings(tokenizer, into / "tokenizer_config.json")
 
 
 def _save(tokenizer: Any, into: Path) -> None:
@@ -103,3 +108,10 @@ def _save(tokenizer: Any, into: Path) -> None:
         raise
     except Exception as error:  # the tokenizers library raises bare Exceptions; it gives no errno, only text
         raise OSError(errno.ENOSPC if "space" in str(error) else errno.EIO, str(error)) from error
+
+
+def _add_settings(tokenizer: Any, path: Path) -> None:
+    """Name the added tokens in the settings too: without them, transformers parses all tokens again to find these."""
+    added = {str(place): token.__getstate__() for place, token in tokenizer.added_tokens_decoder.items()}
+    settings = parse_object(read_bytes(path)) | {"added_tokens_decoder": added}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

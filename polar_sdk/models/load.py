@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -215,15 +216,16 @@ def _load(
     from polar_sdk.engine.families import find_family
 
     text_files = _text_files(local.folder)
-    with quiet_transformers(), _memory_errors(name, places, dtype):
-        network = read_network(local.folder, local.weights)
-        tokenizer = _read_tokenizer(local.folder)
+    with quiet_transformers(), _memory_errors(name, places, dtype), ThreadPoolExecutor(1, "polar-tokenizer") as beside:
+        network = _network(local, places)
+        reading = beside.submit(_read_tokenizer, local.folder, local.weights)  # while the library packs weights
         bring, family = bringer(network, name, dtype, stop), find_family(network.config)
         placement = place(places, network, family, precision, dtype)
         if precision == AS_FILE:
             kind = keep_stored(network, stop) if family.reads_blocks and family.plan else ""
             precision = kind or "bf16"
         decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)
+        tokenizer = reading.result()
     return _in_memory(
         decoder,
         network,
@@ -235,6 +237,16 @@ def _load(
         dtype=dtype,
         text_files=text_files,
     )
+
+
+def _network(local: LocalModel, places: Places) -> PreTrainedModel:
+    """The network; a map may name modules of transformers' class, which is built for it."""
+    if "" in places and len(places) == 1 and local.weights[0].suffix == ".gguf":
+        from polar_sdk.models.outline import read_outline
+
+        if (outline := read_outline(local.folder, local.weights[0])) is not None:
+            return outline
+    return read_network(local.folder, local.weights)
 
 
 def _text_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -252,7 +264,7 @@ def _reread(loaded: LoadedModel, folder: Path) -> LoadedModel:
     text_files = _text_files(folder)
     _log.warning("the tokenizer, chat template or generation settings in %s have changed: read again", folder)
     with quiet_transformers():
-        tokenizer = _read_tokenizer(folder)
+        tokenizer = _read_tokenizer(folder, loaded.weights)
         try:
             settings = read_generation_config(folder)
         except Exception as error:  # a wrong value breaks the class of the settings anywhere
@@ -293,11 +305,18 @@ def _in_memory(
     return loaded
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+def _read_tokenizer(folder: Path, weights: tuple[Path, ...]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
 
+    That of a GGUF file was written whole by `convert`. Its own class would take it apart and make it again, in three
+    times the time.
+    """
+    import transformers
+
+    converted = any(file.suffix == ".gguf" for file in weights)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        kind: Any = transformers.PreTrainedTokenizerFast if converted else transformers.AutoTokenizer
+        tokenizer: Any = kind.from_pretrained(folder, local_files_only=True)
         tokenizer.decode(tokenizer("a")["input_ids"])  # its settings are read when it is used, and not checked before
     except Exception as error:  # the tokenizer library raises bare Exceptions
         raise damaged(folder, f"tokenizer: {error}") from error

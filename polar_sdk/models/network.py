@@ -1,6 +1,7 @@
 """The network of a model folder as transformers builds it, with weights that are read when they are first used.
 
 The weights of a GGUF file are not in it: its parameters have no numbers, and say where these come from (`source`).
+Where `outline.py` knows the network of such a file, it is not built by transformers at all.
 
 transformers finds every weight's place by its own rules, older names and fused experts included. It is given tensors in
 the dtype that the files have, so that it copies nothing; whoever runs the model casts layer by layer, with `bringer`,
@@ -247,14 +248,11 @@ def keep_stored(model: PreTrainedModel, stop: Cancel) -> str:
     Returns:
         The kind of the file; empty where there are no such matrices.
     """
-    from torch import nn
-
     from polar_sdk.engine.large_pages import LargePages
 
     kind, memory = "", LargePages()
-    matrices = [each.weight for each in model.modules() if isinstance(each, nn.Linear)]
-    table: Any = model.get_input_embeddings()
-    for weight in [*matrices, table.weight]:
+    weight: Any
+    for weight in model.parameters():
         origin: WeightSource | None = getattr(weight, "source", None)
         if origin is not None and (stored := origin.stored(memory, stop)) is not None:
             weight.stored, kind = stored, origin.file.kind

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
 from polar_sdk import Program
 from polar_sdk.engine import native
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.panels import Blocks
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import DeviceError, ModelDamagedError, ModelError, UnsupportedArchitectureError
@@ -146,8 +146,7 @@ def test_a_folder_has_no_precision_of_a_file(folder: Path) -> None:
 def test_a_square_matrix_that_a_file_has_transposed(tmp_path: Path) -> None:
     file = GgufFile(write(tmp_path / "mixed.gguf", {"": "Q4_K"}))
     entry = file.tensors["blk.0.attn_output.weight"]
-    kinds: dict[str, Any] = TENSOR_PROCESSORS
-    turned, plain = (WeightSource(file, entry, kinds[kind](), entry.shape) for kind in ("gpt2", "llama"))
+    turned, plain = (WeightSource(file, entry, turn, entry.shape) for turn in (np.transpose, None))
     wide = turned.numbers(torch.float32)
     assert torch.equal(wide, plain.numbers(torch.float32).T)
     assert torch.equal(turned.numbers(torch.bfloat16), wide.bfloat16())
@@ -275,7 +274,35 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "mixed.gguf")
     file = GgufFile(path)
     entry = file.tensors["output_norm.weight"]
-    assert len(file.read(entry.start, entry.size)) == 4 * HIDDEN
+    assert file.read(entry).nbytes == 4 * HIDDEN
     os.truncate(path, entry.start)
     with pytest.raises(ModelDamagedError, match="changed"):
-        file.read(entry.start, entry.size)
+        file.read(entry)
+
+
+@_NATIVE
+@pytest.mark.parametrize("change", ["cut", "touched"])
+def test_a_file_that_changes_while_a_matrix_is_packed(change: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    file = GgufFile(path)
+    entry = file.tensors["blk.1.ffn_gate.weight"]
+    if change == "cut":
+        os.truncate(path, entry.start + entry.size - 1)
+    else:
+        os.utime(path, ns=(0, 0))
+    stored = WeightSource(file, entry, None, entry.shape).stored(LargePages(), None)
+    assert stored is not None
+    with pytest.raises(ModelDamagedError, match=r"mixed\.gguf.*changed"):
+        Blocks.of([stored], None)
+
+
+@_NATIVE
+@pytest.mark.usefixtures("cache")
+def test_a_scale_that_is_not_finite_is_one_clear_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.gguf")
+    entry = GgufFile(path).tensors["blk.1.ffn_gate.weight"]
+    content = bytearray(path.read_bytes())
+    content[entry.start : entry.start + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(ModelDamagedError, match=r"blk\.1\.ffn_gate\.weight.*not finite"):
+        load_pretrained(path)
