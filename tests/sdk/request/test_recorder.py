@@ -346,3 +346,24 @@ def test_a_stream_that_is_interrupted_at_any_step_is_recorded(again: int | None,
         assert sink.begun <= sink.recorded()
     assert pieces > 2
     assert len(sink.begun) > 100 // stride
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # steps of a finaliser
+def test_a_stream_whose_end_is_interrupted_at_any_step_is_recorded() -> None:
+    """Also where the signal comes before the records were left to the thread: when the recorder is dropped."""
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    for step in itertools.count(1, 11):
+        stream = model.stream("hello", max_tokens=LONG, request_id=f"r{step}")
+        next(stream)
+        try:
+            with raising({step}):
+                stream.close()
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        del stream
+        assert recorder.flush()
+        assert f"r{step}" in {record.request_id for record in sink.records}
+    assert step > 1
