@@ -78,7 +78,8 @@ def convert(gguf: Path, into: Path) -> None:
         ModelDamagedError: The file is not a whole GGUF file.
         UnsupportedArchitectureError: transformers does not read this architecture from GGUF.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     GgufFile(gguf)
     with LOADING_LOCK, quiet_transformers(), _quick_reader():
@@ -91,8 +92,8 @@ def convert(gguf: Path, into: Path) -> None:
             if "architecture" in str(error):
                 raise UnsupportedArchitectureError(f"{str(gguf)!r} cannot be converted: {error}") from error
             raise damaged(gguf, str(error)) from error
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        config.architectures = None if kind is None else [kind.__name__]
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # the class itself would be imported for it
+        config.architectures = None if name is None else [name]
         config.save_pretrained(into)
         GenerationConfig.from_model_config(config).save_pretrained(into)
         _save(tokenizer, into)
