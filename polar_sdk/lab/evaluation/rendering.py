@@ -184,14 +184,15 @@ def require_report() -> None:
         ) from error
 
 
-def to_html(evaluation: Evaluation) -> str:
-    """The page."""
+def to_html(evaluation: Evaluation, lead: Sequence[str] = ()) -> str:
+    """The page, with paragraphs at its top."""
     require_report()
     from markupsafe import Markup
 
     return render_page(
         "evaluation/page.html.jinja",
         e=evaluation,
+        lead=lead,
         sets=[(result, Markup(_chart(result)), rows(result)) for result in evaluation.sets],
         columns=COLUMNS,
         classes=class_rows(evaluation.classes),

@@ -24,6 +24,7 @@ from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
 from polar_sdk.lab.fit.plan import SHARES, Plan, load_of, make_plan, measure_pace
 from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
 from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, split_of
 from polar_sdk.lab.program_search.matrix import RewardMatrix, measured_matrix
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.certificate import Loss
 
 PROMISES: Final[dict[str, TierPromise]] = {
-    "economy": TierPromise(0.05, strict=0.5),
+    "economy": TierPromise(0.05, strict=0.45),
     "standard": TierPromise(0.025, strict=0.25),
     "premium": TierPromise(0.01, strict=0.1),
 }
@@ -71,6 +72,8 @@ class FitFacts(BaseModel, frozen=True):
 
     key: str
     """Hash of the model, the engine, the prompts and the settings."""
+    plan_key: str
+    """The same without the promises, on which no plan and no map depends."""
     model: str
     fingerprint: str
     dtype: str
@@ -172,28 +175,21 @@ class _Work:
         fills = self._heal(facts.plan)
         router = self._train(fills)
         certified = self._certified(router, tiers)
-        evaluation = self._evaluate(certified)
+        evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate({"test": self._of("test")})
+        sentences = self._sentences(certified, evaluation)
+        self._write_text("evaluation.json", json.dumps(evaluation.plain(), indent=2) + "\n")
+        self._write_text("fit.html", to_html(evaluation, [*sentences, *facts.plan.lines]))
         registered = self._register(certified)
-        facts = facts.model_copy(
-            update={"sentences": tuple(self._sentences(certified, evaluation)), "figures": _figures(evaluation)}
-        )
+        facts = facts.model_copy(update={"sentences": tuple(sentences), "figures": _figures(evaluation)})
         self._write(facts)
         return FitResult(self.folder, facts, registered)
 
     def _begin(self) -> FitFacts:
         """The plan that this fit began with, or else a new one; work of another one in the folder is removed."""
         model, path = self.model, self.folder / "fit.json"
-        asked = {tier: tuple(promise) for tier, promise in self.promises.items()}
-        key = run_key(
-            model.fingerprint,
-            model.dtype,
-            engine_version(model.dtype),
-            data_hash(self.items),
-            self.hours,
-            asked,
-            self.distil,
-            self.seed,
-        )
+        engine, data = engine_version(model.dtype), data_hash(self.items)
+        plan_key = run_key(model.fingerprint, model.dtype, engine, data, self.hours, self.distil, self.seed)
+        key = run_key(plan_key, self.promises)
         if path.is_file():
             found = read_document(path, FitFacts, lambda reason: DataError(f"{str(path)!r} {reason}; remove it."))
             if found.fingerprint != model.fingerprint:
@@ -203,19 +199,28 @@ class _Work:
                 )
             if found.key == key:
                 return found
+            if found.plan_key == plan_key:
+                facts = found.model_copy(update={"key": key, "sentences": (), "figures": {}})
+                self._write(facts)
+                return facts
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise DataError(f"{str(self.folder)!r} is not empty and holds no fit; give another folder.")
         pace = measure_pace(model, self.items, self.on_progress)
         plan = make_plan(model, load_of(model, self.items), pace, self.hours, self.distil)
         for name in ("fills", "menu", "table", "router"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        facts = FitFacts(key=key, model=model.name, fingerprint=model.fingerprint, dtype=model.dtype, plan=plan)
+        facts = FitFacts(
+            key=key, plan_key=plan_key, model=model.name, fingerprint=model.fingerprint, dtype=model.dtype, plan=plan
+        )
         self._write(facts)
         return facts
 
     def _write(self, facts: FitFacts) -> None:
-        with replacing(self.folder / "fit.json") as draft:
-            draft.write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        self._write_text("fit.json", facts.model_dump_json(indent=2) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
+        with replacing(self.folder / name) as draft:
+            draft.write_text(text, encoding="utf-8")
 
     def _of(self, *splits: Split) -> list[Item]:
         return [item for item in self.items if split_of(item_id(item), SHARES) in splits]
@@ -259,7 +264,7 @@ class _Work:
         return heal(
             self.model,
             [item for item in self._of("train", "dev") if not isinstance(item, ChoiceItem)],
-            ",".join(map(str, plan.cuts)),
+            ",".join([*map(str, plan.cuts), *([DEFAULT] if plan.seek else [])]),
             kind="fill",
             out=out,
             cache=self.cache,
@@ -280,6 +285,7 @@ class _Work:
             seeds=(self.seed, self.seed + 1, self.seed + 2),
             loss=loss,
             strict=True,
+            own_length=False,
             hidden=((64,),),
             penalties=(0.3, 1.0, 3.0),
             risks=(0.05, 0.15, 0.3),
@@ -324,20 +330,13 @@ class _Work:
         if (out / "router.json").is_file():
             found = load_router(out)
             if isinstance(found, LearnedRouter) and found.version == router.version and found.certificate is not None:
-                return found.bind(self.model.decoder, self.model.fingerprint)
+                promised = {tier: promise.asked for tier, promise in found.certificate.tiers.items()}
+                if promised == tiers:
+                    return found.bind(self.model.decoder, self.model.fingerprint)
         judge = Judge(self.model, router, self.cache, on_progress=self.on_progress)
         certified = judge.calibrate(self._of("calibration"), tiers=tiers, delta=_DELTA)
         save_with_maps(certified, out, [MapSet.load(self.folder / "fills")])
         return certified
-
-    def _evaluate(self, router: LearnedRouter) -> Evaluation:
-        judge = Judge(self.model, router, self.cache, on_progress=self.on_progress)
-        evaluation = judge.evaluate({"test": self._of("test")})
-        with replacing(self.folder / "evaluation.json") as draft:
-            draft.write_text(json.dumps(evaluation.plain(), indent=2) + "\n", encoding="utf-8")
-        with replacing(self.folder / "fit.html") as draft:
-            draft.write_text(to_html(evaluation), encoding="utf-8")
-        return evaluation
 
     def _register(self, router: LearnedRouter) -> Path | None:
         """Make the router the model's own; None where every tier runs full depth."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
 from polar_sdk.errors import DataError
+from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
 from polar_sdk.lab.items import ChoiceItem, Shares
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.programs.program import TAIL, Program
@@ -42,6 +43,8 @@ _DISTIL_STEPS: Final = 250
 _DISTIL_TOKENS: Final = 2048
 _DISTIL_PASSES: Final = 4.0
 """Passes of full depth that a training step takes as long as, for the programs that it runs forth and back."""
+_SEEK_SHARE: Final = 0.2
+"""Share of the hours that it may take."""
 _PASS_OF_FIT: Final = 1.15
 """A pass that collects the sums of all cuts, over one that does not."""
 
@@ -75,6 +78,8 @@ class Plan(BaseModel, frozen=True):
     """Their tokens."""
     cuts: tuple[int, ...]
     """First layers of what candidate programs fill up to the last layer."""
+    seek: bool
+    """Whether also programs are tried that spare layers above a cut, those that a map replaces worst."""
     distil: int
     """Training steps of the maps after their closed form."""
     minutes: dict[str, float]
@@ -87,10 +92,11 @@ class Plan(BaseModel, frozen=True):
         """The plan in words."""
         parts = ", ".join(f"{name} {value:.0f} min" for name, value in self.minutes.items())
         layers = ", ".join(map(str, self.cuts))
+        sparing = ", and others that spare the layers which maps replace worst" if self.seek else ""
         trained = f", then {self.distil} training steps" if self.distil else ""
         return [
             f"{self.prompts:,} prompts of {self.tokens / self.prompts:.0f} tokens on average; maps that fill from "
-            f"layer {layers} on, in closed form{trained}.",
+            f"layer {layers} on{sparing}, in closed form{trained}.",
             f"About {sum(self.minutes.values()):.0f} minutes: {parts} (reads {self.pace.read:.0f} and writes "
             f"{self.pace.write:.0f} tokens/s here).",
             *self.notes,
@@ -151,12 +157,17 @@ def make_plan(model: PolarModel, load: Load, pace: Pace, hours: float, distil: i
             f"prompts of {load.tokens:.0f} tokens in all; {told}."
         )
     left = seconds - prompts * sum(per_prompt.values())
+    seeking = _seek_seconds(model, load.tokens + ANSWER_TOKENS, prompts, pace)
+    seek = seeking <= min(left, _SEEK_SHARE * seconds)
+    left -= seeking if seek else 0.0
     trains = model.dtype in {"float32", "bfloat16", "float16"}
     step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
     if distil is None:
         allowed = min(_DISTIL_STEPS, int(left / step)) if trains else 0
         distil = allowed if allowed >= _DISTIL_STEPS // 5 else 0
     minutes = {name: prompts * value / 60 for name, value in per_prompt.items()}
+    if seek:
+        minutes["seeking"] = seeking / 60
     if distil:
         minutes["training"] = distil * step / 60
     notes = [] if trains else [f"The maps are not trained further: weights in {model.dtype} have no derivatives."]
@@ -166,6 +177,7 @@ def make_plan(model: PolarModel, load: Load, pace: Pace, hours: float, distil: i
         prompts=prompts,
         tokens=round(prompts * load.tokens),
         cuts=cuts,
+        seek=seek,
         distil=distil,
         minutes=minutes,
         notes=tuple(notes),
@@ -181,6 +193,16 @@ def _seconds(model: PolarModel, length: float, pace: Pace, cuts: Sequence[int]) 
         "fitting": SHARES.train * tokens / pace.read * _PASS_OF_FIT,
         "measuring": (1 - SHARES.train) * tokens / pace.read * (1 + 1.3 * above),
     }
+
+
+def _seek_seconds(model: PolarModel, tokens: float, prompts: int, pace: Pace) -> float:
+    """Seconds of a search for layers to spare: two passes that fit, and one that measures each layer alone.
+
+    The latter begins at the layer, so that half of the layers run on average, and as many groups run besides.
+    """
+    fitted = 2 * min(CHOICE_PROMPTS, SHARES.train * prompts) * tokens * 2
+    measured = min(CHOICE_HELD_OUT, SHARES.dev * prompts) * tokens * (model.depth / 2 + 6)
+    return (fitted + measured) / pace.read
 
 
 def load_of(model: PolarModel, items: Sequence[Item]) -> Load:

@@ -54,9 +54,9 @@ _DRAWN_ON: Final = 4
 """Packs whose states say how hidden units are drawn."""
 _MAX_HELD_OUT: Final = 100
 """Maximum prompts that are measured on."""
-_CHOICE_PROMPTS: Final = 300
+CHOICE_PROMPTS: Final = 300
 """Maximum prompts that layers are fitted on where what to fill is chosen by measuring, …"""
-_CHOICE_HELD_OUT: Final = 40
+CHOICE_HELD_OUT: Final = 40
 """… and measured on."""
 
 
@@ -74,9 +74,14 @@ class FillMethod(Method):
 
     options: FillOptions
 
-    def groups(self, text: str) -> list[Group] | None:
-        """See `Method.groups`; None where the text is `default`."""
-        return None if text.strip() == DEFAULT else super().groups(text)
+    def seeks(self, text: str) -> bool:
+        """See `Method.seeks`."""
+        return DEFAULT in map(str.strip, text.split(self.separators[0]))
+
+    def groups(self, text: str) -> list[Group]:
+        """See `Method.groups`; `default` among them names none."""
+        named = [part for part in text.split(self.separators[0]) if part.strip() != DEFAULT]
+        return [] if self.seeks(text) and not named else super().groups(self.separators[0].join(named))
 
     def found(self, decoder: Decoder, lots: Lots, on_progress: Progress) -> list[Group]:
         """Those of the groups in `candidates` that change least.
@@ -88,9 +93,9 @@ class FillMethod(Method):
                 "which layers to fill cannot be measured: the model needs two layers, and a prompt "
                 f"{self.options.tail + 2} tokens; name the layers, e.g. '24,20'."
             )
-        packs = make_packs(decoder, drawn(lots.trained, _CHOICE_PROMPTS), FIT_TOKENS)
+        packs = make_packs(decoder, drawn(lots.trained, CHOICE_PROMPTS), FIT_TOKENS)
         held_out = [task for task in lots.held_out if self._is_filled(task)] or lots.trained
-        judged = make_packs(decoder, drawn(held_out, _CHOICE_HELD_OUT), TRAIN_TOKENS)
+        judged = make_packs(decoder, drawn(held_out, CHOICE_HELD_OUT), TRAIN_TOKENS)
         plain = self.options.model_copy(update={"rank": None, "units": 0})
 
         def losses(groups: Sequence[Group], stage: str) -> dict[Group, float]:

@@ -72,8 +72,8 @@ def heal(
         items: Prompts to fit on; None = the prompts that come with the package. Choice questions are for bridges only.
         segments: For bridges, first and last layers, e.g. `12-15,17-20`; groups that are not used together are
             separated by `;`. For fills, cuts, from which all layers up to the last are filled, or first and last
-            layers, e.g. `27,24,20-23`, or several of these that one program fills, e.g. `18-21+23`; `default` = what
-            changes least, of 10 % to 50 % of the layers, found by measuring.
+            layers, e.g. `27,24,20-23`, or several of these that one program fills, e.g. `18-21+23`; `default`
+            among them = what changes least, of 10 % to 50 % of the layers, found by measuring.
         kind: Which maps to fit: bridges cross layers, fills write their keys and values for prompt tokens.
         out: Folder to write the maps to; checkpoints are kept there until training is done.
         cache: Where identity's answers to prompts are kept; None = in memory.
@@ -119,7 +119,8 @@ class Healer:
         lots = method.lots(self._tasks(items, "train"), self._tasks(items, "dev"))
         if not lots.fitted:
             raise MapError(f"none of the {len(items)} prompts is in the train split; give more prompts.")
-        groups = asked or method.found(decoder, lots, self.on_progress)
+        found = method.found(decoder, lots, self.on_progress) if method.seeks(self.segments) else []
+        groups = list(dict.fromkeys([*asked, *found]))
         # Bridges are rounded before they are used, since the next one corrects what that does.
         dtype = decoder.dtype if options.storage == "exact" else torch.float32
         known = {} if start is None else {key: each.to(dtype, decoder.device) for key, each in start.maps.items()}

@@ -174,8 +174,12 @@ class Method(ABC):
     options: HealOptions
     depth: int
 
-    def groups(self, text: str) -> list[Group] | None:
-        """The groups that a text asks for; None = those that `found` finds.
+    def seeks(self, text: str) -> bool:
+        """Whether a text asks for groups that `found` finds."""
+        return False
+
+    def groups(self, text: str) -> list[Group]:
+        """The groups that a text names.
 
         Raises:
             MapError: It does not parse, a segment does not fit the model, or two of one group are too near.
