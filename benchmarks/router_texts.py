@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from polar_sdk.lab.evaluation.text_answers import f1
+from polar_sdk.lab.fit.synthetic import TASKS as ABOUT_A_TEXT
 from polar_sdk.lab.fit.synthetic import long_items, notes
 from polar_sdk.lab.items import (
     AnswerItem,
@@ -68,31 +69,7 @@ FITTED, ROUTED, PER_TASK, COMPARISONS = 120, 100, 25, 110
 """Prompts of each kind for fills and for the router; for it also of each task, and comparisons."""
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASKS: Final = {
-    "translation of a text": (
-        "Translate this text into French:\n\n{text}",
-        "{text}\n\nTranslate the text above into Spanish.",
-        "Translate into German:\n\n{text}",
-    ),
-    "points": (
-        "Rewrite this text as a list of short points:\n\n{text}",
-        "{text}\n\nList the main points of the text above.",
-        "{text}\n\nWhat are the key takeaways? Answer with bullet points.",
-    ),
-    "title": (
-        "{text}\n\nWrite a title for this text.",
-        "Suggest a headline for this article:\n\n{text}",
-        "{text}\n\nWhat is this text about? Answer in at most five words.",
-    ),
-    "names": (
-        "{text}\n\nList the names of all people and places in this text as a JSON array.",
-        "Extract all dates and organisations from this text as JSON:\n\n{text}",
-        "{text}\n\nWho and what is named in this text? Write one name per line.",
-    ),
-    "rewriting": (
-        "Rewrite this text in simple words:\n\n{text}",
-        "{text}\n\nRewrite the text above in a friendly tone, as an e-mail to a colleague.",
-        "Rewrite this text formally and shorten it:\n\n{text}",
-    ),
+    **ABOUT_A_TEXT,
     "choice of a text": (
         "Document 1: {text}\n\nDocument 2: {other}\n\nWhich document is more useful to a historian, and why?",
         "A: {text}\n\nB: {other}\n\nWhich of these two texts is easier to read? Explain your choice.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.fit.synthetic import long_items
+from polar_sdk.lab.fit.synthetic import long_items, task_items
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, builtin_items, distinct_items, item_id
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.items import Item
 
 _MADE: Final = 240
-"""Long prompts that are made of each kind."""
+"""Prompts about texts that are made of each kind."""
 _LENGTHS: Final = (400, 2000)
 """Characters between which lengths differ: some 100 and 500 tokens."""
 
@@ -36,7 +36,8 @@ def prompts_of(data: Sequence[Item] | None, limit: int | None = None) -> list[It
     Raises:
         DataError: There is none, or all are copies of one.
     """
-    items = [*builtin_items(), *long_items(_MADE, seed=1)] if data is None else list(data)
+    made = [*long_items(_MADE, seed=1), *task_items(_MADE, seed=1)]
+    items = [*builtin_items(), *made] if data is None else list(data)
     if not items:
         raise DataError("the data holds no prompt; give at least one.")
     lots: dict[tuple[str, int], list[Item]] = {}

@@ -265,8 +265,7 @@ def messages(count: int, *, seed: int = 0, events: tuple[int, int] = (5, 12)) ->
 
 
 def _message(dice: random.Random, events: tuple[int, int]) -> Written:
-    happened = [make(dice) for make in dice.sample(_EVENTS, dice.randint(*events))]
-    body = " ".join([dice.choice(_OPENINGS), *happened, dice.choice(_CLOSINGS)])
+    letter = _letter(dice, events)
     task = dice.choice(
         (
             "Summarise this message in two sentences:",
@@ -275,8 +274,78 @@ def _message(dice: random.Random, events: tuple[int, int]) -> Written:
             "Write a short, friendly reply to this message:",
         )
     )
-    letter = f"Dear {_person(dice)},\n\n{body}\n\nBest regards,\n{_person(dice)}"
     return Written(f"{task}\n\n{letter}", "", 1.0)
+
+
+def _letter(dice: random.Random, events: tuple[int, int]) -> str:
+    happened = [make(dice) for make in dice.sample(_EVENTS, dice.randint(*events))]
+    body = " ".join([dice.choice(_OPENINGS), *happened, dice.choice(_CLOSINGS)])
+    return f"Dear {_person(dice)},\n\n{body}\n\nBest regards,\n{_person(dice)}"
+
+
+TASKS: Final = {
+    "translation of a text": (
+        "Translate this text into French:\n\n{text}",
+        "{text}\n\nTranslate the text above into Spanish.",
+        "Translate into German:\n\n{text}",
+    ),
+    "points": (
+        "Rewrite this text as a list of short points:\n\n{text}",
+        "{text}\n\nList the main points of the text above.",
+        "{text}\n\nWhat are the key takeaways? Answer with bullet points.",
+    ),
+    "title": (
+        "{text}\n\nWrite a title for this text.",
+        "Suggest a headline for this article:\n\n{text}",
+        "{text}\n\nWhat is this text about? Answer in at most five words.",
+    ),
+    "names": (
+        "{text}\n\nList the names of all people and places in this text as a JSON array.",
+        "Extract all dates and organisations from this text as JSON:\n\n{text}",
+        "{text}\n\nWho and what is named in this text? Write one name per line.",
+    ),
+    "rewriting": (
+        "Rewrite this text in simple words:\n\n{text}",
+        "{text}\n\nRewrite the text above in a friendly tone, as an e-mail to a colleague.",
+        "Rewrite this text formally and shorten it:\n\n{text}",
+    ),
+}
+"""Tasks that chains give about one text, each in several wordings."""
+
+
+def task_items(count: int, *, seed: int = 0) -> list[PromptItem]:
+    """N prompts of each of `TASKS`, about letters, notes and passages of several lengths."""
+    made = []
+    for place in range(count):
+        for kind, wordings in TASKS.items():
+            dice = random.Random(f"{kind} {seed} {place}")
+            text = _TEXTS[place % len(_TEXTS)](dice)
+            made.append(PromptItem(prompt=wordings[place % len(wordings)].format(text=text), task=kind))
+    return made
+
+
+def _report(dice: random.Random) -> str:
+    """Notes without a question."""
+    projects = dice.sample(_PROJECTS, dice.randint(4, 16))
+    facts = [f"{_project_fact(dice, project).sentence} {dice.choice(_FILLERS)}" for project in projects]
+    return f"Notes of the meeting of {dice.choice(_TEAMS)}, {_day(dice)}.\n" + "\n".join(facts)
+
+
+def _guide(dice: random.Random) -> str:
+    """A paragraph on each of a few towns."""
+    towns = []
+    for place in dice.sample(_PLACES, dice.randint(1, 5)):
+        facts = dict.fromkeys(_place_fact(dice, place).sentence for _ in range(3))
+        towns.append(f"{place} is a town in the north. {' '.join([*facts, dice.choice(_PLACE_FILLERS)])}")
+    return "\n\n".join(towns)
+
+
+_TEXTS: Final[tuple[Callable[[random.Random], str], ...]] = (
+    lambda dice: _letter(dice, (2, 12)),
+    _report,
+    _guide,
+    lambda dice: _letter(dice, (8, 14)),
+)
 
 
 def long_items(count: int, *, seed: int = 0) -> list[PromptItem | AnswerItem]:
