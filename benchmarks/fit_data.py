@@ -1,0 +1,118 @@
+"""Prompts for `polar fit`, made from the sets in POLAR_DATA: those to fit on, and those held back, kinds among them.
+
+`python -m benchmarks.fit_data out/fit` writes `fit.jsonl` and `held.jsonl`. No passage stands in two prompts. Of the
+kinds in `HELD` nothing is fitted, tuned or calibrated on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.router_texts import COMPARISON, TASKS, rows
+from polar_sdk.errors import DataError
+from polar_sdk.lab.fit.prompts import prompts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HELD = ("choice of a text", "comparison")
+_OWN = 520
+"""Prompts of the package's own."""
+_FITTED = 28
+"""Prompts of each task of `TASKS` to fit on; the others of it are held back."""
+
+Row = dict[str, Any]
+
+
+class _Sets:
+    """The sets in one shuffled order, from which each text is taken once."""
+
+    def __init__(self, seed: int) -> None:
+        dice = random.Random(seed)
+        passages: dict[str, Row] = {}
+        for row in rows("passages.train"):
+            passages.setdefault(row["passage"], row)
+        self._left = {
+            "passages": list(passages.values()),
+            "abstracts": rows("abstracts.train"),
+            "trivia": rows("trivia.train"),
+            "sums": rows("gsm8k.train"),
+        }
+        if not all(self._left.values()):
+            raise DataError("POLAR_DATA names no folder with passages, abstracts, trivia and gsm8k.")
+        for each in self._left.values():
+            dice.shuffle(each)
+        self.dice = dice
+
+    def take(self, name: str, count: int = 1) -> list[Row]:
+        """The next rows of a set."""
+        left = self._left[name]
+        taken, self._left[name] = left[:count], left[count:]
+        return taken
+
+    def text(self, name: str, count: int, between: str = "\n\n") -> str:
+        """The next passages of a set, as one text."""
+        return between.join(row["passage"] for row in self.take(name, count))
+
+
+def kinds(sets: _Sets) -> Iterator[Row]:
+    """Questions about passages, summaries, extraction, facts and sums."""
+    for _ in range(70):
+        found = sets.take("passages", 5)
+        asked = sets.dice.randrange(5)
+        text = "\n\n".join(f"[{number}] {row['passage']}" for number, row in enumerate(found, 1))
+        yield {"prompt": f"{text}\n\nQuestion: {found[asked]['question']}?", "task": "passages"}
+    for _ in range(90):
+        (row,) = sets.take("passages")
+        yield {"prompt": f"{row['passage']}\n\nQuestion: {row['question']}?", "task": "passage"}
+    for place in range(80):
+        text = sets.text("passages", (1, 1, 1, 4)[place % 4])
+        yield {"prompt": f"Summarise this text in two sentences:\n\n{text}", "task": "summaries"}
+    for _ in range(90):
+        (row,) = sets.take("abstracts")
+        yield {"prompt": f"{row['passage']}\n\nQuestion: {row['question']}", "task": "abstract"}
+    for place in range(80):
+        text = sets.text("abstracts", (1, 1, 1, 2)[place % 4])
+        asked_for = "List the numbers in this text and what each of them counts."
+        yield {"prompt": f"{text}\n\n{asked_for}", "task": "extraction of numbers"}
+    for name, kind in (("trivia", "facts"), ("sums", "sums")):
+        yield from ({"prompt": row["question"], "task": kind} for row in sets.take(name, 90))
+
+
+def tasks(sets: _Sets) -> Iterator[Row]:
+    """Tasks about one text or two, of one passage or of three."""
+    for turn in range(40):
+        for kind, wordings in (TASKS | COMPARISON).items():
+            wording = wordings[turn % len(wordings)]
+            sizes = {"text": (1, 3)[turn % 2], "other": 1}
+            parts = {
+                name: sets.text("passages", size, "\n") for name, size in sizes.items() if f"{{{name}}}" in wording
+            }
+            yield {"prompt": wording.format(**parts), "task": kind}
+
+
+def main(folder: Path) -> None:
+    """Write both files."""
+    sets = _Sets(seed=5)
+    fitted = list(kinds(sets))
+    by_kind: dict[str, list[Row]] = defaultdict(list)
+    for row in tasks(sets):
+        by_kind[row["task"]].append(row)
+    own = [{"prompt": item.prompt, "task": item.task} for item in prompts_of(None)[:_OWN]]  # type: ignore[union-attr]
+    named = [kind for kind in by_kind if kind not in HELD]
+    fitted += [row for kind in named for row in by_kind[kind][:_FITTED]] + own
+    held = [row for kind in HELD for row in by_kind[kind]] + [row for kind in named for row in by_kind[kind][_FITTED:]]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, chosen in (("fit", fitted), ("held", held)):
+        text = "".join(json.dumps(row) + "\n" for row in chosen)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{folder / f'{name}.jsonl'}: {len(chosen)} prompts")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/fit"))
