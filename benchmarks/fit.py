@@ -1,24 +1,30 @@
-"""Prompts for `polar fit`, made from the sets in POLAR_DATA: those to fit on, and those held back, kinds among them.
+"""`polar fit` of a model, on prompts made from the sets in POLAR_DATA, and its tiers on prompts that are held back.
 
-`python -m benchmarks.fit_data out/fit` writes `fit.jsonl` and `held.jsonl`. No passage stands in two prompts. Of the
-kinds in `HELD` nothing is fitted, tuned or calibrated on.
+Writes `fit.jsonl` and `held.jsonl`, fits the first with a fit's own defaults (a finished fit is taken as it is), and
+evaluates the tiers on the second. No passage stands in two prompts. Of the kinds in `HELD` nothing is fitted, tuned or
+calibrated on.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from benchmarks.results import Recorder, arguments
 from benchmarks.router_texts import COMPARISON, TASKS, rows
+from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from polar_sdk.lab.evaluation.results import Evaluation
+    from polar_sdk.lab.fit.fit import FitResult
 
 HELD = ("choice of a text", "comparison")
 _OWN = 520
@@ -96,8 +102,8 @@ def tasks(sets: _Sets) -> Iterator[Row]:
             yield {"prompt": wording.format(**parts), "task": kind}
 
 
-def main(folder: Path) -> None:
-    """Write both files."""
+def prompts(folder: Path) -> tuple[Path, Path]:
+    """Write the prompts to fit on, and those that are held back."""
     sets = _Sets(seed=5)
     fitted = list(kinds(sets))
     by_kind: dict[str, list[Row]] = defaultdict(list)
@@ -111,8 +117,58 @@ def main(folder: Path) -> None:
     for name, chosen in (("fit", fitted), ("held", held)):
         text = "".join(json.dumps(row) + "\n" for row in chosen)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{folder / f'{name}.jsonl'}: {len(chosen)} prompts")
+    return folder / "fit.jsonl", folder / "held.jsonl"
+
+
+def record(recorder: Recorder, made: FitResult, evaluation: Evaluation) -> None:
+    """The plan, and per tier what is saved and kept, of the fit's own test prompts and of those held back."""
+    plan = made.facts.plan
+    recorder.add("planned", sum(plan.minutes.values()), "min", note=f"{plan.prompts} prompts, {plan.hours:g} h allowed")
+    for tier, by_length in made.facts.figures.items():
+        for length, facts in by_length.items():
+            _record(recorder, f"{tier}, {length}", TextPart(**facts))
+    for tier, whole in evaluation.texts.items():
+        lengths = {"all": whole, **whole.by_length}
+        for name, figures in {**lengths, **{f"kind {kind}": part for kind, part in whole.by_kind.items()}}.items():
+            _record(
+                recorder, f"held back, {tier}, {name}", TextPart(**figures.model_dump(include=set(TextPart._fields)))
+            )
+
+
+class TextPart(NamedTuple):
+    """Some prompts, by one tier."""
+
+    prompts: int
+    flops_saved: float
+    tokens_kept: float
+
+
+def _record(recorder: Recorder, name: str, part: TextPart) -> None:
+    note = f"{part.prompts} prompts"
+    recorder.add(f"{name}: FLOPs saved", 100 * part.flops_saved, "%", note=note)
+    recorder.add(f"{name}: tokens kept", 100 * part.tokens_kept, "%", note=note)
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--limit", type=int, default=1000, help="maximum prompts")
+    parser.add_argument("--work", type=Path, default=Path("out/fit"), help="folder of the prompts and of the fit")
+    options = parser.parse_args()
+    fitted, held = prompts(options.work)
+    model = PolarModel.from_pretrained(options.model, ledger=None)
+    recorder = Recorder("fit", options.results, model=options.model)
+    with ProgressBars(quiet=False) as show:
+        folder = options.work / model.fingerprint[:12]
+        made = lab.fit(
+            model, lab.read_items(fitted), hours=options.hours, limit=options.limit, out=folder, on_progress=show
+        )
+        evaluation = lab.evaluate(model, lab.read_items(held), router=folder / "router", timed=0, on_progress=show)
+    record(recorder, made, evaluation)
+    print("\n".join(made.facts.sentences))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/fit"))
+    main()
