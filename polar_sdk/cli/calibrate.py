@@ -49,7 +49,7 @@ def calibrate(
     from polar_sdk.lab.evaluation.judge import Judge
     from polar_sdk.router.store import saved_router_path
 
-    tiers = dict(promised("--tier", text) for text in tier) if tier else None
+    tiers = dict(promise_of("--tier", text) for text in tier) if tier else None
     items = [item for path in data for item in lab.read_items(path)] if data else None
     engine = load()
     folder = router or saved_router_path(engine.fingerprint, engine.dtype)
@@ -64,7 +64,7 @@ def calibrate(
     _report(certified, out or folder, broken, as_json=as_json)
 
 
-def promised(option: str, text: str) -> tuple[str, TierPromise]:
+def promise_of(option: str, text: str) -> tuple[str, TierPromise]:
     """A promise such as `economy=0.1`, `standard=0.05:drops` or `premium=0.02:differs:strict=0.2`."""
     from polar_sdk.programs.policy import TIERS
     from polar_sdk.router.certificate import LOSSES, TierPromise

@@ -10,7 +10,7 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
-from polar_sdk.cli.calibrate import promised
+from polar_sdk.cli.calibrate import promise_of
 from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
@@ -51,7 +51,7 @@ def fit(
     from polar_sdk.lab.evaluation.rendering import require_report
 
     require_report()
-    promises = dict(promised("--promise", text) for text in promise) if promise else None
+    promises = dict(promise_of("--promise", text) for text in promise) if promise else None
     items = [item for path in data for item in lab.read_items(path)] if data else None
     engine = load()
 

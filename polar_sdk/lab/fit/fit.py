@@ -66,6 +66,8 @@ PROMISES: Final[dict[str, TierPromise]] = {
 _DELTA: Final = 0.1
 _HALVES: Final = Shares(0.6, 0.4, 0.0, 0.0)
 """Of the prompts that the menu is chosen on: to train the router on, and to choose by."""
+_FEWEST: Final = 8
+"""Prompts that each split must have."""
 _ROUTING_EARNS: Final = 0.03
 """Share of prompts that a router which reads them must spare a loss, beside static programs of equal cost. It was
 chosen among several on the same prompts, so that less may be luck."""
@@ -235,6 +237,12 @@ class _Work:
         Raises:
             DataError: They are enough for none.
         """
+        for split, use in _USES.items():
+            if (left := len(self._of(split))) < _FEWEST:
+                raise DataError(
+                    f"{len(self.items)} prompts are too few to be split: {left} are left {use}, and {_FEWEST} are "
+                    "needed; give more prompts."
+                )
         prompts = self._of("calibration")
         kinds = {isinstance(item, ChoiceItem) for item in prompts}
         counts = {kind: sum(isinstance(item, ChoiceItem) == kind for item in prompts) for kind in kinds}

@@ -87,7 +87,7 @@ def heal(
     """
     chosen = BridgeOptions.of(**options) if kind == "bridge" else FillOptions.of(**options)
     return model.use_maps(
-        Healer(model, chosen, items, segments, out, cache or RewardCache(), shares, on_progress).run()
+        Healer(model, chosen, items, segments, out, cache or RewardCache(), on_progress, shares).run()
     )
 
 
@@ -101,8 +101,8 @@ class Healer:
     segments: str
     out: str | Path | None
     cache: RewardCache
-    shares: Shares = DEFAULT_SHARES
     on_progress: Progress = silent
+    shares: Shares = DEFAULT_SHARES
 
     def run(self) -> MapSet:
         """Fit, train if there are steps to train, measure, and save if there is a folder."""
