@@ -14,7 +14,7 @@ PROCESSES ?= 2
 AREA ?=
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites tamper check format docs model bench-engine bench-peers bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites lm-eval-suite tamper check format docs model bench-engine bench-peers bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ standard-suite: model ## Run LangChain's suites for chat models, in process and 
 compare-suites: model ## Run them on ChatHuggingFace over the same weights as well, and print both result lines
 	$(BIN)/python -m pip install --quiet --group compare
 	$(OFFLINE) $(BIN)/python -m benchmarks.compare_suites
+
+lm-eval-suite: model ## Compare full depth with lm-evaluation-harness's own Hugging Face class, on local tasks
+	$(BIN)/python -m pip install --quiet --editable ".[lm-eval]"
+	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_lm_eval.py
 
 tamper: $(STAMP) ## Change every cell and row of a ledger past the package, on both stores: what does verify miss?
 	$(OFFLINE) $(BIN)/python -m pytest -q -s -m long tests/billing/proof/test_tampering.py

@@ -220,6 +220,13 @@ class CostModel:
         costs = [self.step(step) for step in program]
         return sum(cost.linear * steps + cost.attention * pairs for cost in costs)
 
+    def scoring(self, program: Program, prompt: int, tails: Iterable[int]) -> int:
+        """FLOPs of scoring continuations of these lengths after a prompt, whose tokens run once for all of them."""
+        lengths = list(tails)
+        pieces = [Piece(prompt, prompt + tail, prompt, prompt) for tail in lengths]
+        layers = sum(share.flops for piece in pieces for share in self.shares(program, piece))
+        return self.prefill(program, prompt) + layers + self.head * sum(lengths)
+
     def ratio(self, program: Program) -> float:
         """FLOPs over identity's, at 128 prompt and 64 output tokens: how programs are compared without a request."""
         ours, full = (

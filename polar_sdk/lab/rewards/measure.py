@@ -17,7 +17,6 @@ from polar_sdk.engine.hashes import hash_maps
 from polar_sdk.engine.pack import packs
 from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
-from polar_sdk.programs.cost import Piece
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
 
@@ -195,10 +194,7 @@ def _flops(task: Task, program: Program, cost: CostModel) -> int:
     prompt = len(task.question.prompt)
     if not isinstance(task.item, ChoiceItem):
         return cost.request(program, prompt, len(task.question.continuations[0])).total
-    tails = [len(tail) for tail in task.question.continuations]
-    pieces = [Piece(prompt, prompt + tail, prompt, prompt) for tail in tails]
-    layers = sum(share.flops for piece in pieces for share in cost.shares(program, piece))
-    return cost.prefill(program, prompt) + layers + cost.head * sum(tails)
+    return cost.scoring(program, prompt, map(len, task.question.continuations))
 
 
 def is_right(written: str, answer: str) -> bool:

@@ -1,0 +1,9 @@
+"""PoLar models for lm-evaluation-harness: `import lm_eval_polar` registers the model `polar`.
+
+The harness finds models that are imported, and looks for no plug-ins; so `python -m lm_eval_polar` is its command with
+this model among its own.
+"""
+
+from lm_eval_polar.model import PolarLM
+
+__all__ = ["PolarLM"]
