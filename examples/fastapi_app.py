@@ -67,7 +67,7 @@ def build_app(chat: ChatPolar, ledger: Ledger) -> FastAPI:
 
 
 def main(ledger: str, port: int) -> None:
-    chat = ChatPolar(compute="standard", max_tokens=128, ledger=ledger)
+    chat = ChatPolar(compute="standard", max_tokens=128, stop_repeats=4, ledger=ledger)
     uvicorn.run(build_app(chat, Ledger(ledger)), host="127.0.0.1", port=port)
 
 

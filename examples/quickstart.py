@@ -31,7 +31,7 @@ def main() -> None:
     print(f"  {answer.text.strip()!r} · layer 15 has {answer.usage.visits.prefill[15]} visits in the prefill")
 
     print("\nA stream, left after ten pieces:\n  ", end="")
-    stream = model.stream("Tell me a story about a clockmaker.", max_tokens=200)
+    stream = model.stream("Tell me a story about a clockmaker.", max_tokens=200, stop_repeats=4)
     for count, chunk in enumerate(stream):
         print(chunk.text, end="", flush=True)
         if count == 9:

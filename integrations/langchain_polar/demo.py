@@ -266,7 +266,7 @@ def _model(ledger: Path) -> ChatPolar:
         hint = "In a clone: `pip install '.[all]'`."
         raise PolarError(f"the demo needs the package {package!r}.", hint=hint) from error
     engine = PolarModel.from_pretrained(ledger=f"sqlite:///{ledger}")
-    return ChatPolar(engine=engine, max_tokens=MAX_TOKENS)
+    return ChatPolar(engine=engine, max_tokens=MAX_TOKENS, stop_repeats=4)
 
 
 def _show(console: Console, answered: Answered) -> None:
