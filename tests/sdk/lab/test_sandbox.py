@@ -56,7 +56,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("code", ENDLESS.values(), ids=ENDLESS)
 def test_time_of_the_processor_is_limited(code: str) -> None:
-    assert run(code) == Ended(False, "ended early")
+    assert run(code, QUICK._replace(seconds=120)) == Ended(False, "ended early")
 
 
 def test_time_by_the_clock_is_limited() -> None:
