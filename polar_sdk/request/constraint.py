@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -129,7 +130,8 @@ def json_schema(schema: Schema) -> dict[str, Any]:
         from pydantic import PydanticUserError, TypeAdapter
 
         try:
-            own: dict[str, Any] = _with_parts(closed(_at_its_root(TypeAdapter(schema).json_schema())), _as_written)
+            whole = _at_its_root(TypeAdapter(schema).json_schema())
+            own: dict[str, Any] = _with_parts(closed(whole), partial(_as_written, whole.get("$defs", {})))
             return own
         except PydanticUserError as error:
             raise GrammarError(
@@ -186,12 +188,15 @@ def _at_its_root(schema: dict[str, Any]) -> dict[str, Any]:
     return {**target, "$defs": schema["$defs"]} if isinstance(target, dict) else schema
 
 
-def _as_written(part: dict[str, Any]) -> dict[str, Any]:
+def _as_written(known: Mapping[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """What pydantic reads of a class's fields, as far as a grammar can write it.
 
     None can keep a list from having an item twice, and a Python set takes it all the same. A decimal number is finite.
     """
     part.pop("uniqueItems", None)
+    names = part.get("propertyNames")
+    if isinstance(names, dict) and "$ref" in names:  # an enumeration
+        part["propertyNames"] = known.get(str(names["$ref"]).rpartition("/")[2], names)
     options = part.get("anyOf")
     if isinstance(options, list) and [one.get("type") for one in options if isinstance(one, dict)] == _DECIMAL:
         number = options[0]
