@@ -251,7 +251,11 @@ def _classes(classes: Sequence[ClassResult]) -> Iterator[str]:
             f"{len(routed)} of {len(here)} classes{named}."
         )
         if static:
+            ways = {_served(result) for result in static}
             served = ", ".join(f"{result.name} ({_served(result)})" for result in static)
+            if len(ways) == 1 and len(static) > 1:
+                served = f"all {len(static)} of the others" if routed else f"all {len(static)} classes"
+                served += f" ({ways.pop()})"
             yield f"{point}: a static program is as good within {served}."
         if identity:
             yield f"{point}: full depth for all of {', '.join(result.name for result in identity)}."

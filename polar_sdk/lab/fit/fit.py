@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.model import PolarModel
-    from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.certificate import Loss, Promise
 
 PROMISES: Final[dict[str, TierPromise]] = {
     "economy": TierPromise(0.05, strict=0.45),
@@ -184,7 +184,7 @@ class _Work:
         evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate({"test": self._of("test")})
         sentences = self._sentences(certified, evaluation)
         self._write_text("evaluation.json", json.dumps(evaluation.plain(), indent=2) + "\n")
-        self._write_text("fit.html", to_html(evaluation, [*sentences, *facts.plan.lines]))
+        self._write_text("fit.html", to_html(evaluation, [*sentences, *facts.plan.lines[:2]]))
         registered = self._register(certified)
         facts = facts.model_copy(update={"sentences": tuple(sentences), "figures": _figures(evaluation)})
         self._write(facts)
@@ -368,25 +368,38 @@ class _Work:
         said = []
         for tier, promise in tiers.items():
             if promise.theta == 0:
-                said.append(f"{tier} runs full depth: nothing could be promised")
+                said.append(f"{tier} runs full depth: nothing could be promised.")
                 continue
-            saved = next(
-                system for system in evaluation.sets[0].systems if system.name == f"router ({tier})"
-            ).flops_saved.total
+            name = f"router ({tier})"
+            saved = next(system for system in evaluation.sets[0].systems if system.name == name).flops_saved.total
             kept = evaluation.texts.get(tier)
             tokens = "" if kept is None else f" and keeps {kept.tokens_kept:.1%} of the tokens"
             long = None if kept is None else kept.by_length.get("over_500")
             more = "" if long is None else f" ({long.flops_saved:.1%} and {long.tokens_kept:.1%} over 500 tokens)"
-            said.append(f"{tier} saves {saved:.1%} of the FLOPs{tokens}{more}; {promise.text}")
+            said.append(f"{tier} saves {saved:.1%} of the FLOPs{tokens}{more}; it promises that {_promised(promise)}.")
         floor = "" if exact is None else f"; full depth against itself keeps {exact.noise_floor:.1%}"
         splits = ", ".join(f"{len(self._of(split))} {use}" for split, use in _USES.items())
         kinds = len({item.task for item in self.items})
         return [
-            ". ".join(said) + ".",
-            f"On {len(self.items)} prompts of {kinds} kinds ({splits}), "
-            f"{self.model.name} in {self.model.dtype}{floor}.",
+            *said,
+            f"Measured on {len(self.items)} prompts of {kinds} kinds ({splits}), {self.model.name} in "
+            f"{self.model.dtype}{floor}. Promises hold with {1 - _DELTA:.0%} confidence, for prompts like these.",
             " ".join(self.notes) or "Nothing that was asked for was impossible.",
         ]
+
+
+def _promised(promise: Promise) -> str:
+    """The promise of a tier in a few words; its counts are in the certificate."""
+    lost = {
+        "differs": "answer differently",
+        "harms": "turn a right answer into a wrong one",
+        "drops": "turn a right answer into a wrong one, less those turned right",
+        "strict": "lose more than 5% of their tokens",
+    }[promise.loss]
+    text = f"at most {promise.alpha:.2g} of such prompts {lost}"
+    if promise.strict is None:
+        return text
+    return f"{text}, and at most {promise.strict.alpha:.2g} of the texts lose more than 5% of their tokens"
 
 
 _USES: Final[dict[Split, str]] = {

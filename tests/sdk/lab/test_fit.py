@@ -84,7 +84,7 @@ def test_whoever_loads_the_model_gets_the_fitted_tiers(
 
 def test_a_tier_that_needs_more_prompts_is_left_out(finished: FitResult) -> None:
     assert "premium" not in finished.facts.figures
-    assert "premium" in finished.facts.sentences[2]
+    assert "premium" in finished.facts.sentences[-1]
 
 
 def test_a_finished_fit_is_returned_as_it_is(finished: FitResult, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,8 @@ def test_other_families_end_in_tiers_or_in_a_plain_word(
     ]
     made = fitted(model, items)
     for tier in LOOSE:
-        assert f"{tier} saves" in made.facts.sentences[0] or "nothing could be promised" in made.facts.sentences[0]
+        (said,) = (sentence for sentence in made.facts.sentences if sentence.startswith(tier))
+        assert "saves" in said or "nothing could be promised" in said
 
 
 def test_too_few_prompts_or_hours_are_refused_before_anything_is_fitted(
