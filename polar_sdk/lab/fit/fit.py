@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from pydantic import BaseModel
@@ -25,7 +25,7 @@ from polar_sdk.lab.checkpoint import run_key
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
 from polar_sdk.lab.fit.plan import SHARES, Plan, load_of, make_plan, measure_pace
-from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.fit.prompts import prompts_of, text_of
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
 from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, split_of
@@ -179,12 +179,11 @@ class _Work:
         self.notes += facts.plan.notes
         tiers = self._possible()
         fills = self._heal(facts.plan)
-        router = self._train(fills)
-        certified = self._certified(router, tiers)
+        certified = self._chosen(_undominated(self._matrix(fills.programs)), tiers)
         evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate({"test": self._of("test")})
         sentences = self._sentences(certified, evaluation)
-        self._write_text("evaluation.json", json.dumps(evaluation.plain(), indent=2) + "\n")
-        self._write_text("fit.html", to_html(evaluation, [*sentences, *facts.plan.lines[:2]]))
+        self._write_file("evaluation.json", json.dumps(evaluation.plain(), indent=2) + "\n")
+        self._write_file("fit.html", to_html(evaluation, [*sentences, *facts.plan.lines[:2]]))
         registered = self._register(certified)
         facts = facts.model_copy(update={"sentences": tuple(sentences), "figures": _figures(evaluation)})
         self._write(facts)
@@ -222,9 +221,9 @@ class _Work:
         return facts
 
     def _write(self, facts: FitFacts) -> None:
-        self._write_text("fit.json", facts.model_dump_json(indent=2) + "\n")
+        self._write_file("fit.json", facts.model_dump_json(indent=2) + "\n")
 
-    def _write_text(self, name: str, text: str) -> None:
+    def _write_file(self, name: str, text: str) -> None:
         with replacing(self.folder / name) as draft:
             draft.write_text(text, encoding="utf-8")
 
@@ -288,11 +287,26 @@ class _Work:
             seed=self.seed,
         )
 
-    def _train(self, fills: MapSet) -> LearnedRouter:
-        """A router that reads the prompt where that earns something, else one that runs one program for all."""
-        matrix = _undominated(self._matrix(fills.programs))
-        labelled = bool(matrix.labelled.any())
-        loss: Loss = "drops" if labelled else "differs"
+    def _chosen(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
+        """A certified router: one that reads the prompt where that earns something, else one program for each tier."""
+        menu = self._trained("menu", matrix)
+        earned = _earned(menu, matrix.of("dev"))
+        if earned >= _ROUTING_EARNS:
+            return self._certified(menu, tiers)
+        self.notes.append(
+            "Each tier runs one program for every prompt: at equal FLOPs a network that reads them spares "
+            f"{100 * earned:.1f} of 100 held-out prompts a loss of 5 % of their tokens, too few to be worth it."
+        )
+        certified = self._certified(self._trained("static", matrix), tiers)
+        used = self._used(certified)
+        kept = [place for place, program in enumerate(matrix.programs) if place == 0 or program in used]
+        if 1 < len(kept) < len(matrix.programs):  # the maps of other programs would only be carried along
+            certified = self._certified(self._trained("static", matrix.only(kept)), tiers)
+        return certified
+
+    def _trained(self, kind: Literal["menu", "static"], matrix: RewardMatrix) -> LearnedRouter:
+        """A router over the programs of a matrix, bound to the model."""
+        loss: Loss = "drops" if bool(matrix.labelled.any()) else "differs"
         settings = MenuSettings(
             seeds=(self.seed, self.seed + 1, self.seed + 2),
             loss=loss,
@@ -303,28 +317,25 @@ class _Work:
             risks=(0.05, 0.15, 0.3),
             least=0.15,
         )
-        seen = id_prefixes(item_id(item) for item in self._of("train", "dev"))
-        made: dict[str, LearnedRouter] = {}
-        for kind, name in (("static", "static"), ("menu", "menu")):
-            router = train(
-                self.model,
-                matrix,
-                kind=kind,  # type: ignore[arg-type]
-                settings=settings,
-                out=self.folder / name,
-                maps=self.folder / "fills",
-                on_progress=self.on_progress,
-            )
-            made[name] = router.with_facts(training={**router.facts.training, "seen": seen})
-        menu = made["menu"].bind(self.model.decoder, self.model.fingerprint)
-        earned = _earned(menu, matrix.of("dev"))
-        if earned >= _ROUTING_EARNS:
-            return menu
-        self.notes.append(
-            "Each tier runs one program for every prompt: at equal FLOPs a network that reads them spares "
-            f"{100 * earned:.1f} of 100 held-out prompts a loss of 5 % of their tokens, too few to be worth it."
+        router = train(
+            self.model,
+            matrix,
+            kind=kind,
+            settings=settings,
+            out=self.folder / kind,
+            maps=self.folder / "fills",
+            on_progress=self.on_progress,
         )
-        return made["static"]
+        seen = id_prefixes(item_id(item) for item in self._of("train", "dev"))
+        router = router.with_facts(training={**router.facts.training, "seen": seen})
+        return router.bind(self.model.decoder, self.model.fingerprint)
+
+    def _used(self, router: LearnedRouter) -> set[Program]:
+        """The programs of a static router's tiers, which are the same for every prompt."""
+        assert router.certificate is not None
+        any_prompt = self.model.prompt_tokens(text_of(self.items[0]))
+        thetas = [promise.theta for promise in router.certificate.tiers.values() if promise.theta > 0]
+        return {router.at(theta).route(any_prompt).program for theta in thetas}
 
     def _matrix(self, programs: Sequence[Program]) -> RewardMatrix:
         tasks = make_tasks(self.model, self._of("dev"), self.cache, on_progress=self.on_progress)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
 from polar_sdk.errors import DataError
+from polar_sdk.lab.fit.prompts import text_of
 from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
 from polar_sdk.lab.items import ChoiceItem, Shares
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
@@ -105,9 +106,7 @@ class Plan(BaseModel, frozen=True):
 
 def measure_pace(model: PolarModel, items: Sequence[Item], on_progress: Progress) -> Pace:
     """Measure how fast a model reads and writes: the prompts are read once, and answered together."""
-    texts = [item.prompt for item in items if not isinstance(item, ChoiceItem)] or [
-        item.question for item in items if isinstance(item, ChoiceItem)
-    ]
+    texts = [text_of(item) for item in items if not isinstance(item, ChoiceItem)] or list(map(text_of, items))
     step = max(1, len(texts) // _MEASURED_PROMPTS)
     chosen = texts[::step][:_MEASURED_PROMPTS]
     questions = [Question(tuple(model.prompt_tokens(text)), ((0,),)) for text in chosen]
@@ -208,9 +207,5 @@ def _seek_seconds(model: PolarModel, tokens: float, prompts: int, pace: Pace) ->
 def load_of(model: PolarModel, items: Sequence[Item]) -> Load:
     """What the prompts are like, by a sample of them."""
     step = max(1, len(items) // 200)
-    sample = [_text(item) for item in items[::step]]
+    sample = [text_of(item) for item in items[::step]]
     return Load(len(items), fmean(len(model.prompt_tokens(text)) for text in sample))
-
-
-def _text(item: Item) -> str:
-    return item.question if isinstance(item, ChoiceItem) else item.prompt

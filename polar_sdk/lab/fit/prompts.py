@@ -55,6 +55,11 @@ def _in_turn(lots: Iterable[list[Item]]) -> Iterable[Item]:
         left = [lot for lot in left if lot]
 
 
+def text_of(item: Item) -> str:
+    """The text that the model is asked, without choices."""
+    return item.question if isinstance(item, ChoiceItem) else item.prompt
+
+
 def _length(item: Item) -> int:
-    size = len(item.question if isinstance(item, ChoiceItem) else item.prompt)
+    size = len(text_of(item))
     return sum(size >= edge for edge in _LENGTHS)
