@@ -31,7 +31,7 @@ def fit(
     promise: Annotated[
         list[str] | None,
         typer.Option(
-            help="What a tier promises, as in `polar lab calibrate --tier`, e.g. economy=0.1:strict=0.5; repeatable."
+            help="What a tier promises, written as for polar lab calibrate, e.g. economy=0.1:strict=0.5; repeatable."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum prompts, whatever the hours allow.")] = None,

@@ -144,7 +144,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option(
         name="timeout",
         meaning="longest time of an answer",
-        absent={**_everywhere(_HTTP, "`polar serve --timeout`"), "command": "Ctrl-C ends it"},
+        absent={**_everywhere(_HTTP, "`polar serve --timeout 60`"), "command": "Ctrl-C ends it"},
         classes=("request_timeout",),
     ),
     Option(
