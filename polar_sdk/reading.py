@@ -32,6 +32,8 @@ MAX_DEPTH: Final = 64
 """Levels of lists and mappings in each other."""
 MAX_DIGITS: Final = 100
 """Digits of a number."""
+ANSWER_DIGITS: Final = 4300
+"""Digits of a number in a model's answer, whose length its tokens bound: Python reads none of more."""
 MAX_EXPONENT: Final = 100
 """Exponent of a decimal number, in both directions."""
 MAX_KEY_PARTS: Final = 16

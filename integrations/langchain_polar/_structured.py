@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
-from polar_sdk.reading import Unreadable, parse_json
+from polar_sdk.reading import ANSWER_DIGITS, Unreadable, parse_json
 from polar_sdk.request.constraint import closed, json_schema
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class AnswerParser(BaseCumulativeTransformOutputParser[Any]):
 
     def _whole(self, text: str, message: Any) -> Any:
         try:
-            found = parse_json(text)
+            found = parse_json(text, max_digits=ANSWER_DIGITS)
         except Unreadable:
             raise _incomplete(text, message) from None
         if self.pydantic is None:

@@ -199,9 +199,7 @@ def _as_written(known: Mapping[str, Any], part: dict[str, Any]) -> dict[str, Any
         part["propertyNames"] = known.get(str(names["$ref"]).rpartition("/")[2], names)
     options = part.get("anyOf")
     if isinstance(options, list) and [one.get("type") for one in options if isinstance(one, dict)] == _DECIMAL:
-        number = options[0]
-        if _FINITE.keys().isdisjoint(number):
-            part["anyOf"] = [{**number, **_FINITE}]
+        part["anyOf"] = [{**_FINITE, **options[0]}]  # the text beside it keeps none of the number's bounds
     return part
 
 

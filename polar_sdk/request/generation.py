@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
-from polar_sdk.reading import Unreadable, parse_json
+from polar_sdk.reading import ANSWER_DIGITS, Unreadable, parse_json
 from polar_sdk.request.recorder import Recorder
 from polar_sdk.serving.delivery import Piece
 from polar_sdk.serving.job import FinishReason, Job
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
     from polar_sdk.usage import Receipt, UsageRecord, UsageSink
-
-_MAX_DIGITS: Final = 4300
-"""Digits of a number in a JSON answer, which grammars allow to be of any length: as many as Python reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class Generation:
         reason = f"it ended after {len(self.token_ids)} tokens (finish_reason={self.finish_reason})"
         if self.complete is not False:
             try:
-                return parse_json(self.text, max_digits=_MAX_DIGITS)
+                return parse_json(self.text, max_digits=ANSWER_DIGITS)
             except Unreadable as error:
                 reason += f"; {error}"
         raise IncompleteAnswerError(

@@ -105,7 +105,7 @@ class Bounded(BaseModel):
     count: Annotated[int, Field(gt=0, multiple_of=5)]
     large: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
     share: Annotated[float, Field(ge=0, le=1)]
-    code: Annotated[str, Field(pattern=r"^[A-Z]{3}-\\d{2}$")]
+    code: Annotated[str, Field(pattern=r"^[A-Z]{3}-\d{2}$")]
 
 
 class Ids(BaseModel):
