@@ -162,7 +162,7 @@ def attempt(call: Callable[[], object]) -> object:
         return str(error)
 
 
-@case("Ledger", "Ledger.read", "Ledger.usage_sums", "Ledger.raw_usage")
+@case("Ledger", "Ledger.read", "Ledger.usage_sums", "Ledger.raw_usage", "Ledger.tag_values")
 def read(world: World) -> None:
     for tenant in (ATTACKER, *LOOKALIKES):
         for selection in (Selection(tenant), Selection(tenant, tags={"note": SECRET}), Selection(tenant, model="%")):
@@ -171,6 +171,7 @@ def read(world: World) -> None:
                 assert {one.record.tenant for one in found} <= {ATTACKER}
                 assert SECRET not in repr(found)
         assert {one.tenant for one in world.ledger.raw_usage(Selection(tenant))} <= {ATTACKER}
+        assert SECRET not in world.ledger.tag_values(Selection(tenant), "note")
         for hourly in (True, False):
             sums = list(world.ledger.usage_sums(Selection(tenant), hourly=hourly))
             assert VICTIM not in repr(sums).replace(repr(tenant), "")

@@ -16,9 +16,9 @@ PUBLIC = {
         Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
     "polar_sdk.lab": """
-        AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions Item LayerwiseSettings MenuSettings
-        PromptItem RewardMatrix ScanReport SearchOptions SearchResult SuiteEvaluation builtin_items calibrate evaluate
-        evaluate_suite heal train_draft_head read_items scan search train
+        AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions FitResult Item LayerwiseSettings
+        MenuSettings PromptItem RewardMatrix ScanReport SearchOptions SearchResult SuiteEvaluation builtin_items
+        calibrate evaluate evaluate_suite fit heal train_draft_head read_items scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets

@@ -228,7 +228,7 @@ def test_rotate_and_revoke(ok: Callable[..., str]) -> None:
     made = json.loads(ok("key", "create", "acme", "search", "--tag", "team=a", "--json"))
     new = json.loads(ok("key", "rotate", made["id"], "--overlap", "0s", "--json"))
     assert new["key"] != made["key"]
-    assert (new["rotated_from"], new["tags"]) == (made["id"], "team=a")
+    assert (new["rotated_from"], new["tags"]) == (made["id"], {"team": "a"})
     ok("key", "revoke", new["id"])
     states = {row["id"]: row["state"] for row in json.loads(ok("key", "list", "--json"))}
     assert states == {made["id"]: "expired", new["id"]: "revoked"}

@@ -174,7 +174,8 @@ def test_without_steering_an_answer_is_valid_or_says_that_it_was_cut_off(name: s
 @pytest.mark.model
 @pytest.mark.parametrize("name", list(SCHEMAS)[::6])
 def test_answers_of_the_default_model_are_valid(name: str) -> None:
-    for answer in _real().generate_batch(PROMPTS, schema=SCHEMAS[name], max_tokens=160):
+    max_tokens = 480 if name == "big" else 160
+    for answer in _real().generate_batch(PROMPTS, schema=SCHEMAS[name], max_tokens=max_tokens):
         _check(SCHEMAS[name], answer)
         assert answer.complete
 
