@@ -11,19 +11,19 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import Recorder, arguments
 from benchmarks.router_texts import COMPARISON, TASKS, rows
 from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
+from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.fit.fit import FitResult
 
 HELD = ("choice of a text", "comparison")
@@ -124,29 +124,18 @@ def record(recorder: Recorder, made: FitResult, evaluation: Evaluation) -> None:
     """The plan, and per tier what is saved and kept, of the fit's own test prompts and of those held back."""
     plan = made.facts.plan
     recorder.add("planned", sum(plan.minutes.values()), "min", note=f"{plan.prompts} prompts, {plan.hours:g} h allowed")
-    for tier, by_length in made.facts.figures.items():
-        for length, facts in by_length.items():
-            _record(recorder, f"{tier}, {length}", TextPart(**facts))
-    for tier, whole in evaluation.texts.items():
-        lengths = {"all": whole, **whole.by_length}
-        for name, figures in {**lengths, **{f"kind {kind}": part for kind, part in whole.by_kind.items()}}.items():
-            _record(
-                recorder, f"held back, {tier}, {name}", TextPart(**figures.model_dump(include=set(TextPart._fields)))
-            )
-
-
-class TextPart(NamedTuple):
-    """Some prompts, by one tier."""
-
-    prompts: int
-    flops_saved: float
-    tokens_kept: float
-
-
-def _record(recorder: Recorder, name: str, part: TextPart) -> None:
-    note = f"{part.prompts} prompts"
-    recorder.add(f"{name}: FLOPs saved", 100 * part.flops_saved, "%", note=note)
-    recorder.add(f"{name}: tokens kept", 100 * part.tokens_kept, "%", note=note)
+    own = Evaluation.model_validate_json((made.folder / "evaluation.json").read_bytes())
+    for start, found in (("", own), ("held back, ", evaluation)):
+        for tier, whole in found.texts.items():
+            kinds = {f"kind {kind}": part for kind, part in whole.by_kind.items()} if start else {}
+            for name, part in {"all": whole, **whole.by_length, **kinds}.items():
+                note = f"{part.prompts} prompts"
+                for what, share in (
+                    ("FLOPs saved", part.flops_saved),
+                    ("tokens kept", part.tokens_kept),
+                    ("95 % kept", part.strict_kept),
+                ):
+                    recorder.add(f"{start}{tier}, {name}: {what}", 100 * share, "%", note=note)
 
 
 def main() -> None:

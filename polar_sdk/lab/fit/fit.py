@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import torch
 from pydantic import BaseModel
 
 from polar_sdk.engine import engine_version
@@ -24,8 +23,10 @@ from polar_sdk.errors import DataError
 from polar_sdk.lab.checkpoint import run_key
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
-from polar_sdk.lab.fit.plan import SHARES, Plan, load_of, make_plan, measure_pace
+from polar_sdk.lab.fit.frontier import earned, undominated
+from polar_sdk.lab.fit.plan import SHARES, Plan, make_plan, measure_pace, workload_of
 from polar_sdk.lab.fit.prompts import prompts_of, text_of
+from polar_sdk.lab.fit.summary import figures, tiers_in_words
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
 from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, split_of
@@ -33,7 +34,6 @@ from polar_sdk.lab.program_search.matrix import RewardMatrix, measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
-from polar_sdk.lab.training.examples import losses
 from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.lab.training.outcomes import id_prefixes
 from polar_sdk.lab.training.train import train
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.model import PolarModel
-    from polar_sdk.router.certificate import Loss, Promise
+    from polar_sdk.router.certificate import Certificate, Loss
 
 PROMISES: Final[dict[str, TierPromise]] = {
     "economy": TierPromise(0.05, strict=0.45),
@@ -141,7 +141,6 @@ def fit(
 
     Raises:
         DataError: Prompts or hours are too few, or the folder holds the fit of another model.
-        CalibrationSizeError: The prompts are too few for any of the promises.
         MissingExtraError: The extra `report` is not installed, which the page needs.
     """
     require_report()
@@ -179,13 +178,14 @@ class _Work:
         self.notes += facts.plan.notes
         tiers = self._possible()
         fills = self._heal(facts.plan)
-        certified = self._chosen(_undominated(self._matrix(fills.programs)), tiers)
+        certified = self._chosen(undominated(self._matrix(fills.programs)), tiers)
         evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate({"test": self._of("test")})
-        sentences = self._sentences(certified, evaluation)
+        assert certified.certificate is not None
+        sentences = self._sentences(certified.certificate, evaluation)
         self._write_file("evaluation.json", json.dumps(evaluation.plain(), indent=2) + "\n")
         self._write_file("fit.html", to_html(evaluation, [*sentences, *facts.plan.lines[:2]]))
         registered = self._register(certified)
-        facts = facts.model_copy(update={"sentences": tuple(sentences), "figures": _figures(evaluation)})
+        facts = facts.model_copy(update={"sentences": tuple(sentences), "figures": figures(evaluation)})
         self._write(facts)
         return FitResult(self.folder, facts, registered)
 
@@ -211,7 +211,7 @@ class _Work:
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise DataError(f"{str(self.folder)!r} is not empty and holds no fit; give another folder.")
         pace = measure_pace(model, self.items, self.on_progress)
-        plan = make_plan(model, load_of(model, self.items), pace, self.hours, self.distil)
+        plan = make_plan(model, workload_of(model, self.items), pace, self.hours, self.distil)
         for name in ("fills", "menu", "static", "router"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         facts = FitFacts(
@@ -242,28 +242,25 @@ class _Work:
                     f"{len(self.items)} prompts are too few to be split: {left} are left {use}, and {_FEWEST} are "
                     "needed; give more prompts."
                 )
-        prompts = self._of("calibration")
-        kinds = {isinstance(item, ChoiceItem) for item in prompts}
-        counts = {kind: sum(isinstance(item, ChoiceItem) == kind for item in prompts) for kind in kinds}
+        counts = Counter(isinstance(item, ChoiceItem) for item in self._of("calibration"))
+        fewest = min(counts.values())
         possible, needed = {}, {}
         for tier, promise in self.promises.items():
-            paired = least_paired_prompts if promise.loss == "drops" else least_prompts
-            needed[tier] = max(
-                paired(promise.alpha, _DELTA) if kind else least_prompts(promise.alpha, _DELTA)
-                for kind in kinds or {False}
-            )
-            if counts and min(counts.values()) >= needed[tier]:
+            tests = {
+                least_paired_prompts if promise.loss == "drops" and is_choice else least_prompts for is_choice in counts
+            }
+            needed[tier] = max(prompts(promise.alpha, _DELTA) for prompts in tests)
+            if fewest >= needed[tier]:
                 possible[tier] = promise
             else:
                 self.notes.append(
-                    f"No {tier}: its promise needs {needed[tier]} calibration prompts of a kind, and there are "
-                    f"{min(counts.values(), default=0)}."
+                    f"No {tier}: its promise needs {needed[tier]} calibration prompts of a kind; there are {fewest}."
                 )
         if not possible:
-            fewest = min(needed.values())
+            least = min(needed.values())
             raise DataError(
-                f"{len(self.items)} prompts are too few for any promise: {fewest} of each kind must be left for "
-                f"calibration, some {fewest / SHARES.calibration:.0f} prompts in all; give more prompts, or more hours."
+                f"{len(self.items)} prompts are too few for any promise: {least} of each kind must be left for "
+                f"calibration, some {least / SHARES.calibration:.0f} prompts in all; give more prompts, or more hours."
             )
         return possible
 
@@ -290,12 +287,12 @@ class _Work:
     def _chosen(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
         """A certified router: one that reads the prompt where that earns something, else one program for each tier."""
         menu = self._trained("menu", matrix)
-        earned = _earned(menu, matrix.of("dev"))
-        if earned >= _ROUTING_EARNS:
+        gain = earned(menu, matrix.of("dev"))
+        if gain >= _ROUTING_EARNS:
             return self._certified(menu, tiers)
         self.notes.append(
             "Each tier runs one program for every prompt: at equal FLOPs a network that reads them spares "
-            f"{100 * earned:.1f} of 100 held-out prompts a loss of 5 % of their tokens, too few to be worth it."
+            f"{100 * gain:.1f} of 100 held-out prompts a loss of 5 % of their tokens, too few to be worth it."
         )
         certified = self._certified(self._trained("static", matrix), tiers)
         used = self._used(certified)
@@ -372,45 +369,18 @@ class _Work:
         save_with_maps(router, target, map(MapSet.load, map_folders(self.folder / "router")))
         return target
 
-    def _sentences(self, router: LearnedRouter, evaluation: Evaluation) -> list[str]:
+    def _sentences(self, certificate: Certificate, evaluation: Evaluation) -> list[str]:
         """What each tier saves and promises, on what, and what was not possible."""
-        assert router.certificate is not None
-        tiers, exact = router.certificate.tiers, evaluation.texts.get("exact")
-        said = []
-        for tier, promise in tiers.items():
-            if promise.theta == 0:
-                said.append(f"{tier} runs full depth: nothing could be promised.")
-                continue
-            name = f"router ({tier})"
-            saved = next(system for system in evaluation.sets[0].systems if system.name == name).flops_saved.total
-            kept = evaluation.texts.get(tier)
-            tokens = "" if kept is None else f" and keeps {kept.tokens_kept:.1%} of the tokens"
-            long = None if kept is None else kept.by_length.get("over_500")
-            more = "" if long is None else f" ({long.flops_saved:.1%} and {long.tokens_kept:.1%} over 500 tokens)"
-            said.append(f"{tier} saves {saved:.1%} of the FLOPs{tokens}{more}; it promises that {_promised(promise)}.")
+        exact = evaluation.texts.get("exact")
         floor = "" if exact is None else f"; full depth against itself keeps {exact.noise_floor:.1%}"
         splits = ", ".join(f"{len(self._of(split))} {use}" for split, use in _USES.items())
         kinds = len({item.task for item in self.items})
         return [
-            *said,
+            *tiers_in_words(certificate, evaluation),
             f"Measured on {len(self.items)} prompts of {kinds} kinds ({splits}), {self.model.name} in "
             f"{self.model.dtype}{floor}. Promises hold with {1 - _DELTA:.0%} confidence, for prompts like these.",
             " ".join(self.notes) or "Nothing that was asked for was impossible.",
         ]
-
-
-def _promised(promise: Promise) -> str:
-    """The promise of a tier in a few words; its counts are in the certificate."""
-    lost = {
-        "differs": "answer differently",
-        "harms": "turn a right answer into a wrong one",
-        "drops": "turn a right answer into a wrong one, less those turned right",
-        "strict": "lose more than 5% of their tokens",
-    }[promise.loss]
-    text = f"at most {promise.alpha:.2g} of such prompts {lost}"
-    if promise.strict is None:
-        return text
-    return f"{text}, and at most {promise.strict.alpha:.2g} of the texts lose more than 5% of their tokens"
 
 
 _USES: Final[dict[Split, str]] = {
@@ -419,58 +389,3 @@ _USES: Final[dict[Split, str]] = {
     "calibration": "for the promises",
     "test": "for these figures",
 }
-
-
-def _earned(router: LearnedRouter, matrix: RewardMatrix) -> float:
-    """Share of prompts that a router spares a strict loss, against mixes of static programs of equal cost.
-
-    The mean along its dial; negative where the mixes lose less.
-    """
-    lost = losses(matrix, "strict").double()
-    flops, rows = matrix.flops.double(), torch.arange(len(matrix))
-    place = {program: column for column, program in enumerate(matrix.programs)}
-    outputs = router.outputs(router.reader.stack(matrix.tokens).cpu())
-    lengths = [len(tokens) for tokens in matrix.tokens]
-    mixes = sorted(zip(flops.sum(0).tolist(), lost.mean(0).tolist(), strict=True))
-    gains = []
-    for theta in router.facts.dial[1:]:
-        columns = torch.tensor([place[program] for program in router.choose_all(outputs, theta, lengths)])
-        spent = float(flops[rows, columns].sum())
-        gains.append(_mixed(mixes, spent) - float(lost[rows, columns].mean()))
-    return fmean(gains) if gains else 0.0
-
-
-def _mixed(points: Sequence[tuple[float, float]], spent: float) -> float:
-    """The smallest loss of a mix of two static programs, (FLOPs, loss) each, that spends that much."""
-    cheaper = [point for point in points if point[0] <= spent] or [points[0]]
-    dearer = [point for point in points if point[0] >= spent] or [points[-1]]
-    return min(
-        loss if high == low else loss + (more - loss) * (spent - low) / (high - low)
-        for low, loss in cheaper
-        for high, more in dearer
-    )
-
-
-def _undominated(matrix: RewardMatrix) -> RewardMatrix:
-    """The matrix without programs that another one beats: one that saves as much and keeps as many tokens."""
-    kept = matrix.share.double().mean(0).tolist()
-    flops = matrix.flops.double().sum(0).tolist()
-    programs = range(len(matrix.programs))
-    better = [
-        place
-        for place in programs
-        if place == 0
-        or not any(kept[other] >= kept[place] and flops[other] < flops[place] for other in programs if other != place)
-    ]
-    return matrix.only(better)
-
-
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    """Per tier, all test prompts answered in text, and those of each length."""
-    return {
-        tier: {
-            name: {"prompts": part.prompts, "flops_saved": part.flops_saved, "tokens_kept": part.tokens_kept}
-            for name, part in {"all": whole, **whole.by_length}.items()
-        }
-        for tier, whole in evaluation.texts.items()
-    }

@@ -32,20 +32,21 @@ SHARES: Final = Shares(0.35, 0.25, 0.25, 0.15)
 """Of the prompts: maps are fitted on the first part, the menu is chosen on the second; then calibration and test."""
 _CUT_SHARES: Final = (0.08, 0.16, 0.21, 0.27, 0.33, 0.4, 0.46, 0.52, 0.58)
 """Shares of the layers that are filled."""
-_MOST_PROMPTS: Final = 2000
-FEWEST_TOKENS: Final = 5
+_MAX_PROMPTS: Final = 2000
+_MIN_TOKENS: Final = 5
 """Tokens per number that a map reads, below which its closed form would fit noise."""
 _MEASURED_PROMPTS: Final = 16
+"""Prompts that the pace is measured on, …"""
 _MEASURED_ANSWER: Final = 16
-"""Prompts that the pace is measured on, and tokens of their answers."""
+"""… and tokens of their answers."""
 _RESERVE: Final = 0.8
 """Share of the hours that is planned; the rest is for what the measurement cannot know."""
 _DISTIL_STEPS: Final = 250
 _DISTIL_TOKENS: Final = 2048
 _DISTIL_PASSES: Final = 4.0
-"""Passes of full depth that a training step takes as long as, for the programs that it runs forth and back."""
+"""Duration of a training step, forward and backward, in passes of full depth over its tokens."""
 _SEEK_SHARE: Final = 0.2
-"""Share of the hours that it may take."""
+"""Share of the hours that a search for layers to spare may take."""
 _PASS_OF_FIT: Final = 1.15
 """A pass that collects the sums of all cuts, over one that does not."""
 
@@ -59,7 +60,7 @@ class Pace(BaseModel, frozen=True):
     """Answers of several prompts at once."""
 
 
-class Load(NamedTuple):
+class Workload(NamedTuple):
     """What the prompts of a fit are like."""
 
     prompts: int
@@ -80,7 +81,7 @@ class Plan(BaseModel, frozen=True):
     cuts: tuple[int, ...]
     """First layers of what candidate programs fill up to the last layer."""
     seek: bool
-    """Whether also programs are tried that spare layers above a cut, those that a map replaces worst."""
+    """Whether programs are tried as well that run some layers above a cut, those that a map replaces worst."""
     distil: int
     """Training steps of the maps after their closed form."""
     minutes: dict[str, float]
@@ -93,7 +94,7 @@ class Plan(BaseModel, frozen=True):
         """The plan in words."""
         parts = ", ".join(f"{name} {value:.0f} min" for name, value in self.minutes.items())
         layers = ", ".join(map(str, self.cuts))
-        sparing = ", and others that spare the layers which maps replace worst" if self.seek else ""
+        sparing = ", and others that run the layers which maps replace worst" if self.seek else ""
         trained = f", then {self.distil} training steps" if self.distil else ""
         return [
             f"{self.prompts:,} prompts of {self.tokens / self.prompts:.0f} tokens on average; maps that fill from "
@@ -130,7 +131,7 @@ def cuts_of(depth: int) -> tuple[int, ...]:
     return tuple(sorted({depth - max(1, round(share * depth)) for share in _CUT_SHARES} - {0}, reverse=True))
 
 
-def make_plan(model: PolarModel, load: Load, pace: Pace, hours: float, distil: int | None = None) -> Plan:
+def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, distil: int | None = None) -> Plan:
     """Plan a fit within the hours, with that many training steps or, where that is None, as many as they allow.
 
     Raises:
@@ -139,24 +140,24 @@ def make_plan(model: PolarModel, load: Load, pace: Pace, hours: float, distil: i
     cuts = cuts_of(model.depth)
     if not cuts:
         raise DataError(f"a model of {model.depth} layer has nothing to fill; polar fit needs at least 2 layers.")
-    per_prompt = _seconds(model, load.tokens, pace, cuts)
+    per_prompt = _seconds(model, workload.tokens, pace, cuts)
     seconds = hours * 3600 * _RESERVE
-    most = min(load.prompts, _MOST_PROMPTS)
+    most = min(workload.prompts, _MAX_PROMPTS)
     prompts = min(most, int(seconds / sum(per_prompt.values())))
-    needed = FEWEST_TOKENS * model.decoder.family.hidden
-    enough = int(needed / SHARES.train / (load.tokens + ANSWER_TOKENS)) + 1
+    needed = _MIN_TOKENS * model.decoder.family.hidden
+    enough = int(needed / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
     if prompts < enough:
-        told = (
-            f"give more or longer prompts: there are {load.prompts:,}"
+        advice = (
+            f"give more or longer prompts: there are {workload.prompts:,}"
             if prompts == most
             else f"about {enough * sum(per_prompt.values()) / _RESERVE / 3600:.2g} hours are needed here"
         )
         raise DataError(
             f"maps of {model.decoder.family.hidden:,} inputs need {needed:,} tokens to be fitted on, some {enough:,} "
-            f"prompts of {load.tokens:.0f} tokens in all; {told}."
+            f"prompts of {workload.tokens:.0f} tokens in all; {advice}."
         )
     left = seconds - prompts * sum(per_prompt.values())
-    seeking = _seek_seconds(model, load.tokens + ANSWER_TOKENS, prompts, pace)
+    seeking = _seek_seconds(model, workload.tokens + ANSWER_TOKENS, prompts, pace)
     seek = seeking <= min(left, _SEEK_SHARE * seconds)
     left -= seeking if seek else 0.0
     trains = model.dtype in {"float32", "bfloat16", "float16"}
@@ -169,12 +170,16 @@ def make_plan(model: PolarModel, load: Load, pace: Pace, hours: float, distil: i
         minutes["seeking"] = seeking / 60
     if distil:
         minutes["training"] = distil * step / 60
-    notes = [] if trains else [f"The maps are not trained further: weights in {model.dtype} have no derivatives."]
+    notes = (
+        []
+        if trains
+        else [f"The maps are not trained further: that needs weights in bf16, fp16 or fp32, not {model.dtype}."]
+    )
     return Plan(
         hours=hours,
         pace=pace,
         prompts=prompts,
-        tokens=round(prompts * load.tokens),
+        tokens=round(prompts * workload.tokens),
         cuts=cuts,
         seek=seek,
         distil=distil,
@@ -204,8 +209,8 @@ def _seek_seconds(model: PolarModel, tokens: float, prompts: int, pace: Pace) ->
     return (fitted + measured) / pace.read
 
 
-def load_of(model: PolarModel, items: Sequence[Item]) -> Load:
+def workload_of(model: PolarModel, items: Sequence[Item]) -> Workload:
     """What the prompts are like, by a sample of them."""
     step = max(1, len(items) // 200)
     sample = [text_of(item) for item in items[::step]]
-    return Load(len(items), fmean(len(model.prompt_tokens(text)) for text in sample))
+    return Workload(len(items), fmean(len(model.prompt_tokens(text)) for text in sample))

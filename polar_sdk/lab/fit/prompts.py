@@ -36,8 +36,7 @@ def prompts_of(data: Sequence[Item] | None, limit: int | None = None) -> list[It
     Raises:
         DataError: There is none, or all are copies of one.
     """
-    made = [*long_items(_MADE, seed=1), *task_items(_MADE, seed=1)]
-    items = [*builtin_items(), *made] if data is None else list(data)
+    items = _own_prompts() if data is None else data
     if not items:
         raise DataError("the data holds no prompt; give at least one.")
     lots: dict[tuple[str, int], list[Item]] = {}
@@ -45,6 +44,10 @@ def prompts_of(data: Sequence[Item] | None, limit: int | None = None) -> list[It
         bare = PromptItem(prompt=item.prompt, task=item.task) if isinstance(item, AnswerItem) else item
         lots.setdefault((item.task or "", _length(item)), []).append(bare)
     return list(_in_turn(lots[name] for name in sorted(lots)))[:limit]
+
+
+def _own_prompts() -> list[Item]:
+    return [*builtin_items(), *long_items(_MADE, seed=1), *task_items(_MADE, seed=1)]
 
 
 def _in_turn(lots: Iterable[list[Item]]) -> Iterable[Item]:

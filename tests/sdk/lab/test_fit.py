@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.fit import fit_folder
-from polar_sdk.lab.fit.plan import SHARES, Load, Pace, cuts_of, make_plan
+from polar_sdk.lab.fit.plan import SHARES, Pace, Workload, cuts_of, make_plan
 from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.lab.items import PromptItem, item_id, split_of
 from polar_sdk.router.certificate import TierPromise
@@ -193,9 +193,9 @@ def test_cuts_leave_a_layer_that_runs_and_fill_at_least_one(depth: int) -> None:
 
 
 def test_a_slower_machine_or_fewer_hours_get_fewer_prompts() -> None:
-    model, load = tiny_model(), Load(prompts=5000, tokens=2000.0)
+    model, workload = tiny_model(), Workload(prompts=5000, tokens=2000.0)
     plans = [
-        make_plan(model, load, Pace(read=read, write=read), hours)
+        make_plan(model, workload, Pace(read=read, write=read), hours)
         for read, hours in ((400, 0.2), (400, 0.4), (800, 0.4))
     ]
     sizes = [plan.prompts for plan in plans]
