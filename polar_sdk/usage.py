@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
 from pydantic import (
@@ -28,6 +28,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from polar_sdk.promises.standing import Standings
+
+if TYPE_CHECKING:
+    from polar_sdk.promises.audit import Audit, PromiseStanding
 
 SCHEMA_VERSION: Final = 3
 """Version of the fields of a record; it rises whenever one is added or means something else."""
@@ -383,6 +388,35 @@ class UsageSink(ABC):
             SinkError: The record could not be stored.
         """
 
+    @property
+    def keeps_audits(self) -> bool:
+        """Whether audits outlive this process; else a model audits only where it is asked to."""
+        return False
+
+    @property
+    def settled_tiers(self) -> frozenset[str]:
+        """Tiers whose promises are settled from audits, so that no model may serve them with a share of 0."""
+        return frozenset()
+
+    def audited(self, audit: Audit) -> None:  # noqa: B027
+        """Store one audit durably, exactly once per `audit_id`; by default, do nothing.
+
+        Called by a thread of its own, after the usage record that paid for the audit.
+
+        Raises:
+            SinkError: It could not be stored; it is offered again.
+        """
+
+    def standings(self) -> Mapping[str, PromiseStanding]:
+        """Where audited promises stand, by digest of the promise; by default, none was audited.
+
+        Called about once a second by a thread of its own, never on the path of a request.
+
+        Raises:
+            SinkError: They cannot be read now.
+        """
+        return {}
+
     def close(self) -> None:  # noqa: B027
         """Flush and release the sink's resources; further calls to `emit` may fail."""
 
@@ -434,6 +468,24 @@ class ForwardingSink(UsageSink):
         """As the inner sink."""
         return self.inner.emit(record)
 
+    @property
+    def keeps_audits(self) -> bool:
+        """As the inner sink."""
+        return self.inner.keeps_audits
+
+    @property
+    def settled_tiers(self) -> frozenset[str]:
+        """As the inner sink."""
+        return self.inner.settled_tiers
+
+    def audited(self, audit: Audit) -> None:
+        """As the inner sink."""
+        self.inner.audited(audit)
+
+    def standings(self) -> Mapping[str, PromiseStanding]:
+        """As the inner sink."""
+        return self.inner.standings()
+
     def close(self) -> None:
         """As the inner sink."""
         self.inner.close()
@@ -447,14 +499,25 @@ class NullSink(UsageSink):
 
 
 class ListSink(UsageSink):
-    """Keeps records in a list, for tests and notebooks."""
+    """Keeps records and audits in lists, for tests and notebooks."""
 
     def __init__(self) -> None:
         self.records: list[UsageRecord] = []
+        self.audits: list[Audit] = []
+        self._standings = Standings()
 
     def emit(self, record: UsageRecord) -> None:
         """Append the record."""
         self.records.append(record)
+
+    def audited(self, audit: Audit) -> None:
+        """Append the audit."""
+        self.audits.append(audit)
+        self._standings.audited(audit)
+
+    def standings(self) -> Mapping[str, PromiseStanding]:
+        """By the audits in the list."""
+        return self._standings.current()
 
 
 def flaw_of_name(name: str) -> str | None:
