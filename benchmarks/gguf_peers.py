@@ -158,6 +158,7 @@ def main() -> None:
     lines = []
     for name in options.models:
         file = obtain(resolve(f"{name}-instruct")).weights[0]
+        obtain(resolve(file))  # reads its header, which is done once for a file
         for isa, (peer, restricted) in sets.items():
             ours, theirs = list[dict[str, float]](), list[dict[str, float]]()
             for _ in range(options.rounds):

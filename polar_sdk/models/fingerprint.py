@@ -29,6 +29,8 @@ _NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype",
 """Configuration fields that do not change what the model computes; nor do those that begin with `_`."""
 _hashes: Final[dict[str, list[Any]]] = {}
 """What this process knows of files, by their paths."""
+_MAX_REMEMBERED: Final = 200
+"""Files that the cache remembers, the last ones: it is read whole on every load."""
 _HASHES_LOCK: Final = renewed_in_child(threading.Lock())
 
 
@@ -113,8 +115,9 @@ def _read_hashes() -> dict[str, list[Any]]:
 
 def _remember(path: Path, entry: list[Any]) -> None:
     """Best effort: two processes may lose each other's entry, and a read-only cache keeps none."""
-    known = {name: value for name, value in _read_hashes().items() if Path(name).exists()}
+    known = {name: value for name, value in _read_hashes().items() if Path(name).exists() and name != str(path)}
     known[str(path)] = entry
+    known = dict(list(known.items())[-_MAX_REMEMBERED:])
     target = cache_folder() / "file-hashes.json"
     with contextlib.suppress(OSError), replacing(target) as draft:
         draft.write_text(json.dumps(known), encoding="utf-8")
