@@ -14,7 +14,7 @@ PROCESSES ?= 2
 AREA ?=
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites lm-eval-suite tamper check format docs model bench-engine bench-peers bench-fit bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites lm-eval-suite tamper check format docs model bench-engine bench-peers bench-fit bench-methods bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -133,6 +133,10 @@ bench-peers: $(STAMP) ## Measure two GGUF files beside llama.cpp, built for this
 
 bench-fit: $(STAMP) ## Fit tiers for a model on prompts of POLAR_DATA, and measure them on prompts held back
 	$(BIN)/python -m benchmarks.fit
+
+bench-methods: $(STAMP) ## Measure other ways to save compute beside PoLar's tiers
+	$(BIN)/python -m pip install --quiet --group methods
+	$(BIN)/python -m benchmarks.methods
 
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python -m benchmarks.billing

@@ -1,15 +1,18 @@
 """Draw the pictures of the documents, each for a light and a dark page: `python docs/generate_images.py`.
 
-The figures in `path` are those of the first request of the README. Knows nothing of the engine; it only draws.
+The figures in `path` are those of the first request of the README, those in `methods` of `benchmarks/results`. Knows
+nothing of the engine; it only draws.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Final, NamedTuple
 from xml.sax.saxutils import escape
 
 FOLDER = Path(__file__).with_name("images")
+METHODS = FOLDER.parents[1] / "benchmarks" / "results" / "methods.json"
 
 _SANS: Final = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif"
 _MONO: Final = "ui-monospace, SFMono-Regular, Menlo, 'Liberation Mono', monospace"
@@ -71,6 +74,11 @@ class Drawing:
             self._parts.append(
                 f'<path d="M{x - 7:g},{y - 4.5:g} L{x:g},{y:g} L{x - 7:g},{y + 4.5:g} Z" fill="{stroke}"/>'
             )
+
+    def dot(self, x: float, y: float, name: str, fill: str) -> None:
+        """A point with a name on it."""
+        self._parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="9" fill="{fill}"/>')
+        self.text(x, y + 4, name, colour=self.colour.on_run, size=11, anchor="middle")
 
     def down(self, x: float, top: float, bottom: float) -> None:
         """An arrow straight down."""
@@ -210,7 +218,38 @@ def proof(palette: Palette) -> str:
     return draw.svg()
 
 
-PICTURES: Final = {"path": path, "programs": programs, "proof": proof}
+def methods(palette: Palette) -> str:
+    """Ways to spend fewer FLOPs on a prompt: what each saves, and what of full depth's answers stays."""
+    rows: dict[str, dict[str, float]] = {}
+    for figure in json.loads(METHODS.read_text(encoding="utf-8"))["figures"]:
+        row, _, column = figure["name"].rpartition(": ")
+        rows.setdefault(row, {})[column] = figure["value"]
+    draw = Drawing(880, 330 + 20 * ((len(rows) + 1) // 2), "FLOPs saved, and answers kept, by method", palette)
+    for left, column in ((50, "tokens kept"), (490, "right")):
+        shown = {row: (facts["FLOPs saved"], facts[column]) for row, facts in rows.items() if column in facts}
+        low, high = (limit(value for values in shown.values() for value in values[1:]) for limit in (min, max))
+        start, end = (limit(saved for saved, _ in shown.values()) for limit in (min, max))
+        draw.text(left, 22, f"{column}, %, against FLOPs saved, %", bold=True)
+        draw.path(f"M{left:g},40 L{left:g},280 L{left + 360:g},280")
+        for value, y in ((high, 60), (low, 264)):
+            draw.text(left - 6, y + 4, f"{value:.0f}", colour=palette.quiet, size=12, anchor="end")
+        for value, x in ((start, left + 20), (end, left + 340)):
+            draw.text(x, 298, f"{value:.0f}", colour=palette.quiet, size=12, anchor="middle")
+        for number, row in enumerate(rows, 1):
+            if row in shown:
+                saved, kept = shown[row]
+                across, up = (saved - start) / ((end - start) or 1), (kept - low) / ((high - low) or 1)
+                fill = palette.bridge if row.startswith("PoLar") else palette.run
+                draw.dot(left + 20 + 320 * across, 264 - 204 * up, str(number), fill)
+    for number, row in enumerate(rows, 1):
+        column_, line = divmod(number - 1, (len(rows) + 1) // 2)
+        draw.text(50 + 440 * column_, 326 + 20 * line, f"{number}  {row}", size=13)
+    return draw.svg()
+
+
+PICTURES: Final = {"path": path, "programs": programs, "proof": proof} | (
+    {"methods": methods} if METHODS.is_file() else {}
+)
 PALETTES: Final = {"light": LIGHT, "dark": DARK}
 
 
