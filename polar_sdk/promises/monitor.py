@@ -88,14 +88,14 @@ class Monitor:
 
         Args:
             lost: Whether the audited answer was lost, by the promise's own measure.
-            weight: The number of requests that it stands for, over the number that an audit stands for at most: where
-                more than the least share is audited, the least share over the share in force.
+            weight: The chance of the least audited requests of that time to be audited, over this one's: 1 while all of
+                a time have the same chance, however large; less for those of a group that is audited more than others.
 
         Raises:
             ValueError: The weight is not above 0 and at most 1.
         """
         if not 0 < weight <= 1:
-            raise ValueError(f"weight is {weight:g}; use the least share of audits over this one's, at most 1.")
+            raise ValueError(f"weight is {weight:g}; use a number above 0 and at most 1.")
         units = max(1, round(weight * _WEIGHT))
         begun = _beginning(self.audits + 1)
         stakes = tuple(

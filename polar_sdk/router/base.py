@@ -13,6 +13,8 @@ from polar_sdk.programs.program import Program
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from polar_sdk.promises.novelty import Likeness
+
 
 class Route(NamedTuple):
     """A router's answer for one prompt."""
@@ -21,6 +23,8 @@ class Route(NamedTuple):
     """The layers that the whole request runs."""
     flops: int = 0
     """FLOPs that the router itself executed."""
+    likeness: Likeness | None = None
+    """How like the prompt is to those that the router knows; None where it reads none."""
 
 
 class Router(ABC):

@@ -21,6 +21,7 @@ from typing import Annotated, Final, Literal, NamedTuple, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_sdk.errors import CalibrationSizeError, CertificateError, ToleranceError
+from polar_sdk.promises.novelty import Usual
 from polar_sdk.router.exact_tests import (
     binomial_cdf,
     least_paired_prompts,
@@ -231,6 +232,8 @@ class Certificate(_Frozen):
     tiers: dict[str, Promise] = Field(default_factory=dict)
     classes: dict[str, Counts] = Field(default_factory=dict)
     """Counts in each class of prompts that has enough of them."""
+    usual: dict[str, Usual] = Field(default_factory=dict)
+    """By kind, where its prompts fell among what the router knows; none where nobody looked."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

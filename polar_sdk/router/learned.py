@@ -18,6 +18,7 @@ from polar_sdk.engine import engine_version
 from polar_sdk.engine.hashes import hash_maps, hash_programs, hash_tensors
 from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError, UnknownTierError
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.promises.novelty import Likeness
 from polar_sdk.router.base import IdentityRouter, Route, Router
 from polar_sdk.router.certificate import Certificate, Subject
 from polar_sdk.router.network import FeatureKind, FeatureReader
@@ -203,8 +204,21 @@ class LearnedRouter(Router):
     @torch.inference_mode()
     def choose(self, tokens: Sequence[int], theta: float) -> Route:
         """Choose for one prompt with the dial at θ."""
-        program = self.decide(self._running(self.reader(tokens)), theta, len(tokens))
-        return Route(program, self.network.flops)
+        read = self._running.read(self.reader(tokens))
+        likeness = Likeness(len(tokens), float(read.distance), int(read.centre))
+        return Route(self.decide(read.outputs, theta, len(tokens)), self.network.flops, likeness)
+
+    @torch.inference_mode()
+    def likeness(self, features: Tensor) -> list[Likeness]:
+        """How like prompts with these features (M, F) are to those that the router knows."""
+        read = self.network.read(features.cpu())
+        lengths = features[:, -1].double().exp().round().int()
+        return [*map(Likeness, lengths.tolist(), read.distance.tolist(), read.centre.tolist())]
+
+    @property
+    def centres(self) -> int:
+        """Number of centres that a prompt may be nearest to."""
+        return 1 if self.network.familiar is None else len(self.network.familiar.centres)
 
     @torch.inference_mode()
     def outputs(self, features: Tensor) -> Tensor:

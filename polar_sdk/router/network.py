@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -125,24 +125,25 @@ class Familiar:
         spread = torch.stack((lengths.min() - _STRETCH, lengths.max() + _STRETCH))
         found = cls(centres, torch.zeros(len(_BANDS) + 1), spread)
         others = held_out if len(held_out) else seen
-        distance, band = found._distances((others - network.mean) * network.scale), found._bands(others)
+        (distance, _), band = found.nearest((others - network.mean) * network.scale), found._bands(others)
         for place in range(len(_BANDS) + 1):
             own = distance[band == place]
             chosen = own if len(own) >= _FEWEST else distance
             found.radii[place] = _MARGIN * torch.quantile(chosen, 1 - _UNLIKE)
         return found
 
-    def unlike(self, features: Tensor, standardised: Tensor) -> Tensor:
-        """Whether prompts are unlike all that were seen, (…) bool."""
+    def unlike(self, features: Tensor, distance: Tensor) -> Tensor:
+        """Whether prompts at these distances are unlike all that were seen, (…) bool."""
         length = features[..., -1]
-        too_far = self._distances(standardised) > self.radii[self._bands(features)]
+        too_far = distance > self.radii[self._bands(features)]
         return too_far | (length < self.lengths[0]) | (length > self.lengths[1])
 
-    def _distances(self, standardised: Tensor) -> Tensor:
-        """Mean squared distance to the nearest centre, (…)."""
+    def nearest(self, standardised: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared distance to the nearest centre, and its index, (…) each."""
         rows = standardised.reshape(-1, standardised.shape[-1])
-        nearest = torch.cdist(rows, self.centres).amin(-1).square() / rows.shape[-1]
-        return nearest.view(standardised.shape[:-1])
+        nearest = torch.cdist(rows, self.centres).min(-1)
+        distance = nearest.values.square() / rows.shape[-1]
+        return distance.view(standardised.shape[:-1]), nearest.indices.view(standardised.shape[:-1])
 
     @staticmethod
     def _bands(features: Tensor) -> Tensor:
@@ -176,6 +177,17 @@ class Familiar:
         return found
 
 
+class Reading(NamedTuple):
+    """A network's view of prompts, features (…, F)."""
+
+    outputs: Tensor
+    """(…, O)"""
+    distance: Tensor
+    """Mean squared distance to the nearest centre of what was seen, or to the mean where there are none, (…)."""
+    centre: Tensor
+    """Index of that centre, (…)."""
+
+
 @dataclass(frozen=True)
 class Network:
     """x ↦ W_n(… relu(W_0 standardised(x) + b_0) …) + b_n.
@@ -207,14 +219,23 @@ class Network:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs (…, O) of features (…, F)."""
-        unlike = None if self.familiar is None else self.familiar.unlike(x, (x - self.mean) * self.scale)
-        x = (x - self.mean) * self.scale
+        return self.read(x).outputs
+
+    def read(self, features: Tensor) -> Reading:
+        """Outputs for features (…, F), and how like they are to those that were seen."""
+        x = (features - self.mean) * self.scale
+        unlike: Tensor | None = None
+        if self.familiar is None:
+            distance, centre = x.square().mean(-1), torch.zeros(x.shape[:-1], dtype=torch.long)
+        else:
+            distance, centre = self.familiar.nearest(x)
+            unlike = self.familiar.unlike(features, distance)
         last = len(self.weights) - 1
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = F.linear(x, weight, bias)
             if index < last:
                 x = F.relu(x)
-        return x if unlike is None else x.masked_fill(unlike.unsqueeze(-1), -torch.inf)
+        return Reading(x if unlike is None else x.masked_fill(unlike.unsqueeze(-1), -torch.inf), distance, centre)
 
     @property
     def flops(self) -> int:

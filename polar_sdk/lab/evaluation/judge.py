@@ -17,6 +17,7 @@ from polar_sdk.lab.evaluation.text_answers import LENGTHS, FreeRunner, length_na
 from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.training.outcomes import Bench, grouped, id_prefixes, unseen
 from polar_sdk.programs.program import Program
+from polar_sdk.promises.novelty import Usual
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_router, map_folders, save_with_maps
@@ -142,6 +143,7 @@ class Judge:
         outputs = self._outputs(tasks)
         outcomes = self._outcomes(tasks, outputs, labels=True)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
+        certificate = certificate.model_copy(update={"usual": self._usual(tasks)})
         training["calibrated"] = id_prefixes(task.id for task in tasks)
         return self._router.with_facts(training=training).with_certificate(certificate)
 
@@ -254,8 +256,16 @@ class Judge:
         return self._bench.outcomes(tasks, programs, labels=labels)
 
     def _outputs(self, tasks: Sequence[Task]) -> Tensor:
-        features = self._router.reader.stack([task.question.prompt for task in tasks])
-        return self._router.outputs(features)
+        return self._router.outputs(self._features(tasks))
+
+    def _features(self, tasks: Sequence[Task]) -> Tensor:
+        return self._router.reader.stack([task.question.prompt for task in tasks])
+
+    def _usual(self, tasks: Sequence[Task]) -> dict[str, Usual]:
+        """Where the prompts of each kind fall among what the router knows."""
+        likeness = self._router.likeness(self._features(tasks))
+        kinds = grouped(range(len(tasks)), lambda row: tasks[row].kind)
+        return {kind: Usual.of([likeness[row] for row in rows], self._router.centres) for kind, rows in kinds.items()}
 
     def _timings(self, tasks: Sequence[Task], points: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts."""
