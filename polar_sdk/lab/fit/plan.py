@@ -17,6 +17,7 @@ from polar_sdk.engine.scoring import score_questions
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.prompts import text_of
 from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
+from polar_sdk.lab.healing.method import TRAINABLE
 from polar_sdk.lab.items import ChoiceItem, Shares
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.programs.program import TAIL, Program
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 SHARES: Final = Shares(0.35, 0.25, 0.25, 0.15)
 """Of the prompts: maps are fitted on the first part, the menu is chosen on the second; then calibration and test."""
-_CUT_SHARES: Final = (0.08, 0.16, 0.21, 0.27, 0.33, 0.4, 0.46, 0.52, 0.58)
-"""Shares of the layers that are filled."""
+_CUT_SHARES: Final = (0.08, 0.125, 0.17, 0.21, 0.25, 0.29, 0.33, 0.38, 0.42, 0.46, 0.52, 0.58)
+"""Shares of the layers that are filled: close together, since a promise stops at the first program that breaks it."""
 _MAX_PROMPTS: Final = 2000
 _MIN_TOKENS: Final = 5
 """Tokens per number that a map reads, below which its closed form would fit noise."""
@@ -135,7 +136,8 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     """Plan a fit within the hours, with that many training steps or, where that is None, as many as they allow.
 
     Raises:
-        DataError: The model is too shallow, or prompts or hours are too few to fit a map.
+        DataError: The model is too shallow, its weights are not ones that maps can be trained through, or prompts or
+            hours are too few to fit a map.
     """
     cuts = cuts_of(model.depth)
     if not cuts:
@@ -160,7 +162,12 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     seeking = _seek_seconds(model, workload.tokens + ANSWER_TOKENS, prompts, pace)
     seek = seeking <= min(left, _SEEK_SHARE * seconds)
     left -= seeking if seek else 0.0
-    trains = model.dtype in {"float32", "bfloat16", "float16"}
+    trains = model.dtype in TRAINABLE
+    if distil and not trains:
+        raise DataError(
+            f"maps cannot be trained through {model.dtype} weights; use distil=0, or load the model with "
+            "precision='bf16'."
+        )
     step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
     if distil is None:
         allowed = min(_DISTIL_STEPS, int(left / step)) if trains else 0

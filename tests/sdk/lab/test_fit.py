@@ -203,6 +203,14 @@ def test_a_slower_machine_or_fewer_hours_get_fewer_prompts() -> None:
     assert all(sum(plan.minutes.values()) <= 60 * plan.hours for plan in plans)
 
 
+def test_maps_are_not_trained_through_weights_that_have_no_derivatives() -> None:
+    model = PolarModel.from_hf(tiny_llama(), tiny_tokenizer(), precision="int8", ledger=None)
+    workload, pace = Workload(prompts=5000, tokens=2000.0), Pace(read=800, write=800)
+    with pytest.raises(DataError, match="int8"):
+        make_plan(model, workload, pace, 1.0, distil=5)
+    assert make_plan(model, workload, pace, 1.0).distil == 0
+
+
 def test_the_first_prompts_are_as_mixed_as_all() -> None:
     everything = prompts_of(None)
     first = prompts_of(None, limit=120)
