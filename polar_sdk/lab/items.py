@@ -278,13 +278,22 @@ def _far_apart(sets: dict[str, frozenset[str]], near: float) -> Iterable[str]:
         # Sets with an overlap of `near` share at least that part of either, so they share at least one of these.
         leading = rarest[: len(rarest) - math.ceil(near * len(rarest) - 1e-9) + 1]
         candidates = {other for member in leading for other in kept_by_member[member]}
-        if any(_overlap(members, sets[other]) >= near for other in candidates):
+        rarer = frozenset(rarest[: 2 * len(leading)])
+        if any(_are_near(members, rarer, sets[other], near) for other in candidates):
             continue
         for member in leading:
             kept_by_member[member].append(key)
         yield key
 
 
-def _overlap(first: frozenset[str], second: frozenset[str]) -> float:
-    union = len(first | second)
-    return len(first & second) / union if union else 1.0
+def _are_near(members: frozenset[str], rarer: frozenset[str], other: frozenset[str], near: float) -> bool:
+    """Whether two sets overlap by at least `near`; `rarer` has those of the first that few sets have.
+
+    Most candidates share only what all texts of a kind share, which the few are enough to tell.
+    """
+    if not members or not other:
+        return members == other
+    least = near * (len(members) + len(other)) / (1 + near) - 1e-9  # members that such sets share
+    if len(rarer & other) + len(members) - len(rarer) < least:
+        return False
+    return len(members & other) >= least
