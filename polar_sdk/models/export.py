@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import ExportError, FolderError, FolderExistsError
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
+from polar_sdk.models.fingerprint import mark_source
 from polar_sdk.models.network import bringer, read_network
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def export(loaded: LoadedModel, program: Program, folder: str | Path, *, force: 
         with _whole_folder(target) as draft:
             model.save_pretrained(draft)
             loaded.tokenizer.save_pretrained(draft)
+            if program.is_identity(loaded.decoder.depth):  # maps that were fitted on the model fit what was written
+                mark_source(draft, loaded.fingerprint)
     return target
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"})
 """Configuration fields that do not change what the model computes; nor do those that begin with `_`."""
+_SOURCE: Final = "_polar_source"
+"""Field of `config.json` in a folder that was exported."""
 _hashes: Final[dict[str, list[Any]]] = {}
 """What this process knows of files, by their paths."""
 _MAX_REMEMBERED: Final = 200
@@ -38,6 +40,25 @@ def fingerprint_of_folder(folder: Path, weights: Iterable[Path]) -> str:
     """Fingerprint of a model folder: `config.json` and its weight files."""
     config = parse_object(read_bytes(folder / "config.json"))
     return _digest(_functional(config), *(file_sha256(path) for path in sorted(weights)))
+
+
+def mark_source(folder: Path, fingerprint: str) -> None:
+    """Note in a model folder which model its weights were exported from, for as long as nobody changes them."""
+    path = folder / "config.json"
+    source = {"model": fingerprint, "folder": fingerprint_of_folder(folder, folder.glob("*.safetensors"))}
+    config = {**parse_object(read_bytes(path)), _SOURCE: source}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def source_fingerprint(folder: Path) -> str:
+    """Fingerprint of the model in a folder: its own, or that of the model that it was exported from, at full depth.
+
+    Raises:
+        OSError: It has no configuration or weights that can be read.
+    """
+    own = fingerprint_of_folder(folder, folder.glob("*.safetensors"))
+    source = parse_object(read_bytes(folder / "config.json")).get(_SOURCE)
+    return str(source["model"]) if isinstance(source, dict) and source.get("folder") == own else own
 
 
 def fingerprint_of_conversion(gguf_sha256: str, version: int) -> str:

@@ -16,6 +16,7 @@ from polar_sdk import PolarModel, Policy
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import ExportError, FolderError, FolderExistsError, ProgramDepthError, ProtectedLayerError
+from polar_sdk.models.fingerprint import source_fingerprint
 from polar_sdk.models.load import clear_cache
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
@@ -101,14 +102,24 @@ def test_a_model_read_from_files_is_read_again(folder: Path, tmp_path: Path) -> 
     assert there.token_ids == here.token_ids
 
 
+def test_a_folder_at_full_depth_says_which_model_it_is_until_it_is_changed(folder: Path, tmp_path: Path) -> None:
+    model = read(folder)
+    whole = model.export(f"0-{model.depth - 1}", tmp_path / "at_full_depth")
+    part = model.export("0 2-5", tmp_path / "in_part")
+    assert source_fingerprint(whole) == model.fingerprint != source_fingerprint(part)
+    changed = json.loads((whole / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (whole / "config.json").write_text(json.dumps(changed))
+    assert source_fingerprint(whole) != model.fingerprint
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "mixtral", "qwen2_moe"])
 def test_files_whose_weights_have_other_names_in_memory(
     tiny_family: Callable[..., PreTrainedModel], name: str, tmp_path: Path
 ) -> None:
     """Experts, for one, lie apart in files and together in memory."""
-    tiny_family(name).save_pretrained(tmp_path / "whole")
-    tiny_tokenizer().save_pretrained(tmp_path / "whole")
-    model = read(tmp_path / "whole")
+    tiny_family(name).save_pretrained(tmp_path / "at_full_depth")
+    tiny_tokenizer().save_pretrained(tmp_path / "at_full_depth")
+    model = read(tmp_path / "at_full_depth")
     same_as_the_engine(model, "0 2-3 5", model.export("0 2-3 5", tmp_path / "cut"))
     clear_cache()
 
