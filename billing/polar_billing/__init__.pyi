@@ -58,7 +58,6 @@ from .statements.issue import credit_notes as credit_notes
 from .statements.issue import issue_statement as issue_statement
 from .statements.issue import issued_statements as issued_statements
 from .statements.issued import IssuedStatement as IssuedStatement
-from .statements.lines import Agreement as Agreement
 from .statements.period import Repriced as Repriced
 from .statements.period import reprice as reprice
 from .statements.statement import Statement as Statement

@@ -1,6 +1,6 @@
-"""Invented usage records, for tests of billing and of programs built on it.
+"""Invented usage records and audits, for tests of billing and of programs built on it.
 
-They are consistent (parts sum to totals, visits follow the path) but nothing was executed for them.
+Records are consistent (parts sum to totals, visits follow the path) but nothing was executed for them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from polar_sdk.promises.audit import Audit
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage, new_request_id
 
 if TYPE_CHECKING:
@@ -82,3 +83,30 @@ def usage_record(
         "decode_ns": output * 5_000_000,
     }
     return UsageRecord(**{**fields, **changes})
+
+
+def audit(request_id: str | None = None, *, lost: bool = False, **changes: Any) -> Audit:
+    """Create an audit of an answer of 20 tokens, of which full depth would choose all or, where `lost`, half.
+
+    Args:
+        request_id: The request whose answer was judged; a new one by default.
+        lost: Whether the answer counts as lost.
+        **changes: Any other field of the audit.
+    """
+    fields: dict[str, Any] = {
+        "audit_id": new_request_id(),
+        "request_id": request_id or new_request_id(),
+        "tenant": "acme",
+        "tier": "premium",
+        "promise": "ab" * 32,
+        "alpha": 0.05,
+        "delta": 0.1,
+        "lost": lost,
+        "compared": 20,
+        "kept": 10 if lost else 20,
+        "prompt_tokens": 10,
+        "flops": 10**9,
+        "audit_request_id": new_request_id(),
+        "at": datetime(2026, 11, 15, 12, tzinfo=UTC),
+    }
+    return Audit(**{**fields, **changes})

@@ -51,7 +51,7 @@ from polar_billing import (
 )
 from polar_billing.errors import BillingError, ConflictError, QueryError
 from polar_billing.ledger.records import INTERRUPTED_TAG
-from polar_billing.testing import usage_record
+from polar_billing.testing import audit, usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import Offer, UsageBound
 from tests.billing.storing import store_record
@@ -149,7 +149,9 @@ REASONS = {
         Ledger.check Ledger.check_exists Ledger.close Budgets.renew Budgets.stop
         Meter.check Meter.close Meter.flush Meter.recover""",
     "the schema's version": "Ledger.stored_version Ledger.wrong_version",
-    "a bare connection, for the operator's programs": "Ledger.unprepared Ledger.snapshot Ledger.transaction",
+    "a bare connection, for the operator's programs": """
+        Ledger.as_stored Ledger.unprepared Ledger.snapshot Ledger.transaction""",
+    "promises, which are made to no tenant alone": "Meter.standings",
 }
 NOTHING_TO_TRY = {name for names in REASONS.values() for name in names.split()}
 
@@ -289,6 +291,12 @@ def mark_the_victims_request(world: World) -> None:
     # What is stored of an interrupted request frees what was held for it, and for nobody else's of that name.
     world.meter.emit(usage_record("x", tenant=ATTACKER, tags={INTERRUPTED_TAG: "running"}, started_at=AT))
     assert world.budgets.holds(ATTACKER) == []
+
+
+@case("Meter.audited")
+def audit_the_victims_request(world: World) -> None:
+    for tenant in (ATTACKER, *filter(str.strip, LOOKALIKES)):
+        world.meter.audited(audit("acme-0", tenant=tenant, lost=True))
 
 
 @case("Meter.quote")

@@ -205,12 +205,15 @@ class Evaluations(Texts):
     """An evaluation of the lab, of which a statement quotes agreement."""
 
     name, share = "evaluation", 2
-    valid = (b'{"sets": [{"prompts": 4, "systems": [{"role": "router", "name": "router (a)", "agreement": [0.5]}]}]}',)
+    valid = (
+        b'{"sets": [{"prompts": 4, "systems": '
+        b'[{"role": "router", "name": "router (a)", "flops_saved": {"total": 0.5}}]}]}',
+    )
 
     def read_text(self, content: bytes) -> None:
-        from polar_billing.statements.promises import evaluated_agreement
+        from polar_billing.reports.mix import evaluated_savings
 
-        evaluated_agreement(self.file("evaluation.json", content))
+        evaluated_savings(self.file("evaluation.json", content))
 
 
 class Spools(Texts):

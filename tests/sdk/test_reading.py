@@ -11,7 +11,7 @@ import pytest
 from polar_billing.cli.ledger import _read_receipt
 from polar_billing.metering.spool_file import Unfinished
 from polar_billing.prices.book import PriceBook
-from polar_billing.statements.promises import evaluated_agreement
+from polar_billing.reports.mix import evaluated_savings
 from polar_sdk import reading
 from polar_sdk.errors import PolarError
 from polar_sdk.lab.items import read_items
@@ -54,7 +54,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "polar.json": lambda path: read_manifest(path.parent),
     "items.jsonl": read_items,
     "menu.json": Menu.load,
-    "evaluation.json": evaluated_agreement,
+    "evaluation.json": evaluated_savings,
     "receipt.json": _read_receipt,
     "1-2-3.jsonl": lambda path: Unfinished(path).entries(lambda _: {}),
 }

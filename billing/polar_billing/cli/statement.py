@@ -13,17 +13,12 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
-from polar_sdk.reading import shown
 from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.statements.issued import IssuedStatement
-    from polar_billing.statements.lines import Agreement
     from polar_billing.statements.statement import Statement
-
-
-_MAX_COUNT_DIGITS = 18
 
 
 def register(app: typer.Typer) -> None:
@@ -47,17 +42,6 @@ def statement(
     ] = None,
     issue: Annotated[bool, typer.Option("--issue", help="Issue it: store, chain and book it, once.")] = False,
     book: opt.Book = None,
-    agreement: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How many compared answers of a tier agreed with full depth; may be repeated.",
-            metavar="TIER=AGREED/COMPARED",
-        ),
-    ] = None,
-    agreement_from: Annotated[
-        Path | None,
-        typer.Option(help="Read the agreement from a file that `polar evaluate --json` wrote.", metavar="FILE"),
-    ] = None,
     trace: Annotated[int | None, typer.Option(help="List the usage that this line charges.", metavar="LINE")] = None,
     as_json: opt.Json = False,
     csv: opt.Csv = None,
@@ -74,9 +58,8 @@ def statement(
         if month is None and since is None and until is None:
             _list(store, tenants, as_json)
             return
-        agreements = _agreements(agreement, agreement_from)
         period = (month, since, until, zone)
-        found = [_statement(store, one, period, issue, book, agreements) for one in tenants]
+        found = [_statement(store, one, period, issue, book) for one in tenants]
         if tenant is None:
             _show_all(found, as_json)
         elif trace is not None:
@@ -107,7 +90,6 @@ def _statement(
     period_options: tuple[str | None, str | None, str | None, str | None],
     issue: bool,
     book: Path | None,
-    agreements: dict[str, Agreement],
 ) -> tuple[Statement, IssuedStatement | None]:
     """The statement, and the same as the ledger holds it if it was issued."""
     import polar_billing
@@ -117,12 +99,12 @@ def _statement(
     month, since, until, zone = period_options
     period = opt.period_of(month, since, until, zone or zone_of(store, tenant, prices, month))
     if issue:
-        new = polar_billing.issue_statement(store, tenant, period, book=prices, agreement=agreements)
+        new = polar_billing.issue_statement(store, tenant, period, book=prices)
         return new.statement, new
     for issued in polar_billing.issued_statements(store, tenant) if prices is None else []:
         if issued.statement.period == period:
             return issued.statement, issued
-    return polar_billing.draft_statement(store, tenant, period, book=prices, agreement=agreements), None
+    return polar_billing.draft_statement(store, tenant, period, book=prices), None
 
 
 def _document(document: Statement, issued: IssuedStatement | None) -> dict[str, Any]:
@@ -174,23 +156,6 @@ def _trace(store: Ledger, issued: IssuedStatement | None, number: int, as_json: 
     else:
         for line in map(str, seqs) if seqs else ["No usage is charged by this line."]:
             print_line(line)
-
-
-def _agreements(texts: list[str] | None, file: Path | None) -> dict[str, Agreement]:
-    from polar_billing.statements.lines import Agreement
-    from polar_billing.statements.promises import evaluated_agreement
-
-    agreements = {} if file is None else evaluated_agreement(file)
-    for text in texts or []:
-        tier, _, counts = text.partition("=")
-        agreed, slash, compared = counts.partition("/")
-        counted = all(count.isdecimal() and len(count) <= _MAX_COUNT_DIGITS for count in (agreed, compared))
-        if not (tier and slash and counted) or int(agreed) > int(compared):
-            raise QueryError(
-                f"agreement {shown(text)} is not TIER=AGREED/COMPARED.", hint="Write it like premium=970/1000."
-            )
-        agreements[tier] = Agreement(int(agreed), int(compared))
-    return agreements
 
 
 def credit_note(

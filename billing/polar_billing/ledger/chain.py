@@ -132,11 +132,21 @@ def _typed_cell(value: Any) -> Any:
 
 def link(connection: Connection, table: Table, key: int | str, heads: dict[str, Head] | None = None) -> None:
     """Append a row, stored in this transaction, with its parts to the chain of its tenant."""
+    link_many(connection, table, [key], heads)
+
+
+def link_many(
+    connection: Connection, table: Table, keys: Sequence[int | str], heads: dict[str, Head] | None = None
+) -> None:
+    """The same for several rows of a table, in the order given."""
     subject = subject_of(table)
     chained = CHAINED[subject]
-    rows = raw_rows(connection, chained, [key])[str(key)]
-    tenant = chained.tenant_of(rows[0][1])
-    append_links(connection, [NewLink(tenant, subject, str(key), digest_of(subject, rows))], heads)
+    stored = raw_rows(connection, chained, keys)
+    links = []
+    for key in map(str, keys):
+        rows = stored[key]
+        links.append(NewLink(chained.tenant_of(rows[0][1]), subject, key, digest_of(subject, rows)))
+    append_links(connection, links, heads)
 
 
 def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str, Head] | None = None) -> None:

@@ -303,26 +303,26 @@ class Ledger:
 
     def find_books(self, hashes: Iterable[str] | None) -> dict[str, PriceBook]:
         """The stored books of these hashes, None for all; unlike `price_books` it waits for no record on its way."""
-        with self._as_stored() as connection:
+        with self.as_stored() as connection:
             return {} if connection is None else read_books(connection, hashes)
 
     def is_stored(self, identity: Identity) -> bool:
         """True if a request is stored, or was before retention; it waits for no record on its way."""
-        with self._as_stored() as connection:
+        with self.as_stored() as connection:
             return connection is not None and is_stored(connection, identity)
 
     def is_recorded(self, entry: Entry) -> bool:
         """True if the request of an entry is stored, with this or with other content; see `append.is_recorded`."""
-        with self._as_stored() as connection:
+        with self.as_stored() as connection:
             return connection is not None and is_recorded(connection, entry)
 
     def price_choices(self) -> Sequence[Choice]:
         """The price books that were put in force, in order."""
-        with self._as_stored() as connection:
+        with self.as_stored() as connection:
             return () if connection is None else read_choices(connection, self._books)
 
     @contextmanager
-    def _as_stored(self) -> Iterator[Connection | None]:
+    def as_stored(self) -> Iterator[Connection | None]:
         """A transaction that sees what is stored now; None where there are no tables yet."""
         if not self._has_tables():
             yield None

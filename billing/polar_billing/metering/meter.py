@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from polar_billing.budgets.enforcement import Budgets
 from polar_billing.budgets.settlement import settle
 from polar_billing.errors import StoreError, id_in_use
+from polar_billing.ledger.audits import Audits
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
 from polar_billing.ledger.records import Entry, source_named
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from polar_billing.errors import ConflictError
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.metering.spool import SpoolStatus
+    from polar_sdk.promises.audit import Audit, PromiseStanding
     from polar_sdk.usage import UsageBound, UsageRecord
 
 
@@ -100,6 +102,7 @@ class Meter(UsageSink):
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.source = source_named(source)
         self._budgets = Budgets(self.ledger)
+        self._audits = Audits(self.ledger, self.source)
         self._ids = _RequestIds()
         self._waits = durability != "spool"
         self._writer = Writer(self.ledger, gather_s=0.0 if self._waits else GATHER_S)
@@ -271,6 +274,42 @@ class Meter(UsageSink):
             book = self.ledger.find_books([digest])[digest]  # a replay, first rated under another book
             return receipt_of(record, book, rate(record, book, counterfactuals=False))
         return receipt
+
+    @property
+    def keeps_audits(self) -> bool:
+        """Whether audits outlive this process: always."""
+        return True
+
+    @property
+    def settled_tiers(self) -> frozenset[str]:
+        """Tiers of which a plan of a price book in force promises agreement, now or later.
+
+        Raises:
+            PriceBookError: The price book's file is missing or wrong.
+            StoreError: The ledger cannot be read, and never was.
+        """
+        plans = (plan for book in self._prices.books() for plan in book.plans.values())
+        promises = (promise for plan in plans for terms in plan.terms for promise in terms.promises.items())
+        return frozenset(tier for tier, promise in promises if promise.agreement_min is not None)
+
+    def audited(self, audit: Audit) -> None:
+        """Store one audit, committed when this returns; a replay stores nothing. See `polar_billing.ledger.audits`.
+
+        Raises:
+            ConflictError: The ledger holds this audit with other content, or its promise with other figures.
+            StoreError: It could not be stored; offer it again.
+        """
+        (refused,) = self._audits.store([audit])
+        if refused is not None:
+            raise refused
+
+    def standings(self) -> dict[str, PromiseStanding]:
+        """Where the ledger's promises stand, by digest: as stored when this is called, whoever audited.
+
+        Raises:
+            StoreError: The ledger cannot be read now.
+        """
+        return self._audits.standings()
 
     def emit_many(self, records: Iterable[UsageRecord]) -> list[StoredUsage | ConflictError]:
         """Store many records and their receipts in one transaction, committed when this returns.

@@ -69,6 +69,11 @@ class InForce:
             return for_all
         return next((book for book in named if book.customer_at(moment, tenant) is not None), for_all)
 
+    def books(self) -> tuple[PriceBook, ...]:
+        """The books that are in force now, for whomever."""
+        named, for_all = self._states[-1] if self._states else ((), None)
+        return named if for_all is None or for_all in named else (*named, for_all)
+
 
 def _states(choices: Sequence[Choice]) -> Iterator[tuple[tuple[PriceBook, ...], PriceBook]]:
     """After each choice: the books with customers, the latest first, and the book for all."""
@@ -110,6 +115,18 @@ class Prices:
         with suppress(StoreError):  # what was in force a moment ago is the best there is
             self._in_force.refresh(_SEEN_WITHIN_S)
         return self._in_force.known().book(tenant, moment or datetime.now(UTC)) or _example()
+
+    def books(self) -> tuple[PriceBook, ...]:
+        """The books that charge somebody's use now.
+
+        Raises:
+            PriceBookError: The file that is named is missing or wrong.
+            StoreError: The ledger cannot be read, and never was.
+        """
+        main = self.of(None)
+        if self._book is not None:
+            return (main,)
+        return self._in_force.known().books() or (main,)
 
     def _read(self) -> InForce:
         choices, known = tuple(self._read_choices()), self._in_force.value

@@ -110,7 +110,12 @@ class Promise(Checked):
     latency_ms_p95_max: Annotated[int, Field(strict=True, gt=0)] | None = None
     """95th percentile (nearest rank) of completed requests: queue, prefill and decode. Unit: milliseconds."""
     agreement_min: Share | None = None
-    """Share of compared answers that are as at full depth."""
+    """Share of audited answers that are as at full depth, by the weights of their audits."""
+    agreement_loss: Literal["differs", "strict"] = "differs"
+    """The audits that it is settled from: those that lose a text that keeps fewer than three quarters of its tokens
+    (`differs`) or fewer than 95 % of them (`strict`)."""
+    audits_min: Annotated[int, Field(strict=True, gt=0, le=1_000_000)] = 100
+    """Audits that it takes to settle it; fewer say neither that it was kept nor that it was missed."""
     credit_percent: Percent
     """Share of the tier's discounted charges; given once, whether one or both were missed."""
 

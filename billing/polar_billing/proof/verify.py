@@ -9,7 +9,8 @@ What it cannot find by itself: a ledger that was rewritten as a whole, all hashe
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
 `check_head` and `polar_billing.proof.receipts` do.
 
-Whatever else follows from the ledger is recomputed as well: every issued statement, and what budgets count as spent.
+Whatever else follows from the ledger is recomputed as well: every issued statement, what budgets count as spent, and
+the standings of promises from their audits.
 Knows no prices.
 """
 
@@ -26,6 +27,7 @@ from sqlalchemy.exc import DataError
 from polar_billing.budgets.discrepancies import wrong_counters, wrong_holds
 from polar_billing.budgets.settlement import with_budgets
 from polar_billing.errors import StoreDamagedError
+from polar_billing.ledger.audits import wrong_standings
 from polar_billing.ledger.chain import Head
 from polar_billing.ledger.retention import pruned_totals
 from polar_billing.ledger.rollups import (
@@ -204,6 +206,12 @@ def _wrong_budgets(connection: Connection) -> Iterator[Finding]:
             yield Finding(tenant, None, str(difference))
 
 
+def _wrong_standings(connection: Connection) -> Iterator[Finding]:
+    """Promises whose standings do not follow from their audits."""
+    for difference in wrong_standings(connection):
+        yield Finding("", None, difference)
+
+
 Check = Callable[[Connection], Iterator[Finding]]
 
 _CHECKS: Final[Mapping[str, Check]] = {
@@ -213,4 +221,5 @@ _CHECKS: Final[Mapping[str, Check]] = {
     "sums by hour": _wrong_rollups,
     "issued statements": _wrong_statements,
     "holds and counters of budgets": _wrong_budgets,
+    "standings of promises": _wrong_standings,
 }

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.plans import PeriodPrice, Terms
     from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.period import Repriced
-    from polar_billing.statements.statement import Statement
+    from polar_billing.statements.statement import Statement, TierAgreement
 
 
 _AMOUNTS: Final = frozenset({"limit", "spent", "held", "left", "cost_bound", "compute_units_bound"})
@@ -82,7 +82,10 @@ def _terms(name: str, terms: Terms) -> Iterator[str]:
         yield f"  {item.per}{', pooled' if item.pool else ''}: {_period_price(item)}"
     for tier, promise in terms.promises.items():
         latency = [] if promise.latency_ms_p95_max is None else [f"p95 ≤ {promise.latency_ms_p95_max} ms"]
-        agreement = [] if promise.agreement_min is None else [f"agreement ≥ {plain(promise.agreement_min)}"]
+        agreement = []
+        if promise.agreement_min is not None:
+            how = f"{promise.agreement_loss}, {promise.audits_min} audits or more"
+            agreement = [f"agreement ≥ {plain(promise.agreement_min)} ({how})"]
         yield f"  {tier} promises {', '.join(latency + agreement)}; {plain(promise.credit_percent)} % back if missed"
 
 
@@ -178,7 +181,15 @@ def statement_view(statement: Statement, issued: IssuedStatement | None) -> Rend
     if statement.credits:
         add_row(table, "", "", "due", "", "", text.money(statement.due), style="bold")
     facts = f"{statement.id} · price book {statement.price_book} {statement.price_book_hash[:12]}"
-    return Group(table, as_text(facts, style="dim"), *unrated_notes(statement.unrated.items()))
+    notes = [as_text(line, style="dim") for line in (facts, *map(_agreement, statement.agreement.items()))]
+    notes += [as_text(f"Not settled: {one}.", style="yellow") for one in statement.unsettled]
+    return Group(table, *notes, *unrated_notes(statement.unrated.items()))
+
+
+def _agreement(of_tier: tuple[str, TierAgreement]) -> str:
+    tier, one = of_tier
+    share = "" if one.share is None else f", {plain(one.share)} by weight"
+    return f"{tier}: {one.agreed:,} of {one.compared:,} audited answers agreed with full depth{share}"
 
 
 def issued_view(issued: Sequence[IssuedStatement], tenant: str) -> Table:

@@ -7,18 +7,18 @@ an evaluation of other prompts than those that were charged; whoever hands them 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import QueryError
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE, Counts, charge_lines
 from polar_billing.reports import Part
-from polar_billing.statements.promises import evaluated_tiers
 from polar_billing.values.money import EXACT_SCALE, divide_half_even, plain, quotient, to_scaled
-from polar_sdk.reading import Unreadable, parse_decimal, shown
+from polar_sdk.reading import Unreadable, parse_decimal, parse_object, read_bytes, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +35,7 @@ _MAX_DECIMALS: Final = 2
 _SHARE_DECIMALS: Final = 6
 _PERCENT: Final = 100 * 10**_MAX_DECIMALS
 """A whole in hundredths of a percent."""
+_TIER: Final = re.compile(r"router \((.+)\)")
 
 
 class TierSaving(Part):
@@ -131,13 +132,31 @@ def as_share(value: float) -> Decimal:
 
 
 def evaluated_savings(file: Path) -> Savings:
-    """Read what tiers save from the file that `polar evaluate --json` writes; over all of its prompts."""
+    """Read what tiers save from the file that `polar evaluate --json` writes; over all of its prompts.
 
-    def saving(tier: str, prompts: int, system: dict[str, Any]) -> TierSaving:
-        saved = as_share(float(system["flops_saved"]["total"]))
-        return TierSaving(tier=tier, saved=saved, source=f"{prompts:,} prompts of {file.name}")
-
-    return evaluated_tiers(file, saving)
+    Raises:
+        QueryError: The file cannot be read, or is not an evaluation.
+    """
+    try:
+        whole = parse_object(read_bytes(file))["sets"][0]
+        source = f"{int(whole['prompts']):,} prompts of {file.name}"
+        routed = (
+            (_TIER.fullmatch(system["name"]), float(system["flops_saved"]["total"]))
+            for system in whole["systems"]
+            if system["role"] == "router"
+        )
+        return {
+            match[1]: TierSaving(tier=match[1], saved=as_share(saved), source=source)
+            for match, saved in routed
+            if match
+        }
+    except OSError as error:
+        raise QueryError(f"{str(file)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise QueryError(
+            f"{str(file)!r} is not an evaluation ({type(error).__name__}: {error}).",
+            hint="Write one with `polar evaluate --data FILE --json > evaluation.json`.",
+        ) from error
 
 
 @dataclass

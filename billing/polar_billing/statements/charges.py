@@ -25,11 +25,11 @@ from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import ITEMS, ChargeLine, charge_lines, free_lines, rate_in
 from polar_billing.statements.bands import period_lines
 from polar_billing.statements.lines import ExactLine, bounds
-from polar_billing.statements.promises import service_credits
+from polar_billing.statements.promises import service_credits, unsettled_promises
 from polar_billing.values.money import EXACT_SCALE, divide_half_even, plain, to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime
     from decimal import Decimal
 
@@ -51,9 +51,11 @@ class Charges:
     lines: tuple[ExactLine, ...]
     unrated: dict[str, int]
     """Reason → requests; they are in no amount."""
+    unsettled: tuple[str, ...] = ()
+    """Promises that the audits do not settle, in words."""
 
 
-def charges_of(book: PriceBook, period: Period, phases: Iterable[Phase], usage: PeriodUsage) -> Charges:
+def charges_of(book: PriceBook, period: Period, phases: Sequence[Phase], usage: PeriodUsage) -> Charges:
     """Rate a tenant's usage over a period; each phase is charged its part of a fee, by time."""
     unrated: Counter[str] = Counter()
     lines: list[ExactLine] = []
@@ -71,7 +73,8 @@ def charges_of(book: PriceBook, period: Period, phases: Iterable[Phase], usage: 
         lines += used
         if phase.terms is not None:
             lines += _terms(phase, phase.terms, period, used, charged, usage)
-    return Charges(tuple(lines), dict(sorted(unrated.items())))
+    unsettled = (text for phase in phases for text in unsettled_promises(phase, usage))
+    return Charges(tuple(lines), dict(sorted(unrated.items())), tuple(unsettled))
 
 
 def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[Rated]:

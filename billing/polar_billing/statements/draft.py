@@ -3,14 +3,14 @@
     draft_statement(ledger, tenant, period)    what a statement would say now; books nothing
     issue_statement(ledger, tenant, period)    the statement, once and for ever (in `statements.issue`)
 
-A statement takes usage up to a sequence number. What is stored later is late, and becomes correction lines on the
-next statement: what the earlier period comes to with the late usage, less what it came to without.
+A statement takes usage and audits up to a sequence number each. What is stored later is late, and becomes correction
+lines on the next statement: what the earlier period comes to with it, less what it came to without.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,18 @@ from polar_billing.ledger.schema import prune_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.charges import Charges, charges_of
 from polar_billing.statements.issued import LateUsage, read_statements
-from polar_billing.statements.lines import Agreement, bounds, phases_of
-from polar_billing.statements.period_usage import SeqRange, count_requests, last_seq, read_usage
+from polar_billing.statements.lines import bounds, phases_of
+from polar_billing.statements.period_usage import (
+    SeqRange,
+    count_audits,
+    count_requests,
+    last_audit,
+    last_seq,
+    read_usage,
+)
 from polar_billing.statements.statement import (
     Statement,
+    agreement_by_tier,
     credits_left,
     pay_with_credits,
     rounded_lines,
@@ -35,7 +43,7 @@ from polar_billing.statements.statement import (
 from polar_billing.values.money import EXACT_SCALE, exact_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from datetime import datetime
 
     from sqlalchemy import Connection
@@ -56,7 +64,8 @@ class Basis:
     book: PriceBook
     seq_until: int
     """Usage up to this sequence number, included, is on it."""
-    agreement: Mapping[str, Agreement] = field(default_factory=dict)
+    audits_until: int = 0
+    """Audits up to this one, included, settle what plans promise on agreement."""
 
     @property
     def id(self) -> str:
@@ -70,7 +79,6 @@ def draft_statement(
     period: Period,
     *,
     book: PriceBook | None = None,
-    agreement: Mapping[str, Agreement] | None = None,
 ) -> Statement:
     """Say what a statement would say now; stores and books nothing.
 
@@ -79,7 +87,6 @@ def draft_statement(
         tenant: Whose statement; no other tenant's usage is read.
         period: Half-open; needs both ends.
         book: Charge by this book; by default the one in force for the tenant (see `books`).
-        agreement: How many answers of a tier agreed with full depth, where that was measured and a plan promises it.
 
     Raises:
         PeriodError: The period has no beginning or no end, or some of its usage was deleted by retention.
@@ -91,7 +98,7 @@ def draft_statement(
         check_kept(connection, tenant, period)
         seqs = SeqRange(last_seq(connection, tenant))
         chosen = book or book_for(connection, tenant, period, seqs)
-        basis = Basis(tenant, period, chosen, seqs.until, agreement or {})
+        basis = Basis(tenant, period, chosen, seqs.until, last_audit(connection, tenant))
         earlier = read_statements(connection, tenant)
         return compute_statement(connection, basis, earlier, find_late_usage(connection, basis, earlier))
 
@@ -111,19 +118,20 @@ def check_kept(connection: Connection, tenant: str, period: Period) -> None:
 
 
 def find_late_usage(connection: Connection, basis: Basis, earlier: Sequence[IssuedStatement]) -> tuple[LateUsage, ...]:
-    """Find usage of earlier statements' periods that is not on any statement yet."""
-    charged = {issued.statement.id: issued.seq_until for issued in earlier}
+    """Find usage and audits of earlier statements' periods that are not on any statement yet."""
+    charged = {issued.statement.id: (issued.seq_until, issued.audits_until) for issued in earlier}
     for issued in earlier:
         for late in issued.late:
-            charged[late.statement] = late.seqs.until
+            charged[late.statement] = (late.seqs.until, late.audits.until)
     found = []
     for issued in earlier:
         statement = issued.statement
         if statement.currency != basis.book.currency or statement.id == basis.id:
             continue
-        seqs = SeqRange(basis.seq_until, after=charged[statement.id])
-        if count_requests(connection, statement, seqs):
-            found.append(LateUsage(statement.id, seqs))
+        seq, audit = charged[statement.id]
+        seqs, audits = SeqRange(basis.seq_until, after=seq), SeqRange(basis.audits_until, after=audit)
+        if count_requests(connection, statement, seqs) or count_audits(connection, statement, audits):
+            found.append(LateUsage(statement.id, seqs, audits))
     return tuple(found)
 
 
@@ -137,8 +145,7 @@ def compute_statement(
     tenant, period, book = basis.tenant, basis.period, basis.book
     usage, charges = _charges(connection, basis)
     by_id = {issued.statement.id: issued.statement for issued in earlier}
-    corrected = [(by_id[late_usage.statement], late_usage.seqs) for late_usage in late]
-    corrections = [_correction(connection, statement, seqs) for statement, seqs in corrected]
+    corrections = [_correction(connection, by_id[late_usage.statement], late_usage) for late_usage in late]
     correction_lines = (line for correction in corrections for line in correction.lines)
     unrated = Counter(charges.unrated)
     for correction in corrections:
@@ -157,10 +164,11 @@ def compute_statement(
         price_book=book.id,
         price_book_hash=book.content_hash,
         requests=sum(use.counts.requests for use in usage.uses),
-        requests_late=sum(count_requests(connection, statement, seqs) for statement, seqs in corrected),
+        requests_late=sum(count_requests(connection, by_id[one.statement], one.seqs) for one in late),
         unrated=dict(sorted(unrated.items())),
         usage=usage_by_tier(usage),
-        agreement={tier: (counts.agreed, counts.compared) for tier, counts in sorted(basis.agreement.items())},
+        agreement=agreement_by_tier(usage),
+        unsettled=charges.unsettled,
         lines=lines,
         rounding=rounding,
         total=total,
@@ -169,7 +177,7 @@ def compute_statement(
     )
 
 
-def basis_of(connection: Connection, statement: Statement, seq_until: int) -> Basis:
+def basis_of(connection: Connection, statement: Statement, seq_until: int, audits_until: int) -> Basis:
     """Rebuild the basis of an issued statement.
 
     Raises:
@@ -181,21 +189,21 @@ def basis_of(connection: Connection, statement: Statement, seq_until: int) -> Ba
             f"price book {statement.price_book_hash[:12]} of statement {statement.id!r} is not in the ledger.",
             hint="Run `polar verify`.",
         )
-    agreement = {tier: Agreement(*counts) for tier, counts in statement.agreement.items()}
-    return Basis(statement.tenant, statement.period, book, seq_until, agreement)
+    return Basis(statement.tenant, statement.period, book, seq_until, audits_until)
 
 
 def _charges(connection: Connection, basis: Basis) -> tuple[PeriodUsage, Charges]:
     phases = phases_of(basis.book, basis.tenant, basis.period)
-    usage = read_usage(connection, basis.tenant, phases, SeqRange(basis.seq_until), basis.agreement, basis.book)
+    seqs, audits = SeqRange(basis.seq_until), SeqRange(basis.audits_until)
+    usage = read_usage(connection, basis.tenant, phases, seqs, audits, basis.book)
     return usage, charges_of(basis.book, basis.period, phases, usage)
 
 
-def _correction(connection: Connection, statement: Statement, seqs: SeqRange) -> Charges:
-    """Rate an earlier period with its late usage, less the same without it; by that statement's book."""
-    basis = basis_of(connection, statement, seqs.until)
+def _correction(connection: Connection, statement: Statement, late: LateUsage) -> Charges:
+    """Rate an earlier period with its late usage and audits, less the same without them; by that statement's book."""
+    basis = basis_of(connection, statement, late.seqs.until, late.audits.until)
     _, after = _charges(connection, basis)
-    _, before = _charges(connection, replace(basis, seq_until=seqs.after))
+    _, before = _charges(connection, replace(basis, seq_until=late.seqs.after, audits_until=late.audits.after))
     unrated = {reason: count - before.unrated.get(reason, 0) for reason, count in after.unrated.items()}
     lines = (replace(line, corrects=statement.id) for line in _difference(after.lines, before.lines))
     return Charges(tuple(lines), {reason: count for reason, count in unrated.items() if count})

@@ -31,19 +31,18 @@ from polar_billing.statements.issued import (
     store_statement,
 )
 from polar_billing.statements.lines import bounds
-from polar_billing.statements.period_usage import SeqRange, last_seq
+from polar_billing.statements.period_usage import SeqRange, last_audit, last_seq
 from polar_billing.statements.statement import credits_left
 from polar_billing.values.money import exact_sum, to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from sqlalchemy import Connection, Row
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.issued import IssuedStatement
-    from polar_billing.statements.lines import Agreement
     from polar_billing.values.periods import Period
 
 
@@ -53,7 +52,6 @@ def issue_statement(
     period: Period,
     *,
     book: PriceBook | None = None,
-    agreement: Mapping[str, Agreement] | None = None,
     now: datetime | None = None,
 ) -> IssuedStatement:
     """Issue the statement of a tenant and period, or return the one that was issued.
@@ -63,7 +61,6 @@ def issue_statement(
         tenant: Whose statement.
         period: Half-open; it must be over, and overlap no other statement of this tenant and currency.
         book: Charge by this book; by default the one in force for the tenant.
-        agreement: As for `draft_statement`.
         now: Statement time; by default the current time.
 
     Returns:
@@ -85,15 +82,15 @@ def issue_statement(
         )
     while True:
         with ledger.transaction() as connection:
-            chain.lock_heads(connection, [tenant])  # no usage of this tenant is on its way now
-            seqs = SeqRange(last_seq(connection, tenant))
+            chain.lock_heads(connection, [tenant])  # no usage or audit of this tenant is on its way now
+            seqs, audits_until = SeqRange(last_seq(connection, tenant)), last_audit(connection, tenant)
         with ledger.snapshot() as connection:
             earlier = read_statements(connection, tenant)
             if (issued := _issued(earlier, period, book)) is not None:
                 return issued
             check_kept(connection, tenant, period)
             chosen = book or book_for(connection, tenant, period, seqs)
-            basis = Basis(tenant, period, chosen, seqs.until, agreement or {})
+            basis = Basis(tenant, period, chosen, seqs.until, audits_until)
             _check_fits(basis, earlier)
             late = find_late_usage(connection, basis, earlier)
             statement = compute_statement(connection, basis, earlier, late)
@@ -101,7 +98,7 @@ def issue_statement(
             chain.lock_heads(connection, [NO_TENANT, tenant])
             if len(read_statements(connection, tenant)) == len(earlier):  # else another one came first
                 store_books(connection, {chosen.content_hash: chosen})
-                stored = store_statement(connection, statement, basis.seq_until, late, moment)
+                stored = store_statement(connection, statement, seqs.until, audits_until, late, moment)
                 book_statement(connection, statement, chosen, credits_left(issued.statement for issued in earlier))
                 return stored
 

@@ -38,12 +38,19 @@ _ACCOUNTS: Final = {"discount": Account.DISCOUNTS, "service credit": Account.SER
 
 @dataclass(frozen=True)
 class LateUsage:
-    """Usage of an earlier statement's period that was stored after that statement was issued."""
+    """Usage and audits of an earlier statement's period that were stored after that statement was issued."""
 
     statement: str
     """Id of the earlier statement."""
     seqs: SeqRange
-    """Its sequence numbers."""
+    """Sequence numbers of the usage."""
+    audits: SeqRange
+    """Those of the audits."""
+
+    @property
+    def row(self) -> list[str | int]:
+        """What the ledger stores of it."""
+        return [self.statement, self.seqs.after, self.seqs.until, self.audits.after, self.audits.until]
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,20 @@ class IssuedStatement:
     statement: Statement
     seq_until: int
     """Usage up to this sequence number, included, is on it."""
+    audits_until: int
+    """Audits up to this one, included, settle its promises."""
     late: tuple[LateUsage, ...]
     issued_at: datetime
     """Statement time, UTC."""
 
 
 def store_statement(
-    connection: Connection, statement: Statement, seq_until: int, late: tuple[LateUsage, ...], issued_at: datetime
+    connection: Connection,
+    statement: Statement,
+    seq_until: int,
+    audits_until: int,
+    late: tuple[LateUsage, ...],
+    issued_at: datetime,
 ) -> IssuedStatement:
     """Store a new statement as a link of its tenant's chain; the caller has checked that there is none."""
     values = {
@@ -72,14 +86,15 @@ def store_statement(
         "id": statement.id,
         "price_book_hash": statement.price_book_hash,
         "seq_until": seq_until,
-        "late": json.dumps([[usage.statement, usage.seqs.after, usage.seqs.until] for usage in late]),
+        "audits_until": audits_until,
+        "late": json.dumps([usage.row for usage in late]),
         "issued_at": issued_at,
         "document": statement.document,
     }
     added = insert(statement_table).values(values).returning(statement_table.c.number)
     number: int = connection.execute(added).scalar_one()
     chain.link(connection, statement_table, number)
-    return IssuedStatement(number, statement, seq_until, late, issued_at)
+    return IssuedStatement(number, statement, seq_until, audits_until, late, issued_at)
 
 
 def read_statements(connection: Connection, tenant: str, *, before: int | None = None) -> list[IssuedStatement]:
@@ -102,14 +117,17 @@ def find_statement(connection: Connection, tenant: str, statement_id: str) -> Is
 def _from_row(row: Row[Any]) -> IssuedStatement:
     """Read a row; one whose content is not a statement is damaged."""
     try:
-        late = tuple(LateUsage(name, SeqRange(until=until, after=after)) for name, after, until in json.loads(row.late))
+        late = tuple(
+            LateUsage(name, SeqRange(until, after), SeqRange(audits_until, audits_after))
+            for name, after, until, audits_after, audits_until in json.loads(row.late)
+        )
         statement = Statement.model_validate_json(row.document)
     except ValueError as error:
         raise StoreDamagedError(
             f"statement {row.id!r} of tenant {row.tenant!r} cannot be read: {str(error).splitlines()[0]}.",
             hint="Run `polar verify`.",
         ) from error
-    return IssuedStatement(row.number, statement, row.seq_until, late, row.issued_at)
+    return IssuedStatement(row.number, statement, row.seq_until, row.audits_until, late, row.issued_at)
 
 
 def book_statement(

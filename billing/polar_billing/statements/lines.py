@@ -67,10 +67,21 @@ class Use:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Counts of a tier's answers that were compared with full depth and that agreed; measured elsewhere."""
+    """Audited answers of a tier: counts, and their sums by weight, of which the share is taken.
+
+    An audit that was chosen with a larger share than others stands for fewer requests, and weighs less.
+    """
 
     agreed: int
     compared: int
+    weight_agreed: int
+    """Unit: 10^-12 of an audit of weight 1."""
+    weight: int
+
+    def __add__(self, other: Agreement) -> Agreement:
+        both = ((self.agreed, other.agreed), (self.compared, other.compared))
+        weights = ((self.weight_agreed, other.weight_agreed), (self.weight, other.weight))
+        return Agreement(*map(sum, (*both, *weights)))
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,8 @@ class PeriodUsage:
     uses: tuple[Use, ...] = ()
     latency_ns_p95: Mapping[tuple[datetime, str], int] = field(default_factory=dict)
     """By beginning of the phase and tier, where there were completed requests. Unit: nanoseconds."""
-    agreement: Mapping[str, Agreement] = field(default_factory=dict)
-    """By tier."""
+    agreement: Mapping[tuple[datetime, str], Agreement] = field(default_factory=dict)
+    """Of audits, by beginning of the phase and tier, where a plan promises it."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""A tenant's usage of a period, summed straight from the usage rows, for rating over that period.
+"""A tenant's usage of a period, summed straight from the usage rows, for rating over that period; and its audits.
 
 Sums do not depend on the order in which usage was stored. FLOPs are summed as millions and rest, since a plain sum
-would leave 64 bits. Usage is selected by its sequence number too, so that reading it twice gives the same. Knows no
-prices.
+would leave 64 bits. Usage and audits are selected by their sequence numbers too, so that reading them twice gives the
+same. An audit belongs to the time at which it was made. Knows no prices.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import ColumnElement, func, or_, select
 
 from polar_billing.ledger.rollups import joined_sum, split_sum
-from polar_billing.ledger.schema import usage_table
+from polar_billing.ledger.schema import audit_table, usage_table
 from polar_billing.prices.rating import FAR, Counts, always_within_receipt, beyond_receipt, rate_in
-from polar_billing.statements.lines import PeriodUsage, Use
+from polar_billing.statements.lines import Agreement, PeriodUsage, Use
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from datetime import datetime
 
     from sqlalchemy import Connection
 
     from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.lines import Agreement, Phase, Stretch
+    from polar_billing.prices.plans import Promise
+    from polar_billing.statements.lines import Phase, Stretch
     from polar_billing.statements.statement import Statement
 
 
 @dataclass(frozen=True)
 class SeqRange:
-    """Usage by its sequence number, `after < seq <= until`."""
+    """Usage or audits by their sequence numbers, `after < seq <= until`."""
 
     until: int
     after: int = 0
@@ -42,13 +43,14 @@ def read_usage(
     tenant: str,
     phases: Sequence[Phase],
     seqs: SeqRange,
-    agreement: Mapping[str, Agreement],
+    audits: SeqRange,
     book: PriceBook,
 ) -> PeriodUsage:
     """Read what rating needs of a tenant, and of no other; see `charges.charges_of`."""
     stretches = [stretch for phase in phases for stretch in phase.stretches]
     uses = tuple(use for stretch in stretches for use in _uses(connection, tenant, stretch, seqs, book))
     latencies: dict[tuple[datetime, str], int] = {}
+    agreement: dict[tuple[datetime, str], Agreement] = {}
     for phase in phases:
         promises = {} if phase.terms is None else phase.terms.promises
         for tier, promise in promises.items():
@@ -56,7 +58,9 @@ def read_usage(
                 conditions = within(tenant, phase.since, phase.until, seqs)
                 if (latency := _p95(connection, [*conditions, usage_table.c.tier == tier])) is not None:
                     latencies[phase.since, tier] = latency
-    return PeriodUsage(uses, latencies, dict(agreement))
+            if promise.agreement_min is not None:
+                agreement[phase.since, tier] = _agreement(connection, tenant, phase, tier, promise, audits)
+    return PeriodUsage(uses, latencies, agreement)
 
 
 def within(tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> list[ColumnElement[bool]]:
@@ -76,6 +80,39 @@ def count_requests(connection: Connection, statement: Statement, seqs: SeqRange)
     """The number of its tenant's requests served in the period of a statement."""
     served = within(statement.tenant, statement.since, statement.until, seqs)
     return connection.execute(select(func.count()).select_from(usage_table).where(*served)).scalar_one()
+
+
+def _agreement(
+    connection: Connection, tenant: str, phase: Phase, tier: str, promise: Promise, seqs: SeqRange
+) -> Agreement:
+    audit = audit_table.c
+    kept = 1 - audit.lost
+    sums = (func.sum(kept), func.count(), *split_sum(kept * audit.weight), *split_sum(audit.weight))
+    query = select(*sums).where(
+        *_audits_within(tenant, phase.since, phase.until, seqs),
+        audit.tier == tier,
+        audit.loss == promise.agreement_loss,
+    )
+    agreed, compared, *weights = connection.execute(query).one()
+    return Agreement(int(agreed or 0), compared, joined_sum(*weights[:2]), joined_sum(*weights[2:]))
+
+
+def _audits_within(tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> list[ColumnElement[bool]]:
+    audit = audit_table.c
+    conditions = [audit.tenant == tenant, audit.at >= since, audit.at < until]
+    return [*conditions, audit.seq > seqs.after, audit.seq <= seqs.until]
+
+
+def count_audits(connection: Connection, statement: Statement, seqs: SeqRange) -> int:
+    """The number of audits of its tenant's requests that were made in the period of a statement."""
+    made = _audits_within(statement.tenant, statement.since, statement.until, seqs)
+    return connection.execute(select(func.count()).select_from(audit_table).where(*made)).scalar_one()
+
+
+def last_audit(connection: Connection, tenant: str) -> int:
+    """The sequence number of the latest audit of the tenant's requests; 0 where there is none."""
+    query = select(func.coalesce(func.max(audit_table.c.seq), 0)).where(audit_table.c.tenant == tenant)
+    return int(connection.execute(query).scalar_one())
 
 
 def last_seq(connection: Connection, tenant: str) -> int:

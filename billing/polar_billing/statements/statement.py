@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.lines import PeriodUsage
+    from polar_billing.statements.lines import Agreement, PeriodUsage
 
 
 Amount = Annotated[Decimal, PlainSerializer(lambda value: f"{value:f}", when_used="json")]
@@ -81,6 +81,15 @@ class TierUsage(_Part):
     tokens_output: int
 
 
+class TierAgreement(_Part):
+    """Audited answers of one tier in the period, and those that agreed with full depth."""
+
+    agreed: int
+    compared: int
+    share: Figure | None
+    """Share that agreed, by the weights of the audits, rounded down to 6 decimals; None without an audit."""
+
+
 class CreditUse(_Part):
     """One prepaid credit on a statement: `before == used + expired + after`."""
 
@@ -113,8 +122,10 @@ class Statement(_Part):
     unrated: dict[str, int]
     """Reason → requests without a price; they are in no amount."""
     usage: tuple[TierUsage, ...]
-    agreement: dict[str, tuple[int, int]]
-    """Tier → answers that agreed with full depth, and answers compared; as stated by whoever issued it."""
+    agreement: dict[str, TierAgreement]
+    """By tier of which a plan promises it."""
+    unsettled: tuple[str, ...]
+    """Promises on agreement that too few audits were made of to settle them, in words."""
     lines: tuple[StatementLine, ...]
     rounding: Amount
     """The rounded total less the sum of the rounded lines; a line of its own on paper."""
@@ -150,6 +161,21 @@ def usage_by_tier(usage: PeriodUsage) -> tuple[TierUsage, ...]:
         )
         for tier, counted in sorted(counts.items(), key=lambda item: tier_order(item[0]))
     )
+
+
+def agreement_by_tier(usage: PeriodUsage) -> dict[str, TierAgreement]:
+    """Sum a period's audits by tier."""
+    sums: dict[str, Agreement] = {}
+    for (_, tier), agreement in usage.agreement.items():
+        sums[tier] = sums[tier] + agreement if tier in sums else agreement
+    return {
+        tier: TierAgreement(
+            agreed=one.agreed,
+            compared=one.compared,
+            share=from_scaled(one.weight_agreed * 10**6 // one.weight, 6) if one.weight else None,
+        )
+        for tier, one in sorted(sums.items())
+    }
 
 
 def statement_id(tenant: str, period: Period, currency: str) -> str:

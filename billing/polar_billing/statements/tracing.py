@@ -160,7 +160,7 @@ def _check_usage(connection: Connection, issued: IssuedStatement) -> Iterator[st
     if unknown:
         yield f"it corrects statement {unknown[0]}, which was not issued before it"
         return
-    basis = basis_of(connection, statement, issued.seq_until)
+    basis = basis_of(connection, statement, issued.seq_until, issued.audits_until)
     if find_late_usage(connection, basis, earlier) != issued.late:
         yield "it leaves out late usage of earlier statements, or charges it twice"
     recomputed = compute_statement(connection, basis, earlier, issued.late)
@@ -207,7 +207,7 @@ def rated_in(connection: Connection, statement: Statement, line: StatementLine) 
     """The book and period that a line was rated in: for late usage those of the statement it corrects."""
     if line.corrects is not None and (corrected := find_statement(connection, statement.tenant, line.corrects)):
         statement = corrected.statement
-    return basis_of(connection, statement, 0).book, statement.period
+    return basis_of(connection, statement, 0, 0).book, statement.period
 
 
 def _is_rated(

@@ -178,7 +178,6 @@ def test_no_command_prints_names_as_they_are(hostile: Ledger, books: list[Path],
         checked("statement", *tenant)
         checked("statement", *tenant, "--json")
         checked("statement", *tenant, *month, "--trace", "1")
-        checked("statement", *tenant, *month, "--agreement", name)
         checked("statement", *tenant, *month, "--zone", name)
         checked("credit-note", name, "1", *tenant, "--reason", name, "--reference", name)
         checked("report", *tenant)

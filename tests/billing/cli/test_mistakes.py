@@ -58,8 +58,6 @@ STATEMENT = "statement --tenant acme --month 2026-10"
         ("statement --tenant nobody --month 2026-10", QueryError, "'nobody'"),
         ("statement --tenant acme --month 2999-10 --issue", PeriodError, "2999-11-01"),
         ("statement --tenant acme --since 2026-10-01", PeriodError, "2026-10-01"),
-        (f"{STATEMENT} --agreement premium=2/1", QueryError, "premium=2/1"),
-        (f"{STATEMENT} --agreement premium", QueryError, "premium"),
         (f"{STATEMENT} --trace 1", QueryError, "--issue"),
         ("credit-note st-0 1 --tenant acme --reason x --reference 1", QueryError, "'st-0'"),
         ("credit-note st-0 one --tenant acme --reason x --reference 1", AmountError, "'one'"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import Result
 
-from polar_billing.errors import PriceBookError, QueryError
+from polar_billing.errors import PriceBookError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.statements.issue import issue_statement
@@ -20,9 +20,7 @@ from polar_billing.statements.tracing import usage_of_line
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.errors import ModelNotFoundError
-from polar_sdk.lab.evaluation.results import Evaluation, Saved, SetResult, SystemResult
 from polar_sdk.model import PolarModel
-from polar_sdk.router.exact_tests import wilson
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 from polar_sdk.usage import FlopUsage, Outcome
 from tests.billing.storing import store_record
@@ -121,61 +119,6 @@ def test_csv_rows_sum_to_what_is_due(ok: Callable[..., str]) -> None:
     assert sum(Decimal(row["amount"]) for row in rows) == Decimal(statement["due"]) == 0
     assert Decimal(statement["total"]) > 0
     assert {row["tenant"] for row in rows} == {"initech"}
-
-
-def evaluation(agreed: int, compared: int) -> str:
-    """An evaluation of a router in two tiers, as `polar evaluate --json` writes it."""
-    saved = Saved(prefill=0.1, decode=0.1, total=0.1)
-    shared: dict[str, Any] = {
-        "answer_share": 1.0,
-        "non_identity_rate": 0.5,
-        "programs": {"0-29": 1.0},
-        "flops_saved": saved,
-    }
-    systems = [
-        SystemResult(name="identity", role="identity", agreement=wilson(compared, compared), **shared),
-        SystemResult(name="router (premium)", role="router", agreement=wilson(agreed, compared), **shared),
-        SystemResult(name="router (0.05)", role="router", agreement=wilson(1, compared), **shared),
-        SystemResult(name="shuffled router", role="control", agreement=wilson(2, compared), **shared),
-    ]
-    whole = SetResult(
-        name="all",
-        prompts=compared,
-        labelled=0,
-        data="",
-        systems=tuple(systems),
-        comparisons=(),
-        frontier=(),
-        generation={},
-    )
-    names = ("model", "fingerprint", "dtype", "device", "router", "point")
-    same: dict[str, Any] = dict.fromkeys(names, "x")
-    evaluated = Evaluation(
-        **same,
-        sets=(whole,),
-        verdict=(),
-        certificate=None,
-        certificate_holds=False,
-        training={},
-    )
-    return json.dumps(evaluated.plain())
-
-
-@pytest.mark.usefixtures("filled")
-def test_agreement_is_measured_by_an_evaluation(
-    tmp_path: Path, polar: Callable[..., Result], ok: Callable[..., str]
-) -> None:
-    file = tmp_path / "evaluation.json"
-    for agreed, credit in ((1_177, False), (1_170, True)):  # of 1,194: 98.6 and 98.0 %
-        file.write_text(evaluation(agreed, 1_194), encoding="utf-8")
-        statement = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--json"))
-        assert statement["agreement"]["premium"] == [agreed, 1_194]
-        assert ("answers agreed" in json.dumps(statement)) == credit
-    shown = ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--agreement", "premium=9/9")
-    assert "answers agreed" not in shown  # what is stated by hand takes precedence
-    file.write_text("{}", encoding="utf-8")
-    refused = polar("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file))
-    assert isinstance(refused.exception, QueryError)
 
 
 @pytest.mark.usefixtures("filled")

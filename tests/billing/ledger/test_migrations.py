@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TABLES = {
-    "sqlite": "938dbb24081bd5bb49a9cb3eae77b94ab199827a7ba60b41c554b691139c829c",
-    "postgresql": "5567011f0e74767a9f56853b6cbdb5c0fa3e052af6af9f40d631e8961154d6a7",
+    "sqlite": "9857566bacf3978447442c1352d919d19bef1c6f5548eb919b2e2cda51f7863d",
+    "postgresql": "da3a1e1afa5329c160994ac129250c1be19ef1049eea490665c814b3b645be7d",
 }
 """SHA-256 over the statements that make the tables of `SCHEMA_VERSION`."""
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.cli.statement import _agreements
-from polar_billing.errors import AmountError, PriceBookError, QueryError
+from polar_billing.errors import AmountError, PriceBookError
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
@@ -204,12 +203,6 @@ def test_zero_is_zero_whatever_its_exponent_and_what_is_too_large_is_not_counted
     with pytest.raises(AmountError):
         to_scaled(Decimal("0.001"), 2)
     assert to_scaled(Decimal("0.010"), 2) == 1
-
-
-def test_an_agreement_of_absurd_size_is_refused() -> None:
-    with pytest.raises(QueryError):
-        _agreements([f"premium={'9' * 5_000}/{'9' * 5_000}"], None)
-    assert _agreements(["premium=970/1000"], None)["premium"].agreed == 970
 
 
 BASE = """

@@ -14,6 +14,7 @@ from polar_billing.access.rates import Rates
 from polar_billing.access.replies import Replies
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.enforcement import Budgets
+from polar_billing.ledger.audits import Audits
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, post
@@ -21,7 +22,7 @@ from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.statements.issue import credit_note, issue_statement
-from polar_billing.testing import usage_record
+from polar_billing.testing import audit, usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Offer, UsageBound
 
@@ -101,6 +102,14 @@ def fill(ledger: Ledger, noon: datetime) -> None:
                 first = post(connection, tenant, "payment", f"{mark}-{n}", lines, noon, note="paid")
             post(connection, tenant, "correction", mark, lines[::-1], noon, corrects=first)
     make_keys(ledger, mark)
+    promises = {TENANTS[0]: "ab" * 32, TENANTS[1]: "cd" * 32}
+    audited = [(tenant, n) for tenant in TENANTS for n in range(8)]
+    Audits(ledger, "polar").store(
+        [
+            audit(f"{mark}-{n}", tenant=tenant, promise=promises[tenant], lost=True, at=noon + timedelta(hours=n))
+            for tenant, n in audited
+        ]
+    )
     for tenant in TENANTS:
         for month in (mark, f"{noon + timedelta(days=30):%Y-%m}"):
             one = issue_statement(ledger, tenant, Period.month(month), now=noon + timedelta(days=90)).statement

@@ -173,13 +173,24 @@ def test_windows_partition_the_period_whatever_changes_within() -> None:
 
 
 PROMISE = {"premium": {"latency_ms_p95_max": 100, "agreement_min": "0.98", "credit_percent": "10"}}
+
+
+def agreement_of(agreed: int, compared: int, weight: int = 10**12) -> Agreement:
+    """Audits, of which the lost ones weigh 1 and the others `weight`."""
+    lost = (compared - agreed) * 10**12
+    return Agreement(agreed, compared, agreed * weight, agreed * weight + lost)
+
+
 MISSED = [
     (101, None, True),
     (100, None, False),
-    (None, Agreement(979, 1000), True),
-    (None, Agreement(980, 1000), False),
-    (101, Agreement(1, 1000), True),
-    (None, Agreement(0, 0), False),
+    (None, agreement_of(979, 1000), True),
+    (None, agreement_of(980, 1000), False),
+    (101, agreement_of(1, 1000), True),
+    (None, agreement_of(0, 0), False),
+    (None, agreement_of(0, 99), False),  # too few to say
+    (None, agreement_of(0, 100), True),
+    (None, agreement_of(980, 1000, weight=10**12 - 1), True),  # those that agreed stand for fewer requests
     (None, None, False),
 ]
 
@@ -199,8 +210,9 @@ def test_a_missed_promise_gives_a_share_of_the_tiers_charges_back_once(
         book,
         used,
         latency_ns_p95={} if milliseconds is None else {(SINCE, "premium"): milliseconds * 10**6},
-        agreement={} if agreement is None else {"premium": agreement},
+        agreement={} if agreement is None else {(SINCE, "premium"): agreement},
     )
+    assert len(charges.unsettled) == (agreement is not None and agreement.compared < 100)
     given_back = of_kind(charges, "service credit")
     premium = (8 * Fraction("0.4") + 10 * Fraction("0.001")) * Fraction("1.25") / 2
     assert [line.exact * UNIT for line in given_back] == ([-premium / 10] if missed else [])

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import func, select, text
 
 from polar_billing.errors import AmountError, ConflictError, CurrencyMixError, PeriodError, PriceBookError, QueryError
+from polar_billing.ledger.audits import Audits
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.postings import Account, balances
 from polar_billing.ledger.records import ALL_TENANTS
@@ -21,9 +22,9 @@ from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import credit_note, credit_notes, issue_statement, issued_statements
-from polar_billing.statements.lines import Agreement
 from polar_billing.statements.period import reprice
 from polar_billing.statements.tracing import lines_of_usage, recheck, usage_of_line
+from polar_billing.testing import audit
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import ALL_TIME, Period
 from polar_sdk.usage import Outcome, TokenUsage
@@ -46,6 +47,10 @@ def adds_up(statement: Statement) -> bool:
     lines = exact_sum([*(line.amount for line in statement.lines), statement.rounding], decimals)
     paid = exact_sum((use.used for use in statement.credits), decimals)
     return lines == statement.total and exact_sum((statement.due, paid), decimals) == statement.total
+
+
+def audit_premium(ledger: Ledger, lost: int, audits: int) -> None:
+    Audits(ledger, "test").store([audit(tenant="globex", tier="premium", lost=n < lost) for n in range(audits)])
 
 
 def test_a_statement_sums_what_receipts_said_by_tier(store: Ledger, put: Callable[..., int]) -> None:
@@ -74,7 +79,8 @@ def test_issued_once_and_for_ever_booked_and_provable(store: Ledger, put: Callab
     for number in range(4):
         put(store, f"r{number}", tier=["premium", "standard"][number % 2], tenant="globex", units=200_000)
     period = Period.month("2026-11", "America/New_York")
-    issued = issue_statement(store, "globex", period, agreement={"premium": Agreement(90, 100)}, now=LATER)
+    audit_premium(store, 10, 100)
+    issued = issue_statement(store, "globex", period, now=LATER)
     assert adds_up(issued.statement)
     kinds = [line.kind for line in issued.statement.lines]
     assert kinds.count("pool") == 2
@@ -94,11 +100,11 @@ def test_issued_once_and_for_ever_booked_and_provable(store: Ledger, put: Callab
 def test_a_narrow_decimal_context_of_the_caller_touches_nothing(ledger: Ledger, put: Callable[..., int]) -> None:
     for tenant, tier in (("globex", "premium"), ("initech", "standard")):
         put(ledger, "r", tenant=tenant, tier=tier, units=1_234_567)
-    agreement = {"premium": Agreement(971, 1000)}
-    expected = [draft_statement(ledger, tenant, NOVEMBER, agreement=agreement) for tenant in ("globex", "initech")]
+    audit_premium(ledger, 4, 101)
+    expected = [draft_statement(ledger, tenant, NOVEMBER) for tenant in ("globex", "initech")]
     with localcontext(prec=2):
         for statement in expected:
-            issued = issue_statement(ledger, statement.tenant, NOVEMBER, agreement=agreement, now=LATER)
+            issued = issue_statement(ledger, statement.tenant, NOVEMBER, now=LATER)
             assert issued.statement.document == statement.document
             assert recheck(ledger, issued) == []
 

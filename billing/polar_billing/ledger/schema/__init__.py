@@ -1,8 +1,9 @@
 """The ledger's tables on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain, double entry, statements · `access`
-API keys, rates, replies, budgets and holds. A new table belongs in one of them or in a module of its own that is
-imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
+API keys, rates, replies, budgets and holds · `promises` audits, standings, alerts. A new table belongs in one of them
+or in a module of its own that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no
+connection.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from polar_billing.ledger.schema.ledger import (
     statement_table,
     transaction_table,
 )
+from polar_billing.ledger.schema.promises import alert_table, audit_table, standing_table
 from polar_billing.ledger.schema.usage import (
     ROLLUP_KEYS,
     ROLLUP_QUANTITIES,
@@ -50,7 +52,9 @@ __all__ = [
     "ROLLUP_QUANTITIES",
     "SCHEMA_VERSION",
     "Chained",
+    "alert_table",
     "api_key_table",
+    "audit_table",
     "budget_table",
     "clock_table",
     "counter_table",
@@ -70,6 +74,7 @@ __all__ = [
     "reply_table",
     "rollup_table",
     "running_table",
+    "standing_table",
     "statement_table",
     "subject_of",
     "transaction_table",
@@ -89,6 +94,8 @@ CHAINED: Final = {
         Chained(statement_table),
         Chained(credit_note_table),
         Chained(api_key_table),
+        Chained(audit_table),
+        Chained(standing_table),
     )
 }
 """Every table whose rows are links of the hash chain, by subject; a ledger is verified over all of them."""

@@ -102,7 +102,7 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         _declared(Proof.OUTSIDE, "id boot ahead", "says when open holds expire, and they stand for nothing stored yet"),
     ),
     "polar_statement": _chained(
-        "number tenant since until currency id price_book_hash seq_until late issued_at document"
+        "number tenant since until currency id price_book_hash seq_until audits_until late issued_at document"
     ),
     "polar_api_key": _chained(
         "seq tenant key_id name secret_hash tags scopes models tiers max_tokens requests_per_minute tokens_per_minute "
@@ -122,6 +122,18 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         _declared(Proof.OUTSIDE, "key_id replica answers expires_at", "answers that run now, for half a minute"),
     ),
     "polar_credit_note": _chained("number tenant statement reference amount reason issued_at"),
+    "polar_audit": _chained(
+        "seq tenant audit_id source request_id tier promise loss alpha delta lost compared kept weight prompt_tokens "
+        "flops audit_request_id at stored_at"
+    ),
+    "polar_standing": _chained("seq promise tier state audits losses audit_seq since reason"),
+    "polar_alert": (
+        _declared(
+            Proof.OUTSIDE,
+            "standing_seq sent attempts due_at answer",
+            "whether a webhook was told; what it was told is chained",
+        ),
+    ),
 }
 """Table → its columns, each of them once."""
 
@@ -132,6 +144,7 @@ ROWS_OUTSIDE: Final[dict[str, str]] = {
     "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
     "polar_rate": "a key without its row has a whole minute's worth, once",
     "polar_running": "answers that run are counted anew within a quarter of a minute",
+    "polar_alert": "an alert without its row is sent once more, within a day",
     "polar_clock": "without its row the clock of the next hold starts anew",
     "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
 }
