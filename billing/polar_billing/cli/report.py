@@ -101,7 +101,7 @@ def report(
         questions = Questions(
             books=tuple(map(PriceBook.load, what_if or ())),
             mixes=tuple(map(read_mix, mix or ())),
-            savings=_certified if evaluated is None else lambda _: evaluated,
+            savings=certified if evaluated is None else lambda _: evaluated,
             hardware=read_hardware(device_hour, tokens_per_second),
             energy=read_energy(flops_per_joule, energy_source, energy_log, grid_intensity, grid_source),
             promises=read_promises(promise or ()),
@@ -119,7 +119,7 @@ def report(
             opt.show(report_view(built))
 
 
-def _certified(fingerprint: str) -> Savings | None:
+def certified(fingerprint: str) -> Savings | None:
     """The savings that the certificate of a model's router has measured."""
     from polar_billing.reports.mix import TierSaving, as_share
     from polar_sdk.router.savings import measured_tiers

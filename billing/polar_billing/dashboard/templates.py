@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from polar_billing.dashboard.layers import heat_strips, legend, program_strip
 from polar_billing.reports import text
 from polar_billing.reports.depth import WORDS, layers_of_record
+from polar_billing.reports.drift_tables import length
 from polar_billing.reports.html import new_environment, read_template, ticks, tier_kind
 from polar_billing.reports.text import Amounts, unit_for
 from polar_billing.values.money import exact_sum
@@ -39,9 +40,12 @@ MAX_TENANTS: Final = 20
 """In the table of today's cost; its total is of all."""
 MAX_BUDGETS: Final = 20
 MAX_KEYS: Final = 40
+MAX_PROMISES: Final = 20
+MAX_KINDS: Final = 40
 SECTIONS: Final = {
     "now": "Now",
     "health": "Health",
+    "audits": "Promises",
     "charges": "Cost today",
     "programs": "Programs",
     "requests": "Requests",
@@ -92,6 +96,7 @@ class Templates:
             sections=list(SECTIONS.items()),
             max_tenants=MAX_TENANTS,
             max_keys=MAX_KEYS,
+            length=length,
         )
 
     @cached_property
@@ -124,6 +129,9 @@ class Templates:
             bars={charges.currency: charge_bars(charges.tiers, units[charges.currency]) for charges in view.charges},
             # Those with the smallest share left.
             budgets=sorted(view.budgets, key=lambda one: one.left / max(one.budget.limit_count, 1))[:MAX_BUDGETS],
+            # Those at risk first, and of the kinds those with the most requests.
+            promises=sorted(view.promises, key=lambda one: one.state == "in force")[:MAX_PROMISES],
+            week=sorted(view.week or (), key=lambda one: -one.requests)[:MAX_KINDS],
             today_units=today_units,
             today_requests=sum(charges.figures.requests for charges in view.charges),
             # By tier, where there is one currency.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sqlalchemy import func, select
@@ -21,10 +22,12 @@ from polar_billing.dashboard.layers import Heat, heat_of
 from polar_billing.dashboard.service import LedgerHealth, SpoolHealth, ledger_health, spool_health
 from polar_billing.ledger.append import joined
 from polar_billing.ledger.records import ALL_TENANTS, Selection, conditions, from_row
+from polar_billing.ledger.rollups import read_sums
 from polar_billing.ledger.schema import usage_table
 from polar_billing.metering.spool import recover_abandoned
 from polar_billing.proof.receipts import ReceiptCheck, check_receipt, make_receipt
 from polar_billing.proof.verify import MALFORMED
+from polar_billing.reports.drift import KIND_TAG, promises_of, saved_by
 from polar_billing.values.periods import Period, Window
 
 if TYPE_CHECKING:
@@ -35,14 +38,19 @@ if TYPE_CHECKING:
     from polar_billing.access.keys import ApiKey
     from polar_billing.budgets.offers import Standing
     from polar_billing.dashboard.service import Live
+    from polar_billing.ledger.audits import Watched
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import AllTenants, StoredUsage
     from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.drift import PromiseDrift, Saved
     from polar_billing.reports.summary import Summary
 
 MAX_REQUESTS: Final = 100
 _LATELY: Final = timedelta(hours=1)
 _MINUTE: Final = timedelta(minutes=1)
+_WEEK: Final = timedelta(days=7)
+_WEEK_KEPT: Final = timedelta(minutes=5)
+_MAX_IN_WEEK: Final = 200_000
 _AT_A_TIME: Final = 20_000
 """Older records that one look reads."""
 _LATE: Final = 1_000
@@ -155,6 +163,9 @@ class View:
     books: Books
     budgets: Sequence[Standing]
     keys: Sequence[KeyUse]
+    promises: Sequence[PromiseDrift]
+    week: Sequence[Saved] | None
+    """What tiers saved in the last seven days by kind and length; None where there are too many requests to add up."""
     ledger_health: LedgerHealth
     spool: SpoolHealth
 
@@ -177,6 +188,8 @@ class Looks:
         self._books = Books()
         self._cost = Cost(self._books)
         self._uses = LastUses()
+        self._watched: dict[str, Watched] = {}
+        self._week: tuple[datetime, Sequence[Saved] | None] | None = None
 
     def look(self, zone: str, live: Live | None) -> View:
         """Ask everything; today is in the calendar of `zone`."""
@@ -198,9 +211,21 @@ class Looks:
                 books=self._books,
                 budgets=self._budgets.standings_in(connection, ALL_TENANTS, None if self._clock is None else now),
                 keys=keys_of(connection, ALL_TENANTS, self._uses, now),
+                promises=promises_of(connection, self._watched),
+                week=self._saved_in_week(connection, now, live),
                 ledger_health=ledger_health(connection),
                 spool=spool,
             )
+
+    def _saved_in_week(self, connection: Connection, now: datetime, live: Live | None) -> Sequence[Saved] | None:
+        """Added up anew every few minutes, as it reads each request."""
+        if self._week is None or not now - _WEEK_KEPT < self._week[0] <= now:
+            week = Selection(ALL_TENANTS, Period(now - _WEEK, None))
+            requests = sum(one.quantities[0] for one in read_sums(connection, week, hourly=False))
+            certified = {tier.name: Decimal(repr(tier.saved)) for tier in (() if live is None else live.tiers)}
+            few = requests <= _MAX_IN_WEEK
+            self._week = (now, saved_by(connection, week, KIND_TAG, certified) if few else None)
+        return self._week[1]
 
 
 def _ended(connection: Connection, now: datetime) -> Ended:

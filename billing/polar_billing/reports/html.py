@@ -131,6 +131,7 @@ def new_environment(package: str, what: str) -> Environment:
         tier=text.tier_name,
         tier_kind=tier_kind,
         outcomes=text.outcomes,
+        fine_share=text.share_of_float,
     )
     return environment
 

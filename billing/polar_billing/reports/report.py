@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.metering.spool import recover_abandoned
 from polar_billing.reports import Part
+from polar_billing.reports.drift import PromiseDrift, promises_of
 from polar_billing.reports.energy import EnergyReport, energy_report
 from polar_billing.reports.hardware import BusyTime, HardwareReport, hardware_report
 from polar_billing.reports.mix import MixBasis
@@ -92,6 +93,8 @@ class Report(Part):
     """Compute-based beside per-token prices, for tenants with a per-token reference for all of their requests."""
     promises: tuple[PromiseReport, ...] = ()
     """Promised and served latency by tenant and tier, where the price book or the caller promises one."""
+    audited: tuple[PromiseDrift, ...] = ()
+    """Promises on answers with all their audits up to now, of whatever period; only in the operator's view of all."""
     hardware: HardwareReport | None = None
     """At a stated price per device-hour."""
     energy: EnergyReport | None = None
@@ -158,9 +161,18 @@ def build_report(
         ),
         disputed=dict(sorted(ledger.tag_values(selection, DISPUTED_TAG).items())),
         token_pricing=token_pricing(summary),
+        audited=_audited(ledger, selection),
         **summary._asdict(),
         **(_answers(ledger, selection, rater, summary, questions) if summary.figures.requests else {}),
     )
+
+
+def _audited(ledger: Ledger, selection: Selection) -> tuple[PromiseDrift, ...]:
+    if not isinstance(selection.tenant, AllTenants):
+        return ()
+    with ledger.snapshot() as connection:
+        promises = promises_of(connection, {})
+    return tuple(one for one in promises if selection.tier in {None, one.tier})
 
 
 def _answers(

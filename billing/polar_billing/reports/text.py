@@ -68,6 +68,11 @@ def share(value: Decimal | None, *, signed: bool = False, decimals: int = 1) -> 
     return f"{percent or abs(percent):{'+' if signed and percent else ''}.{decimals}f} %"
 
 
+def share_of_float(value: float) -> str:
+    """A share as a percentage with 2 decimals."""
+    return share(Decimal(repr(value)), decimals=2)
+
+
 def milliseconds(nanoseconds: int | None) -> str:
     """A duration in milliseconds, or in seconds from one second."""
     if nanoseconds is None:

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from polar_billing.reports import text
+from polar_billing.reports.drift_tables import promises_view
 from polar_billing.reports.text import Amounts
 from polar_billing.reports.what_if_tables import energy_view, what_if_view
 from polar_billing.values.money import plain
@@ -117,6 +118,7 @@ def report_view(report: Report) -> RenderableType:
         parts.append(as_text(line, "dim"))
     parts += [Text(), _by_tier(report, "Latency and outcome", _SERVICE), Text()]
     parts += [_promises(report, amounts), Text()] if report.promises else []
+    parts += [promises_view(report.audited, history=False), Text()] if report.audited else []
     parts += [_comparison(report, amounts), Text()]
     parts += what_if_view(report, amounts)
     parts += energy_view(report)

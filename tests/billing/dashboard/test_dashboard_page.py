@@ -20,13 +20,14 @@ from polar_billing.budgets.enforcement import Budgets
 from polar_billing.dashboard.page import FRESH_S, Dashboard
 from polar_billing.dashboard.templates import MAX_TENANTS
 from polar_billing.errors import PeriodError
+from polar_billing.ledger.audits import Audits
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.reports.report import build_report
 from polar_billing.reports.text import unit_for
-from polar_billing.testing import usage_record
+from polar_billing.testing import audit, usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.usage import Outcome
 from tests.billing.reports.test_report_html import Page
@@ -112,10 +113,22 @@ def busy(ledger: Ledger, tenants: list[str], count: int = 120) -> None:
             path=paths[tier],
             outcome=chance.choice([*[Outcome.COMPLETED] * 5, *Outcome]),
             started_at=NOW - timedelta(seconds=chance.randint(0, 3_500)),
-            tags={"key": ids[tenants[number % len(tenants)]]},
+            tags={"key": ids[tenants[number % len(tenants)]], "kind": tenants[number % len(tenants)]},
         )
         for number in range(count)
     )
+    for number, tenant in enumerate(tenants):
+        promise = {"tier": tenant, "promise": f"{number:064x}", "tenant": tenant}
+        Audits(ledger, "polar").store([audit(lost=number > 0, **promise) for _ in range(12)])
+
+
+def test_promises_and_what_tiers_saved_this_week_are_shown(ledger: Ledger) -> None:
+    assert "No promise was audited yet." in section(html(ledger), "audits")
+    busy(ledger, ["acme", "globex"])
+    shown = section(html(ledger, live=Engine(tiers=(Tier("economy", "x", 0.25), Tier("standard", "y", 0.1)))), "audits")
+    assert "acme 000000000000 in force" in shown
+    assert "globex 000000000000 at risk" in shown
+    assert shown.count("economy 25.0 %") == 2  # what standard would save as economy, for both kinds
 
 
 def test_the_page_is_well_formed_and_needs_no_inline_style_or_script(ledger: Ledger) -> None:

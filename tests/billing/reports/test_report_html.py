@@ -17,7 +17,8 @@ from polar_billing.prices.book import PriceBook
 from polar_billing.reports.html import report_html
 from polar_billing.reports.report import Questions, Report, build_report
 from polar_billing.reports.text import Amounts
-from polar_billing.testing import usage_record
+from polar_billing.reports.usage_tables import report_view
+from polar_billing.testing import audit, usage_record
 from polar_billing.values.money import plain
 from polar_sdk.show.tables import add_numbers, add_row, new_table, show
 from polar_sdk.usage import Outcome
@@ -79,6 +80,8 @@ def report(ledger: Ledger) -> Report:
             for outcome in Outcome:
                 meter.emit(usage_record(tenant=tenant, tier=tier, path=path, outcome=outcome))
     meter.emit(usage_record(model="another <model>", layers=2, path=(0, 1)))
+    for n in range(12):
+        meter.audited(audit(lost=n > 0, tier=NASTY))
     return build_report(ledger, now=NOW)
 
 
@@ -119,6 +122,16 @@ def test_the_page_holds_the_figures(report: Report) -> None:
     assert "has no price for tier 'gold'" in text
     assert "by hand" in text
     assert "another <model>" in text
+
+
+def test_promises_beside_their_audits_are_for_the_operator_alone(ledger: Ledger, report: Report) -> None:
+    (promise,) = report.audited
+    assert (promise.state, promise.audits, promise.losses) == ("at risk", 12, 11)
+    assert "at risk" in report_html(report)
+    console = Console(width=200, file=StringIO())
+    console.print(report_view(report))
+    assert "at risk" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert build_report(ledger, Selection("acme"), now=NOW).audited == ()
 
 
 def test_charts_are_boxes_with_text_and_words_for_who_cannot_see_them(report: Report) -> None:
