@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.serving.threads import run_in_thread
 from polar_server.endpoints.account import NUMBERS, USAGE, Quote, receipt, usage
 from polar_server.endpoints.answer import Endpoint
 from polar_server.endpoints.tokens import Detokenize, DetokenizeBody, Tokenize, TokenizeBody
@@ -52,6 +53,7 @@ def build(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        server.open()
         yield
         await server.close()
 
@@ -97,7 +99,8 @@ class _Metrics:
         self._server = server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_bytes(send, self._server.metrics.text(), CONTENT_TYPE)
+        text = await run_in_thread(lambda _: self._server.metrics.text(), None)
+        await send_bytes(send, text, CONTENT_TYPE)
 
 
 class _Ready:

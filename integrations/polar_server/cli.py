@@ -75,6 +75,18 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = None,
+    alert_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Webhook, https or of this machine, that is told when a tier's promise is at risk.",
+            metavar="URL",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    alert_secret: Annotated[
+        str | None,
+        typer.Option(help="File of the secret that signs what it is told.", metavar="FILE", rich_help_panel=_SERVER),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(

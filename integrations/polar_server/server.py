@@ -69,7 +69,7 @@ class Server:
         self.replies: ReplyStore = settings.replies or MemoryReplies()
         self.limits = Limits(settings.rates)
         self.live = LiveEngine(self.engine, settings.model_id, self.answers, self.sink)
-        self.metrics = Metrics(self.live)
+        self.metrics = Metrics(self.live, self.sink.standings)
         self.sink.on_record = self.metrics.recorded
 
     def caller(self, exchange: Exchange) -> Caller:
@@ -153,8 +153,15 @@ class Server:
             return f"usage cannot be recorded: {error}"
         return None
 
+    def open(self) -> None:
+        """Begin what goes on beside the answers."""
+        if self.settings.alerts is not None:
+            self.settings.alerts.start()
+
     async def close(self) -> None:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
+        if self.settings.alerts is not None:
+            self.settings.alerts.close()
         await self.answers.drain(self.settings.drain)
         await self.limits.close()
         await run_in_thread(lambda _: self.tiers.close(), None)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from polar_sdk import PolarModel
     from polar_server.access.keys import KeyRule
-    from polar_server.access.stores import AccountStore, KeyStore, RateStore, ReplyStore
+    from polar_server.access.stores import AccountStore, AlertSender, KeyStore, RateStore, ReplyStore
     from polar_server.http.pages import PageStore
     from polar_server.telemetry.traces import Telemetry
 
@@ -68,6 +68,7 @@ class Settings:
         replies: Where answers to repeated requests are kept; None = in this process.
         rates: Where the use of keys' limits is kept; None = in this process.
         accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
+        alerts: What tells a webhook of promises at risk; None = nothing does.
         pages: The operations page; None = there is none.
         backends: URLs of other servers, by the tier that they compute; see `polar_server.upstream`.
         backend_key: API key for them.
@@ -88,6 +89,7 @@ class Settings:
     replies: ReplyStore | None = None
     rates: RateStore | None = None
     accounts: AccountStore | None = None
+    alerts: AlertSender | None = None
     pages: PageStore | None = None
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
     backend_key: str | None = None

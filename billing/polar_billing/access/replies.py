@@ -26,6 +26,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from polar_billing.access.accounts import Accounts
+from polar_billing.access.alerts import Alerts, Webhook
 from polar_billing.access.keys import ApiKeys
 from polar_billing.access.rates import Rates
 from polar_billing.errors import BillingError
@@ -37,6 +38,7 @@ from polar_billing.ledger.schema import reply_table
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
+    from pathlib import Path
 
     from sqlalchemy import Connection
 
@@ -290,7 +292,11 @@ def _of(claim: _Claim) -> tuple[Any, Any]:
     return reply_table.c.seq == claim.seq, reply_table.c.state == "running"
 
 
-def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts, Rates]:
+def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts, Rates, Callable[[str, Path], Alerts]]:
     """Open the stores of a ledger for a server, which finds this function by its entry point."""
     ledger = Ledger(url)
-    return ApiKeys(ledger), Replies(ledger), Accounts(ledger), Rates(ledger)
+
+    def alerts(webhook: str, secret_file: Path) -> Alerts:
+        return Alerts(ledger, Webhook.of(webhook, secret_file))
+
+    return ApiKeys(ledger), Replies(ledger), Accounts(ledger), Rates(ledger), alerts

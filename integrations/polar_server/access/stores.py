@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from polar_sdk.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
+    from pathlib import Path
 
 GROUP: Final = "polar_server.access"
 _MAX_KEPT_BYTES: Final = 64 * 2**20
@@ -147,6 +148,16 @@ class ReplyStore(Protocol):
         """The server ends."""
 
 
+class AlertSender(Protocol):
+    """Tells a webhook of promises whose state has changed; see `polar_billing.access.alerts`."""
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+
+    def close(self) -> None:
+        """The server ends."""
+
+
 @dataclass(frozen=True)
 class Access:
     """The stores that a server with a ledger has.
@@ -156,12 +167,14 @@ class Access:
         replies: Answers to repeated requests.
         accounts: What tenants may know of themselves.
         rates: The use of keys' limits.
+        alerts: From the URL of a webhook and the file of its secret to what tells it.
     """
 
     keys: KeyStore
     replies: ReplyStore
     accounts: AccountStore
     rates: RateStore
+    alerts: Callable[[str, Path], AlertSender]
 
 
 def find_installed(group: str, *arguments: Any) -> Any | None:

@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from polar_sdk.cli.options import load_model
@@ -46,6 +47,8 @@ class Launch:
     require_keys: bool | None = None
     otel: bool = False
     backend: Sequence[str] = ()
+    alert_url: str | None = None
+    alert_secret: str | None = None
     tenant: str = "default"
     model: str | None = None
     device: str = "auto"
@@ -105,14 +108,25 @@ class Launch:
             InvalidRequestError: The server would be open to the network, or closed to everybody.
         """
         rule = key_rule(self.host, self.require_keys, "use this model")
+        if (self.alert_url is None) != (self.alert_secret is None):
+            raise InvalidRequestError("--alert-url and --alert-secret go together; add the other one.")
         if self.no_ledger:
+            if self.alert_url is not None:
+                raise InvalidRequestError("promises are watched in the ledger; leave out --no-ledger, or --alert-url.")
             if rule == "always":
                 raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
             return {"require_keys": rule}
         access = find_access(self.ledger)
         if rule == "always" and not access.keys.any_active():
             raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
-        stores = {"keys": access.keys, "replies": access.replies, "rates": access.rates, "accounts": access.accounts}
+        stores: dict[str, Any] = {
+            "keys": access.keys,
+            "replies": access.replies,
+            "rates": access.rates,
+            "accounts": access.accounts,
+        }
+        if self.alert_url is not None and self.alert_secret is not None:
+            stores["alerts"] = access.alerts(self.alert_url, Path(self.alert_secret))
         return {**stores, "require_keys": rule}
 
     def settings(self) -> Settings:

@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from polar_sdk.errors import SinkError
+from polar_sdk.promises.monitor import State
 from polar_sdk.usage import DISPUTED_TAG, STOPPED_TAG
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from polar_sdk import UsageRecord
+    from polar_sdk.promises.audit import PromiseStanding
     from polar_server.telemetry.live import LiveEngine
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -21,6 +26,7 @@ _PARTS: Final = ("embed", "layers_prefill", "layers_decode", "head", "router", "
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0)
 _FINISHED: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error", "cached": "stop"}
 _NANO: Final = 1e-9
+_PROMISE_DIGITS: Final = 12
 
 
 class Metrics:
@@ -28,10 +34,11 @@ class Metrics:
 
     Args:
         live: The engine; its name is a label of vLLM's names.
+        standings: Where promises stand; may take as long as a database does.
     """
 
-    def __init__(self, live: LiveEngine) -> None:
-        self._live = live
+    def __init__(self, live: LiveEngine, standings: Callable[[], Mapping[str, PromiseStanding]]) -> None:
+        self._live, self._standings = live, standings
         self._registry = registry = CollectorRegistry()
         self._labels = (live.name, "0")
 
@@ -54,6 +61,11 @@ class Metrics:
         self._visits = counter("polar_layer_visits", "Executed layer visits.", "kind")
         self._unrecorded = gauge("polar_unrecorded_requests", "Requests that ended and whose record is not stored.")
         self._open = gauge("polar_open_answers", "Calls that are being answered.")
+        of_promise = ("tier", "promise")
+        self._in_force = gauge("polar_promise_in_force", "1 = the promise is in force, 0 = at risk.", *of_promise)
+        self._audits = gauge("polar_promise_audits", "Audited answers, of all replicas.", *of_promise)
+        self._losses = gauge("polar_promise_losses", "Those of them that were lost.", *of_promise)
+        self._standings_read = gauge("polar_promises_read", "0 = where promises stand cannot be read now.")
         served = ("model_name", "engine")
         self._running = gauge("vllm:num_requests_running", "Requests with a place in the engine.", *served)
         self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a place in the engine.", *served)
@@ -110,7 +122,18 @@ class Metrics:
             self._per_token.labels(*labels).observe(record.decode_ns * _NANO / (tokens.output - 1))
 
     def text(self) -> bytes:
-        """All figures, as Prometheus reads them."""
+        """All figures, as Prometheus reads them; takes as long as the ledger does."""
+        try:
+            standings: Iterable[PromiseStanding] = self._standings().values()
+            self._standings_read.set(1)
+        except SinkError:  # those that were read last stay
+            standings = ()
+            self._standings_read.set(0)
+        for one in standings:
+            labels = (one.tier, one.promise[:_PROMISE_DIGITS])
+            self._in_force.labels(*labels).set(one.state is State.IN_FORCE)
+            self._audits.labels(*labels).set(one.audits)
+            self._losses.labels(*labels).set(one.losses)
         look = self._live.look()
         self._waiting.labels(*self._labels).set(look.waiting)
         self._running.labels(*self._labels).set(look.running)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from polar_sdk.errors import BudgetExceededError
+from polar_sdk.errors import BudgetExceededError, SinkError
+from polar_sdk.promises.audit import PromiseStanding
+from polar_sdk.promises.monitor import State
 from polar_server.deployment.launch import JsonLines
 from tests.integrations.server.conftest import RecordingSink, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import pytest
 
@@ -65,6 +68,30 @@ def test_figures_are_those_of_the_records(served: Served, sink: RecordingSink) -
     assert found["polar_unrecorded_requests"] == 0
     for name in VLLM:
         assert f"vllm:{name}" in found
+
+
+def test_promises_stand_there_as_they_do_in_the_ledger(serve: Callable[..., Served]) -> None:
+    class Watched(RecordingSink):
+        readable = True
+
+        def standings(self) -> Mapping[str, PromiseStanding]:
+            if not self.readable:
+                raise SinkError("gone")
+            common: dict[str, Any] = {"tier": "economy", "audits": 40, "since": datetime.now(UTC), "reason": "x"}
+            states = {"a" * 64: (State.IN_FORCE, 1), "b" * 64: (State.AT_RISK, 20)}
+            return {
+                promise: PromiseStanding(promise=promise, state=state, losses=losses, **common)
+                for promise, (state, losses) in states.items()
+            }
+
+    sink = Watched()
+    served = serve(sink=sink)
+    for readable in (True, False):
+        sink.readable = readable
+        found = figures(served)
+        assert found["polar_promises_read"] == readable
+        assert (found["polar_promise_in_force aaaaaaaaaaaa"], found["polar_promise_in_force bbbbbbbbbbbb"]) == (1, 0)
+        assert (found["polar_promise_audits economy"], found["polar_promise_losses bbbbbbbbbbbb"]) == (80, 20)
 
 
 def test_a_record_that_could_not_be_stored_shows(serve: Callable[..., Served]) -> None:

@@ -150,6 +150,22 @@ def test_calls_that_need_a_key(ledger_url: str, options: dict[str, Any], rule: s
     assert (stores["require_keys"], "keys" in stores) == (rule, "no_ledger" not in options)
 
 
+def test_a_webhook_is_opened_with_the_stores_or_refused(ledger_url: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("0123456789abcdef", encoding="utf-8")
+    hook: dict[str, Any] = {"alert_url": "https://example.com/hook", "alert_secret": str(tmp_path / "secret")}
+    assert "alerts" in Launch(**hook).stores()
+    wrong: list[dict[str, Any]] = [
+        {"alert_url": hook["alert_url"]},
+        {"alert_secret": hook["alert_secret"]},
+        {**hook, "no_ledger": True},
+        {**hook, "alert_url": "http://example.com/hook"},
+        {**hook, "alert_secret": str(tmp_path / "none")},
+    ]
+    for options in wrong:
+        with pytest.raises(PolarError):
+            Launch(**options).stores()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

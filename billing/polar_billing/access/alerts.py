@@ -1,0 +1,243 @@
+"""Alerts: a webhook is told when the state of a promise has changed, until it says that it has taken it.
+
+A change is a row of `polar_standing`; that a promise begins in force is none. Whoever serves the ledger looks for
+changes that nobody has delivered, in a thread of its own: one replica at a time tries each of them, by a row of
+`polar_alert`, so that a replica that is killed leaves it to the others. What does not answer 2xx is tried again after
+2, 4, 8 … seconds, for about half a day. A webhook that hangs is given up on after some seconds, one that redirects is
+not followed, and what it answers is not read: it changes nothing here.
+
+A call is a POST of one JSON object, with `Polar-Signature: t=SECONDS,v1=HEX`, where HEX is the HMAC-SHA256, by the
+shared secret, over the seconds since 1970, a full stop and the body. The same change may be told twice, with the same
+`id`. Knows no prices, and not how a state follows from audits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import logging
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from sqlalchemy import exists, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from polar_billing.errors import AccessError, BillingError
+from polar_billing.ledger.clock import database_time
+from polar_billing.ledger.schema import alert_table, standing_table
+from polar_billing.values.canonical import canonical_json
+from polar_sdk.promises.monitor import State
+from polar_sdk.reading import shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy import Connection, Row
+
+    from polar_billing.ledger.ledger import Ledger
+
+SECRET_BYTES_MIN: Final = 16
+SIGNATURE: Final = "Polar-Signature"
+_log: Final = logging.getLogger("polar_billing")
+_EVERY_S: Final = 1.0
+"""How often changes are looked for. Unit: seconds."""
+_PATIENCE_S: Final = 10.0
+"""How long a call may take. Unit: seconds."""
+_LEASE: Final = timedelta(seconds=3 * _PATIENCE_S)
+"""After this, an attempt whose end was not noted has lost its process."""
+_ATTEMPTS: Final = 22
+_LONGEST_WAIT_S: Final = 3_600
+
+
+class Webhook(NamedTuple):
+    """Where alerts go."""
+
+    scheme: str
+    host: str
+    port: int | None
+    path: str
+    secret: bytes
+
+    @classmethod
+    def of(cls, url: str, secret_file: Path) -> Webhook:
+        """The webhook of a URL, and the secret that a file holds.
+
+        Raises:
+            AccessError: The URL is neither https nor of this machine, or the secret cannot be read or is too short.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+        except ValueError as error:
+            raise AccessError(f"webhook {shown(url)} is not a URL ({error}).", hint="Use https://HOST/PATH.") from error
+        named = (
+            host and not (parts.username or parts.password or parts.fragment) and url.isascii() and url.isprintable()
+        )
+        if not (named and (parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host)))):
+            raise AccessError(
+                f"webhook {shown(url)} is neither https nor http on this machine.",
+                hint="Use https://HOST/PATH without user, password and fragment; http goes to 127.0.0.1 alone.",
+            )
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        try:
+            secret = secret_file.read_bytes().strip()
+        except OSError as error:
+            raise AccessError(
+                f"the webhook's secret {str(secret_file)!r} cannot be read ({error.strerror}).",
+                hint="Write one with `openssl rand -hex 32`.",
+            ) from error
+        if len(secret) < SECRET_BYTES_MIN:
+            raise AccessError(
+                f"the webhook's secret in {str(secret_file)!r} has {len(secret)} bytes, fewer than {SECRET_BYTES_MIN}.",
+                hint="Write one with `openssl rand -hex 32`.",
+            )
+        return cls(parts.scheme, host, port, path, secret)
+
+    def call(self, body: bytes) -> str | None:
+        """POST a body, within `_PATIENCE_S`; None if it was taken, or why not, in words."""
+        answers: list[str | None] = []
+        thread = threading.Thread(target=lambda: answers.append(self._call(body)), name="polar-webhook", daemon=True)
+        thread.start()
+        thread.join(_PATIENCE_S)  # whatever hangs: names, handshake, an answer that comes byte by byte
+        return answers[0] if answers else f"no answer within {_PATIENCE_S:g} s"
+
+    def _call(self, body: bytes) -> str | None:
+        made = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
+        connection = made(self.host, self.port, timeout=_PATIENCE_S)
+        headers = {"Content-Type": "application/json", SIGNATURE: signature(self.secret, int(time.time()), body)}
+        try:
+            connection.request("POST", self.path, body, headers)
+            status = connection.getresponse().status
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            return f"{type(error).__name__}: {error}"[:200]
+        finally:
+            connection.close()
+        return None if 200 <= status < 300 else f"it answered {status}"
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def signature(secret: bytes, seconds: int, body: bytes) -> str:
+    """The header that proves that a call comes from who has the secret, and when it was made."""
+    digest = hmac.new(secret, f"{seconds}.".encode() + body, hashlib.sha256).hexdigest()
+    return f"t={seconds},v1={digest}"
+
+
+class Alerts:
+    """Delivers the alerts of a ledger to a webhook. `start` and `close` are for one thread.
+
+    Args:
+        ledger: Whose promises.
+        webhook: Where they go.
+        every_s: How often changes are looked for. Unit: seconds.
+    """
+
+    def __init__(self, ledger: Ledger, webhook: Webhook, *, every_s: float = _EVERY_S) -> None:
+        self._ledger, self._webhook, self._every_s = ledger, webhook, every_s
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to deliver, in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="polar-alerts", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Deliver nothing more; a call that is on its way ends by itself."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            try:
+                self.deliver()
+            except BillingError as error:
+                _log.warning("alerts cannot be read now (%s)", error)
+            except Exception:  # whatever happened, the others must be delivered
+                _log.exception("delivering alerts failed")
+
+    def deliver(self) -> int:
+        """Try what is due, once; returns how many were taken.
+
+        Raises:
+            StoreError: The ledger cannot be read or written now.
+        """
+        with self._ledger.as_stored() as connection:
+            due = [] if connection is None else _due(connection)
+        taken = 0
+        for row in due:
+            if self._claim(row.seq):
+                problem = self._webhook.call(canonical_json(_body(row)))
+                taken += problem is None
+                self._note(row.seq, problem)
+        return taken
+
+    def _claim(self, seq: int) -> bool:
+        """Take the next attempt at a change; False where another replica has it."""
+        alert = alert_table.c
+        with suppress(IntegrityError), self._ledger.transaction(after_usage=False) as connection:
+            now = database_time(connection, writes=True)
+            row = connection.execute(select(alert_table).where(alert.standing_seq == seq).with_for_update()).first()
+            if row is None:
+                values = {"standing_seq": seq, "sent": 0, "attempts": 1, "due_at": now + _LEASE}
+                connection.execute(insert(alert_table).values(values))
+                return True
+            if row.sent or row.due_at > now or row.attempts >= _ATTEMPTS:
+                return False
+            values = {"attempts": row.attempts + 1, "due_at": now + _LEASE}
+            connection.execute(update(alert_table).where(alert.standing_seq == seq).values(values))
+            return True
+        return False
+
+    def _note(self, seq: int, problem: str | None) -> None:
+        if problem is not None:
+            _log.warning("the webhook did not take alert %d: %s", seq, problem)
+        alert = alert_table.c
+        with self._ledger.transaction(after_usage=False) as connection:
+            of_change = alert.standing_seq == seq
+            attempts: int = connection.execute(select(alert.attempts).where(of_change)).scalar_one()
+            wait = timedelta(seconds=min(2**attempts, _LONGEST_WAIT_S))
+            due_at = database_time(connection, writes=True) + wait
+            noted = update(alert_table).where(of_change)
+            connection.execute(noted.values(sent=int(problem is None), answer=problem, due_at=due_at))
+
+
+def _due(connection: Connection) -> list[Row[Any]]:
+    """Changes that no webhook has taken, and that may be tried now."""
+    standing, alert, earlier = standing_table.c, alert_table.c, standing_table.alias()
+    begun = exists().where(earlier.c.promise == standing.promise, earlier.c.seq < standing.seq)
+    query = (
+        select(standing_table)
+        .outerjoin(alert_table, alert.standing_seq == standing.seq)
+        .where(or_(standing.state != str(State.IN_FORCE), begun), func.coalesce(alert.sent, 0) == 0)
+        .where(func.coalesce(alert.attempts, 0) < _ATTEMPTS)
+        .order_by(standing.seq)
+    )
+    rows = connection.execute(query.add_columns(alert.due_at)).all()
+    if not rows:
+        return []
+    now = database_time(connection, writes=False)
+    return [row for row in rows if row.due_at is None or row.due_at <= now]
+
+
+def _body(row: Row[Any]) -> dict[str, Any]:
+    return {
+        "id": f"{row.promise[:16]}-{row.audit_seq}",
+        "kind": "promise.state_changed",
+        "promise": row.promise,
+        "tier": row.tier,
+        "state": row.state,
+        "audits": row.audits,
+        "losses": row.losses,
+        "since": row.since.isoformat(),
+        "reason": row.reason,
+    }
