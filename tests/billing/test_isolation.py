@@ -140,7 +140,7 @@ def case(*names: str) -> Callable[[Callable[[World], None]], Callable[[World], N
 
 REASONS = {
     "a value": """
-        Account Agreement Budget CreditNote IssuedStatement Level Line OverBudget Period Quote Rating Report Repriced
+        Account Budget CreditNote IssuedStatement Level Line OverBudget Period Quote Rating Report Repriced
         Selection Statement StatementLine StoredUsage UsageRow Verification Window ALL_TIME""",
     "the operator's view, which a caller must ask for by name": "ALL_TENANTS",
     "prices; no tenant's data": "PriceBook add_book Ledger.price_books Ledger.find_books Ledger.price_choices",

@@ -49,6 +49,7 @@ _EVERY_S: Final = 1.0
 """How often changes are looked for. Unit: seconds."""
 _PATIENCE_S: Final = 10.0
 """How long a call may take. Unit: seconds."""
+_CLOSE_S: Final = 2.0
 _LEASE: Final = timedelta(seconds=3 * _PATIENCE_S)
 """After this, an attempt whose end was not noted has lost its process."""
 _ATTEMPTS: Final = 22
@@ -153,8 +154,10 @@ class Alerts:
         self._thread.start()
 
     def close(self) -> None:
-        """Deliver nothing more; a call that is on its way ends by itself."""
+        """Deliver nothing more; a call that is on its way is waited for a moment, and then ends by itself."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
@@ -175,7 +178,7 @@ class Alerts:
             due = [] if connection is None else _due(connection)
         taken = 0
         for row in due:
-            if self._claim(row.seq):
+            if not self._stop.is_set() and self._claim(row.seq):
                 problem = self._webhook.call(canonical_json(_body(row)))
                 taken += problem is None
                 self._note(row.seq, problem)

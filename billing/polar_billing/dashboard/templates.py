@@ -40,8 +40,8 @@ MAX_TENANTS: Final = 20
 """In the table of today's cost; its total is of all."""
 MAX_BUDGETS: Final = 20
 MAX_KEYS: Final = 40
-MAX_PROMISES: Final = 20
-MAX_KINDS: Final = 40
+MAX_PROMISES: Final = 12
+MAX_KINDS: Final = 20
 SECTIONS: Final = {
     "now": "Now",
     "health": "Health",
