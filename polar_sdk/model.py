@@ -7,7 +7,7 @@ same weights may differ. Knows no framework and no money.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack, overload
 
 from polar_sdk.models.export import export
 from polar_sdk.models.load import adopt, load_pretrained
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.policy import Policy
+    from polar_sdk.request.call_format import CallFormat
     from polar_sdk.request.options import ModelOptions, Prompt, RequestOptions, Template
     from polar_sdk.request.scores import Pool
     from polar_sdk.router.base import Router
@@ -198,21 +199,28 @@ class PolarModel:
         """The shared weights and tokenizer."""
         return self._loaded
 
+    @property
+    def call_format(self) -> CallFormat | None:
+        """How the model's chat template writes calls of tools; None where it has no tools."""
+        return self._encoder.calls
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain text, no template, no special tokens."""
         return self._encoder.plain(text)
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        """Input tokens that a prompt would be billed for, chat template included."""
-        return len(self._encoder.encode(prompt))
+    def count_tokens(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> int:
+        """Input tokens that a prompt would be billed for, chat template included; tools as in `RequestOptions`."""
+        return len(self._encoder.encode(prompt, tools=tools))
 
     def more_tokens_than(self, prompt: Prompt, window: int) -> int | None:
         """A number of tokens that a prompt far longer than a window has at least; None of any other."""
         return self._encoder.more_than(prompt, window)
 
-    def prompt_tokens(self, prompt: Prompt, template: Template = "auto") -> list[int]:
+    def prompt_tokens(
+        self, prompt: Prompt, template: Template = "auto", tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a prompt as a request runs them, chat template included; see `RequestOptions`."""
-        return self._encoder.encode(prompt, template)
+        return self._encoder.encode(prompt, template, tools)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

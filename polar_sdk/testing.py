@@ -36,7 +36,14 @@ _CHAT = (
 
 
 def tiny_model(
-    *, layers: int = 6, seed: int = 0, context_window: int = 512, ledger: str | None = None, **settings: Any
+    *,
+    layers: int = 6,
+    seed: int = 0,
+    context_window: int = 512,
+    chat_template: str | None = None,
+    special: Sequence[str] = (),
+    ledger: str | None = None,
+    **settings: Any,
 ) -> PolarModel:
     """The real engine over a tiny random Llama in float32.
 
@@ -44,12 +51,17 @@ def tiny_model(
         layers: Depth, D.
         seed: For the random weights.
         context_window: Maximum number of tokens of prompt and answer together.
+        chat_template: Of the tokenizer; None = a plain one. Turns end with `<|end|>`.
+        special: Texts of special tokens that the tokenizer has besides its own.
         ledger: As in `PolarModel`, but metering is off by default.
         **settings: Further settings of `PolarModel`; the policy is `tiny_policy` by default.
     """
     policy = settings.pop("policy", None) or tiny_policy(layers)
-    model = tiny_llama(layers=layers, seed=seed, max_position_embeddings=context_window)
-    return PolarModel.from_hf(model, tiny_tokenizer(), policy=policy, ledger=ledger, **settings)
+    tokenizer = tiny_tokenizer(chat_template or _CHAT, tuple(special))
+    model = tiny_llama(
+        layers=layers, seed=seed, max_position_embeddings=context_window, vocab_size=256 + len(_SPECIAL) + len(special)
+    )
+    return PolarModel.from_hf(model, tokenizer, policy=policy, ledger=ledger, **settings)
 
 
 def scripted_model(reply: Callable[[Prompt], str], **settings: Any) -> PolarModel:
@@ -176,9 +188,9 @@ def tiny_llama(*, layers: int = 6, seed: int = 0, **options: Any) -> LlamaForCau
     return model
 
 
-@lru_cache(maxsize=1)
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and four special tokens."""
+@lru_cache(maxsize=16)
+def tiny_tokenizer(chat_template: str = _CHAT, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """One token per byte, and four special tokens, or more."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -186,7 +198,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.add_special_tokens([*_SPECIAL, *special])
     fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")  # type: ignore[no-untyped-call]
-    fast.chat_template = _CHAT
+    fast.chat_template = chat_template
     return fast

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, ToolMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
@@ -18,14 +18,15 @@ from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts, total_cost
 from polar_sdk.frameworks.forms import listed_logprobs
-from polar_sdk.frameworks.tools import result_text, turn_text
+from polar_sdk.frameworks.tools import call_turn, result_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from polar_sdk import Chunk, Generation
+    from polar_sdk.frameworks.call_reader import Piece
     from polar_sdk.frameworks.forms import AnswerForm
-    from polar_sdk.frameworks.tools import Piece
+    from polar_sdk.frameworks.tools import Roles
     from polar_sdk.usage import UsageRecord
 
 
@@ -34,8 +35,8 @@ _ROLES: Final = {
     "developer": "system",
     "human": "user",
     "user": "user",
-    "tool": "user",
-    "function": "user",
+    "tool": "tool",
+    "function": "tool",
     "ai": "assistant",
     "assistant": "assistant",
 }
@@ -47,17 +48,24 @@ UNKNOWN: Final = "unknown"
 """Model or router of a cache entry that another program wrote."""
 
 
-def to_roles(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
-    """Map messages to `{"role": …, "content": …}`, one for one.
-
-    A tool's result becomes a user's message that names the tool, since chat templates without tools know three roles.
+def to_roles(messages: Sequence[BaseMessage]) -> Roles:
+    """Map messages to roles and content, one for one, with calls of tools and their results.
 
     Raises:
         InvalidRequestError: A role or a content block that this model cannot read.
     """
-    return [
-        {"role": _role(message), "content": _content(message, position)} for position, message in enumerate(messages)
-    ]
+    return [_turn(message, position) for position, message in enumerate(messages)]
+
+
+def _turn(message: BaseMessage, position: int) -> dict[str, Any]:
+    role, text = _role(message), _text(message, position)
+    if isinstance(message, ToolMessage):
+        return result_turn(message.tool_call_id, message.name, text, failed=message.status == "error")
+    if role == "tool":
+        return result_turn(None, getattr(message, "name", None), text)
+    if isinstance(message, AIMessage):
+        return call_turn(text, [(call["id"], call["name"], call["args"]) for call in message.tool_calls])
+    return {"role": role, "content": text}
 
 
 def _role(message: BaseMessage) -> str:
@@ -68,14 +76,6 @@ def _role(message: BaseMessage) -> str:
             hint="Use system, human (user), ai (assistant) or tool messages.",
         )
     return _ROLES[name]
-
-
-def _content(message: BaseMessage, position: int) -> str:
-    text = _text(message, position)
-    if isinstance(message, ToolMessage | FunctionMessage):
-        return result_text(message.name, text, failed=getattr(message, "status", None) == "error")
-    calls = message.tool_calls if isinstance(message, AIMessage) else []
-    return turn_text(text, [(call["name"], call["args"]) for call in calls])
 
 
 def _text(message: BaseMessage, position: int) -> str:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from langchain_polar._base import Call
     from polar_sdk import PolarModel
+    from polar_sdk.frameworks.tools import Roles
 
 
 _MAX_THREADS: Final = 32
@@ -91,9 +92,9 @@ class ChatPolar(PolarBase, BaseChatModel):
         `trim_messages` asks about, they are counted one by one, which gives some more.
         """
         with langchain_errors():
-            form = AnswerForm.of({"tools": [openai_tool(tool) for tool in tools or ()]})
-            roles = form.teach(to_roles(messages))
-            return _count(self._engine(), roles)
+            form, engine = AnswerForm.of({"tools": [openai_tool(tool) for tool in tools or ()]}), self._engine()
+            form = form.written_as(engine.call_format)
+            return _count(engine, form.teach(to_roles(messages)), form.shown)
 
     # --- Tools and schemas. ---
 
@@ -275,24 +276,25 @@ class ChatPolar(PolarBase, BaseChatModel):
         options: Mapping[str, Any],
         stop: Sequence[str] | None,
         run_manager: BaseRunManager | None,
-    ) -> tuple[Call, list[dict[str, str]], AnswerReader]:
+    ) -> tuple[Call, Roles, AnswerReader]:
         with langchain_errors():
-            form = AnswerForm.of(options)
-            roles = form.teach(to_roles(messages))
+            form, said = AnswerForm.of(options), to_roles(messages)
         call = self._call(options, stop, Caller.of_run(run_manager))
         with langchain_errors():
+            form = form.written_as(call.engine.call_format)
+            roles = form.teach(said)
             call = replace(call, options={**call.options, **form.options()})
         if self.profile is not None and options.get("model") is None:
             self.profile.setdefault("max_input_tokens", call.engine.context_window)
         return call, roles, AnswerReader(form, call.engine.decode)
 
 
-def _count(engine: PolarModel, roles: Sequence[Mapping[str, str]]) -> int:
+def _count(engine: PolarModel, roles: Roles, tools: Sequence[Mapping[str, Any]] | None = None) -> int:
     """Input tokens of messages; 0 where there is no text, which cannot be asked."""
-    if not any(role["content"].strip() for role in roles):
+    if not any(role["content"].strip() or role.get("tool_calls") for role in roles):
         return 0
     try:
-        return engine.count_tokens(roles)
+        return engine.count_tokens(roles, tools)
     except InvalidRequestError:
         if len(roles) == 1 and roles[0]["role"] == "user":
             raise

@@ -25,7 +25,7 @@ from pydantic_core import from_json
 
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
-from polar_sdk.frameworks.tools import call_text, result_text
+from polar_sdk.frameworks.tools import call_turn, result_turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from polar_sdk import Chunk, Generation
     from polar_sdk.frameworks.forms import AnswerForm
     from polar_sdk.frameworks.telemetry import CallSpan
+    from polar_sdk.frameworks.tools import Roles
 
     Respond = Callable[[str, str | None, Generation | None], Any]
     Stream = Generator[Any, None, None]
@@ -43,39 +44,39 @@ _ROLES: Final = {
     MessageRole.SYSTEM: "system",
     MessageRole.DEVELOPER: "system",
     MessageRole.USER: "user",
-    MessageRole.TOOL: "user",
-    MessageRole.FUNCTION: "user",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
     MessageRole.ASSISTANT: "assistant",
     MessageRole.CHATBOT: "assistant",
     MessageRole.MODEL: "assistant",
 }
 
 
-def to_roles(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Map messages to `{"role": …, "content": …}`, one for one.
+def to_roles(messages: Sequence[ChatMessage]) -> Roles:
+    """Map messages to roles and content, one for one, with calls of tools and their results.
 
     Raises:
         InvalidRequestError: A content block is not text: this model would not see it.
     """
-    return [
-        {"role": _ROLES[message.role], "content": _content(message, position)}
-        for position, message in enumerate(messages)
-    ]
+    return [_turn(message, position) for position, message in enumerate(messages)]
 
 
-def _content(message: ChatMessage, position: int) -> str:
+def _turn(message: ChatMessage, position: int) -> dict[str, Any]:
+    role = _ROLES[message.role]
     text = "\n".join(part for block in message.blocks if (part := _block(block, position)))
-    if message.role in (MessageRole.TOOL, MessageRole.FUNCTION):
-        return result_text(message.additional_kwargs.get("name"), text)
-    return text
+    if role == "tool":
+        said = message.additional_kwargs
+        return result_turn(said.get("tool_call_id"), said.get("name"), text)
+    if role == "assistant":
+        calls = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+        return call_turn(text, [(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls])
+    return {"role": role, "content": text}
 
 
 def _block(block: object, position: int) -> str:
     if isinstance(block, TextBlock):
         return block.text
-    if isinstance(block, ToolCallBlock):
-        return call_text(block.tool_name, block.tool_kwargs)
-    if isinstance(block, ThinkingBlock | CachePoint):  # not part of what was said
+    if isinstance(block, ToolCallBlock | ThinkingBlock | CachePoint):  # not part of the text
         return ""
     raise InvalidRequestError(
         f"a {type(block).__name__} in message {position + 1} cannot be read: this model reads text only.",
@@ -125,7 +126,7 @@ class FormResponder:
 
 def _so_far(arguments: str) -> dict[str, Any]:
     """The arguments of a call that may still be written."""
-    found = from_json(arguments, allow_partial=True)
+    found = from_json(arguments or "{}", allow_partial=True)
     return found if isinstance(found, dict) else {}
 
 

@@ -259,10 +259,12 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
     ) -> tuple[Prompt, Template, dict[str, Any], Respond]:
         """Prompt, template, engine options and reader of one chat call."""
         form = AnswerForm.of(call)
-        prompt, template = self._roles(messages)
-        if not isinstance(prompt, str):
-            prompt = form.teach(cast("list[dict[str, str]]", prompt))
-        return prompt, template, {**self._options(call), **form.options()}, FormResponder(form)
+        own = self.messages_to_prompt
+        if own is not None and own is not generic_messages_to_prompt:
+            return own(messages), "raw", {**self._options(call), **form.options()}, FormResponder(form)
+        said, options = to_roles(messages), self._options(call)
+        form = form.written_as(self._engine().call_format)
+        return form.teach(said), "chat", {**options, **form.options()}, FormResponder(form)
 
     def _completion(
         self, prompt: str, formatted: bool, call: Mapping[str, Any]
@@ -280,12 +282,6 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
         if own is None or own is default_completion_to_prompt:
             return prompt, "auto"
         return own(prompt), "raw"
-
-    def _roles(self, messages: Sequence[ChatMessage]) -> tuple[Prompt, Template]:
-        own = self.messages_to_prompt
-        if own is None or own is generic_messages_to_prompt:
-            return to_roles(messages), "chat"
-        return own(messages), "raw"
 
     # --- One engine call each. ---
 

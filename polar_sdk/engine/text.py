@@ -20,8 +20,8 @@ _REPLACEMENT = "\ufffd"
 """The text of an incomplete character."""
 MAX_HELD = 3
 """Maximum number of characters held back: what the bytes of one incomplete character can decode to."""
-_lengths: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, int]] = WeakKeyDictionary()
-"""By tokenizer and token, the number of characters of its text alone: the same in every answer."""
+_lengths: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[dict[int, int], dict[int, int]]] = WeakKeyDictionary()
+"""By tokenizer, by whether special tokens are text, and by token, the number of characters of its text alone."""
 MAX_WINDOW = 64
 """Maximum number of tokens without a whole character at their end; after that, bytes are shown as they are."""
 
@@ -31,11 +31,15 @@ class Detokenizer:
 
     A token's text can depend on the one before it (leading spaces, bytes of one character), so every step decodes a
     short window of tokens as a whole. The window moves up wherever the text ends in a whole character.
+
+    Args:
+        tokenizer: Of the model.
+        special: Whether special tokens are text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._lengths = _lengths.setdefault(tokenizer, {})
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        self._lengths = _lengths.setdefault(tokenizer, ({}, {}))[special]
         self._ids: list[int] = []
         self._context = 0  # start of the window
         self._border = 0  # tokens up to the last whole character
@@ -69,7 +73,7 @@ class Detokenizer:
         return self._lengths[ids[0]]
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(ids, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
@@ -170,10 +174,16 @@ class _Stop:
 
 
 class TextStream:
-    """Detokenizer and stop matcher of one row."""
+    """Detokenizer and stop matcher of one row.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    Args:
+        tokenizer: Of the model.
+        stops: What ends the answer.
+        special: Whether special tokens are text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, special: bool = False) -> None:
+        self._detokenizer = Detokenizer(tokenizer, special=special)
         self._matcher = StopMatcher(stops)
         self.text = ""
         """All text shown so far."""

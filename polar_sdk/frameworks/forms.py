@@ -7,16 +7,19 @@ takes a schema or a grammar, and the prompt says what to write. Knows no framewo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
-from polar_sdk.frameworks.tools import Call, CallReader, Tool, ToolUse, instructed, schema_instructions
+from polar_sdk.frameworks.call_reader import CallReader
+from polar_sdk.frameworks.tools import OURS, Tool, ToolUse, arranged, instructed, schema_instructions
 from polar_sdk.request.constraint import json_schema
 
 if TYPE_CHECKING:
     from polar_sdk import Generation
+    from polar_sdk.frameworks.call_reader import Call
     from polar_sdk.frameworks.tools import Roles
+    from polar_sdk.request.call_format import CallFormat
     from polar_sdk.request.options import RequestOptions
 
 
@@ -33,6 +36,8 @@ class AnswerForm:
     """JSON schema of an answer that is not a call; None = text."""
     instruct: bool = True
     """Whether the prompt describes the schema."""
+    calls: CallFormat = OURS
+    """How calls are written."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> AnswerForm:
@@ -52,28 +57,33 @@ class AnswerForm:
         schema, instruct = _read_format(options.get("response_format"))
         return cls(use, None if use is not None and use.required else schema, instruct)
 
-    def teach(self, messages: Sequence[Mapping[str, str]]) -> Roles:
-        """The messages, with instructions on the form."""
-        roles = [dict(message) for message in messages]
-        if self.use is not None:
+    def written_as(self, form: CallFormat | None) -> AnswerForm:
+        """The same with calls in the form of a model's template; None = it has none."""
+        return replace(self, calls=form or OURS)
+
+    def teach(self, messages: Sequence[Mapping[str, Any]]) -> Roles:
+        """The messages as the model's template takes them, with instructions on the form."""
+        roles = arranged(messages, self.calls)
+        if self.use is not None and not self.calls.templated:
             roles = self.use.teach(roles)
         if self.schema is not None and self.instruct:
             roles = instructed(roles, schema_instructions(self.schema))
         return roles
 
+    @property
+    def shown(self) -> list[dict[str, Any]] | None:
+        """Tools that the template shows."""
+        return [tool.shown for tool in self.use.tools] if self.use is not None and self.calls.templated else None
+
     def options(self) -> RequestOptions:
         """Options that make the engine enforce the form."""
         if self.use is None:
             return {} if self.schema is None else {**_FREE, "schema": self.schema}
-        if self.schema is None:
-            return {**_FREE, "grammar": self.use.grammar()}
-        options = [self.schema, *(tool.call_schema for tool in self.use.tools)]  # one call, or the answer
-        shared = {key: _merged(key, options) for key in ("$defs", "definitions")}  # references begin at the root
-        return {**_FREE, "schema": {"anyOf": options, **{key: value for key, value in shared.items() if value}}}
+        return {**_FREE, "grammar": self.use.grammar(self.calls, self.schema), "tools": self.shown}
 
     def reader(self) -> CallReader:
         """A reader of the answer."""
-        return CallReader(self.use)
+        return CallReader(self.use, self.calls)
 
     @staticmethod
     def check(calls: Sequence[Call], generation: Generation) -> None:
@@ -107,11 +117,6 @@ def listed_logprobs(generation: Generation, decode: Callable[[list[int]], str]) 
         for scored in generation.logprobs
     ]
     return {"logprobs": {"content": content}}
-
-
-def _merged(key: str, schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    parts = [schema.get(key) for schema in reversed(schemas)]
-    return {name: value for part in parts if isinstance(part, Mapping) for name, value in part.items()}
 
 
 def _read_format(value: Any) -> tuple[Mapping[str, Any] | None, bool]:

@@ -126,7 +126,11 @@ OPTIONS: Final[tuple[Option, ...]] = (
         meaning="so many answers",
         absent={**_ONE_ANSWER, "responses": "the API has one answer", "command": "run it again"},
     ),
-    Option(name="tools", meaning="functions that may be called", absent=_CHAT_ONLY),
+    Option(
+        name="tools",
+        meaning="functions that may be called; of the engine, that the prompt shows",
+        absent={surface: why for surface, why in _CHAT_ONLY.items() if surface != "engine"},
+    ),
     Option(name="tool_choice", meaning="whether and which", absent=_CHAT_ONLY),
     Option(name="parallel_tool_calls", meaning="several calls in one answer", absent=_CHAT_ONLY),
     Option(

@@ -1,25 +1,44 @@
-"""Tools and schemas for models that were not trained on them: what the prompt says, and the grammar of the answer.
+"""Tools and schemas: what the prompt says of them, and the grammar of the answer.
 
-The prompt shows functions as signatures, which small models follow better than JSON schemas; the grammar makes every
-call valid. A call is one line of JSON, `{"name": …, "arguments": {…}}`. Where the model may choose, its first character
-decides: an answer that begins with a brace is a call, and anything else is text. Knows no framework.
+Where a model's chat template has tools, the template shows them, and calls and results are written as it writes them
+(`polar_sdk.request.call_format`). For all other models the prompt shows functions as signatures, which small models
+follow better than JSON schemas, and a call is one line of JSON, `{"name": …, "arguments": {…}}`. The grammar makes
+every call valid. Where the model may choose, the beginning of its answer decides: what begins as calls do is calls,
+and anything else is text, which may end in calls where those begin with a token of their own. Knows no framework.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
-from uuid import uuid4
 
 from polar_sdk.errors import InvalidRequestError, did_you_mean
+from polar_sdk.request.call_format import CallFormat
 from polar_sdk.request.constraint import JSON_STYLE, closed, followable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    Roles = list[dict[str, str]]
+    Roles = list[dict[str, Any]]
+    """Messages: `role` (system, user, assistant, tool) and `content`; an assistant's may have `tool_calls`, in OpenAI's
+    form but with arguments as values, and a tool's has `name`, `tool_call_id` and, where it is an error, `failed`."""
+
+OURS: Final = CallFormat()
+"""The form of calls of models whose template has none."""
+_FENCED: Final = CallFormat(opening="```json\n", closing="\n```", separator=None)
+
+
+def spellings(form: CallFormat) -> tuple[CallFormat, ...]:
+    """The forms in which an answer may be a call, a model's own first.
+
+    Small models often leave out the token that their template begins calls with, and write the object alone, or as a
+    block of code.
+    """
+    return (form, replace(OURS, separator=None), _FENCED) if form.after_text and not form.keywords else (form,)
 
 
 MAX_CALLS: Final = 8
@@ -71,17 +90,22 @@ class Tool:
         read: dict[str, Any] = followable(closed(own))
         return read
 
-    @property
-    def call_schema(self) -> dict[str, Any]:
-        """Schema of a call."""
+    def call_schema(self, key: str) -> dict[str, Any]:
+        """Schema of a call whose arguments have a given key."""
         own = self.schema
         call: dict[str, Any] = {
             "type": "object",
-            "properties": {"name": {"const": self.name}, "arguments": own},
-            "required": ["name", "arguments"],
+            "properties": {"name": {"const": self.name}, key: own},
+            "required": ["name", key],
             "additionalProperties": False,
         }
-        return call | {key: own[key] for key in ("$defs", "definitions") if key in own}
+        return call | {name: own[name] for name in ("$defs", "definitions") if name in own}
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The tool in OpenAI's form, for a chat template."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
 
     @property
     def signature(self) -> str:
@@ -127,8 +151,12 @@ class ToolUse:
             return cls(tuple(tools), required=True, parallel=parallel)
         raise InvalidRequestError(f"tool_choice={choice!r} names no tool; {did_you_mean(str(choice), names)}")
 
-    def grammar(self) -> str:
+    def grammar(self, form: CallFormat = OURS, answer: Mapping[str, Any] | None = None) -> str:
         """The answers that are possible, as Lark with JSON schemas.
+
+        Args:
+            form: How calls are written.
+            answer: JSON schema of an answer that is not a call; None = any text.
 
         Raises:
             InvalidRequestError: Two tools have the same name.
@@ -136,18 +164,47 @@ class ToolUse:
         names = [tool.name for tool in self.tools]
         if double := next((name for name in names if names.count(name) > 1), None):
             raise InvalidRequestError(f"two tools are named {double!r}; give each its own name.")
-        more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if self.parallel else ""
-        rules = [f"start: {'calls' if self.required else 'text | calls'}", f"calls: call{more}"]
-        if not self.required:
-            rules.append(r"text: /[^{\s](?s:.)*/")
-        rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(self.tools))))
+        if answer is not None and not (form.after_text or form.keywords or form.opening):
+            return f"start: {_json_rule(self._call_or(answer, form))}"
+        lark, others = _Lark(form), spellings(form)[1:] if answer is None else ()
+        calls = [lark.of(form.opening), "call", lark.of(form.closing)]
+        if self.parallel and form.separator is not None:
+            calls.insert(2, f"({lark.of(form.separator)} call){{0,{MAX_CALLS - 1}}}")
+        plain = [f"{lark.of(other.opening)} plain {lark.of(other.closing)}" for other in others]
+        rules = [f"calls: {' | '.join([' '.join(filter(None, calls)), *plain])}"]
+        if self.required:
+            rules.insert(0, "start: calls")
+        elif answer is not None:
+            rules.insert(0, "start: answer | calls")
+            rules.append(f"answer: {_json_rule(followable(dict(answer)))}")
+        else:
+            rules.insert(0, "start: text | text calls | calls" if form.after_text else "start: text | calls")
+            rules += ["text: TEXT", f"TEXT: {_text_rule(form)}"]
+        rules += self._call_rules("call", form)
         for index, tool in enumerate(self.tools):
-            rules.append(f'call_{index}: {json.dumps(_head(tool.name))} arguments_{index} "}}"')
-            rules.append(f"arguments_{index}: %json {json.dumps({**tool.schema, 'x-guidance': JSON_STYLE})}")
-        return "\n".join(rules)
+            if form.keywords:
+                rules += _keyword_rules(f"arguments_{index}", tool.schema)
+            else:
+                rules.append(f"arguments_{index}: {_json_rule(tool.schema)}")
+        return "\n".join([*rules, *(self._call_rules("plain", OURS) if others else ())])
 
-    def teach(self, messages: Sequence[Mapping[str, str]]) -> Roles:
-        """The messages, with a description of the tools; where the model may choose, an example shows how."""
+    def _call_or(self, answer: Mapping[str, Any], form: CallFormat) -> dict[str, Any]:
+        """The schema of an answer or one call, both of which are objects: no grammar tells two apart by their text."""
+        _, key = json.loads(f"{form.head}{form.middle}null{form.tail}")
+        options = [followable(dict(answer)), *(tool.call_schema(key) for tool in self.tools)]
+        shared = {name: _merged(name, options) for name in ("$defs", "definitions")}  # references begin at the root
+        return {"anyOf": options, **{name: value for name, value in shared.items() if value}}
+
+    def _call_rules(self, rule: str, form: CallFormat) -> list[str]:
+        """The rules of one call; its arguments are rules of their own."""
+        lark, rules = _Lark(form), [f"{rule}: " + " | ".join(f"{rule}_{index}" for index in range(len(self.tools)))]
+        for index, tool in enumerate(self.tools):
+            head = lark.of(form.head + written_name(tool.name, form) + form.middle)
+            rules.append(" ".join(filter(None, [f"{rule}_{index}: {head} arguments_{index}", lark.of(form.tail)])))
+        return rules
+
+    def teach(self, messages: Sequence[Mapping[str, Any]]) -> Roles:
+        """The messages with a description of the tools; where the model may choose, an example shows how."""
         lines = "\n".join(tool.signature for tool in self.tools)
         told = instructed(
             messages,
@@ -158,28 +215,185 @@ class ToolUse:
         return told if self.required else [told[0], *map(dict, _EXAMPLE), *told[1:]]
 
 
-def _head(name: str) -> str:
-    """A call of that tool up to its arguments."""
-    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+class _Lark:
+    """Texts of a form of calls as Lark has them, tokens of their own by their ids."""
+
+    def __init__(self, form: CallFormat) -> None:
+        self._tokens = form.tokens
+        tokens = sorted(form.tokens, key=len, reverse=True)
+        self._parts = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else "((?!))")
+
+    def of(self, text: str) -> str:
+        """The text; empty for an empty one."""
+        parts = filter(None, self._parts.split(text))
+        return " ".join(f"<[{self._tokens[part]}]>" if part in self._tokens else json.dumps(part) for part in parts)
+
+
+def _text_rule(form: CallFormat) -> str:
+    """Any text that does not begin as calls do; nor has their token spelt in it, where that may follow text."""
+    if not form.after_text:
+        return rf"/[^{re.escape(form.start[:1])}\s](?s:.)*/"
+    token = next(token for token in form.tokens if form.start.startswith(token))
+    nowhere = re.escape(token).replace("/", r"\/")
+    beginning = r"[^{\s](?s:.)*/ & ~/```json\s*\{(?s:.)*" if len(spellings(form)) > 1 else "(?s:.)+"
+    return f"/{beginning}/ & ~/(?s:.)*{nowhere}(?s:.)*/"
+
+
+def _merged(key: str, schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    parts = [schema.get(key) for schema in reversed(schemas)]
+    return {name: value for part in parts if isinstance(part, Mapping) for name, value in part.items()}
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+
+
+def _keyword_rules(name: str, schema: Mapping[str, Any]) -> list[str]:
+    """Arguments as keywords of Python, in the order of the schema; those that are not required may be left out."""
+    fields, needed = schema["properties"], schema.get("required") or ()
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    rules = [f"{name}: {name}_first_0"]
+    for place, (field_name, part) in enumerate(fields.items()):
+        written = f"{json.dumps(field_name + '=')} {name}_value_{place} {name}_more_{place + 1}"
+        for state, lead in (("first", ""), ("more", '", " ')):
+            without = "" if field_name in needed else f" | {name}_{state}_{place + 1}"
+            rules.append(f"{name}_{state}_{place}: {lead}{written}{without}")
+        rules.append(f"{name}_value_{place}: {' | '.join(_literals(part, shared))}")
+    return [*rules, *(f'{name}_{state}_{len(fields)}: ""' for state in ("first", "more"))]
+
+
+def _literals(part: Any, shared: Mapping[str, Any]) -> list[str]:
+    """What a value may be: a literal of Python where that is not one of JSON."""
+    kinds = part.get("type") if isinstance(part, dict) else None
+    if kinds == "boolean" and "const" not in part and "enum" not in part:
+        return ['"True"', '"False"']
+    if kinds == "null":
+        return ['"None"']
+    if isinstance(part, dict) and isinstance(part.get("anyOf"), list) and set(part) <= {*_ABOUT, "anyOf"}:
+        return [literal for option in part["anyOf"] for literal in _literals(option, shared)]
+    return [_json_rule({**(part if isinstance(part, dict) else {}), **shared})]
+
+
+_ABOUT: Final = ("title", "description", "default", "examples")
+_LITERALS: Final = {"True": True, "False": False, "None": None}
+
+
+def read_keywords(text: str) -> dict[str, Any]:
+    """The arguments of a call whose form is keywords."""
+    found, place, decoder = dict[str, Any](), 0, json.JSONDecoder()
+    while place < len(text):
+        name, _, rest = text[place:].partition("=")
+        start = len(text) - len(rest)
+        literal = next((word for word in _LITERALS if rest.startswith(word)), None)
+        if literal is None:
+            found[name], end = decoder.raw_decode(text, start)
+        else:
+            found[name], end = _LITERALS[literal], start + len(literal)
+        place = end + len(", ")
+    return found
+
+
+def written_name(name: str, form: CallFormat) -> str:
+    """A tool's name as a form has it, within quotation marks of JSON or without."""
+    return json.dumps(name, ensure_ascii=False)[1:-1] if form.head.endswith('"') else name
 
 
 def call_text(name: str, arguments: Any) -> str:
-    """A call as the model writes it, and reads it in the history of a conversation."""
+    """A call as a model whose template has no tools writes it, and reads it in the history of a conversation."""
     return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
 
 
-def turn_text(text: str, calls: Sequence[tuple[str, Any]]) -> str:
-    """An answer in the history of a conversation: its text, then its calls, each a name and arguments."""
-    written = [call_text(name, arguments) for name, arguments in calls]
-    return "\n".join([text, *written] if text else written)
+def call_turn(text: str, calls: Sequence[tuple[str | None, str, Any]]) -> dict[str, Any]:
+    """An answer in the history of a conversation: its text and its calls, each an id, a name and arguments."""
+    made = [
+        {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for call_id, name, arguments in calls
+    ]
+    return {"role": "assistant", "content": text, **({"tool_calls": made} if made else {})}
 
 
-def result_text(name: str | None, text: str, *, failed: bool = False) -> str:
-    """A tool's result as a user's message: chat templates without tools know no other role for it."""
-    return f"{'Error' if failed else 'Result'} of {name or 'the tool'}: {text}"
+def result_turn(call_id: str | None, name: str | None, text: str, *, failed: bool = False) -> dict[str, Any]:
+    """A tool's result in the history of a conversation."""
+    turn = {"role": "tool", "content": text, "name": name, "tool_call_id": call_id}
+    return {**turn, "failed": True} if failed else turn
 
 
-def instructed(messages: Sequence[Mapping[str, str]], instructions: str) -> Roles:
+def arranged(messages: Sequence[Mapping[str, Any]], form: CallFormat = OURS) -> Roles:
+    """Messages as a model's chat template takes them: with calls and results, or with those written out as text."""
+    if form.templated:
+        return list(_templated(messages, form))
+    return [_as_text(message) for message in messages]
+
+
+def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of one of the three roles that every template knows."""
+    if message["role"] == "tool":
+        what = "Error" if message.get("failed") else "Result"
+        return {"role": "user", "content": f"{what} of {message.get('name') or 'the tool'}: {message['content']}"}
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    written = [call_text(call["name"], call["arguments"]) for call in calls]
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return (
+        {**rest, "content": "\n".join([message["content"], *written] if message["content"] else written)}
+        if calls
+        else rest
+    )
+
+
+def _templated(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> Iterator[dict[str, Any]]:
+    """Messages in the form that templates agree on; a turn has one call where the template writes no more."""
+    waiting: list[dict[str, Any]] = []
+    """Calls that have no result yet."""
+    held: list[dict[str, Any]] = []
+    """Turns of one call each that follow the results of those before them."""
+    for message in messages:
+        if message["role"] == "tool":
+            asked = next((call for call in waiting if call["id"] == _short(message["tool_call_id"])), None)
+            call = asked or (waiting[0] if waiting else {"id": _short(message["tool_call_id"]), "function": {}})
+            if call in waiting:
+                waiting.remove(call)
+            if (turn := next((turn for turn in held if turn["tool_calls"] == [call]), None)) is not None:
+                held.remove(turn)
+                yield turn
+            said = f"Error: {message['content']}" if message.get("failed") else message["content"]
+            name = message.get("name") or call["function"].get("name") or "tool"
+            yield {"role": "tool", "content": said, "name": name, "tool_call_id": call["id"]}
+            continue
+        yield from held
+        held = []
+        calls = [_call_of(call, form) for call in message.get("tool_calls") or ()]
+        if not calls:
+            yield dict(message)
+            continue
+        waiting = list(calls)
+        if form.separator is not None or len(calls) == 1:
+            yield {**message, "tool_calls": calls}
+            continue
+        first, *others = calls
+        yield {**message, "tool_calls": [first]}
+        held = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in others]
+    yield from held
+
+
+def _call_of(call: Mapping[str, Any], form: CallFormat) -> dict[str, Any]:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    if form.as_text:
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    elif not form.quoted and isinstance(arguments, Mapping):
+        arguments = {
+            key: json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value
+            for key, value in arguments.items()
+        }
+    function = {"name": name, "arguments": arguments}
+    return {"id": _short(call.get("id") or name), "type": "function", "function": function}
+
+
+def _short(call_id: str | None) -> str:
+    """An id of nine letters and digits, which is what Mistral's templates take; the same for the same."""
+    return hashlib.sha256((call_id or "").encode()).hexdigest()[:9]
+
+
+def instructed(messages: Sequence[Mapping[str, Any]], instructions: str) -> Roles:
     """The messages with instructions at the end of the first system message; there is at most one in the end."""
     roles = [dict(message) for message in messages]
     if roles and roles[0]["role"] == "system":
@@ -245,99 +459,3 @@ def _target(reference: str, root: Mapping[str, Any]) -> Any:
         key = name.replace("~1", "/").replace("~0", "~")
         part = part.get(key) if isinstance(part, dict) and key else part
     return part
-
-
-@dataclass
-class Call:
-    """A call as far as it has been read."""
-
-    name: str
-    arguments: str = ""
-    """JSON text."""
-    complete: bool = False
-    id: str = field(default_factory=lambda: f"call_{uuid4().hex[:24]}")
-
-    def as_openai(self) -> dict[str, Any]:
-        """The call as OpenAI's API spells it."""
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": self.id, "type": "function", "function": function}
-
-    def values(self) -> dict[str, Any] | None:
-        """The arguments, or None where the call was cut off."""
-        return json.loads(self.arguments) if self.complete else None
-
-
-Piece = str | tuple[int, str | None, str]
-"""New text of the answer; or of a call: its index, its name in the first piece, and new text of its arguments."""
-
-
-class CallReader:
-    """Reads an answer that may be calls, in whatever pieces it comes.
-
-    Args:
-        use: The tools of the request; None = the answer is text.
-    """
-
-    def __init__(self, use: ToolUse | None) -> None:
-        self.calls: list[Call] = []
-        self.text = ""
-        self._is_text = True if use is None else None
-        self._heads = () if use is None else tuple(_head(tool.name) for tool in use.tools)
-        self._undecided = ""
-        self._head = ""
-        """The part of a call before its arguments."""
-        self._depth = 0
-        self._quoted = self._escaped = False
-
-    def push(self, text: str) -> list[Piece]:
-        """Read more of the answer; returns what is new."""
-        if self._is_text is None:
-            self._undecided += text
-            if any(self._undecided.startswith(head) for head in self._heads):
-                self._is_text = False
-            elif not any(head.startswith(self._undecided) for head in self._heads):
-                self._is_text = True
-            if self._is_text is None:
-                return []
-            text, self._undecided = self._undecided, ""
-        if self._is_text or not text:
-            self.text += text
-            return [text] if text else []
-        pieces: dict[int, tuple[str | None, str]] = {}
-        for character in text:
-            if not self._depth and not self._opens(character, pieces):
-                continue
-            index = len(self.calls) - 1
-            name, arguments = pieces.get(index, (None, ""))
-            pieces[index] = (name, arguments + character)
-            self.calls[index].arguments += character
-            self._follow(character)
-            self.calls[index].complete = not self._depth
-        return [(index, name, arguments) for index, (name, arguments) in pieces.items()]
-
-    def finish(self) -> list[Piece]:
-        """Return what was held back: an answer that ended before it was certain whether it is a call is text."""
-        self.text += self._undecided
-        held, self._undecided = self._undecided, ""
-        return [held] if held else []
-
-    def _opens(self, character: str, pieces: dict[int, tuple[str | None, str]]) -> bool:
-        """True where the arguments of a new call begin; what stands around them is read."""
-        if self._head or character == "{":
-            self._head += character
-        if character != "{" or not self._head.endswith('"arguments": {'):
-            return False
-        self.calls.append(Call(json.loads(self._head[:-1] + "null}")["name"]))
-        pieces[len(self.calls) - 1] = (self.calls[-1].name, "")
-        self._head = ""
-        return True
-
-    def _follow(self, character: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif self._quoted and character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._quoted = not self._quoted
-        elif not self._quoted:
-            self._depth += (character in "{[") - (character in "}]")

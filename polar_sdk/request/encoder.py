@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import EmptyPromptError, InvalidRequestError
 from polar_sdk.reading import shown
+from polar_sdk.request.call_format import call_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from polar_sdk.request.call_format import CallFormat
     from polar_sdk.request.options import Prompt, Template
 
 _FAR: Final = 8
@@ -45,16 +47,22 @@ class PromptEncoder:
         """True where messages can be rendered."""
         return getattr(self.tokenizer, "chat_template", None) is not None
 
+    @property
+    def calls(self) -> CallFormat | None:
+        """How the chat template writes calls of tools; None where it has no tools."""
+        return call_format(self.tokenizer)
+
     def plain(self, text: str) -> list[int]:
         """Token ids of a text, no template, no special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def encode(self, prompt: Prompt, template: Template = "auto") -> list[int]:
+    def encode(self, prompt: Prompt, template: Template = "auto", tools: Any = None) -> list[int]:
         """Token ids of a prompt.
 
         Args:
             prompt: A text, chat messages, or token ids, which are taken as they are.
             template: See `RequestOptions`.
+            tools: The same.
 
         Raises:
             EmptyPromptError: The prompt holds no text.
@@ -63,6 +71,8 @@ class PromptEncoder:
         if template not in ("auto", "chat", "raw"):
             raise InvalidRequestError(f"template {template!r} is unknown; use auto, chat or raw.")
         try:
+            if tools:
+                return self._chat(prompt, template, self._shown(tools))
             if isinstance(prompt, str):
                 return self._text(prompt, template)
             untyped: Any = prompt
@@ -72,7 +82,7 @@ class PromptEncoder:
                 )
             if untyped and isinstance(untyped[0], int):
                 return self._ids(untyped, template)
-            return self._chat(untyped, template)
+            return self._chat(untyped, template, None)
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 f"the prompt contains a lone surrogate at character {error.start}; pass valid Unicode text."
@@ -90,8 +100,8 @@ class PromptEncoder:
         elif prompt and isinstance(prompt[0], int):
             return len(prompt) if len(prompt) > window else None
         else:
-            said = (message.get("content") for message in prompt if isinstance(message, Mapping))
-            texts = [text for text in said if isinstance(text, str)]
+            said = (message for message in prompt if isinstance(message, Mapping))
+            texts = [text for message in said for key in ("content", "tool_calls") for text in _texts(message.get(key))]
         size, length = 2 * _FAR * window, sum(map(len, texts))
         if length <= size:
             return None
@@ -140,7 +150,23 @@ class PromptEncoder:
                 )
         return list(ids)
 
-    def _chat(self, messages: Sequence[Mapping[str, str]], template: Template) -> list[int]:
+    def _shown(self, tools: Any) -> list[Any]:
+        """Tools that the template can show.
+
+        Raises:
+            InvalidRequestError: It has none, or they are no list of mappings.
+        """
+        if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+            raise InvalidRequestError(f"tools={shown(tools)} is not a list of tools; pass one.")
+        if not all(isinstance(tool, Mapping) for tool in tools):
+            raise InvalidRequestError("tools= has something that is not a mapping; pass tools in OpenAI's form.")
+        if self.calls is None:
+            raise InvalidRequestError("this model's chat template shows no tools; describe them in a message.")
+        return list(tools)
+
+    def _chat(self, messages: Any, template: Template, tools: list[Any] | None) -> list[int]:
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise InvalidRequestError("tools= go with messages; pass a list of them.")
         if template == "raw":
             raise InvalidRequestError("template 'raw' takes a text, not messages; render them first.")
         for index, message in enumerate(messages):
@@ -152,16 +178,16 @@ class PromptEncoder:
                         f"message {index} has the {key} {message[key]!r}; it must be text: join its parts first."
                     )
                 message[key].encode()
-        if not any(message["content"].strip() for message in messages):
+        if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
             raise EmptyPromptError(f"the prompt is empty ({len(messages)} messages without text); give it some text.")
-        return self._render(messages)
+        return self._render(messages, tools)
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
         if not self.has_chat_template:
             raise InvalidRequestError("this model has no chat template; pass a text with template='raw'.")
         plain: list[Any] = [dict(message) for message in messages]
         held = _Held(self._markers)
-        rendered = self._rendered(held.of(plain))
+        rendered = self._rendered(held.of(plain), held.of(tools))
         if not held.texts:
             return self.plain(rendered)
         ids: list[int] = []
@@ -169,9 +195,11 @@ class PromptEncoder:
             ids += self._as_text(held.restored(piece)) if is_text else self.plain(piece)
         return ids
 
-    def _rendered(self, messages: Any) -> str:
+    def _rendered(self, messages: Any, tools: Any = None) -> str:
         try:
-            rendered = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            rendered = str(
+                self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            )
         except UnicodeEncodeError:
             raise
         except Exception as error:  # a template is code of a stranger: it may raise anything
@@ -179,7 +207,7 @@ class PromptEncoder:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {type(error).__name__}: {reason}.", hint=_REPAIR
             ) from error
-        written = sum(len(str(part)) for message in messages for part in message.values())
+        written = sum(len(str(part)) for message in messages for part in message.values()) + len(str(tools or ""))
         if len(rendered) > _MAX_GROWTH * written + _MAX_ADDED:
             raise InvalidRequestError(
                 f"the model's chat template makes {len(rendered):,} characters of {written:,}; at most {_MAX_GROWTH} "
@@ -250,6 +278,8 @@ class PromptEncoder:
             around = self._rendered(list(_SAMPLE)) if self.has_chat_template else ""
         except InvalidRequestError:
             around = ""
+        if self.calls is not None:  # and around calls and their results
+            around += self.calls.sample
         return {
             token.content: (index, token)
             for index, token in added
@@ -285,7 +315,7 @@ class _Held:
         if isinstance(value, str):
             return self._markers.sub(self._stand_in, value)
         if isinstance(value, Mapping):
-            return {name: self.of(part) for name, part in value.items()}
+            return {self.of(name): self.of(part) for name, part in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.of(part) for part in value]
         return value
@@ -301,3 +331,12 @@ class _Held:
     def _stand_in(self, match: re.Match[str]) -> str:
         self.texts.append(match[0])
         return f"{self._key}{len(self.texts) - 1}x"
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts within a value."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for part in pair for text in _texts(part)]
+    return [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []

@@ -98,7 +98,7 @@ class RequestMaker:
                 f"the prompt has at least {least:,} tokens; the context window is {self.context_window}: shorten the "
                 "prompt."
             )
-        tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto")))
+        tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto"), options.get("tools")))
         if not tokens:
             raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
         tier, router = self._router(options)

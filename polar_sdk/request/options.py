@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from polar_sdk.serving.request import Cancel
     from polar_sdk.usage import UsageSink
 
-Message = Mapping[str, str]
-"""One chat message: `role` (system, user, assistant) and `content`."""
+Message = Mapping[str, Any]
+"""One chat message: `role` (system, user, assistant) and `content`; what else it has is for the chat template."""
 Prompt = str | Sequence[Message] | Sequence[int]
 Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
@@ -72,6 +72,9 @@ class RequestOptions(TypedDict, total=False):
     """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
     `raw`: the text as it is, special tokens in it recognised; only the beginning token is added, where the tokenizer
     does so by default and the text has none. In `auto` and `chat`, special tokens in a text or message stay text."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """Functions that the chat template shows to the model, in OpenAI's form; it must have a place for them. Messages
+    may have `tool_calls` then, and the role `tool`. What the answer is like is for `grammar` to say."""
     compute: str | float | None
     """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05: the
     largest share of answers that may differ from identity's. None = the default tier."""

@@ -94,7 +94,8 @@ class Job:
         self.request, self.model, decoder = request, model, model.decoder
         self.standing, self.delivery = Standing(), Delivery(max_ahead)
         self.row = Row(decoder, request.program, guard, len(request.tokens))
-        self.text = TextStream(model.tokenizer, request.stops)
+        # A grammar allows no special tokens but those that it names.
+        self.text = TextStream(model.tokenizer, request.stops, special=request.grammar is not None)
         self.tokens: list[int] = []
         """Every sampled token."""
         self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []

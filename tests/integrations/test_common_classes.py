@@ -164,3 +164,13 @@ def test_what_cannot_be_enforced_is_named_and_no_grammar_is_shown(method: Any, m
     with pytest.raises(GrammarError) as caught:
         ChatPolar(engine=model).with_structured_output(odd, method=method).invoke("Hello")
     assert "%json" not in str(caught.value)
+
+
+@pytest.mark.model
+@pytest.mark.long
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: str(kind.__name__))
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
+def test_answers_of_trained_models_are_objects_of_the_class(name: str, kind: type[BaseModel]) -> None:
+    for temperature in (0.0, 1.0):
+        chat = ChatPolar(model=name, compute="exact", ledger=None, max_tokens=300, temperature=temperature, seed=1)
+        assert isinstance(chat.with_structured_output(kind).invoke(f"Make up a {kind.__name__.lower()}."), kind)

@@ -26,6 +26,7 @@ from langchain_polar import ChatPolar
 from langchain_polar._messages import to_roles
 from polar_sdk import ListSink
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.frameworks.tools import arranged
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -55,13 +56,14 @@ if TYPE_CHECKING:
     ],
 )
 def test_a_message_becomes_a_role_and_a_text(message: BaseMessage, role: str, content: str) -> None:
-    assert to_roles([message]) == [{"role": role, "content": content}]
+    assert arranged(to_roles([message])) == [{"role": role, "content": content}]
 
 
 def test_tool_calls_of_an_earlier_answer_are_told() -> None:
     call: Any = {"name": "add", "args": {"a": 1}, "id": "1"}
-    assert to_roles([AIMessage("", tool_calls=[call])])[0]["content"] == '{"name": "add", "arguments": {"a": 1}}'
-    assert to_roles([AIMessage("Wait.", tool_calls=[call])])[0]["content"].startswith("Wait.\n{")
+    silent, said = arranged(to_roles([AIMessage("", tool_calls=[call]), AIMessage("Wait.", tool_calls=[call])]))
+    assert silent["content"] == '{"name": "add", "arguments": {"a": 1}}'
+    assert said["content"].startswith("Wait.\n{")
 
 
 @pytest.mark.parametrize("kind", ["image", "image_url", "audio", "file"])

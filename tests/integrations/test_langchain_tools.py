@@ -21,8 +21,9 @@ import langchain_polar
 from langchain_polar import ChatPolar, PolarLLM
 from polar_sdk import ListSink, NullSink
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError, PolarError
+from polar_sdk.frameworks.call_reader import CallReader
 from polar_sdk.frameworks.forms import AnswerForm
-from polar_sdk.frameworks.tools import CallReader, Tool, ToolUse, call_text, signature_of
+from polar_sdk.frameworks.tools import Tool, ToolUse, call_text, signature_of
 from polar_sdk.testing import scripted_model, tiny_model
 from tests.integrations.conftest import paths_of, replaced
 

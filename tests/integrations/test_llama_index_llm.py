@@ -26,6 +26,7 @@ from llama_index_polar import PolarLLM
 from llama_index_polar._messages import to_roles
 from polar_sdk import ListSink
 from polar_sdk import errors as polar
+from polar_sdk.frameworks.tools import arranged
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def test_messages_become_roles_and_texts() -> None:
         ),
         ChatMessage("21", role=MessageRole.TOOL, additional_kwargs={"name": "add"}),
     ]
-    assert to_roles(messages) == [
+    assert arranged(to_roles(messages)) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a\nb"},
         {"role": "assistant", "content": '{"name": "add", "arguments": {"a": 1}}'},

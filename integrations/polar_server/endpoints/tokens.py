@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from polar_sdk.errors import ContextWindowError
+from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.serving.threads import run_in_thread
 from polar_server.http.exchange import Exchange, read_body
 from polar_server.openai.fields import Body, Name, Text, invalid, read
@@ -53,7 +54,8 @@ class TokenizeBody(Body):
             return self.prompt or ""
         if not self.add_generation_prompt:
             raise invalid("add_generation_prompt", "messages are followed by the beginning of an answer, as they run.")
-        return read_messages(self.messages)
+        form = AnswerForm().written_as(server.engine.call_format)
+        return form.teach(read_messages(self.messages))
 
 
 class DetokenizeBody(Body):

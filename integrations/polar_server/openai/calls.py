@@ -275,6 +275,7 @@ class TurnBody(CallBody):
             ApiError: It cannot be served.
         """
         options = options_of(self, rules)
+        form = form.written_as(rules.catalog.engine.call_format)
         if self.constraint is not None and form.options():
             raise invalid(self.constraint, "it excludes tools and response_format; give one of them.")
         own: Any = {"template": "chat", "max_tokens": max_tokens, "logprobs": facts["logprobs"], **form.options()}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk import Generation
-    from polar_sdk.frameworks.tools import CallReader
+    from polar_sdk.frameworks.call_reader import CallReader
     from polar_server.openai.facts import Facts
 
 _DONE: Final = b"data: [DONE]\n\n"

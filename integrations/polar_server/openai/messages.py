@@ -1,4 +1,4 @@
-"""Messages as the chat template takes them: roles and text, with calls of tools and their results written out.
+"""Messages of a body as roles and text, with calls of tools and their results.
 
 A part that is not text is refused, never dropped. Knows no endpoint.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_sdk.frameworks.tools import result_text, turn_text
+from polar_sdk.frameworks.tools import call_turn, result_turn
 from polar_sdk.reading import Unreadable, parse_json, shown
 from polar_server.openai.fields import Text, invalid, unsupported
 
@@ -49,7 +49,7 @@ def check_count(name: str, value: Any) -> None:
         raise invalid(name, f"there are {len(value):,}; use at most {_MAX_MESSAGES:,}.")
 
 
-def _message(message: Any, where: str, called: dict[str, str]) -> dict[str, str]:
+def _message(message: Any, where: str, called: dict[str, str]) -> dict[str, Any]:
     """One message.
 
     Args:
@@ -69,28 +69,28 @@ def _message(message: Any, where: str, called: dict[str, str]) -> dict[str, str]
         raise invalid(f"{where}.role", f"{shown(role)} is unknown; use {', '.join(ROLES)}, tool.")
     if message.get("audio") is not None:
         raise unsupported(f"{where}.audio", "this engine reads text only.")
-    read = {"role": ROLES[role], "content": _turn(message, where, called)}
+    read = _turn(message, ROLES[role], where, called)
     if (name := message.get("name")) is not None:
         read["name"] = _NAME.check(f"{where}.name", name)  # the chat template decides what becomes of it
     return read
 
 
-def _turn(message: Mapping[str, Any], where: str, called: dict[str, str]) -> str:
-    """The text of a message; the assistant's with the calls that it made."""
+def _turn(message: Mapping[str, Any], role: str, where: str, called: dict[str, str]) -> dict[str, Any]:
+    """The role and text of a message; the assistant's with the calls that it made."""
     content = message.get("content")
-    if message.get("role") != "assistant":
+    if role != "assistant":
         if message.get("tool_calls"):
             raise invalid(f"{where}.tool_calls", "only messages of the assistant have them.")
-        return text_of(content, f"{where}.content", _TEXT_PARTS)
+        return {"role": role, "content": text_of(content, f"{where}.content", _TEXT_PARTS)}
     calls = _calls(message.get("tool_calls"), f"{where}.tool_calls", called)
     if content is None and isinstance(message.get("refusal"), str):
         content = message["refusal"]
     if content is None and calls:
         content = ""
-    return turn_text(text_of(content, f"{where}.content", _TEXT_PARTS), calls)
+    return call_turn(text_of(content, f"{where}.content", _TEXT_PARTS), calls)
 
 
-def _calls(value: Any, where: str, called: dict[str, str]) -> list[tuple[str, Any]]:
+def _calls(value: Any, where: str, called: dict[str, str]) -> list[tuple[str, str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list) or len(value) > _MAX_CALLS:
@@ -109,8 +109,8 @@ def _calls(value: Any, where: str, called: dict[str, str]) -> list[tuple[str, An
 
 def read_call_of(
     call_id: Any, function: Mapping[str, Any], where: str, called: dict[str, str], *, id_name: str, within: str = ""
-) -> tuple[str, Any]:
-    """A call of an earlier answer: the name of the tool and its arguments.
+) -> tuple[str, str, Any]:
+    """A call of an earlier answer: its id, the name of the tool and its arguments.
 
     Args:
         call_id: Its id.
@@ -124,15 +124,16 @@ def read_call_of(
         ApiError: It has no id or name, or its arguments are not text.
     """
     name = _NAME.check(f"{where}.{within}name", function.get("name"))
-    called[_ID.check(f"{where}.{id_name}", call_id)] = name
+    known = _ID.check(f"{where}.{id_name}", call_id)
+    called[known] = name
     written = _ARGUMENTS.check(f"{where}.{within}arguments", function.get("arguments", ""))
     try:
-        return name, parse_json(written or "{}")
+        return known, name, parse_json(written or "{}")
     except Unreadable:  # an answer that was cut off: the model sees what it wrote
-        return name, written
+        return known, name, written
 
 
-def read_result(call_id: Any, said: str, where: str, called: Mapping[str, str]) -> dict[str, str]:
+def read_result(call_id: Any, said: str, where: str, called: Mapping[str, str]) -> dict[str, Any]:
     """A tool's result, as a message.
 
     Args:
@@ -147,7 +148,7 @@ def read_result(call_id: Any, said: str, where: str, called: Mapping[str, str]) 
     known = _ID.check(where, call_id)
     if known not in called:
         raise invalid(where, f"no message before it has a call with the id {shown(known)}; repeat the one that has.")
-    return {"role": "user", "content": result_text(called[known], said)}
+    return result_turn(known, called[known], said)
 
 
 def text_of(content: Any, where: str, kinds: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 from pydantic import ConfigDict, WithJsonSchema
 
-from polar_sdk.frameworks.tools import turn_text
+from polar_sdk.frameworks.tools import call_turn
 from polar_sdk.reading import shown
 from polar_server.openai import tools
 from polar_server.openai.calls import Call, TurnBody, max_tokens_of
@@ -159,10 +159,11 @@ def _add(roles: Roles, item: Any, where: str, called: dict[str, str]) -> None:
         roles.append(_message(item, where))
     elif kind == "function_call":
         call = read_call_of(item.get("call_id"), item, where, called, id_name="call_id")
+        turn = call_turn("", [call])
         if roles and roles[-1]["role"] == "assistant":  # one turn: what it said, and what it called
-            roles[-1]["content"] = "\n".join(filter(None, [roles[-1]["content"], turn_text("", [call])]))
+            roles[-1].setdefault("tool_calls", []).extend(turn["tool_calls"])
         else:
-            roles.append({"role": "assistant", "content": turn_text("", [call])})
+            roles.append(turn)
     elif kind == "function_call_output":
         said = text_of(item.get("output"), f"{where}.output", _PARTS)
         roles.append(read_result(item.get("call_id"), said, f"{where}.call_id", called))
