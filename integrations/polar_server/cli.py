@@ -71,7 +71,8 @@ def serve(
         list[str] | None,
         typer.Option(
             help="TIER=URL: another server with OpenAI's API runs this tier's program (`polar export`). Repeatable; "
-            "several of one tier share its requests. URL#MODEL names the model there, POLAR_BACKEND_KEY the API key.",
+            "several of one tier share its requests. URL#MODEL names the model there, POLAR_BACKEND_KEY the API key. "
+            "TIER=programs+URL: a vLLM with polar_vllm, which is sent each request's program.",
             rich_help_panel=_SERVER,
         ),
     ] = None,

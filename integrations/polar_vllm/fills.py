@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from polar_sdk.engine.hashes import hash_fills
 from polar_sdk.engine.maps import Fill
 from polar_sdk.router.map_set import MapSet
 
@@ -48,8 +48,7 @@ class Fills:
             if both := maps.keys() & each.fills.keys():
                 raise ValueError(f"two maps fill layers {min(both)[0]} to {min(both)[1]}; name one folder of them.")
             maps |= each.fills
-        text = " ".join(f"{first}-{last}:{maps[first, last].digest}" for first, last in sorted(maps))
-        return cls(maps, hashlib.sha256(text.encode()).hexdigest(), models.pop())
+        return cls(maps, hash_fills(maps), models.pop())
 
     def check(self, depth: int, hidden: int, kv_heads: int, head_dim: int) -> None:
         """Refuse a model with other sizes.

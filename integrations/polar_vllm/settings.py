@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 KEY: Final = "polar"
 """In `--additional-config`; and in the `vllm_xargs` of a request, where it is the text of its program."""
+DIGEST_KEY: Final = "polar_fills"
+"""In `vllm_xargs`, the digest of the fills that the program is meant with; optional."""
 WORKER: Final = "polar_vllm.worker.Worker"
 EXAMPLE: Final = f"""'{{"{KEY}": {{"fills": ["FOLDER"]}}}}'"""
 VERSION: Final = "0.32."
@@ -80,9 +82,16 @@ class Settings:
         Raises:
             ValueError: It says why.
         """
-        if KEY not in (params.extra_args or {}):
+        extra = params.extra_args or {}
+        if KEY not in extra:
             return
-        program = self.program(params.extra_args[KEY], depth)
+        program = self.program(extra[KEY], depth)
+        assert self.fills is not None, "or no program had been read"
+        if (digest := extra.get(DIGEST_KEY, self.fills.digest)) != self.fills.digest:
+            raise ValueError(
+                f"vllm_xargs: {DIGEST_KEY} is {digest!r}, but this server fills by {self.fills.digest[:12]}…; ask for "
+                "its digests again."
+            )
         if program.tail and params.prompt_logprobs is not None:
             raise ValueError(
                 f"prompt_logprobs need the states of all prompt tokens, of which program {program.text!r} fills some; "

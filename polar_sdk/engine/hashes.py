@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.maps import Fill
+    from polar_sdk.programs.cost import Segment
     from polar_sdk.programs.program import Program
 
 
@@ -48,3 +50,9 @@ def hash_maps(decoder: Decoder, programs: Iterable[Program]) -> str:
     texts = [f"{step.first}-{step.last} {decoder.bridge(step).digest}" for step in steps]
     texts += [f"({first}-{last}) {decoder.fill((first, last)).digest}" for first, last in segments]
     return hash_texts(texts) if texts else ""
+
+
+def hash_fills(fills: Mapping[Segment, Fill]) -> str:
+    """SHA-256 of fills, rounded to bfloat16: the same for the maps of a float32 and of a bfloat16 model."""
+    rounded = {segment: fills[segment].to(torch.bfloat16, torch.device("cpu")) for segment in sorted(fills)}
+    return hash_texts(f"({first}-{last}) {fill.digest}" for (first, last), fill in rounded.items())

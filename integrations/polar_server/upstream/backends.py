@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -20,6 +21,10 @@ _DOWN_S: Final = 2.0
 """How long an upstream that cannot be reached is asked last. Unit: seconds."""
 
 
+Digests = Mapping[str, str]
+"""Fingerprint of a `model`, digest of its `fills`."""
+
+
 @dataclass(eq=False)
 class Place:
     """One upstream of a tier."""
@@ -28,6 +33,8 @@ class Place:
     """URL up to `/v1`."""
     model: str | None
     client: Client
+    digests: Digests | None = None
+    """What it must say that it runs, where it is sent each request's program; None = it runs one that was exported."""
     running: int = 0
     """Requests of this process that it works on."""
     down_until: float = 0.0
@@ -43,11 +50,24 @@ class Place:
         """The model to ask for; looked up once.
 
         Raises:
-            UpstreamError: It cannot be reached, or has no such model.
+            UpstreamError: It cannot be reached, has no such model, or runs other weights or maps than this server.
         """
         if self.found is None:
-            self.found = self.client.served(self.base, self.model)
+            found = self.client.served(self.base, self.model)
+            if self.digests is not None:
+                self._check(self.digests)
+            self.found = found
         return self.found
+
+    def _check(self, wanted: Digests) -> None:
+        there = self.client.digests(self.base)
+        for name, own in wanted.items():
+            if (other := there.get(name)) != own:
+                what = f"runs {name} {str(other)[:12]}…" if other else "says nothing of programs"
+                raise UpstreamError(
+                    f"{self.base} {what}, not {name} {own[:12]}… as this server; start it with the same files, as "
+                    "docs/serving.md says."
+                )
 
 
 @dataclass(frozen=True)
@@ -56,14 +76,14 @@ class Backend:
 
     Attributes:
         tier: Its name.
-        program: What runs there.
+        program: What runs there; None = the program of each request, by the router or the policy of this server.
         places: The upstreams, all of which run it.
         client: Connections to them.
         longest_token: Characters of the longest token of their vocabulary.
     """
 
     tier: str
-    program: Program
+    program: Program | None
     places: tuple[Place, ...]
     client: Client
     longest_token: int
@@ -98,6 +118,9 @@ class Backend:
             body["seed"] = sampling.seed
         if request.stops:
             body["stop"] = list(request.stops)
+        if self.program is None:
+            digests = self.places[0].digests or {}
+            body["vllm_xargs"] = {"polar": request.program.text, "polar_fills": digests.get("fills", "")}
         return body | _beyond(request)
 
 
@@ -116,8 +139,8 @@ def _beyond(request: Request) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value}
 
 
-def place_of(url: str, client: Client) -> Place:
-    """The upstream that `--backend` names.
+def place_of(url: str, client: Client, digests: Digests | None = None) -> Place:
+    """The upstream that `--backend` names, without what stands before its URL.
 
     Raises:
         InvalidRequestError: That is not the URL of a server.
@@ -129,4 +152,4 @@ def place_of(url: str, client: Client) -> Place:
         )
     path = parts.path.rstrip("/")
     base = f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else f'{path}/v1'}"
-    return Place(base, parts.fragment or None, client)
+    return Place(base, parts.fragment or None, client, digests)

@@ -116,6 +116,15 @@ class Client:
         found: Served = self._submit(self._served(base, wanted)).result()
         return found
 
+    def digests(self, base: str) -> dict[str, Any]:
+        """What an upstream that is sent programs says that it runs; nothing where it knows of none.
+
+        Raises:
+            UpstreamError: It cannot be reached.
+        """
+        found: dict[str, Any] = self._submit(self._digests(base)).result()
+        return found
+
     def complete(self, base: str, body: dict[str, Any]) -> Stream:
         """Ask for a streamed text completion; what becomes of it arrives in `news`."""
         stream = Stream()
@@ -168,6 +177,17 @@ class Client:
         if not listed or not isinstance(listed[0].get("id"), str):
             raise UpstreamError(f"{base} has no model {wanted or ''!r}; see its /v1/models.", code="upstream_error")
         return Served(listed[0]["id"], listed[0].get("owned_by") == "vllm")
+
+    async def _digests(self, base: str) -> dict[str, Any]:
+        assert self._http is not None
+        try:
+            async with self._http.stream("GET", f"{base}/polar/digests", timeout=_CONNECT_S) as answer:
+                content = await _content(answer, _MAX_BODY_BYTES)
+            return parse_object(content, max_bytes=_MAX_BODY_BYTES) if answer.status_code == 200 else {}
+        except Unreadable:
+            return {}
+        except httpx2.HTTPError as error:
+            raise _unreachable(base, error) from error
 
     async def _complete(
         self, base: str, body: dict[str, Any], headers: Mapping[str, str], news: SimpleQueue[News]

@@ -297,7 +297,9 @@ class _Answer:
         program, cost = request.program, self._engine.decoder.cost
         flops, visits, identity = FlopUsage(), VisitUsage(), 0
         if tokens.output:
-            flops = cost.request(program, tokens.input, tokens.output, cached=tokens.cached)
+            flops = cost.request(
+                program, tokens.input, tokens.output, cached=tokens.cached, router=request.router_flops
+            )
             visits = _visits(cost, program, tokens)
             whole = Program.identity(cost.depth)
             identity = cost.request(whole, tokens.input, tokens.output, cached=tokens.cached).total

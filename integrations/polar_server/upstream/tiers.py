@@ -1,7 +1,9 @@
 """Requests of tiers that have an upstream go there; all others run in the engine of this process.
 
 A tier with upstreams stands for one program, the policy's, which they were exported with; no promise of a router holds
-for it. Knows settings and options; `remote` relays, `client` speaks HTTP.
+for it. Where a URL stands after `programs+`, a vLLM with `polar_vllm` is there, which is sent the program of each
+request; the router chooses it here, as for a tier of this process. Knows settings and options; `remote` relays,
+`client` speaks HTTP.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from polar_sdk import Program
+from polar_sdk.engine.hashes import hash_fills
 from polar_sdk.errors import GrammarError, InvalidRequestError
 from polar_sdk.models.export import plain_layers
 from polar_sdk.request.admission import bound_of
@@ -20,11 +24,13 @@ from polar_server.upstream.client import Client
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
-    from polar_sdk import Chunk, PolarModel, Program
+    from polar_sdk import Chunk, PolarModel
     from polar_sdk.request.options import Prompt, RequestOptions
     from polar_sdk.serving.request import Request
     from polar_sdk.usage import UsageBound
 
+PROGRAMS: Final = "programs+"
+"""Stands before the URL of an upstream that is sent the program of each request."""
 _FORMS: Final = ("schema", "regex", "choice", "grammar")
 _SCORES: Final = ("logprobs", "prompt_logprobs")
 """Options that an upstream cannot serve so that the answer is the engine's."""
@@ -55,14 +61,26 @@ class Tiers:
         if tier not in self.engine.policy.tiers:
             known = ", ".join(self.engine.policy.tiers) or "none"
             raise InvalidRequestError(f"--backend {tier}=…: the policy has no tier {tier!r}; it has: {known}.")
-        _, program = self.engine.policy.program_for(tier, self.engine.depth)
-        plain_layers(program)
+        bare = [url.removeprefix(PROGRAMS) for url in urls]
+        sends = {url != each for url, each in zip(urls, bare, strict=True)}
+        if len(sends) > 1:
+            raise InvalidRequestError(
+                f"--backend {tier}=…: some URLs stand after {PROGRAMS!r} and some do not; a tier has upstreams of one "
+                "kind."
+            )
+        program, digests = None, None
+        if True in sends:
+            digests = {"model": self.engine.fingerprint, "fills": hash_fills(self.engine.decoder.fills)}
+        else:
+            _, program = self.engine.policy.program_for(tier, self.engine.depth)
+            plain_layers(program)
         longest = max(map(len, self.engine.loaded.tokenizer.get_vocab()))
-        return Backend(tier, program, tuple(place_of(url, self._client) for url in urls), self._client, longest)
+        places = tuple(place_of(url, self._client, digests) for url in bare)
+        return Backend(tier, program, places, self._client, longest)
 
     def programs(self) -> dict[str, Program]:
-        """Programs of the tiers with upstreams."""
-        return {tier: backend.program for tier, backend in self.backends.items()}
+        """Programs of the tiers whose upstreams run one alone."""
+        return {tier: backend.program for tier, backend in self.backends.items() if backend.program is not None}
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """Answer a prompt, as `PolarModel.stream` does."""
@@ -90,7 +108,9 @@ class Tiers:
 
     def _request(self, backend: Backend, prompt: Prompt, options: RequestOptions | Mapping[str, Any]) -> Request:
         """Check a request for an upstream; a budget may choose cheaper tiers among those that have one."""
-        asked: dict[str, Any] = {**options, "compute": None, "program": backend.program}
+        asked: dict[str, Any] = dict(options)
+        if backend.program is not None:
+            asked |= {"compute": None, "program": backend.program}
         why = f"another server computes the tier {backend.tier}, which cannot do this; use another tier."
         if any(asked.get(name) is not None for name in _FORMS):
             raise GrammarError(why)
@@ -99,4 +119,19 @@ class Tiers:
         if asked.get("stop_repeats") is not None:  # which no other server knows, and some would drop it
             raise ApiError(f"stop_repeats: {why}", code="unsupported_value", param="stop_repeats")
         request = self.engine.request(prompt, **asked)
-        return replace(request, tier=backend.tier, tiers=self.programs())
+        tiers = self.programs()
+        if backend.program is None:
+            cheaper = request.tiers
+            tiers |= {
+                tier: cheaper[tier]
+                for tier, other in self.backends.items()
+                if other.program is None and tier in cheaper and self._runs_there(cheaper[tier])
+            }
+            if not self._runs_there(request.program):  # a bridge: full depth keeps what the router promised
+                request = replace(request, program=Program.identity(self.engine.depth))
+        return replace(request, tier=backend.tier, tiers=tiers)
+
+    def _runs_there(self, program: Program) -> bool:
+        """Whether a vLLM can be sent a program."""
+        in_order = tuple(step.first for step in program) == tuple(range(self.engine.depth))
+        return in_order and all(step.plain for step in program)

@@ -179,6 +179,10 @@ def test_requests_and_options_that_cannot_be_are_refused() -> None:
             settings.check_request(SimpleNamespace(extra_args=given_args, prompt_logprobs=scored), DEPTH)
     settings.check_request(SimpleNamespace(extra_args={KEY: "0-4 (5-7)"}, prompt_logprobs=None), DEPTH)
     settings.check_request(SimpleNamespace(extra_args=None, prompt_logprobs=1), DEPTH)
+    with pytest.raises(ValueError, match="foreign"):
+        settings.check_request(
+            SimpleNamespace(extra_args={KEY: "0-7", "polar_fills": "foreign"}, prompt_logprobs=None), DEPTH
+        )
     with pytest.raises(ValueError, match="--enable-lora"):
         settings.check_server(configured(None, lora_config=object()))
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
