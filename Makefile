@@ -14,7 +14,7 @@ PROCESSES ?= 2
 AREA ?=
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites lm-eval-suite tamper check format docs model bench-engine bench-peers bench-fit bench-methods bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites lm-eval-suite tamper check format docs model bench-engine bench-peers bench-fit bench-methods bench-billing bench-serving bench-upstream vllm-env bench-vllm router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -141,6 +141,21 @@ bench-methods: $(STAMP) ## Measure other ways to save compute beside PoLar's tie
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python -m benchmarks.billing
 
+# vLLM wants versions of its own of what we use: it gets an environment of its own.
+VLLM_ENV ?= .vllm
+
+$(VLLM_ENV)/.installed: pyproject.toml benchmarks/vllm_env.py
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1" packaging
+	$(VLLM_ENV)/bin/python benchmarks/vllm_env.py
+	$(VLLM_ENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+vllm-env: $(VLLM_ENV)/.installed ## Make .vllm: vLLM for CPUs, and our plugin for it
+
+bench-vllm: model vllm-env ## Programs inside vLLM: tokens, bills and cache as they must be, and what prompts gain
+	$(OFFLINE) $(BIN)/python -m benchmarks.vllm --env $(VLLM_ENV)
+
 # Of an environment of its own: vLLM wants versions of its own of what we use.
 VLLM ?= vllm
 
@@ -158,4 +173,4 @@ router: model ## Heal, search, train, certify and evaluate the shipped router; P
 	$(BIN)/python -m benchmarks.train_router
 
 clean: ## Remove .venv, caches and the built site
-	rm -rf $(VENV) .focus .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site
+	rm -rf $(VENV) .focus .vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site
