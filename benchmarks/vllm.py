@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--parts", default="tokens,speed,schedules,bills")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--schedules", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=2, help="of the schedules")
     args = parser.parse_args()
     recorder = Recorder("vllm", args.results)
     with tempfile.TemporaryDirectory() as work:
@@ -88,7 +89,7 @@ def main() -> None:
         parts = {
             "tokens": lambda: bench.tokens(args.prompts),
             "speed": bench.speed,
-            "schedules": lambda: bench.schedules(args.schedules),
+            "schedules": lambda: bench.schedules(args.schedules, args.seed),
             "bills": bench.bills,
         }
         found: dict[str, float] = {}
@@ -195,9 +196,9 @@ class Bench:
             ratios.append(stock / ours)
         return {"prompt_gain_of_promise": gain / (full / cut), "decode_vs_stock": fmean(ratios)}
 
-    def schedules(self, count: int) -> dict[str, float]:
+    def schedules(self, count: int, seed: int = 2) -> dict[str, float]:
         """Random batches beside each request alone; then one prompt under several programs."""
-        draw = random.Random(2)
+        draw = random.Random(seed)
         pool: list[dict[str, Any]] = [
             {"ids": self.model.request(text).tokens, "tokens": 12, "program": program}
             for text, program in zip(texts(self.model, 20, 30, 130, 3), cycle((None, LIGHT, DEEP)), strict=False)

@@ -44,8 +44,10 @@ class Worker(_Base):  # type: ignore[misc]
         Raises:
             ValueError: They do not fit each other, or the server's options.
         """
+        settings = Settings.of(self.vllm_config)
+        self._digests = settings.check_server(self.vllm_config)
         super().load_model(*args, **options)
-        self.polar = Passes(self.model_runner, Settings.of(self.vllm_config))
+        self.polar = Passes(self.model_runner, settings)
         self.model_runner._model_forward = self.polar.forward
 
     def polar_counts(self) -> Mapping[str, int]:
@@ -54,7 +56,7 @@ class Worker(_Base):  # type: ignore[misc]
 
     def polar_digests(self) -> dict[str, str]:
         """What this worker runs: the fingerprint of its model, and the digest of its fills."""
-        return self.polar.digests
+        return self._digests
 
 
 class Passes:
@@ -67,7 +69,6 @@ class Passes:
 
     def __init__(self, runner: Any, settings: Settings) -> None:
         self._runner, self._stock, self._settings = runner, runner._model_forward, settings
-        self.digests = settings.check_server(runner.vllm_config)
         assert settings.fills is not None, "checked"
         layers = runner.model.model.layers
         attention = layers[0].self_attn
