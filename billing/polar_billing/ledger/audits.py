@@ -154,7 +154,7 @@ class Audits:
         Raises:
             StoreError: The ledger cannot take them; then none was stored.
         """
-        with self._turn(), self._ledger.transaction(after_usage=False) as connection:
+        with self._turn(), self._ledger.transaction(after_usage=False, patience_s=None) as connection:
             heads = chain.lock_heads(connection, {NO_TENANT, *(audit.tenant for audit in audits)})
             watch(connection, self._watched, [audit.promise for audit in audits])
             new = _New(dict(self._watched))  # forgotten if this transaction is rolled back

@@ -295,13 +295,24 @@ class Meter(UsageSink):
     def audited(self, audit: Audit) -> None:
         """Store one audit, committed when this returns; a replay stores nothing. See `polar_billing.ledger.audits`.
 
+        If the ledger does not answer, or is locked, it waits in the spool, flushed to the disk, as records do. One that
+        is refused, since its id has other content or its promise other figures, is logged and kept in the spool's
+        `rejected.jsonl`: offering it again would help nobody.
+
         Raises:
-            ConflictError: The ledger holds this audit with other content, or its promise with other figures.
             StoreError: It could not be stored; offer it again.
         """
-        (refused,) = self._audits.store([audit])
-        if refused is not None:
-            raise refused
+        try:
+            answers = self._audits.store([audit])
+        except StoreError as error:
+            self._tolerate(error)
+            self._writer.failed(error)
+            try:
+                self._writer.keep_audit(audit, self.source)
+            except OSError as full:
+                raise error from full
+        else:
+            self._writer.reject_audits([audit], self.source, answers)
 
     def standings(self) -> dict[str, PromiseStanding]:
         """Where the ledger's promises stand, by digest: as stored when this is called, whoever audited.

@@ -10,7 +10,7 @@ One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest,
 cut off was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (that of
 a newer version, say), is kept aside in a file `*.damaged`, and the others are stored. Records that the ledger refuses
 for their content are kept in `rejected.jsonl`. What requests that still run have used is in a file of its own, see
-`spool_file.InterimUsage`. Knows no threads and no SQL.
+`spool_file.InterimUsage`; so is each audit that the ledger could not take. Knows no threads and no SQL.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import logging
 import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -27,11 +29,13 @@ from platformdirs import user_data_path
 
 from polar_billing.budgets.settlement import settle
 from polar_billing.errors import BillingError, StoreError
+from polar_billing.ledger.audits import Audits
 from polar_billing.ledger.location import sqlite_file
 from polar_billing.metering.spool_file import (
     InterimUsage,
     Segment,
     Unfinished,
+    audit_line,
     count_damaged,
     last_marks,
     line_of,
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Entry, Identity, StoredUsage
+    from polar_sdk.promises.audit import Audit
 
 
 SPOOL_VARIABLE: Final = "POLAR_SPOOL"
@@ -81,7 +86,7 @@ class SpoolStatus:
 
     folder: Path
     waiting: int = 0
-    """Records not in the ledger yet, as far as the files show."""
+    """Records and audits not in the ledger yet, as far as the files show."""
     rejected: int = 0
     """Records that the ledger refused as conflicts."""
     damaged: int = 0
@@ -171,12 +176,31 @@ class Spool:
             StoreError: They cannot be kept; the records stay where they are, and are refused once more later.
         """
         pairs = zip(entries, answers, strict=True)
-        lines = [line_of(entry) for entry, answer in pairs if isinstance(answer, BillingError)]
+        self._reject_lines([line_of(entry) for entry, answer in pairs if isinstance(answer, BillingError)])
+
+    def keep_audit(self, audit: Audit, source: str) -> Path:
+        """Keep an audit, flushed to the disk, in a file of its own, for later.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        segment = self.segment()
+        segment.append_audit(audit, source)
+        return self.keep(segment)
+
+    def reject_audits(self, audits: Sequence[Audit], source: str, answers: Sequence[BillingError | None]) -> None:
+        """Keep those of some audits that the ledger refused, as `reject` does."""
+        pairs = zip(audits, answers, strict=True)
+        self._reject_lines([audit_line(audit, source) for audit, refused in pairs if refused is not None])
+
+    def _reject_lines(self, lines: list[bytes]) -> None:
         if lines:
-            with _written(self.folder), (self.folder / _REJECTED).open("ab") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
+            with _written(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / _REJECTED).open("ab") as file:
+                    file.writelines(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def abandoned(self) -> Iterator[Unfinished]:
         """Files of processes that have ended, locked for the caller while it has them.
@@ -210,7 +234,7 @@ class Spool:
         files = [Unfinished(path) for path in self.folder.glob("*-*-*.jsonl")]
         return SpoolStatus(
             self.folder,
-            sum(len(file.lines().entries) for file in files),
+            sum(len(lines.entries) + len(lines.audits) for lines in (file.lines() for file in files)),
             sum(path.read_bytes().count(b"\n") for path in self.folder.glob(_REJECTED)),
             sum(count_damaged(path) for path in self.folder.glob("*.damaged")),
         )
@@ -242,6 +266,9 @@ def store_file(ledger: Ledger, spool: Spool, file: Unfinished) -> None:
         for start in range(0, len(entries), BATCH):
             batch = entries[start : start + BATCH]
             spool.reject(batch, ledger.store(batch, settle))
+        for source, audits in groupby(file.audits(), key=itemgetter(1)):
+            found = [audit for audit, _ in audits]
+            spool.reject_audits(found, source, Audits(ledger, source).store(found))
         file.remove()
 
 

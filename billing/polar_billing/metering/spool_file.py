@@ -1,7 +1,8 @@
-"""Files of the spool: of records and of marks, written line by line, and read when they were left over.
+"""Files of the spool: of records, marks or audits, written line by line, and read when they were left over.
 
-A line is the first 16 hexadecimal digits of the SHA-256 of the rest, a space, and JSON: a record with its receipt, or a
-price book that records name by its hash. Whatever is wrong with one line, the others are read. Knows no SQL.
+A line is the first 16 hexadecimal digits of the SHA-256 of the rest, a space, and JSON: a record with its receipt, a
+price book that records name by its hash, or an audit with its meter's name. Whatever is wrong with one line, the others
+are read. Knows no SQL.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from polar_billing.ledger.records import Entry
 from polar_billing.prices.book import PriceBook
 from polar_billing.values.canonical import canonical_json
 from polar_billing.values.money import read_amount
+from polar_sdk.promises.audit import Audit
 from polar_sdk.reading import Unreadable, parse_object
 from polar_sdk.usage import AS_STORED, UsageRecord
 
@@ -69,6 +71,14 @@ class Segment:
         self._books.update(books)
         self.records += len(lines)
 
+    def append_audit(self, audit: Audit, source: str) -> None:
+        """Append an audit.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        self._write(audit_line(audit, source))
+
     def _write(self, lines: bytes) -> None:
         try:
             written = os.write(self._fd, lines)
@@ -101,6 +111,11 @@ def line_of(entry: Entry) -> bytes:
         {"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated}
     )
     return _checked_line(receipt[:-1] + b',"record":' + entry.canonical + b"}")
+
+
+def audit_line(audit: Audit, source: str) -> bytes:
+    """An audit's line."""
+    return _checked_line(canonical_json({"audit": audit.model_dump(mode="json"), "source": source}))
 
 
 class InterimUsage:
@@ -190,6 +205,7 @@ class _Read:
     entries: list[tuple[bytes, dict[str, Any]]]
     """Each record's line, and what it says."""
     books: dict[str, str]
+    audits: list[tuple[bytes, dict[str, Any]]]
     damaged: list[bytes]
 
 
@@ -201,7 +217,7 @@ class Unfinished:
 
     def lines(self) -> _Read:
         """Its lines, checked."""
-        read = _Read([], {}, [])
+        read = _Read([], {}, [], [])
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
@@ -212,6 +228,8 @@ class Unfinished:
                 read.damaged.append(line)
             elif (document := values.get("book")) is not None:
                 read.books[hashlib.sha256(document.encode()).hexdigest()] = document
+            elif "audit" in values:
+                read.audits.append((line, values))
             else:
                 read.entries.append((line, values))
         return read
@@ -235,13 +253,31 @@ class Unfinished:
                 if (document := read.books.get(str(values.get("by")))) is not None:
                     book = _checked_line(canonical_json({"book": document})).rstrip(b"\n")
                     damaged += [] if book in damaged else [book]  # without it nobody can tell what was charged
+        if not read.audits:
+            self._set_aside(damaged)
+        return entries
+
+    def audits(self) -> list[tuple[Audit, str]]:
+        """The audits, each with its meter's name; a file holds either these or records."""
+        read = self.lines()
+        audits, damaged = [], list(read.damaged)
+        for line, values in read.audits:
+            try:
+                audits.append((Audit.model_validate(values["audit"]), str(values["source"])))
+            except ValueError as error:
+                _log.error("an audit in %s cannot be read (%r); it is set aside", self.path, error)
+                damaged.append(line)
+        if read.audits:
+            self._set_aside(damaged)
+        return audits
+
+    def _set_aside(self, damaged: list[bytes]) -> None:
         if damaged:
             # Anew each time, as this file is read until it is stored.
             with self.path.with_suffix(".damaged").open("wb") as file:
                 file.writelines(line + b"\n" for line in damaged)
                 file.flush()
                 os.fsync(file.fileno())
-        return entries
 
     def remove(self) -> None:
         """Delete the file: its records are in the ledger."""

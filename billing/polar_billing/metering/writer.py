@@ -24,12 +24,14 @@ from polar_billing.metering.spool import BATCH, Spool, spool_folder, store_file
 from polar_billing.metering.spool_file import Unfinished
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Entry, Identity, StoredUsage
     from polar_billing.metering.spool import SpoolStatus
     from polar_billing.metering.spool_file import Segment
+    from polar_sdk.promises.audit import Audit
 
 
 _log: Final = logging.getLogger("polar_billing")
@@ -262,6 +264,25 @@ class Writer:
             self._stored_abandoned = True
             for file in self._spool.abandoned():
                 store_file(self._ledger, self._spool, file)
+
+    def keep_audit(self, audit: Audit, source: str) -> None:
+        """Keep an audit in the spool until the ledger takes records again.
+
+        Raises:
+            OSError: The spool cannot be written.
+        """
+        self._restart_after_fork()
+        if self._spool is not None:
+            with self._lock:
+                self._kept.append(self._spool.keep_audit(audit, source))
+                self.kept_records += 1
+
+    def reject_audits(self, audits: Sequence[Audit], source: str, answers: Sequence[BillingError | None]) -> None:
+        """Log those of some audits that the ledger refused, and keep them aside; see `Spool.reject_audits`."""
+        for refused in filter(None, answers):
+            _log.error("the ledger refused an audit: %s", refused)
+        if self._spool is not None:
+            self._spool.reject_audits(audits, source, answers)
 
     @property
     def has_spool(self) -> bool:

@@ -22,6 +22,7 @@ from tests.billing.storing import unguarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 PROMISE, OTHER = "ab" * 32, "cd" * 32
 
@@ -38,7 +39,10 @@ def history(ledger: Ledger) -> list[tuple[str, str, int, int]]:
         return [tuple(row) for row in connection.execute(query)]
 
 
-def test_an_audit_is_stored_once_whoever_offers_it_again(store: Ledger) -> None:
+def test_an_audit_is_stored_once_whoever_offers_it_again(
+    store: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_SPOOL", str(tmp_path / "spool"))
     one = audit("r1", weight=1 / 3)
     with Meter(store) as meter, Meter(Ledger(store.url.render_as_string(hide_password=False))) as replica:
         for sink in (meter, replica, meter):
@@ -49,11 +53,14 @@ def test_an_audit_is_stored_once_whoever_offers_it_again(store: Ledger) -> None:
             (True, PROMISE, 0),
             (False, OTHER, 0),
         ]
-        with pytest.raises(ConflictError):
-            meter.audited(one.model_copy(update={"lost": True}))
-        for figures in ({"alpha": 0.1}, {"delta": 0.05}, {"tier": "economy"}):
-            with pytest.raises(ConflictError):
-                meter.audited(audit("r2", **figures))
+        figures: list[dict[str, Any]] = [{"alpha": 0.1}, {"delta": 0.05}, {"tier": "economy"}]
+        refused = [one.model_copy(update={"lost": True}), *(audit("r2", **changes) for changes in figures)]
+        answers = Audits(store, meter.source).store(refused)
+        assert [isinstance(answer, ConflictError) for answer in answers] == [True] * 4
+        for wrong in refused:
+            meter.audited(wrong)  # as a sink, it is not to be offered again
+        assert meter.spool is not None
+        assert meter.spool.rejected == 4
         assert {name: (one.audits, one.losses) for name, one in replica.standings().items()} == {
             PROMISE: (1, 0),
             OTHER: (1, 0),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,15 +18,14 @@ from polar_billing.ledger import append
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
-from polar_billing.metering.spool import warning_of
+from polar_billing.metering.spool import recover_abandoned, warning_of
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.statements.issue import issue_statement, issued_statements
-from polar_billing.testing import usage_record
+from polar_billing.testing import audit, usage_record
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 EVERYTHING = Selection(ALL_TENANTS)
 OVER = datetime(2026, 12, 1, tzinfo=UTC)
@@ -123,3 +125,55 @@ def test_a_server_that_stops_and_comes_back_has_every_record_once(server: Any) -
         assert found == sorted(f"{when}-{n}" for when in ("before", "while", "quick", "after") for n in range(3))
         assert verify_ledger(meter.ledger).findings == []
         assert warning_of(meter.ledger) is None
+
+
+def out_of_reach(*_: object, **__: object) -> Any:
+    raise StoreUnavailableError("the ledger does not answer.")
+
+
+def test_audits_wait_in_the_spool_until_the_ledger_answers(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = audit("r1"), audit("r2", lost=True)
+    with Meter(ledger) as meter:
+        with monkeypatch.context() as away:
+            away.setattr(Ledger, "transaction", out_of_reach)
+            for waiting in (one, other, one):
+                meter.audited(waiting)
+        assert meter.standings() == {}
+        assert meter.spool is not None
+        assert (meter.spool.waiting, warning_of(ledger) is not None) == (3, True)
+        meter.recover()
+        meter.audited(other)
+        (standing,) = meter.standings().values()
+        assert (standing.audits, standing.losses) == (2, 1)
+        assert (meter.spool.waiting, meter.spool.damaged, meter.spool.rejected) == (0, 0, 0)
+    assert verify_ledger(ledger).sound
+
+
+def test_audits_of_a_process_that_ended_are_stored_by_the_next(ledger: Ledger) -> None:
+    script = """
+import os, sys
+from polar_billing.errors import StoreUnavailableError
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.metering.meter import Meter
+from polar_billing.testing import audit
+
+def out_of_reach(*_, **__):
+    raise StoreUnavailableError("the ledger does not answer.")
+
+Ledger.transaction = out_of_reach
+meter = Meter(sys.argv[1])
+for n in range(3):
+    meter.audited(audit(f"r{n}"))
+os._exit(9)
+"""
+    file = ledger.location
+    assert subprocess.run([sys.executable, "-c", script, file], check=False).returncode == 9
+    damage = sorted(Path(f"{file}.spool").glob("*.jsonl"))[-1]
+    damage.write_bytes(damage.read_bytes().replace(b'"lost":false', b'"lost":true'))
+    recover_abandoned(ledger)
+    recover_abandoned(ledger)
+    with Meter(ledger) as meter:
+        (standing,) = meter.standings().values()
+        assert (standing.audits, standing.losses) == (2, 0)  # the line that was changed is set aside
+        assert meter.spool is not None
+        assert meter.spool.damaged == 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from polar_billing.access.alerts import Alerts, Webhook
 from polar_billing.access.keys import ApiKeys
 from polar_billing.access.rates import Rates
 from polar_billing.access.replies import Replies
@@ -45,6 +46,7 @@ def full_ledger(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         Budgets(ledger, clock=lambda: NOON).expire()
         Meter(ledger).emit_many(usage_record(f"late-{name}", tenant=name, started_at=EARLIER) for name in TENANTS)
         fill(ledger, NOON)
+        assert Alerts(ledger, Webhook("http", "127.0.0.1", 9, "/", b"nobody listens there")).deliver() == 0
         with ledger.transaction() as connection:
             for days in (6, 16):
                 for tenant in TENANTS:
