@@ -7,6 +7,7 @@ from .programs.policy import Tier as Tier
 from .programs.program import Program as Program
 from .request.generation import Chunk as Chunk
 from .request.generation import Generation as Generation
+from .request.options import Audits as Audits
 from .router.base import IdentityRouter as IdentityRouter
 from .router.base import Router as Router
 from .router.base import StaticRouter as StaticRouter

@@ -28,6 +28,7 @@ PolarError
 │   ├── RouterModelError                  it was trained for another model
 │   ├── RouterDamagedError                one of its files is missing, altered or malformed
 │   └── CertificateError                  its promise does not cover what would run
+├── AuditError (ValueError)               answers cannot be audited as asked, or prompts kept
 ├── MapError (ValueError)                 bridges or fills that cannot be fitted or used here
 │   ├── MapModelError                     they were fitted for another model
 │   └── MapDamagedError                   one of their files is missing, altered or malformed
@@ -260,6 +261,12 @@ class RouterDamagedError(RouterError):
 
 class CertificateError(RouterError):
     """The router's promise does not cover what would run."""
+
+
+class AuditError(PolarError, ValueError):
+    """Answers cannot be audited as asked, or prompts of audited requests cannot be kept."""
+
+    exit_code = 2
 
 
 class MapError(PolarError, ValueError):

@@ -13,11 +13,15 @@ from polar_sdk.models.export import export
 from polar_sdk.models.load import adopt, load_pretrained
 from polar_sdk.programs.program import Program
 from polar_sdk.request.admission import bound_of
+from polar_sdk.request.auditor import Auditor
 from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.request.generation import Chunk, Generation, answer, stream
-from polar_sdk.request.maker import RequestMaker
-from polar_sdk.request.options import check_speculate, ending_on, split_loading
+from polar_sdk.request.kept import KeptPrompts, kept_path
+from polar_sdk.request.maker import RequestMaker, never
+from polar_sdk.request.options import Audits, check_speculate, ending_on, split_loading
 from polar_sdk.request.scores import hidden_states, loglikelihoods
+from polar_sdk.request.selection import Selection, find_key, shares_of
+from polar_sdk.request.standings import standings_of
 from polar_sdk.router.base import fixed_router
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
@@ -27,7 +31,7 @@ from polar_sdk.sinks import AUTO_LEDGER, find_sink
 from polar_sdk.usage import NullSink
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.scores import Pool
     from polar_sdk.router.base import Router
     from polar_sdk.serving.drafts import Speculate
+    from polar_sdk.serving.job import Job
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
     from polar_sdk.serving.scheduler import Scheduler
@@ -74,6 +79,8 @@ class PolarModel:
         sink: UsageSink | None = None,
         tenant: str = "default",
         tags: Mapping[str, str] | None = None,
+        audit_share: float | Mapping[str, float] | None = None,
+        audits: Audits | None = None,
         speculate: Speculate | None = None,
     ) -> None:
         self._loaded = loaded
@@ -95,10 +102,13 @@ class PolarModel:
             tags=dict(tags or {}),
             speculate=check_speculate(speculate),
             drafts_are_exact=lambda: loaded.decoder.kernels.independent,
+            at_risk=never,
         )
         # A policy named by the caller says what the tiers are; then no router is looked for.
         self.router = find_router(router, self, look=policy is None)
         self._maker = replace(self._maker, router=self.router)
+        self.auditor = self._auditor(audit_share, audits or Audits())
+        """Audits answers of certified tiers; None where none are audited."""
 
     @classmethod
     def from_pretrained(cls, model: str | Path | None = None, **options: Unpack[ModelOptions]) -> Self:
@@ -135,6 +145,32 @@ class PolarModel:
         """
         loading, own = split_loading(options)
         return cls(adopt(model, tokenizer, **loading), **own)
+
+    def _auditor(self, share: float | Mapping[str, float] | None, audits: Audits) -> Auditor | None:
+        """What audits answers, where a promise can be tested; then requests heed what audits found."""
+        audited = self.router.audited if isinstance(self.router, LearnedRouter) else {}
+        if not audited:
+            return None
+        loaded, keeps = self._loaded, not isinstance(self.sink, NullSink)
+        if keeps:
+            self._maker = replace(self._maker, at_risk=standings_of(self.sink).at_risk)
+        shares = shares_of(share, audited, self.sink, kept=keeps)
+        if not any(shares.values()):
+            return None
+        kept = KeptPrompts(kept_path(loaded.fingerprint), self.decode, frozenset(audits.keep), audits.keep_days)
+        return Auditor(
+            loaded,
+            self.sink,
+            self.policy.loop_guard,
+            shares,
+            Selection(find_key(audits.key)),
+            audits.tenant,
+            kept if audits.keep else None,
+        )
+
+    @property
+    def _on_answer(self) -> Callable[[Job], None] | None:
+        return None if self.auditor is None else self.auditor.answered
 
     @property
     def name(self) -> str:
@@ -263,7 +299,8 @@ class PolarModel:
             BudgetExceededError: A budget has no room for it; before any compute.
             SinkError: Usage cannot be recorded; before any compute.
         """
-        return answer(self._loaded, [self._maker.make(prompt, options)], self.sink, self.policy.loop_guard)[0]
+        request = self._maker.make(prompt, options)
+        return answer(self._loaded, [request], self.sink, self.policy.loop_guard, self._on_answer)[0]
 
     def generate_batch(
         self,
@@ -281,14 +318,15 @@ class PolarModel:
                 finished by then are recorded as finished.
         """
         requests = self._maker.make_batch(prompts, each, options)
-        return answer(self._loaded, requests, self.sink, self.policy.loop_guard)
+        return answer(self._loaded, requests, self.sink, self.policy.loop_guard, self._on_answer)
 
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Chunk, None, None]:
         """Answer one prompt token by token; closing the generator stops compute and records what ran.
 
         The request is checked at once, not at the first `next()`. At most two tokens are computed ahead of the reader.
         """
-        return stream(self._loaded, self._maker.make(prompt, options), self.sink, self.policy.loop_guard)
+        request = self._maker.make(prompt, options)
+        return stream(self._loaded, request, self.sink, self.policy.loop_guard, self._on_answer)
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generation:
         """`generate` without blocking the event loop; cancelling the task stops compute within one pass."""
@@ -407,7 +445,8 @@ class PolarModel:
         Any number of prompts: they are queued some at a time. Texts in `stop` end an answer, and are part of its ids.
         """
         depth = self._loaded.decoder.depth
-        maker = replace(self._maker, router=router or fixed_router(program or Program.identity(depth), depth))
+        chosen = router or fixed_router(program or Program.identity(depth), depth)
+        maker = replace(self._maker, router=chosen, at_risk=never)
         options: RequestOptions = {"max_tokens": max_tokens, "stop": stop}
         requests = [maker.make(prompt, options) for prompt in prompts]
         parts = (requests[start : start + _QUEUED] for start in range(0, len(requests), _QUEUED))

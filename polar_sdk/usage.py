@@ -48,6 +48,11 @@ NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 DISPUTED_TAG: Final = "polar.disputed"
 """Tag of records of which somebody else computed, and claimed what cannot be: the kind of the claim."""
+FALLBACK_TAG: Final = "polar.fallback_from"
+"""Tag of records of requests that were served by a safer tier, because audits put the promise of theirs at risk: the
+tier requested, or the tolerance."""
+AUDIT_TAG: Final = "polar.audit_of"
+"""Tag of records of audits, which are the provider's own: id of the request whose answer is audited."""
 STOPPED_TAG: Final = "polar.stopped_by"
 """Tag of records of answers that an option ended: `repeats`."""
 AS_STORED: Final = {"as_stored": True}

@@ -40,6 +40,12 @@ def ledger_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(autouse=True)
+def no_chance_audits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audits by default choose no request, so that no test sees one by chance; who wants some asks for a share."""
+    monkeypatch.setattr("polar_sdk.request.selection.DEFAULT_SHARE", 1e-12)
+
+
+@pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One torch thread for tiny models: their matrices are so small that a second one only waits."""
     before = torch.get_num_threads()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from polar_server.access.keys import KeyRule
     from polar_server.deployment.launch import Launch
 
-_SERVER, _RAY = "Server", "Ray"
+_SERVER, _RAY, _AUDITS = "Server", "Ray", "Audits"
 Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)]
 Port = Annotated[
     int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any that is free.", rich_help_panel=_SERVER)
@@ -115,9 +115,37 @@ def serve(
     router: opt.RouterFolder = None,
     ledger: opt.Ledger = None,
     no_ledger: opt.NoLedger = False,
+    audit_share: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Share of answers of certified tiers that are audited at full depth in idle time, at your own cost: "
+            "such as 0.02, or TIER=SHARE, repeatable; default: 0.01 with a ledger.",
+            rich_help_panel=_AUDITS,
+        ),
+    ] = None,
+    audit_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the key that chooses them, the same for all replicas; default: audit.key in the data folder.",
+            rich_help_panel=_AUDITS,
+        ),
+    ] = None,
+    audit_keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tenant whose audited prompts are kept on this machine for `polar recalibrate`, unencrypted; "
+            "repeatable; '*' = all; default: nobody's.",
+            rich_help_panel=_AUDITS,
+        ),
+    ] = None,
+    audit_keep_days: Annotated[
+        float, typer.Option(min=0.01, help="How long they are kept.", rich_help_panel=_AUDITS)
+    ] = 30.0,
 ) -> None:
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
-    asked = {**locals(), "backend": backend or (), "name": name or ()}
+    key = None if audit_key is None else str(audit_key)
+    lists = {"backend": backend, "name": name, "audit_share": audit_share, "audit_keep": audit_keep}
+    asked = {**locals(), "audit_key": key, **{option: given or () for option, given in lists.items()}}
     try:
         from polar_server.deployment.launch import Launch
     except ModuleNotFoundError as error:

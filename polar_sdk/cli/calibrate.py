@@ -61,7 +61,7 @@ def calibrate(
             judge = Judge(engine, certified, on_progress=show)
             given = lab.builtin_items() if items is None else items
             broken = judge.resplit(given, tiers=promised, delta=delta, times=resplits)
-    _report(certified, out or folder, broken, as_json=as_json)
+    show_certified(certified, out or folder, broken, as_json=as_json)
 
 
 def promise_of(option: str, text: str) -> tuple[str, TierPromise]:
@@ -93,7 +93,8 @@ def _share(text: str) -> float | None:
     return value if 0 < value < 1 else None
 
 
-def _report(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_json: bool) -> None:
+def show_certified(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_json: bool) -> None:
+    """Print what a router promises now, and where it is."""
     certificate = router.certificate
     assert certificate is not None
     if as_json:

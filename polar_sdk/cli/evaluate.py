@@ -172,7 +172,7 @@ def _points(router: Router | None, compute: list[str], thetas: list[float]) -> d
         return None
     points = {}
     for text in compute:
-        served = router.serving(opt.compute_of(text))[1]
+        served = router.serving(opt.compute_of(text)).router
         points[text] = served.theta if isinstance(served, AtTheta) else 0.0
     return points | {f"θ = {theta:g}": theta for theta in thetas}
 

@@ -24,6 +24,7 @@ from polar_sdk.cli.drafts import drafts
 from polar_sdk.cli.evaluate import evaluate
 from polar_sdk.cli.fit import fit
 from polar_sdk.cli.heal import heal
+from polar_sdk.cli.recalibrate import recalibrate
 from polar_sdk.cli.run import chat, run
 from polar_sdk.cli.scan import scan
 from polar_sdk.cli.search import search
@@ -89,6 +90,7 @@ _EXAMPLES: Final[dict[Callable[..., None], str]] = {
     run: "polar run 'What is the capital of France?' --compute economy --stream",
     chat: "polar chat --compute economy --system 'Answer in one sentence.'",
     evaluate: "polar evaluate --data questions.jsonl --compute economy --html evaluation.html",
+    recalibrate: "polar recalibrate --model smollm2-135m-instruct",
     fit: "polar fit qwen2.5-coder-0.5b-instruct --data prompts.jsonl --hours 1",
     models.export: "polar export --program '0-20 25-29' --out ./smaller",
     scan: "polar lab scan --data prompts.jsonl --limit 64 --save",

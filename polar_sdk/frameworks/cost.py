@@ -8,14 +8,17 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT, STOPPED_TAG
+from polar_sdk.usage import FALLBACK_TAG, FLOPS_PER_COMPUTE_UNIT, STOPPED_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from polar_sdk.usage import Receipt, UsageRecord
+
+_NOTES: Final = {"stopped_by": STOPPED_TAG, "fallback_from": FALLBACK_TAG}
+"""Names of tags that say how an answer came about."""
 
 
 def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def _executed(record: UsageRecord) -> dict[str, Any]:
         "flops": record.flops.total,
         "identity_flops": record.identity_flops,
         **({"drafts": drafts} if tokens.drafted else {}),
-        **({"stopped_by": record.tags[STOPPED_TAG]} if STOPPED_TAG in record.tags else {}),
+        **{name: record.tags[tag] for name, tag in _NOTES.items() if tag in record.tags},
         "compute_units": record.compute_units,
         "tier": record.tier,
         "tenant": record.tenant,

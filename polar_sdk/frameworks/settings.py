@@ -42,7 +42,7 @@ _PER_CALL: Final = (
     *(*_CONSTRAINTS, "fit_max_tokens", "speculate", "logprobs"),
 )
 """Settings that are options of the engine by the same name, but for `json_schema`, there `schema`."""
-_OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink")
+_OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink", "audit_share")
 _ENGINE_SETTINGS: Final = (*LoadOptions.__annotations__, *_OBJECT_SETTINGS)
 """Settings that belong to `engine=`, besides the model."""
 _TOOL_OPTIONS: Final = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
@@ -120,6 +120,8 @@ class ModelSettings(BaseModel):
     """Policy or policy file; None = the one shipped for the model."""
     router: Router | str | Path | None = None
     """Router, or the folder of one; None = the one shipped for the model, where its certificate holds here."""
+    audit_share: float | dict[str, float] | None = None
+    """Share of answers of certified tiers that are audited, one or by tier; None = 0.01 where a ledger keeps audits."""
     # How the weights are loaded: `polar_sdk.models.load.LoadOptions` says what each field means.
     revision: str | None = None
     device: str = "auto"
@@ -228,6 +230,7 @@ class ModelSettings(BaseModel):
             router=self.router,
             ledger=self.ledger,
             sink=self.sink if self.engine is None else self.engine.sink,
+            audit_share=self.audit_share,
         )
 
     def _with_options(self, options: Mapping[str, Any]) -> Self:

@@ -4,7 +4,8 @@ A data file has one JSON object per line, in one of these forms; other keys are 
 
 - `{"question": …, "choices": […], "answer": index}`: the choice that the model prefers is compared with the right one;
 - `{"prompt": …, "answer": text}` (or `question` for `prompt`): what the model writes is compared with the text;
-- `{"prompt": …}`: label-free; the model's own answer at full depth is the reference.
+- `{"prompt": …}`: label-free; the model's own answer at full depth is the reference. With `tokens` beside it, as in a
+  file of kept prompts, these ids are what the model reads.
 
 A text under the key `passage` stands before the question or prompt, with an empty line between them. A text under the
 key `task` or `kind` names the class of an item: calibration and evaluation look at each class on its own.
@@ -62,6 +63,12 @@ class PromptItem(_Item):
     prompt: Text
 
 
+class TokensItem(PromptItem):
+    """A bare prompt as a model of one tokenizer reads it, chat template included; `prompt` is its text."""
+
+    tokens: tuple[int, ...] = Field(min_length=1)
+
+
 class AnswerItem(_Item):
     """A prompt and the text that answers it."""
 
@@ -77,7 +84,7 @@ class ChoiceItem(_Item):
     answer: int = Field(ge=0)
 
 
-Item = PromptItem | AnswerItem | ChoiceItem
+Item = PromptItem | TokensItem | AnswerItem | ChoiceItem
 
 
 def builtin_items() -> list[Item]:
@@ -147,6 +154,8 @@ def _with_passage(row: Any) -> Any:
 def _form(row: Any) -> type[Item]:
     if isinstance(row, dict) and "choices" in row:
         return ChoiceItem
+    if isinstance(row, dict) and "tokens" in row:
+        return TokensItem
     return AnswerItem if isinstance(row, dict) and "answer" in row else PromptItem
 
 

@@ -6,7 +6,7 @@ Facts only: what was judged, of which promise, and what that cost. Knows no prom
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -81,6 +81,16 @@ class Audit(_Facts):
                 f"kept tokens ({self.kept}) exceed compared tokens ({self.compared}), of which they are a part"
             )
         return self
+
+
+class PromiseTerms(NamedTuple):
+    """A promise that audits test."""
+
+    digest: str
+    tier: str
+    loss: AuditedLoss
+    alpha: float
+    delta: float
 
 
 class PromiseStanding(_Facts):

@@ -113,5 +113,6 @@ def _served(request: Request, choice: _Choice, depth: int) -> Request:
         router=fixed.kind,
         router_version=fixed.version,
         program=choice.program,
+        promises=(),
         tags={**request.tags, DOWNGRADED_TAG: requested},
     )

@@ -20,7 +20,7 @@ from polar_sdk.serving.job import FinishReason, Job
 from polar_sdk.serving.threads import AHEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from polar_sdk.engine.sampling import TokenLogprobs
     from polar_sdk.programs.policy import LoopGuard
@@ -93,9 +93,20 @@ class Chunk:
 
 
 def answer(
-    model: LoadedModel, requests: Sequence[Request], sink: UsageSink, guard: LoopGuard | None = None
+    model: LoadedModel,
+    requests: Sequence[Request],
+    sink: UsageSink,
+    guard: LoopGuard | None = None,
+    on_answer: Callable[[Job], object] | None = None,
 ) -> list[Generation]:
     """Answer requests; their rows run together, and with those of other callers.
+
+    Args:
+        model: What answers.
+        requests: What was asked.
+        sink: Takes their records.
+        guard: What watches loops.
+        on_answer: Called with every job that has finished and is recorded.
 
     Raises:
         SinkError: Before compute, if usage could not be recorded.
@@ -112,12 +123,16 @@ def answer(
         jobs = [Job(request, model, guard=guard, on_end=ended.put) for request in recorder.admit(requests)]
         recorder.begin(jobs)
         model.scheduler.submit(jobs)
-        finished = {job: _generation(job, recorder) for job in (ended.get() for _ in jobs)}
+        finished = {job: _generation(job, recorder, on_answer) for job in (ended.get() for _ in jobs)}
     return [finished[job] for job in jobs]
 
 
 def stream(
-    model: LoadedModel, request: Request, sink: UsageSink, guard: LoopGuard | None = None
+    model: LoadedModel,
+    request: Request,
+    sink: UsageSink,
+    guard: LoopGuard | None = None,
+    on_answer: Callable[[Job], object] | None = None,
 ) -> Generator[Chunk, None, None]:
     """Answer one request piece by piece.
 
@@ -146,10 +161,10 @@ def stream(
                         f"a stream of process {process} cannot be read in process {os.getpid()}, forked from it.",
                         hint="Start the stream in the process that reads it.",
                     )
-        yield Chunk(last.text, _generation(job, recorder), last.logprobs)
+        yield Chunk(last.text, _generation(job, recorder, on_answer), last.logprobs)
 
 
-def _generation(job: Job, recorder: Recorder) -> Generation:
+def _generation(job: Job, recorder: Recorder, on_answer: Callable[[Job], object] | None) -> Generation:
     """Wait for a job and its record.
 
     Raises:
@@ -157,6 +172,8 @@ def _generation(job: Job, recorder: Recorder) -> Generation:
     """
     usage, receipt = recorder.finish(job)
     assert job.finish is not None
+    if on_answer is not None:
+        on_answer(job)
     logprobs = None if job.logprobs is None else tuple(job.logprobs)
     return Generation(
         job.text.text,

@@ -42,9 +42,9 @@ from polar_sdk.request.options import (
     refuse_unknown,
 )
 from polar_sdk.router.base import fixed_router
-from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.learned import LearnedRouter, Serving
 from polar_sdk.serving.request import Request
-from polar_sdk.usage import new_request_id
+from polar_sdk.usage import FALLBACK_TAG, new_request_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +58,11 @@ if TYPE_CHECKING:
     from polar_sdk.serving.drafts import Speculate
 
 _DEFAULT_MAX_TOKENS = 256
+
+
+def never(promise: str) -> bool:
+    """No promise is at risk."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class RequestMaker:
     """Default of requests; None = as `auto` where drafts change no answer, to the bit."""
     drafts_are_exact: Callable[[], bool]
     """Whether that may be so of a row that starts now."""
+    at_risk: Callable[[str], bool]
+    """Whether the promise of a digest is; waits for nothing."""
 
     def make(self, prompt: Prompt, options: RequestOptions) -> Request:
         """Check a prompt and its options.
@@ -101,7 +108,8 @@ class RequestMaker:
         tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto"), options.get("tools")))
         if not tokens:
             raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
-        tier, router = self._router(options)
+        served = self._router(options)
+        router = served.router
         scored = check_logprobs(options.get("prompt_logprobs"), "prompt_logprobs")
         tiers = {name: tier.program for name, tier in self.policy.tiers.items()}
         max_tokens = self._max_tokens(len(tokens), options.get("max_tokens"))
@@ -111,12 +119,18 @@ class RequestMaker:
             tokens=tokens,
             router=router.kind,
             router_version=router.version,
-            tier=tier,
+            tier=served.tier,
+            promises=served.promises,
+            chooses=options.get("choice") is not None,
             sampling=sampling,
             stops=check_stops(options.get("stop")),
             max_tokens=max_tokens,
             tenant=tenant,
-            tags={**check_tags(self.tags), **check_tags(or_default(options.get("tags"), {}))},
+            tags={
+                **check_tags(self.tags),
+                **check_tags(or_default(options.get("tags"), {})),
+                **({} if served.instead_of is None else {FALLBACK_TAG: served.instead_of}),
+            },
             request_id=check_name("request_id", or_default(options.get("request_id"), new_request_id())),
             id_is_new=options.get("request_id") is None,
             cancel=check_cancel(options.get("cancel")),
@@ -186,11 +200,11 @@ class RequestMaker:
         self.policy.check(route.program, self.cost)
         return route
 
-    def _router(self, options: RequestOptions) -> tuple[str | None, Router]:
+    def _router(self, options: RequestOptions) -> Serving:
         """The tier to record and the router in force: program by hand, else tier, else router, else default tier."""
         program, tier = options.get("program"), options.get("compute")
         if program is not None:
-            return None, fixed_router(Program.of(program), self.cost.depth)
+            return Serving(None, fixed_router(Program.of(program), self.cost.depth))
         if isinstance(tier, (int, float)):
             try:
                 tolerance = float(tier)
@@ -201,13 +215,13 @@ class RequestMaker:
                     f"compute={tolerance:g} is a tolerance, but no certified router is loaded that could promise it; "
                     "use a tier, or load a router with router=."
                 )
-            return self.router.serving(tolerance)
+            return self.router.serving(tolerance, self.at_risk)
         if isinstance(self.router, LearnedRouter):
-            return self.router.serving(tier)
+            return self.router.serving(tier, self.at_risk)
         if tier is None and self.router is not None:
-            return None, self.router
+            return Serving(None, self.router)
         name, chosen = self.policy.program_for(tier, self.cost.depth)
-        return name, fixed_router(chosen, self.cost.depth)
+        return Serving(name, fixed_router(chosen, self.cost.depth))
 
     def _grammar(self, options: RequestOptions, max_tokens: int, tenant: str) -> Grammar | None:
         text = grammar_text(options)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from polar_sdk.errors import InvalidRequestError, SamplingError, TagError, did_you_mean
+from polar_sdk.errors import AuditError, InvalidRequestError, SamplingError, TagError, did_you_mean
 from polar_sdk.models.load import LoadOptions
 from polar_sdk.reading import shown
 from polar_sdk.usage import flaw_of_name, flaw_of_text
@@ -43,6 +44,30 @@ _BATCH_OPTIONS = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audits:
+    """How answers of certified tiers are audited; their share is `audit_share`.
+
+    Attributes:
+        key: File of the key that chooses requests; None = `audit.key` in the user's data folder, made when needed.
+        tenant: The provider's own tenant, which pays.
+        keep: Tenants whose audited prompts are kept for `polar recalibrate`; `*` = all, none by default.
+        keep_days: How long they are kept. Unit: days.
+    """
+
+    key: str | Path | None = None
+    tenant: str = "polar.audit"
+    keep: Collection[str] = ()
+    keep_days: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_name("the tenant of audits", self.tenant)
+        if isinstance(self.keep, str):
+            raise AuditError(f"keep={self.keep!r} is one text; pass a list of tenants, such as [{self.keep!r}].")
+        if not 0 < self.keep_days < math.inf:
+            raise AuditError(f"keep_days={shown(self.keep_days)} is out of range; use a number of days above 0.")
+
+
 class ModelOptions(LoadOptions, total=False):
     """Keyword options of `PolarModel.from_pretrained`: how the weights are loaded, and what this object does."""
 
@@ -60,6 +85,10 @@ class ModelOptions(LoadOptions, total=False):
     """Tenant of requests that name none."""
     tags: Mapping[str, str] | None
     """Tags of every request."""
+    audit_share: float | Mapping[str, float] | None
+    """Share of requests that are audited, one or by tier; None = 0.01 where a ledger keeps what audits find, else 0."""
+    audits: Audits | None
+    """How else they are audited."""
     speculate: Speculate | None
     """`auto`, `prompt` or `off`: whether requests that do not say so draft tokens. None, the default: as `auto` where
     the answer is the same to the bit, else `off`."""

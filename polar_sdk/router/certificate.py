@@ -15,12 +15,15 @@ average must not be carried by the easy classes. Knows counts and hashes, no pro
 
 from __future__ import annotations
 
+import hashlib
+import json
 from math import ceil
-from typing import Annotated, Final, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_sdk.errors import CalibrationSizeError, CertificateError, ToleranceError
+from polar_sdk.promises.audit import PromiseTerms
 from polar_sdk.promises.novelty import Usual
 from polar_sdk.router.exact_tests import (
     binomial_cdf,
@@ -30,14 +33,19 @@ from polar_sdk.router.exact_tests import (
     smallest_alpha,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from polar_sdk.promises.audit import AuditedLoss
+
 Loss = Literal["differs", "harms", "drops", "strict"]
 """The ways to count a prompt as lost.
 
 `differs`: the answer differs from identity's: another choice, or in text fewer than three quarters of the tokens that
-identity would choose (`lab.rewards.measure.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
+identity would choose (`promises.losses.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
 the same, minus the prompts where it is the other way round, so that α bounds the drop in accuracy; where the right
 answer is not known, an answer that differs is lost. `strict`: another choice, or in text fewer than 95 % of the tokens
-(`lab.rewards.measure.STRICT_ANSWER`).
+(`promises.losses.STRICT_ANSWER`).
 """
 LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 
@@ -248,6 +256,26 @@ class Certificate(_Frozen):
             if promise != self.promise(*promise.asked):
                 raise ValueError(f"the promise of tier {name} does not follow from the counts")
         return self
+
+    @property
+    def audited(self) -> dict[str, tuple[PromiseTerms, ...]]:
+        """What audits of a tier's answers test, by tier.
+
+        Nothing where identity always runs, and nothing of a promise on right answers, which no audit knows.
+        """
+        terms = {tier: tuple(self._terms(tier, promise)) for tier, promise in self.tiers.items() if promise.theta > 0}
+        return {tier: promises for tier, promises in terms.items() if promises}
+
+    def _terms(self, tier: str, promise: Promise) -> Iterator[PromiseTerms]:
+        demands: list[tuple[AuditedLoss, float]] = []
+        if promise.loss != "harms":  # without right answers, an answer that differs counts as a drop
+            demands.append(("strict" if promise.loss == "strict" else "differs", promise.alpha))
+        if promise.strict is not None:
+            demands.append(("strict", promise.strict.alpha))
+        facts = {"subject": self.subject.model_dump(), "data": self.data, "tier": tier, "promise": promise.model_dump()}
+        for loss, alpha in demands:
+            text = json.dumps({**facts, "loss": loss, "alpha": alpha}, sort_keys=True)
+            yield PromiseTerms(hashlib.sha256(text.encode()).hexdigest(), tier, loss, alpha, promise.delta)
 
     def promise(self, alpha: float, loss: Loss = "differs", strict: float | None = None) -> Promise:
         """The promise at the θ that saves most among those that the counts allow.

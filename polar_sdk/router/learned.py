@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,12 +24,13 @@ from polar_sdk.router.certificate import Certificate, Subject
 from polar_sdk.router.network import FeatureKind, FeatureReader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.program import Program
+    from polar_sdk.promises.audit import PromiseTerms
     from polar_sdk.router.network import Network
 
 
@@ -61,6 +62,19 @@ class RouterFacts(BaseModel):
     """The training record: data, seeds, settings, utilities."""
 
 
+class Serving(NamedTuple):
+    """What serves a request."""
+
+    tier: str | None
+    """The tier to record."""
+    router: Router
+    """With its dial set."""
+    promises: tuple[PromiseTerms, ...] = ()
+    """What is promised of its answer, as far as audits can test it."""
+    instead_of: str | None = None
+    """The tier or tolerance asked for, whose promise is at risk; None = this is it."""
+
+
 class LearnedRouter(Router):
     """A network that reads a prompt and chooses its program.
 
@@ -83,6 +97,8 @@ class LearnedRouter(Router):
         self.facts, self.network = facts, network
         self.programs = tuple(programs)
         self.certificate = certificate
+        self.audited = {} if certificate is None else certificate.audited
+        """What audits of each tier's answers test."""
         self.version = hash_tensors(network.tensors())[:12]
         self._reader: FeatureReader | None = None
         self._running: Network = network
@@ -157,8 +173,14 @@ class LearnedRouter(Router):
         """Whether the certificate holds for what would run."""
         return self.certificate is not None and self.certificate.subject == self.subject
 
-    def serving(self, compute: str | float | None) -> tuple[str | None, Router]:
-        """The tier to record, and the router at its θ, for a tier, a tolerance, or neither.
+    def serving(self, compute: str | float | None, at_risk: Callable[[str], bool] = lambda _: False) -> Serving:
+        """What serves a tier, a tolerance, or neither.
+
+        Where the promise of a tier is at risk, the next safer certified tier serves in its place, or else identity.
+
+        Args:
+            compute: What was asked for.
+            at_risk: Whether the promise of a digest is.
 
         Raises:
             UnknownTierError: The router's certificate has no such tier.
@@ -166,19 +188,37 @@ class LearnedRouter(Router):
             CertificateError: The promise does not hold for what would run.
         """
         if compute == "exact":
-            return "exact", IdentityRouter(self.facts.depth)
+            return Serving("exact", IdentityRouter(self.facts.depth))
         if self.certificate is None:
             if compute is not None:
                 raise UnknownTierError(
                     f"compute={compute!r} is a promise, but this router is not calibrated; use 'exact', leave compute "
                     "out, or calibrate the router with `polar lab calibrate`."
                 )
-            return None, self.at(self.facts.default_theta)
+            return Serving(None, self.at(self.facts.default_theta))
         self.certificate.check(self.subject)
-        if isinstance(compute, (int, float)):
-            return None, self.at(self.certificate.at_tolerance(float(compute)).theta)
+        tiers, audited = self.certificate.tiers, self.audited
+        broken = {tier for tier, promises in audited.items() if any(at_risk(each.digest) for each in promises)}
+        if isinstance(compute, (int, float)):  # no tier of its own: what is lost at a smaller θ is lost here, too
+            theta = self.certificate.at_tolerance(float(compute)).theta
+            limit = min((tiers[tier].theta for tier in broken if tiers[tier].theta <= theta), default=None)
+            return Serving(None, self.at(theta)) if limit is None else self._safer(limit, broken, f"{compute:g}")
         tier = self._tier(compute)
-        return tier, self.at(0.0 if tier is None else self.certificate.tiers[tier].theta)
+        if tier is None:
+            return Serving(None, self.at(0.0))
+        if tier in broken:
+            return self._safer(tiers[tier].theta, broken, tier)
+        return Serving(tier, self.at(tiers[tier].theta), audited.get(tier, ()))
+
+    def _safer(self, limit: float, broken: Collection[str], asked: str) -> Serving:
+        """The tier with the largest θ below a limit whose promise is in force, or identity, in place of another."""
+        assert self.certificate is not None
+        tiers = self.certificate.tiers
+        safer = [tier for tier, promise in tiers.items() if promise.theta < limit and tier not in broken]
+        if not safer:
+            return Serving("exact", IdentityRouter(self.facts.depth), instead_of=asked)
+        tier = max(safer, key=lambda name: tiers[name].theta)
+        return Serving(tier, self.at(tiers[tier].theta), self.audited.get(tier, ()), asked)
 
     def _tier(self, compute: str | None) -> str | None:
         """The certified tier in force; None = none was requested and there is no default."""
@@ -199,7 +239,7 @@ class LearnedRouter(Router):
 
     def route(self, tokens: Sequence[int]) -> Route:
         """Choose at the default tier, or at the default θ where the router is not calibrated."""
-        return self.serving(None)[1].route(tokens)
+        return self.serving(None).router.route(tokens)
 
     @torch.inference_mode()
     def choose(self, tokens: Sequence[int], theta: float) -> Route:
@@ -235,6 +275,7 @@ class LearnedRouter(Router):
         """The same router with another certificate, or none."""
         other = copy.copy(self)
         other.certificate = certificate
+        other.audited = {} if certificate is None else certificate.audited
         return other
 
     @abstractmethod

@@ -163,6 +163,13 @@ class Places:
         ]
         return max(had_turn, key=lambda other: clocks[other.request.tenant], default=None)
 
+    def has_room(self, job: Job, idle: Iterable[Job] = ()) -> bool:
+        """Whether a job fits beside those that run, these idle ones, and all kept starts of prompts."""
+        held = (other.row.page_table.counts for other in idle if other is not job and other.row.page_table.blocks)
+        promised = self._promises(self.jobs, self.pages_needed(job))
+        total = [sum(store) for store in zip(promised, self._prefixes.kept_pages, *held, strict=True)]
+        return all(pages <= size for pages, size in zip(total, self._decoder.pool.sizes, strict=True))
+
     def add(self, job: Job, resting: Iterable[Job]) -> None:
         """Give a job its place, and take pages back from those that rest as far as there are too few.
 

@@ -61,7 +61,11 @@ class PrefixCache:
         self._branches: dict[_Key, OrderedDict[_Key, None]] = {}
         """The blocks last used after each block, or after none, `_BRANCHES` at most; parts of blocks are all here."""
         self._kept_pages = [0] * len(decoder.placement.stores)
+
+    @property
+    def kept_pages(self) -> Sequence[int]:
         """Number of pages kept in each store."""
+        return self._kept_pages
 
     def lend(self, request: Request, row: Row) -> int:
         """Give a new row the longest kept start of its prompt; returns its number of tokens, which may be 0.

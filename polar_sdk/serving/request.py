@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.sampling import LogitsHook, Sampling
     from polar_sdk.engine.steering import Steering
     from polar_sdk.programs.program import Program
+    from polar_sdk.promises.audit import PromiseTerms
     from polar_sdk.serving.drafts import Speculate
 
 
@@ -60,6 +61,12 @@ class Request:
     """Grammar that the answer must match; None = anything."""
     speculate: Speculate | None = None
     """Whether tokens are drafted; see `drafts_of`."""
+    chooses: bool = False
+    """Whether the grammar is one of given texts."""
+    promises: tuple[PromiseTerms, ...] = ()
+    """What is promised of the answer, as far as audits can test it."""
+    idle: bool = False
+    """Whether it runs only while nobody else has anything to run, and gives way after each pass."""
     fit_max_tokens: bool = True
     """Whether an answer with a grammar is steered to an end within `max_tokens`."""
     id_is_new: bool = False

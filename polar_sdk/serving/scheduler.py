@@ -2,7 +2,8 @@
 
 Finished rows leave and waiting ones join between two tokens. Prompts run in chunks, so that a long one does not hold
 up rows that are decoding. Three parts keep tenants from each other's harm: `queue` says whose request is next, `places`
-who gives way to it, and `pace` how much those who run may add to each other's passes.
+who gives way to it, and `pace` how much those who run may add to each other's passes. Idle requests have no part in
+that: one of them runs when nobody else has had anything to run for a moment, and waits again when somebody has.
 
 Callers hand their jobs over through a queue and touch nothing else, since a signal may stop one anywhere: queue and
 places belong to the thread alone.
@@ -14,7 +15,7 @@ import atexit
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from functools import partial
 from queue import Empty
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 _THREAD: Final = "polar-engine"
 _STARTING_SECONDS: Final = 0.001
+_QUIET_SECONDS: Final = 0.05
+"""An idle request begins, or goes on, after this time without others: who waits for an answer often asks again."""
 _IDLE_SECONDS: Final = 2.0
 """The thread ends after this time without work, so that it keeps no weights alive."""
 _LIVING: Final[WeakSet[Scheduler]] = WeakSet()
@@ -74,6 +77,10 @@ class Scheduler:
         """When each tenant had rows last, of those that had some lately."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
+        self._idle: deque[Job] = deque()
+        """Jobs of idle requests; the first one runs next. They hold pages as long as nobody else needs them."""
+        self._busy_at = float("-inf")
+        """When others had a pass last."""
         self._pace = Pace()
         self._passes = Passes(decoder)
         self._checked = 0
@@ -94,8 +101,8 @@ class Scheduler:
         _LIVING.add(self)
 
     def __len__(self) -> int:
-        """Number of jobs that wait or run."""
-        return len(self._open)
+        """Number of jobs that wait or run, without idle ones."""
+        return sum(not job.request.idle for job in list(self._open))
 
     @property
     def waiting(self) -> int:
@@ -121,7 +128,8 @@ class Scheduler:
             self._check_size(job)
         with self._arriving:
             waiting = sorted(self._waiting(), key=lambda job: not job.begin_ns)  # stable
-            for loser in who_gives_room(waiting, jobs, self.limits.max_waiting, self.limits.weights):
+            counted = [job for job in jobs if not job.request.idle]
+            for loser in who_gives_room(waiting, counted, self.limits.max_waiting, self.limits.weights):
                 loser.revoke(
                     QueueFullError(
                         "this request waited, or its stream was not read, while the queue reached its limit of "
@@ -137,7 +145,7 @@ class Scheduler:
 
     def _waiting(self) -> list[Job]:
         """Jobs without a place, in the order in which they came; those that are about to end do not count."""
-        return [job for job in list(self._open) if not (job.standing.has_place or job.left)]
+        return [job for job in list(self._open) if not (job.standing.has_place or job.left or job.request.idle)]
 
     def settle(self, job: Job) -> None:
         """Wait until nothing more will be computed for a job that was cancelled, also where `submit` was cut off."""
@@ -175,10 +183,14 @@ class Scheduler:
     def _serve(self) -> None:
         try:
             while True:
-                self._take_in(0.0 if self._busy or self._closing else _IDLE_SECONDS)
-                if not self._busy:  # after a while without work, this thread ends
+                self._take_in(0.0 if self._busy or self._closing else self._patience)
+                if self._busy:
+                    self._round()
+                    self._busy_at = time.monotonic()
+                elif self._idle:
+                    self._run_idle()
+                else:  # after a while without work, this thread ends
                     return
-                self._round()
         finally:
             self._closing = False
 
@@ -192,7 +204,8 @@ class Scheduler:
                     new = [job for job in jobs if not (job.standing.arrived or job.done)]
                     for job in new:
                         job.standing.arrived = True
-                    self._queue.put(new, self._places.jobs)
+                    self._idle.extend(job for job in new if job.request.idle)
+                    self._queue.put([job for job in new if not job.request.idle], self._places.jobs)
 
     def _round(self) -> None:
         try:
@@ -212,6 +225,36 @@ class Scheduler:
             return
         if not passes:
             self._take_in(_POLL_SECONDS)  # every caller lags behind: wait for one to read on or to cancel
+
+    @property
+    def _patience(self) -> float:
+        """How long to wait for jobs where none but idle ones are here. Unit: seconds."""
+        return max(0.0, self._busy_at + _QUIET_SECONDS - time.monotonic()) if self._idle else _IDLE_SECONDS
+
+    def _run_idle(self) -> None:
+        """One pass of the first idle job, which gives its place up again. No start of its prompt is kept or lent."""
+        job = self._idle[0]
+        try:
+            with self._round_lock:
+                attempt([job], job.stop_if_due)
+                if not job.done and not self._places.has_room(job):
+                    job.fail(CacheMemoryError("an idle request found no room for its keys and values."))
+                if not job.done:
+                    self._places.add(job, ())
+                    attempt([job], partial(self._run_alone, job))
+                    self._places.remove(job)
+                    if (look := job.on_round) is not None:
+                        look(time.perf_counter_ns())
+        except BaseException as error:  # a bug in this module must not leave callers waiting forever
+            self._begin_anew()
+            job.fail(error)
+        self._idle = deque(other for other in self._idle if not other.done)
+
+    def _run_alone(self, job: Job) -> None:
+        if job.decoding:
+            self._passes.decode([job], self._charge)
+        else:
+            self._passes.read([job], [job.chunk], self._charge, lambda _: None)
 
     def _begin_anew(self) -> None:
         self._queue = FairQueue()
@@ -242,6 +285,7 @@ class Scheduler:
         self._closing = False
         self._arriving, self._round_lock = threading.Lock(), threading.RLock()
         self._begin_anew()
+        self._idle.clear()
         for job in list(self._open):
             job.delivery.reset()  # the caller is in the parent, and so is the answer
             job.cancel()
@@ -261,9 +305,10 @@ class Scheduler:
         self._checked += _CHECKS
         part = waiting[start : start + _CHECKS]
         waiting = part + [job for job in waiting if job.left and job not in part]
-        for job in [*waiting, *self._places.jobs]:
+        for job in [*waiting, *self._places.jobs, *self._idle]:
             if not job.done:
                 attempt([job], job.stop_if_due)
+        self._idle = deque(job for job in self._idle if not job.done)
         for job in waiting:
             if job.done:
                 self._queue.remove(job)
@@ -286,7 +331,10 @@ class Scheduler:
                 self._places.remove(other)
                 self._queue.rest(other)
             self._queue.remove(job)
-            self._places.add(job, self._queue.resting)
+            for other in self._idle:
+                if other.row.page_table.blocks and not self._places.has_room(job, self._idle):
+                    other.drop_pages()  # before a kept start of a prompt is lost for it
+            self._places.add(job, [*self._idle, *self._queue.resting])
 
     def _run_passes(self) -> bool:
         """A pass over prompts, and one token for every row whose prompt has run and whose caller keeps up."""

@@ -12,8 +12,8 @@ import pytest
 
 PUBLIC = {
     "polar_sdk": """
-        Chunk Generation IdentityRouter JsonlSink LayerwiseRouter ListSink MenuRouter NullSink PolarError PolarModel
-        Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
+        Audits Chunk Generation IdentityRouter JsonlSink LayerwiseRouter ListSink MenuRouter NullSink PolarError
+        PolarModel Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
     "polar_sdk.lab": """
         AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions FitResult Item LayerwiseSettings

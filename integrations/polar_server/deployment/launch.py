@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from polar_sdk.cli.options import load_model
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.request.options import Audits
 from polar_sdk.show.lines import print_line
 from polar_server.access.stores import find_access
 from polar_server.http.pages import find_pages
@@ -59,10 +60,15 @@ class Launch:
     router: str | None = None
     ledger: str | None = None
     no_ledger: bool = False
+    audit_share: Sequence[str] = ()
+    audit_key: str | None = None
+    audit_keep: Sequence[str] = ()
+    audit_keep_days: float = 30.0
 
     def __post_init__(self) -> None:
-        """Refuse backends that cannot be before anything is loaded."""
+        """Refuse backends and shares that cannot be before anything is loaded."""
         self.backends()
+        self.shares()
 
     @classmethod
     def options(cls) -> list[str]:
@@ -101,6 +107,27 @@ class Launch:
             backends.setdefault(tier, []).append(url)
         return backends
 
+    def shares(self) -> float | dict[str, float] | None:
+        """The share of requests that are audited, of texts such as `0.02` or `economy=0.05`; None = none was named.
+
+        Raises:
+            InvalidRequestError: One is neither.
+        """
+        shares: dict[str, float] = {}
+        for text in self.audit_share:
+            tier, _, share = text.rpartition("=")
+            try:
+                shares[tier] = float(share)
+            except ValueError:
+                raise InvalidRequestError(
+                    f"--audit-share {text!r} is neither a share, such as 0.02, nor TIER=SHARE, such as economy=0.05."
+                ) from None
+        if "" in shares and len(shares) > 1:
+            raise InvalidRequestError(
+                "--audit-share names one share of all tiers and others; name one, or one by tier."
+            )
+        return shares.get("", shares or None)
+
     def stores(self) -> dict[str, Any]:
         """The stores of the ledger, and which calls need a key, as `Settings` takes them.
 
@@ -138,7 +165,11 @@ class Launch:
         telemetry = Telemetry.configured() if self.otel else None
         stores = self.stores()
         return Settings(
-            engine=load_model(**{name: getattr(self, name) for name in _MODEL}),
+            engine=load_model(
+                **{name: getattr(self, name) for name in _MODEL},
+                audit_share=self.shares(),
+                audits=Audits(key=self.audit_key, keep=self.audit_keep, keep_days=self.audit_keep_days),
+            ),
             name=self.name,
             lenient=self.lenient,
             timeout=self.timeout,

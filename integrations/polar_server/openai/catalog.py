@@ -109,8 +109,9 @@ class Catalog:
         if tier in self.elsewhere:
             program = self.elsewhere[tier]
         elif isinstance(engine.router, LearnedRouter):
-            named, serving = engine.router.serving(tier)
-            if isinstance(serving, AtTheta):
+            served = engine.router.serving(tier)
+            named = served.tier
+            if isinstance(served.router, AtTheta):
                 router = engine.router
                 most = max(
                     cost.request(program, read, written, router=router.network.flops).total

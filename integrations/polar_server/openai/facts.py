@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polar_sdk.engine import engine_version
 from polar_sdk.frameworks.cost import total_cost
 from polar_sdk.request.admission import DOWNGRADED_TAG
-from polar_sdk.usage import STOPPED_TAG
+from polar_sdk.usage import FALLBACK_TAG, STOPPED_TAG
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel, UsageRecord
@@ -125,6 +125,8 @@ class Facts:
         }
         if records and DOWNGRADED_TAG in records[0].tags:
             polar["downgraded_from"] = records[0].tags[DOWNGRADED_TAG]
+        if records and FALLBACK_TAG in records[0].tags:
+            polar["fallback_from"] = records[0].tags[FALLBACK_TAG]
         if stopped := [record.tags[STOPPED_TAG] for record in records if STOPPED_TAG in record.tags]:
             polar["stopped_by"] = stopped[0]
         self.exchange.facts |= {"program": polar["program"], "tier": polar["tier"], "flops": flops}

@@ -18,10 +18,9 @@ from pydantic import BaseModel
 
 from polar_sdk.lab.healing.packs import make_packs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
-from polar_sdk.lab.rewards.measure import STRICT_ANSWER
-from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.lab.training.outcomes import grouped
 from polar_sdk.programs.program import Program
+from polar_sdk.promises.losses import ANSWER_TOKENS, is_lost
 from polar_sdk.router.base import IdentityRouter
 from polar_sdk.router.exact_tests import Interval, mean_difference
 from polar_sdk.serving.prefixes import common_start
@@ -123,7 +122,7 @@ class TextRun(NamedTuple):
             flops_saved=1 - sum(self.spent[row] for row in rows) / sum(self.full[row] for row in rows),
             tokens_kept=fmean(shares),
             tokens_kept_interval=(max(0.0, 1 - lost.high), min(1.0, 1 - lost.low)),
-            strict_kept=fmean(share >= STRICT_ANSWER for share in shares),
+            strict_kept=fmean(not is_lost(share, "strict") for share in shares),
             three_quarters_kept=fmean(self.outcomes[row].agree for row in rows),
             noise_floor=fmean(self.floor[row].share for row in rows),
         )

@@ -19,8 +19,8 @@ from polar_sdk.lab.fit.prompts import text_of
 from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
 from polar_sdk.lab.healing.method import TRAINABLE
 from polar_sdk.lab.items import ChoiceItem, Shares
-from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.programs.program import TAIL, Program
+from polar_sdk.promises.losses import ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

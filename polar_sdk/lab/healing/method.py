@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Self
 from pydantic import BaseModel, Field, ValidationError
 
 from polar_sdk.errors import MapError
-from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.programs.cost import Segment
 from polar_sdk.programs.program import TAIL
+from polar_sdk.promises.losses import ANSWER_TOKENS
 from polar_sdk.router.map_set import Storage
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from polar_sdk.engine.pack import packs
 from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.programs.program import Program
+from polar_sdk.promises.losses import is_lost, tokens_kept
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
     from polar_sdk.programs.cost import CostModel
 
 _NUMBER: Final = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-SAME_ANSWER: Final = 0.75
-"""Share of the tokens of identity's answer that a program must choose too, for its answer to count as the same one.
-
-Not all of them: where two tokens are almost as likely, identity itself chooses otherwise 1 time in 100 when it is run
-in other packs, and one such token in an answer changes nothing that a reader would notice.
-"""
-STRICT_ANSWER: Final = 0.95
-"""Share of the tokens of identity's answer that a program must choose too where a promise is strict."""
 
 
 class Reward(NamedTuple):
@@ -169,9 +162,8 @@ def _compare(task: Task, full: Score, ours: Score) -> tuple[bool, float, float]:
         return agrees, float(agrees), scores[preferred] - max(rivals)
     # Identity's answer was written one token at a time; scored in one pass, identity itself may choose otherwise where
     # two tokens are almost as likely. So the choices of both in one pass are compared.
-    pairs = list(zip(ours.greedy[0], full.greedy[0], strict=True))
-    share = sum(a == b for a, b in pairs) / len(pairs)
-    return share >= SAME_ANSWER, share, (ours.loglikelihoods[0] - full.loglikelihoods[0]) / len(pairs)
+    share = tokens_kept(ours.greedy[0], full.greedy[0]) / len(full.greedy[0])
+    return not is_lost(share, "differs"), share, (ours.loglikelihoods[0] - full.loglikelihoods[0]) / len(full.greedy[0])
 
 
 def preferred_choice(score: Score, characters: Sequence[int]) -> int:

@@ -10,24 +10,24 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from polar_sdk.engine.pack import Question
-from polar_sdk.lab.items import AnswerItem, ChoiceItem, item_id
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, TokensItem, item_id
 from polar_sdk.programs.program import Program
+from polar_sdk.promises.losses import ANSWER_TOKENS
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
+    from polar_sdk.request.options import Prompt
 
 
 PromptKind = Literal["choice", "prompt", "answer"]
-ANSWER_TOKENS: Final = 48
-"""Maximum tokens of identity's answers to prompts."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,12 @@ def make_tasks(
 
     An item whose question does not fit the model's context window is left out.
     """
-    prompts = [item.prompt for item in items if not isinstance(item, ChoiceItem)]
-    answers = _answers(model, list(dict.fromkeys(prompts)), cache, answer_tokens, on_progress)
+    asked: dict[str, Prompt] = {
+        item.prompt: item.tokens if isinstance(item, TokensItem) else item.prompt
+        for item in items
+        if not isinstance(item, ChoiceItem)
+    }
+    answers = _answers(model, asked, cache, answer_tokens, on_progress)
     tasks = [
         Task(item, choice_question(model, item) if isinstance(item, ChoiceItem) else answers[item.prompt])
         for item in items
@@ -100,20 +104,20 @@ def _length(question: Question) -> int:
 
 def _answers(
     model: PolarModel,
-    prompts: Sequence[str],
+    prompts: Mapping[str, Prompt],
     cache: RewardCache,
     answer_tokens: int,
     on_progress: Progress,
 ) -> dict[str, Question]:
-    """Prompt tokens and identity's answer, by prompt; prompts that leave no room for an answer are left out."""
-    tokens = {prompt: tuple(model.prompt_tokens(prompt)) for prompt in prompts}
+    """Prompt tokens and identity's answer, by text; prompts that leave no room for an answer are left out."""
+    tokens = {text: tuple(model.prompt_tokens(prompt)) for text, prompt in prompts.items()}
     room = model.context_window - answer_tokens
     keys = {prompt: _key(ids) for prompt, ids in tokens.items() if len(ids) <= room}
     texts = {key: prompt for prompt, key in keys.items()}
     known = cache.complete(
         sorted(texts, key=lambda key: len(tokens[texts[key]])),
         f"{Program.identity(model.depth)} answers {answer_tokens}",
-        lambda batch: model.greedy_answers([texts[key] for key in batch], max_tokens=answer_tokens),
+        lambda batch: model.greedy_answers([prompts[texts[key]] for key in batch], max_tokens=answer_tokens),
         lambda done, total: on_progress("identity's answers", done, total),
     )
     return {prompt: Question(tokens[prompt], (tuple(known[key]),)) for prompt, key in keys.items()}

@@ -151,7 +151,7 @@ def _tiers(
         tiers |= _all_tiers(model, served)
     for name in compute:
         if isinstance(served, LearnedRouter):
-            tiers[str(name)] = served.serving(name)[1]
+            tiers[str(name)] = served.serving(name).router
         elif isinstance(name, str):
             tiers[name] = fixed_router(model.policy.program_for(name, model.depth)[1], model.depth)
         else:

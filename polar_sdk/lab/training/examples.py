@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.rewards.measure import SAME_ANSWER, STRICT_ANSWER
+from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.router.menu import needed_theta
 
 if TYPE_CHECKING:

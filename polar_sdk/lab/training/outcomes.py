@@ -13,9 +13,10 @@ from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, check_labels, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.program_search.matrix import measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-from polar_sdk.lab.rewards.measure import STRICT_ANSWER, Measurer, preferred_choice, rewards_of
+from polar_sdk.lab.rewards.measure import Measurer, preferred_choice, rewards_of
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.program import Program
+from polar_sdk.promises.losses import is_lost
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Outcomes:
         if loss == "differs":
             return [int(not outcome.agree) for outcome in outcomes]
         if loss == "strict":  # of a choice, the share is 0 or 1
-            return [int(outcome.share < STRICT_ANSWER) for outcome in outcomes]
+            return [int(is_lost(outcome.share, "strict")) for outcome in outcomes]
         labelled, identity = self.matrix.labelled.tolist(), self.matrix.programs[0]
         values = []
         for row, outcome in zip(rows, outcomes, strict=True):

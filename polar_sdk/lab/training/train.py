@@ -11,12 +11,12 @@ import torch
 from polar_sdk.errors import DataError, RouterError, RouterModelError
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.lab.program_search.matrix import RewardMatrix
-from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.lab.training.examples import Examples, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
 from polar_sdk.lab.training.outcomes import Bench, id_prefixes
 from polar_sdk.programs.program import Program
+from polar_sdk.promises.losses import ANSWER_TOKENS
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.map_set import MapSet

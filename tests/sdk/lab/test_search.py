@@ -20,9 +20,10 @@ from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.program_search.menu import Menu, cover
 from polar_sdk.lab.program_search.search import SearchOptions, SearchResult, rewards_path
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, is_right, preferred_choice
+from polar_sdk.lab.rewards.measure import Measurer, is_right, preferred_choice
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.cost import CostModel, LayerCost
+from polar_sdk.promises.losses import SAME_ANSWER
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 from tests.sdk.command import polar

@@ -1,0 +1,284 @@
+"""Audits: a share of answered requests is judged by full depth, while the engine has nothing else to do.
+
+What is judged is the loss that the certificate counts: identity answers the prompt greedily, and of the tokens of that
+answer the program that served the request keeps those that it would choose too. Where the served answer was greedy and
+is identity's own so far, what its program chose is known; beyond that it runs once more, along identity's answer. Both
+runs decode token by token, in the same way, and are requests of the provider's own tenant with usage records of their
+own. Prompts are held in memory until their audit has run, and for an hour at most.
+
+Knows requests and the sink; which promises there are is said by the router, and what follows from audits by the sink.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from queue import Empty
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from polar_sdk.engine.sampling import Sampling
+from polar_sdk.errors import SinkError
+from polar_sdk.programs.program import Program
+from polar_sdk.promises.audit import Audit
+from polar_sdk.promises.losses import ANSWER_TOKENS, is_lost, tokens_kept
+from polar_sdk.request.generation import answer
+from polar_sdk.router.base import fixed_router
+from polar_sdk.serving.prefixes import common_start
+from polar_sdk.serving.request import Request
+from polar_sdk.serving.threads import Inbox
+from polar_sdk.usage import AUDIT_TAG, FALLBACK_TAG, new_request_id
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.grammar import Grammar
+    from polar_sdk.programs.policy import LoopGuard
+    from polar_sdk.promises.audit import PromiseTerms
+    from polar_sdk.request.generation import Generation
+    from polar_sdk.request.kept import KeptPrompts
+    from polar_sdk.request.selection import Selection
+    from polar_sdk.serving.job import Job
+    from polar_sdk.serving.loaded import LoadedModel
+    from polar_sdk.usage import UsageSink
+
+_log: Final = logging.getLogger(__name__)
+TENANT: Final = "polar.audit"
+"""The provider's own tenant, where no other is named."""
+QUEUE: Final = 64
+"""Maximum number of chosen requests that wait; one more is not audited."""
+WAIT_SECONDS: Final = 3600.0
+"""A request that has waited longer is not audited."""
+_REST_SECONDS: Final = 2.0
+"""The thread ends after this time without a chosen request."""
+_AGAIN_SECONDS: Final = 1.0
+"""How often an audit is offered to a sink that cannot store it."""
+_ENDING: Final = threading.Event()
+"""Set when the process ends: nothing more is audited."""
+atexit.register(_ENDING.set)  # after that of the scheduler, and so called before it
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A request that is to be audited."""
+
+    tenant: str
+    request_id: str
+    tier: str
+    tokens: tuple[int, ...]
+    program: Program
+    promises: tuple[PromiseTerms, ...]
+    weight: float
+    answer: tuple[int, ...]
+    """Of the answer served, as far as its program chose greedily; empty where it did not."""
+    choices: Grammar | None
+    """The texts that it chose among; None = it wrote freely."""
+    max_tokens: int
+    keep: bool
+    """Whether the prompt may be kept."""
+    process: int
+    since: float
+
+
+class Auditor:
+    """Audits the answers of one model.
+
+    Args:
+        model: What answers.
+        sink: Takes the records of audits, and what they found.
+        guard: What watches loops.
+        shares: Of each tier's requests.
+        selection: Chooses them.
+        tenant: Who pays.
+        kept: Keeps prompts of audited requests; None = nobody does.
+
+    Attributes:
+        shares: Of each tier's requests.
+        dropped: Number of chosen requests that were not audited, because too many waited, or for too long.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        sink: UsageSink,
+        guard: LoopGuard,
+        shares: Mapping[str, float],
+        selection: Selection,
+        tenant: str,
+        kept: KeptPrompts | None,
+    ) -> None:
+        self._model, self._sink, self._guard = model, sink, guard
+        self.shares, self._selection, self.tenant, self._kept = dict(shares), selection, tenant, kept
+        self.dropped = 0
+        self._waiting: deque[_Case] = deque()
+        self._inbox: Inbox[None] = Inbox("polar-audit")
+
+    def __len__(self) -> int:
+        """Number of chosen requests that wait."""
+        return len(self._waiting)
+
+    def answered(self, job: Job) -> None:
+        """A request was answered and is recorded: have it audited where it is chosen. Waits for nothing."""
+        request = job.request
+        promises, fallen = request.promises, FALLBACK_TAG in request.tags
+        if not (promises or fallen) or job.finish not in ("stop", "length") or request.tenant == self.tenant:
+            return
+        # Where full depth serves in place of all tiers, nothing can be lost, but a new calibration needs the prompts.
+        share = self.shares.get(promises[0].tier, 0.0) if promises else max(self.shares.values())
+        if not (share and self._selection.chooses(request.tenant, request.request_id, share)):
+            return
+        chooses = request.chooses and all(each.loss == "differs" for each in promises)
+        if len(request.tokens) + ANSWER_TOKENS > self._model.decoder.context_window:
+            return  # as in calibration
+        if len(self._waiting) >= QUEUE:
+            self.dropped += 1
+            return
+        grammar = request.grammar if chooses else None
+        changed = (request.steering, request.logits_hook, None if chooses else request.grammar)
+        greedy = job.sampler.greedy and all(each is None for each in changed)
+        self._waiting.append(
+            _Case(
+                tenant=request.tenant,
+                request_id=request.request_id,
+                tier=request.tier or "",
+                tokens=request.tokens,
+                program=request.program,
+                promises=promises,
+                weight=1.0,
+                answer=tuple(job.tokens) if greedy else (),
+                choices=grammar,
+                max_tokens=request.max_tokens if chooses else ANSWER_TOKENS,
+                keep=self._kept is not None and self._kept.may_keep(request.tenant, request.tags),
+                process=os.getpid(),
+                since=time.monotonic(),
+            )
+        )
+        with suppress(RuntimeError):  # no thread starts at the end of the process
+            self._inbox.put(None, self._serve)
+
+    def _serve(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._inbox.take(_REST_SECONDS)
+                while self._waiting:
+                    case = self._waiting.popleft()
+                    if _ENDING.is_set() or case.process != os.getpid():  # a forked child has the parent's
+                        continue
+                    if time.monotonic() - case.since > WAIT_SECONDS:
+                        self.dropped += 1
+                        continue
+                    try:
+                        self._audit(case)
+                    except Exception as error:  # any sink, any error: the next one may be audited
+                        _log.warning("request %r could not be audited (%s)", case.request_id, error)
+
+    def _audit(self, case: _Case) -> None:
+        if case.keep and self._kept is not None:
+            self._kept.keep(case.tokens, case.tenant, case.tier)
+        judged = self._judged(case) if case.promises else None
+        if judged is None:
+            return
+        compared, kept, flops, paid = judged
+        for place, promise in enumerate(case.promises):
+            audit = Audit(
+                audit_id=new_request_id(),
+                request_id=case.request_id,
+                tenant=case.tenant,
+                tier=promise.tier,
+                promise=promise.digest,
+                loss=promise.loss,
+                alpha=promise.alpha,
+                delta=promise.delta,
+                lost=compared > 0 and is_lost(kept / compared, promise.loss),
+                compared=compared,
+                kept=kept,
+                weight=case.weight,
+                prompt_tokens=len(case.tokens),
+                flops=0 if place else flops,
+                audit_request_id=paid,
+                at=datetime.now(UTC),
+            )
+            self._store(audit)
+
+    def _judged(self, case: _Case) -> tuple[int, int, int, str | None] | None:
+        """Tokens compared and kept, FLOPs, and the id of the record that paid; None where a run ended early."""
+        identity = Program.identity(self._model.decoder.depth)
+        if case.program.is_identity(self._model.decoder.depth):
+            return 0, 0, 0, None  # nothing can be lost
+        paid = new_request_id()
+        full = self._run(case, identity, paid, case.max_tokens)
+        runs, reference = [full], full.token_ids
+        chosen, follow = case.answer, _Follow(reference)
+        if common_start(chosen, reference) < len(reference) and not (case.choices and chosen):
+            hook = None if case.choices else follow
+            runs.append(self._run(case, case.program, f"{paid}.tier", case.max_tokens, hook))
+            chosen = tuple(follow.chosen) if hook else runs[1].token_ids
+        if any(run.finish_reason == "cancelled" for run in runs):
+            self._waiting.clear()  # the process ends
+            return None
+        flops = sum(run.usage.flops.executed for run in runs)
+        if case.choices:
+            return 1, int(chosen == reference), flops, paid
+        return len(reference), tokens_kept(chosen[: len(reference)], reference), flops, paid
+
+    def _run(
+        self, case: _Case, program: Program, request_id: str, max_tokens: int, hook: _Follow | None = None
+    ) -> Generation:
+        fixed = fixed_router(program, self._model.decoder.depth)
+        request = Request(
+            tokens=case.tokens,
+            program=program,
+            router=fixed.kind,
+            router_version=fixed.version,
+            router_flops=0,
+            tier=None,
+            sampling=Sampling(),
+            stops=(),
+            max_tokens=max_tokens,
+            tenant=self.tenant,
+            tags={AUDIT_TAG: case.request_id},
+            request_id=request_id,
+            id_is_new=True,
+            cancel=_ENDING,
+            timeout=None,
+            logits_hook=hook,
+            grammar=case.choices,
+            speculate="off",
+            idle=True,
+        )
+        return answer(self._model, [request], self._sink, self._guard)[0]
+
+    def _store(self, audit: Audit) -> None:
+        """Hand an audit to the sink, and again where that cannot store it now."""
+        while not _ENDING.is_set():
+            try:
+                self._sink.audited(audit)
+            except SinkError as error:
+                _log.warning("an audit is not stored yet (%s)", error)
+                _ENDING.wait(_AGAIN_SECONDS)
+            else:
+                return
+
+
+class _Follow:
+    """A logits hook that makes a program follow a reference, and notes what it would have chosen."""
+
+    def __init__(self, reference: Sequence[int]) -> None:
+        self._reference = reference
+        self.chosen: list[int] = []
+
+    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
+        self.chosen.append(int(logits.argmax()))
+        forced = torch.full_like(logits, -torch.inf)
+        forced[self._reference[min(len(tokens), len(self._reference) - 1)]] = 0.0
+        return forced
