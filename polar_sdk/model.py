@@ -107,7 +107,7 @@ class PolarModel:
         # A policy named by the caller says what the tiers are; then no router is looked for.
         self.router = find_router(router, self, look=policy is None)
         self._maker = replace(self._maker, router=self.router)
-        self.auditor = self._auditor(audit_share, audits or Audits())
+        self.auditor = self._begin_audits(audit_share, audits or Audits())
         """Audits answers of certified tiers; None where none are audited."""
 
     @classmethod
@@ -146,27 +146,34 @@ class PolarModel:
         loading, own = split_loading(options)
         return cls(adopt(model, tokenizer, **loading), **own)
 
-    def _auditor(self, share: float | Mapping[str, float] | None, audits: Audits) -> Auditor | None:
-        """What audits answers, where a promise can be tested; then requests heed what audits found."""
-        audited = self.router.audited if isinstance(self.router, LearnedRouter) else {}
-        if not audited:
+    def _begin_audits(self, share: float | Mapping[str, float] | None, audits: Audits) -> Auditor | None:
+        """What audits answers, where a promise can be tested; from now on requests heed what is found."""
+        router, loaded = self.router, self._loaded
+        if not isinstance(router, LearnedRouter) or router.certificate is None or not router.audited:
             return None
-        loaded, keeps = self._loaded, not isinstance(self.sink, NullSink)
-        if keeps:
-            self._maker = replace(self._maker, at_risk=standings_of(self.sink).at_risk)
-        shares = shares_of(share, audited, self.sink, kept=keeps)
-        if not any(shares.values()):
-            return None
-        kept = KeptPrompts(kept_path(loaded.fingerprint), self.decode, frozenset(audits.keep), audits.keep_days)
-        return Auditor(
-            loaded,
-            self.sink,
-            self.policy.loop_guard,
-            shares,
-            Selection(find_key(audits.key)),
-            audits.tenant,
-            kept if audits.keep else None,
-        )
+        standings = None if isinstance(self.sink, NullSink) else standings_of(self.sink)
+        shares = shares_of(share, router.audited, self.sink, kept=standings is not None)
+        auditor = None
+        if any(shares.values()):
+            kept = KeptPrompts(kept_path(loaded.fingerprint), self.decode, frozenset(audits.keep), audits.keep_days)
+            usual = router.certificate.usual
+            auditor = Auditor(
+                loaded,
+                self.sink,
+                self.policy.loop_guard,
+                shares,
+                Selection(find_key(audits.key)),
+                audits.tenant,
+                kept if audits.keep else None,
+                next((usual[kind] for kind in ("prompt", "answer") if kind in usual), None),
+            )
+        watching = auditor if audits.unusual == "exact" else None
+        if standings is not None:
+            self._maker = replace(
+                self._maker,
+                at_risk=lambda promise: (watching is not None and watching.unusual) or standings.at_risk(promise),
+            )
+        return auditor
 
     @property
     def _on_answer(self) -> Callable[[Job], None] | None:

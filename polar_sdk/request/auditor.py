@@ -27,9 +27,11 @@ import torch
 
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import SinkError
+from polar_sdk.locks import renewed_in_child
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.audit import Audit
 from polar_sdk.promises.losses import ANSWER_TOKENS, is_lost, tokens_kept
+from polar_sdk.promises.novelty import Novelty, Usualness
 from polar_sdk.request.generation import answer
 from polar_sdk.router.base import fixed_router
 from polar_sdk.serving.prefixes import common_start
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.grammar import Grammar
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.promises.audit import PromiseTerms
+    from polar_sdk.promises.novelty import Usual
     from polar_sdk.request.generation import Generation
     from polar_sdk.request.kept import KeptPrompts
     from polar_sdk.request.selection import Selection
@@ -59,6 +62,8 @@ QUEUE: Final = 64
 """Maximum number of chosen requests that wait; one more is not audited."""
 WAIT_SECONDS: Final = 3600.0
 """A request that has waited longer is not audited."""
+RAISED: Final = 10
+"""Factor of the share while prompts are suspect or unusual."""
 _REST_SECONDS: Final = 2.0
 """The thread ends after this time without a chosen request."""
 _AGAIN_SECONDS: Final = 1.0
@@ -101,9 +106,11 @@ class Auditor:
         selection: Chooses them.
         tenant: Who pays.
         kept: Keeps prompts of audited requests; None = nobody does.
+        usual: Where prompts fell in calibration; None = nobody knows, and none is found unusual.
 
     Attributes:
-        shares: Of each tier's requests.
+        shares: Of each tier's requests, while prompts are as usual; while they are not, more are audited.
+        usualness: What the prompts of late are found to be.
         dropped: Number of chosen requests that were not audited, because too many waited, or for too long.
     """
 
@@ -111,17 +118,26 @@ class Auditor:
         self,
         model: LoadedModel,
         sink: UsageSink,
-        guard: LoopGuard,
+        guard: LoopGuard | None,
         shares: Mapping[str, float],
         selection: Selection,
         tenant: str,
         kept: KeptPrompts | None,
+        usual: Usual | None = None,
     ) -> None:
         self._model, self._sink, self._guard = model, sink, guard
         self.shares, self._selection, self.tenant, self._kept = dict(shares), selection, tenant, kept
         self.dropped = 0
+        self.usualness = Usualness.USUAL
+        self._novelty = None if usual is None else Novelty(usual)
+        self._observing = renewed_in_child(threading.Lock())
         self._waiting: deque[_Case] = deque()
         self._inbox: Inbox[None] = Inbox("polar-audit")
+
+    @property
+    def unusual(self) -> bool:
+        """Whether prompts of late are so unlike those of the calibration that no promise is for them."""
+        return self.usualness is Usualness.UNUSUAL
 
     def __len__(self) -> int:
         """Number of chosen requests that wait."""
@@ -130,11 +146,15 @@ class Auditor:
     def answered(self, job: Job) -> None:
         """A request was answered and is recorded: have it audited where it is chosen. Waits for nothing."""
         request = job.request
+        if self._novelty is not None and request.likeness is not None:
+            with self._observing:
+                self.usualness = self._novelty.observe(request.likeness)
         promises, fallen = request.promises, FALLBACK_TAG in request.tags
         if not (promises or fallen) or job.finish not in ("stop", "length") or request.tenant == self.tenant:
             return
         # Where full depth serves in place of all tiers, nothing can be lost, but a new calibration needs the prompts.
-        share = self.shares.get(promises[0].tier, 0.0) if promises else max(self.shares.values())
+        least = self.shares.get(promises[0].tier, 0.0) if promises else max(self.shares.values())
+        share = least if self.usualness is Usualness.USUAL else min(1.0, RAISED * least)
         if not (share and self._selection.chooses(request.tenant, request.request_id, share)):
             return
         chooses = request.chooses and all(each.loss == "differs" for each in promises)
@@ -154,7 +174,7 @@ class Auditor:
                 tokens=request.tokens,
                 program=request.program,
                 promises=promises,
-                weight=1.0,
+                weight=least / share,
                 answer=tuple(job.tokens) if greedy else (),
                 choices=grammar,
                 max_tokens=request.max_tokens if chooses else ANSWER_TOKENS,

@@ -146,7 +146,7 @@ class RequestMaker:
             tiers=tiers if scored is None else {name: own for name, own in tiers.items() if not own.fills},
         )
         route = self._route(router, tokens, scored=scored is not None)  # last, so that an invalid option costs nothing
-        return request(program=route.program, router_flops=route.flops)
+        return request(program=route.program, router_flops=route.flops, likeness=route.likeness)
 
     def make_batch(
         self, prompts: Sequence[Prompt], each: Sequence[RequestOptions] | None, shared: RequestOptions

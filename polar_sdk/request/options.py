@@ -53,12 +53,15 @@ class Audits:
         tenant: The provider's own tenant, which pays.
         keep: Tenants whose audited prompts are kept for `polar recalibrate`; `*` = all, none by default.
         keep_days: How long they are kept. Unit: days.
+        unusual: What follows where prompts are found unlike those of the calibration: `exact` serves full depth until
+            they are as usual again, `audit` audits more of them and goes on.
     """
 
     key: str | Path | None = None
     tenant: str = "polar.audit"
     keep: Collection[str] = ()
     keep_days: float = 30.0
+    unusual: Literal["exact", "audit"] = "exact"
 
     def __post_init__(self) -> None:
         check_name("the tenant of audits", self.tenant)
@@ -66,6 +69,8 @@ class Audits:
             raise AuditError(f"keep={self.keep!r} is one text; pass a list of tenants, such as [{self.keep!r}].")
         if not 0 < self.keep_days < math.inf:
             raise AuditError(f"keep_days={shown(self.keep_days)} is out of range; use a number of days above 0.")
+        if self.unusual not in ("exact", "audit"):
+            raise AuditError(f"unusual={shown(self.unusual)} is unknown; use 'exact' or 'audit'.")
 
 
 class ModelOptions(LoadOptions, total=False):

@@ -120,7 +120,8 @@ def shares_of(
                 f"audit_share names the tier {shown(tier)}, of which audits can test nothing here; "
                 f"{did_you_mean(str(tier), tiers)}"
             )
-    shares = {tier: named.get(tier, default) if asked is None or named else asked for tier in tiers}
+    every = default if asked is None or isinstance(asked, Mapping) else asked
+    shares = {tier: named.get(tier, every) for tier in tiers}
     for tier, share in shares.items():
         if (
             isinstance(share, bool)

@@ -216,7 +216,9 @@ class LearnedRouter(Router):
         tiers = self.certificate.tiers
         safer = [tier for tier, promise in tiers.items() if promise.theta < limit and tier not in broken]
         if not safer:
-            return Serving("exact", IdentityRouter(self.facts.depth), instead_of=asked)
+            # Where prompts are watched, the network still reads them: else none would ever be found usual again.
+            full = AtTheta(self, 0.0) if self.certificate.usual else IdentityRouter(self.facts.depth)
+            return Serving("exact", full, instead_of=asked)
         tier = max(safer, key=lambda name: tiers[name].theta)
         return Serving(tier, self.at(tiers[tier].theta), self.audited.get(tier, ()), asked)
 
@@ -246,7 +248,8 @@ class LearnedRouter(Router):
         """Choose for one prompt with the dial at θ."""
         read = self._running.read(self.reader(tokens))
         likeness = Likeness(len(tokens), float(read.distance), int(read.centre))
-        return Route(self.decide(read.outputs, theta, len(tokens)), self.network.flops, likeness)
+        program = self.decide(read.outputs, theta, len(tokens)) if theta else self.programs[0]
+        return Route(program, self.network.flops, likeness)
 
     @torch.inference_mode()
     def likeness(self, features: Tensor) -> list[Likeness]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.steering import Steering
     from polar_sdk.programs.program import Program
     from polar_sdk.promises.audit import PromiseTerms
+    from polar_sdk.promises.novelty import Likeness
     from polar_sdk.serving.drafts import Speculate
 
 
@@ -65,6 +66,8 @@ class Request:
     """Whether the grammar is one of given texts."""
     promises: tuple[PromiseTerms, ...] = ()
     """What is promised of the answer, as far as audits can test it."""
+    likeness: Likeness | None = None
+    """How like the prompt is to those that its router knows; None where no router read it."""
     idle: bool = False
     """Whether it runs only while nobody else has anything to run, and gives way after each pass."""
     fit_max_tokens: bool = True

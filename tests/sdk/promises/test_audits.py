@@ -13,8 +13,10 @@ from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_programs
 from polar_sdk.errors import BudgetExceededError, RequestTimeoutError
 from polar_sdk.promises.losses import ANSWER_TOKENS, is_lost, tokens_kept
+from polar_sdk.promises.novelty import Usual
+from polar_sdk.request.options import Audits
 from polar_sdk.testing import tiny_model
-from polar_sdk.usage import AUDIT_TAG, ListSink, Outcome
+from polar_sdk.usage import AUDIT_TAG, FALLBACK_TAG, ListSink, Outcome
 from tests.sdk.router import conftest as router_conftest
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.model import PolarModel
     from polar_sdk.router.menu import MenuRouter
-    from polar_sdk.usage import Receipt, UsageBound, UsageRecord
+    from polar_sdk.usage import UsageBound, UsageRecord
 
 model, router, certified = router_conftest.model, router_conftest.router, router_conftest.certified
 PROMPTS = [f"question {number} about {'x' * number}" for number in range(12)]
@@ -244,17 +246,16 @@ def test_a_budget_of_the_provider_bounds_audits(certified: MenuRouter) -> None:
 
 
 def test_more_than_can_wait_are_dropped_and_counted(certified: MenuRouter, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polar_sdk.request import auditor
-
-    monkeypatch.setattr(auditor, "QUEUE", 3)
+    monkeypatch.setattr("polar_sdk.request.auditor.QUEUE", 3)
     engine, sink = audited_model(certified)
-    assert engine.auditor is not None
+    auditor = engine.auditor
+    assert auditor is not None
     stream = engine.stream("keeps the engine busy", compute="exact", max_tokens=40)
     next(stream)
     for number in range(8):
         engine.generate(f"{number}", compute="economy", max_tokens=2)
     stream.close()
-    until(lambda: len(sink.audits) + engine.auditor.dropped == 8)
+    until(lambda: len(sink.audits) + auditor.dropped == 8)
     assert 3 <= len(sink.audits) <= 4
 
 
@@ -277,10 +278,10 @@ def test_an_audit_is_offered_again_to_a_sink_that_fails(certified: MenuRouter) -
 
 def test_the_record_of_an_audit_that_cannot_be_stored_harms_no_tenant(certified: MenuRouter) -> None:
     class Full(ListSink):
-        def emit(self, record: UsageRecord) -> Receipt | None:
+        def emit(self, record: UsageRecord) -> None:
             if record.tenant == "polar.audit":
                 raise OSError("no space")
-            return super().emit(record)  # type: ignore[func-returns-value]
+            super().emit(record)
 
     engine, sink = audited_model(certified, sink=Full())
     first = engine.generate("some text", compute="economy", max_tokens=3).text
@@ -301,3 +302,40 @@ def test_nothing_is_audited_by_default_where_audits_are_not_kept(certified: Menu
     assert tiny_model(router=certified, sink=ListSink()).auditor is None
     assert tiny_model(router=certified).auditor is None
     assert tiny_model(sink=ListSink(), audit_share=1.0).auditor is None, "tiers of a policy promise nothing"
+
+
+def watching(certified: MenuRouter) -> MenuRouter:
+    """The router with a certificate that says where its prompts fell: short ones, near its centre."""
+    assert certified.certificate is not None
+    known = certified.likeness(
+        certified.reader.stack([[65 + number % 20] * (20 + number % 7) for number in range(200)])
+    )
+    usual = {"prompt": Usual.of(known, certified.centres)}
+    return certified.with_certificate(certified.certificate.model_copy(update={"usual": usual}))
+
+
+def ask(engine: PolarModel, length: int, times: int) -> list[str | None]:
+    return [
+        engine.generate([65 + number % 20] * (length + number % 7), compute="economy", max_tokens=1).usage.tier
+        for number in range(times)
+    ]
+
+
+def test_unusual_prompts_fall_back_at_once_and_are_usual_again(certified: MenuRouter) -> None:
+    engine, sink = audited_model(watching(certified), audit_share={"economy": 0.05})
+    assert engine.auditor is not None
+    assert set(ask(engine, 20, 60)) == {"economy"}
+    flood = ask(engine, 400, 60)
+    assert engine.auditor.unusual
+    assert flood[0] == "economy" and flood[-1] == "exact", "one prompt says nothing, a flood does"
+    last = of_tenants(sink)[-1]
+    assert (last.tags, last.program) == ({FALLBACK_TAG: "economy"}, "0-5")
+    assert ask(engine, 20, 200)[-1] == "economy"
+
+
+def test_suspect_prompts_are_audited_more_and_weigh_less(certified: MenuRouter) -> None:
+    engine, sink = audited_model(watching(certified), audit_share={"economy": 0.1}, audits=Audits(unusual="audit"))
+    assert set(ask(engine, 400, 100)) == {"economy"}, "as asked for, audits alone decide"
+    until(lambda: len(sink.audits) > 50)
+    weights = {audit.weight for audit in sink.audits}
+    assert {0.1} <= weights <= {0.1, 1.0}

@@ -73,8 +73,8 @@ def test_a_key_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 class Settling(ListSink):
-    settled_tiers = frozenset({"standard"})  # type: ignore[assignment]  # a property there
-    keeps_audits = True  # type: ignore[assignment]
+    settled_tiers = frozenset({"standard"})
+    keeps_audits = True
 
 
 @pytest.mark.parametrize("asked", [-0.1, 1.1, float("nan"), True, "0.1", {"standard": 2}, {"gold": 0.1}])
