@@ -33,7 +33,7 @@ def recalibrate(
     *,
     load: opt.Load,
 ) -> None:
-    """Certify the tiers of a router anew, on prompts of audited requests that `polar serve --audit-keep` kept.
+    """Certify the tiers of a router anew, on prompts of audited requests that `polar serve` kept.
 
     Tiers promise what they promised. A share of lost right answers becomes one of answers that differ, since nobody
     said which answers are right. Servers take the new promises when they start again.
