@@ -35,7 +35,7 @@ def put_at_risk(sink: ListSink, certified: MenuRouter, tier: str, times: int = 6
             sink.audited(
                 Audit(
                     audit_id=new_request_id(),
-                    request_id="r",
+                    request_id=new_request_id(),
                     tenant="acme",
                     tier=tier,
                     promise=promise.digest,
