@@ -53,7 +53,8 @@ def test_audits_of_real_answers_are_stored_and_proven(certified: MenuRouter, led
     until(lambda: promise.digest in meter.standings() and meter.standings()[promise.digest].audits == 6)
     meter.close()
     with Ledger(ledger_url) as ledger:
-        assert verify_ledger(ledger).ok
+        verification = verify_ledger(ledger)
+        assert verification.sound, verification.findings
 
 
 def test_langchain_says_that_another_tier_served(certified: MenuRouter, meters: list[Meter]) -> None:
@@ -80,17 +81,17 @@ while True:
     meter.audited(audit(lost=True, tier="economy", promise={promise.digest!r}, alpha={promise.alpha}, delta=0.1))
     print("stored", flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for _ in range(15):
-        process.stdout.readline()
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(15):
+            process.stdout.readline()
+        process.kill()
     engines = [tiny_model(router=certified, sink=meter) for meter in meters]
     assert until_fallback(engines, compute="economy") <= LIMIT_SECONDS
     assert meters[0].standings()[promise.digest].state is State.AT_RISK
     with Ledger(ledger_url) as ledger:
-        assert verify_ledger(ledger).ok
+        verification = verify_ledger(ledger)
+        assert verification.sound, verification.findings
 
 
 def test_audits_are_on_by_default_with_a_ledger(certified: MenuRouter, ledger_url: str) -> None:
