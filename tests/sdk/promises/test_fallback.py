@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.promises.audit import PromiseStanding
     from polar_sdk.router.menu import MenuRouter
+    from polar_sdk.usage import UsageSink
 
 model, router, certified = router_conftest.model, router_conftest.router, router_conftest.certified
 LIMIT_SECONDS = 2.0
 
 
-def put_at_risk(sink: ListSink, certified: MenuRouter, tier: str, times: int = 60) -> None:
+def put_at_risk(sink: UsageSink, certified: MenuRouter, tier: str, times: int = 60) -> None:
     """Audits in which every answer of a tier was lost."""
     assert certified.certificate is not None
     for promise in certified.certificate.audited[tier]:
