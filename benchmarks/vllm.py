@@ -41,7 +41,7 @@ from benchmarks.servers import Running, served
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.engine.maps import Fill
 from polar_sdk.lab.items import builtin_items
-from polar_sdk.programs.cost import Piece, pieces, size
+from polar_sdk.programs.cost import layer_tokens
 from polar_sdk.programs.policy import Policy
 from polar_sdk.router.map_set import MapFacts, MapRecord, MapSet, stored
 from polar_sdk.serving.prefixes import common_start
@@ -263,22 +263,12 @@ class Bench:
         first = sums["executed"] - sums["repeated"] - sums["unread"]
         return {
             "billed_equal": fmean(right),
-            "audit_closes": sum(self._needed(record) for record in sink.records) / first,
+            "audit_closes": sum(map(needed, sink.records)) / first,
         }
 
     def _formula(self, record: UsageRecord) -> int:
         tokens, cost = record.tokens, self.model.decoder.cost
         return cost.request(Program.parse(record.program), tokens.input, tokens.output, cached=tokens.cached).total
-
-    def _needed(self, record: UsageRecord) -> int:
-        """Tokens by layers that a record's program runs."""
-        program, tokens, cost = Program.parse(record.program), record.tokens, self.model.decoder.cost
-        after = [Piece(at, at + 1, tokens.input, at) for at in range(tokens.input, tokens.input + tokens.output - 1)]
-        return sum(
-            size(share.parts.running)
-            for piece in [*pieces(tokens.input, tokens.cached), *after]
-            for share in cost.shares(program, piece)
-        )
 
     @contextmanager
     def _served(self) -> Iterator[str]:
@@ -305,6 +295,12 @@ class Bench:
 def answers(found: dict[str, Any]) -> list[list[int]]:
     """Tokens of the first round's answers."""
     return [answer["ids"] for answer in found["rounds"][0]["answers"]]
+
+
+def needed(record: UsageRecord) -> int:
+    """Tokens by layers that a record's program runs."""
+    tokens = record.tokens
+    return layer_tokens(Program.parse(record.program), tokens.input, tokens.output, cached=tokens.cached)
 
 
 def alike(one: UsageRecord, other: UsageRecord) -> bool:

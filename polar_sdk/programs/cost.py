@@ -281,3 +281,15 @@ def pieces(prompt: int, cached: int = 0, scored: bool = False) -> list[Piece]:
 
     borders = [cached, *range((cached // CHUNK + 1) * CHUNK, prompt, CHUNK), prompt]
     return [Piece(start, end, prompt, wanted(start, end)) for start, end in pairwise(borders) if start < end]
+
+
+def layer_tokens(program: Program, prompt: int, output: int, *, cached: int = 0) -> int:
+    """Tokens by layers that a request needs: how many tokens run each visit of its program whole, summed.
+
+    Who computes for others counts them too, so that the two can be held against each other.
+    """
+    last, visits = program.last_visit, [(place, step) for place, step in enumerate(program) if not step.bridge]
+    prefill = sum(
+        size(piece.parts(step, place, last).running) for piece in pieces(prompt, cached) for place, step in visits
+    )
+    return prefill + len(visits) * max(output - 1, 0)

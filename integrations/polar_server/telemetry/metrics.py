@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from polar_sdk.errors import SinkError
+from polar_sdk.programs.cost import layer_tokens
+from polar_sdk.programs.program import Program
 from polar_sdk.promises.monitor import State
-from polar_sdk.usage import DISPUTED_TAG, STOPPED_TAG
+from polar_sdk.usage import DISPUTED_TAG, STOPPED_TAG, UPSTREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -59,6 +61,7 @@ class Metrics:
         self._flops = counter("polar_flops", "Executed FLOPs.", "tier", "part")
         self._saved = gauge("polar_flops_saved", "FLOPs saved against full depth; fewer after a loop.", "tier")
         self._visits = counter("polar_layer_visits", "Executed layer visits.", "kind")
+        self._upstream = counter("polar_upstream_layer_tokens_billed", "Tokens by layers, billed for other servers.")
         self._unrecorded = gauge("polar_unrecorded_requests", "Requests that ended and whose record is not stored.")
         self._open = gauge("polar_open_answers", "Calls that are being answered.")
         of_promise = ("tier", "promise")
@@ -106,6 +109,9 @@ class Metrics:
         self._visits.labels("prefill").inc(sum(record.visits.prefill))
         self._visits.labels("decode").inc(sum(record.visits.decode))
         tokens, labels = record.tokens, self._labels
+        if record.device == UPSTREAM and tokens.output:
+            program = Program.parse(record.program)
+            self._upstream.inc(layer_tokens(program, tokens.input, tokens.output, cached=tokens.cached))
         self._prompt.labels(*labels).inc(tokens.input)
         self._written.labels(*labels).inc(tokens.output)
         self._queries.labels(*labels).inc(tokens.input)

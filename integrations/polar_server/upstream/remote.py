@@ -28,7 +28,7 @@ from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.programs.cost import pieces
 from polar_sdk.request.admission import admit
 from polar_sdk.request.record import MARK_NS, MARK_TOKENS
-from polar_sdk.usage import DISPUTED_TAG, FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
+from polar_sdk.usage import DISPUTED_TAG, UPSTREAM, FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
 from polar_server.upstream.client import Ended, Event, UpstreamError
 
 if TYPE_CHECKING:
@@ -323,8 +323,8 @@ class _Answer:
             visits=visits,
             flops=flops,
             identity_flops=identity,
-            device="upstream",
-            dtype="upstream",
+            device=UPSTREAM,
+            dtype=UPSTREAM,
             started_at=request.started_at,
             queue_ns=max(opened - request.created_ns, 0),
             prefill_ns=max(first - opened, 0),

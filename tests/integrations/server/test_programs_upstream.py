@@ -14,6 +14,7 @@ from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.engine.hashes import hash_fills
 from polar_sdk.engine.maps import Fill
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.programs.cost import layer_tokens
 from polar_sdk.programs.policy import Policy
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 from tests.integrations.server.conftest import chat_body
@@ -124,6 +125,11 @@ def test_one_server_runs_the_program_of_each_tier_and_the_formula_bills_it(
         assert (record.program, record.tier, record.flops) == (program, tier, cost)
         assert record.tokens.cached == CACHED
     assert sink.records[0].flops.total < sink.records[1].flops.total
+    billed = sum(
+        layer_tokens(Program.parse(one.program), one.tokens.input, len(PIECES), cached=CACHED) for one in sink.records
+    )
+    metrics = front.call("GET", "/metrics")[2]
+    assert f"polar_upstream_layer_tokens_billed_total {billed:.1f}" in str(metrics)
 
 
 def test_what_no_vllm_runs_is_answered_at_full_depth(

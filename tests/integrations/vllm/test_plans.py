@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.engine.maps import Fill
-from polar_sdk.programs.cost import CostModel, LayerCost, Piece, pieces, size
+from polar_sdk.programs.cost import CostModel, LayerCost, Piece, layer_tokens, pieces, size
 from polar_sdk.programs.program import Program
 from polar_vllm.cache_keys import program_keys
 from polar_vllm.counts import Counts
@@ -93,6 +93,8 @@ def test_counts_are_those_of_the_formula_however_a_prompt_was_cut(passes: list[d
                 needed["executed"] += size(share.parts.running)
                 needed["filled"] += size(share.parts.filled)
     sums = counts.as_dict()
+    requests = {name: turn for turns in passes for name, turn in turns.items()}
+    assert needed["executed"] == sum(layer_tokens(turn.program, turn.piece.prompt, 3) for turn in requests.values())
     assert sums["repeated"] == 0
     assert (sums["executed"] - sums["unread"], sums["filled"]) == (needed["executed"], needed["filled"])
 
