@@ -19,6 +19,7 @@ from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.serving.threads import run_in_thread
 from polar_server.endpoints.account import NUMBERS, USAGE, Quote, receipt, usage
 from polar_server.endpoints.answer import Endpoint
+from polar_server.endpoints.embeddings import Embeddings, EmbeddingsBody
 from polar_server.endpoints.tokens import Detokenize, DetokenizeBody, Tokenize, TokenizeBody
 from polar_server.http.exchange import Exchange, JsonEndpoint, send_bytes, send_json
 from polar_server.http.front import Front, unrouted
@@ -61,6 +62,7 @@ def build(settings: Settings) -> Starlette:
         Route("/v1/chat/completions", Endpoint(server, ChatBody, partial(ChoiceWriter, ChatShape)), methods=["POST"]),
         Route("/v1/completions", Endpoint(server, TextBody, partial(ChoiceWriter, TextShape)), methods=["POST"]),
         Route("/v1/responses", Endpoint(server, ResponseBody, ResponseWriter), methods=["POST"]),
+        Route("/v1/embeddings", JsonEndpoint(Embeddings(server)), methods=["POST"]),
         Route("/tokenize", JsonEndpoint(Tokenize(server)), methods=["POST"]),
         Route("/detokenize", JsonEndpoint(Detokenize(server)), methods=["POST"]),
         Route("/v1/polar/quote", JsonEndpoint(Quote(server)), methods=["GET", "POST"]),
@@ -118,11 +120,16 @@ class _Ready:
 def _models(server: Server, scope: Scope) -> dict[str, Any]:
     caller = server.caller(Exchange.of(scope))
     ids = [model for model in server.catalog.ids() if server.catalog.may_name(model, caller.models, caller.tiers)]
-    return {"object": "list", "data": [server.catalog.entry(model) for model in ids]}
+    embedder = server.settings.embeddings
+    others = [] if embedder is None or not embedder.may_be_named(caller.models) else [embedder.entry]
+    return {"object": "list", "data": [*(server.catalog.entry(model) for model in ids), *others]}
 
 
 def _model(server: Server, scope: Scope) -> dict[str, Any]:
     caller, model = server.caller(Exchange.of(scope)), scope["path_params"]["model"]
+    embedder = server.settings.embeddings
+    if embedder is not None and model == embedder.name and embedder.may_be_named(caller.models):
+        return embedder.entry
     found = server.catalog.entry(model)
     if not server.catalog.may_name(model, caller.models, caller.tiers):
         raise server.catalog.missing(model)
@@ -169,10 +176,11 @@ def _document() -> dict[str, Any]:
         "/v1/completions": _post("Continue a text.", "text_completion", TextBody),
     }
     for path, summary, body in (
+        ("/v1/embeddings", "Vectors of texts.", EmbeddingsBody),
         ("/tokenize", "Token ids of a text or of messages.", TokenizeBody),
         ("/detokenize", "The text of token ids.", DetokenizeBody),
     ):
-        paths[path] = _post(summary, path.strip("/"), body)
+        paths[path] = _post(summary, path.rpartition("/")[2], body)
         paths[path]["post"]["responses"] = _responses("application/json")
     for path, summary in _READS.items():
         paths[path] = {"get": {"summary": summary, "responses": _responses("application/json")}}

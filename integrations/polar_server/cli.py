@@ -76,6 +76,14 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a model of sentence-transformers, for /v1/embeddings; needs the extra `embeddings`.",
+            metavar="FOLDER",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     alert_url: Annotated[
         str | None,
         typer.Option(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from polar_sdk import PolarModel
     from polar_server.access.keys import KeyRule
     from polar_server.access.stores import AccountStore, AlertSender, KeyStore, RateStore, ReplyStore
+    from polar_server.embedder import Embedder
     from polar_server.http.pages import PageStore
     from polar_server.telemetry.traces import Telemetry
 
@@ -72,6 +73,7 @@ class Settings:
         pages: The operations page; None = there is none.
         backends: URLs of other servers, by the tier that they compute; see `polar_server.upstream`.
         backend_key: API key for them.
+        embeddings: Embeds texts; None = nothing does.
         telemetry: Where spans and metrics of OpenTelemetry go; None = there are none.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """
@@ -93,6 +95,7 @@ class Settings:
     pages: PageStore | None = None
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
     backend_key: str | None = None
+    embeddings: Embedder | None = None
     telemetry: Telemetry | None = None
     keep_alive: float = 15.0
 

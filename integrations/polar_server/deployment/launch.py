@@ -20,6 +20,7 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.request.options import Audits
 from polar_sdk.show.lines import print_line
 from polar_server.access.stores import find_access
+from polar_server.embedder import Embedder
 from polar_server.http.pages import find_pages
 from polar_server.settings import LOOPBACK, Settings, key_rule
 from polar_server.telemetry.traces import Telemetry
@@ -48,6 +49,7 @@ class Launch:
     require_keys: bool | None = None
     otel: bool = False
     backend: Sequence[str] = ()
+    embeddings: str | None = None
     alert_url: str | None = None
     alert_secret: str | None = None
     tenant: str = "default"
@@ -164,6 +166,7 @@ class Launch:
         """
         telemetry = Telemetry.configured() if self.otel else None
         stores = self.stores()
+        embeddings = None if self.embeddings is None else Embedder(self.embeddings)
         return Settings(
             engine=load_model(
                 **{name: getattr(self, name) for name in _MODEL},
@@ -176,6 +179,7 @@ class Launch:
             drain=self.drain,
             pages=None if self.no_ledger else self._pages(),
             backends=self.backends(),
+            embeddings=embeddings,
             telemetry=telemetry,
             backend_key=os.environ.get("POLAR_BACKEND_KEY") or None,
             **stores,

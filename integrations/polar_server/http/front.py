@@ -27,6 +27,7 @@ _PATHS: Final = frozenset(
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/responses",
+        "/v1/embeddings",
         "/v1/models",
         "/v1/polar/quote",
         "/v1/polar/usage",
