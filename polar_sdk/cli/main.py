@@ -26,7 +26,6 @@ from polar_sdk.cli.fit import fit
 from polar_sdk.cli.heal import heal
 from polar_sdk.cli.recalibrate import recalibrate
 from polar_sdk.cli.run import chat, run
-from polar_sdk.cli.scan import scan
 from polar_sdk.cli.search import search
 from polar_sdk.cli.train import train
 from polar_sdk.errors import PolarError
@@ -82,7 +81,7 @@ laboratory = typer.Typer(
     name="lab",
     no_args_is_help=True,
     help="Make a model cheaper: fit maps, search programs, train and calibrate routers, train draft heads.",
-    epilog="Example: polar lab scan --save",
+    epilog="Example: polar lab search --budgets 0.9,0.8 --out menu.json",
 )
 
 
@@ -93,7 +92,6 @@ _EXAMPLES: Final[dict[Callable[..., None], str]] = {
     recalibrate: "polar recalibrate --model smollm2-135m-instruct",
     fit: "polar fit qwen2.5-coder-0.5b-instruct --data prompts.jsonl --hours 1",
     models.export: "polar export --program '0-20 25-29' --out ./smaller",
-    scan: "polar lab scan --data prompts.jsonl --limit 64 --save",
     heal: 'polar lab heal --segments "12-15,17-20" --out bridges --distil 200',
     search: "polar lab search --data prompts.jsonl --budgets 0.9,0.8,0.7 --menu 12 --out menu.json",
     train: "polar lab train --rewards menu.rewards.safetensors --kind menu --out router",

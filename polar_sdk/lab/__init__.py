@@ -1,4 +1,4 @@
-"""The laboratory: functions that take a model, to heal, search, train, calibrate, evaluate and scan it.
+"""The laboratory: functions that take a model, to heal, search, train, calibrate and evaluate it.
 
 Serving never imports it. The public names are in `__init__.pyi` and load on first use.
 """

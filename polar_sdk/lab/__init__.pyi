@@ -15,8 +15,6 @@ from .items import Item as Item
 from .items import PromptItem as PromptItem
 from .items import builtin_items as builtin_items
 from .items import read_items as read_items
-from .layer_scan import ScanReport as ScanReport
-from .layer_scan import scan as scan
 from .program_search.matrix import RewardMatrix as RewardMatrix
 from .program_search.search import SearchOptions as SearchOptions
 from .program_search.search import SearchResult as SearchResult

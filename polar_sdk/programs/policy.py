@@ -119,7 +119,7 @@ class Policy(_Frozen):
         Raises:
             PolicyError: The file is missing, is not valid JSON, or contains a wrong value.
         """
-        hint = "Create one with `polar lab scan --save`."
+        hint = "Leave it out: `polar fit` makes a router for any model, and full depth needs none."
         return read_document(path, cls, lambda reason: PolicyError(f"policy file {str(path)!r} {reason}.", hint=hint))
 
     @classmethod
@@ -150,7 +150,7 @@ class Policy(_Frozen):
         if self.fingerprint is not None and self.fingerprint != fingerprint:
             raise PolicyError(
                 f"the policy was made for model {self.model or 'unnamed'} ({self.fingerprint[:12]}…), "
-                f"but this model is {fingerprint[:12]}…; create one for it with `polar lab scan --save`."
+                f"but this model is {fingerprint[:12]}…; leave it out, or make a router with `polar fit`."
             )
         for layer in self.protected:
             if not -cost.depth <= layer < cost.depth:
@@ -188,7 +188,7 @@ class Policy(_Frozen):
         if name in TIERS:
             return (
                 f"tier {name!r} has no program for this model; its policy offers {', '.join(known)}. "
-                "Create one with `polar lab scan --save`."
+                "Make a router for it with `polar fit`."
             )
         near = nearest(name, known)
         suggestion = f" Did you mean {near!r}?" if near else ""

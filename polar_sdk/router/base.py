@@ -41,7 +41,7 @@ class Router(ABC):
 
 
 class StaticRouter(Router):
-    """One program, named by hand or picked by a scan."""
+    """One program, named by hand or of a policy."""
 
     kind: ClassVar[str] = "static"
 

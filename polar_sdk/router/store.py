@@ -51,11 +51,6 @@ class _Host(Protocol):
     def use_maps(self, maps: str | Path) -> object: ...
 
 
-def saved_policy_path(fingerprint: str) -> Path:
-    """File of the user's policy for a model, which `polar lab scan --save` writes."""
-    return cache_folder() / "policies" / f"{fingerprint}.json"
-
-
 def saved_router_path(fingerprint: str, dtype: str) -> Path:
     """Folder of the user's router for a model in a precision, which `polar fit` and `polar lab train` write."""
     return cache_folder() / "routers" / f"{fingerprint}-{dtype}"
@@ -65,19 +60,16 @@ def find_policy(policy: Policy | str | Path | None, fingerprint: str) -> Policy:
     """Choose the policy for a model.
 
     Args:
-        policy: A policy, or the path of a policy file; None looks for one.
+        policy: A policy, or the path of a policy file; None = the one shipped for the model, if any.
         fingerprint: The model's.
 
     Raises:
-        PolicyError: The named or saved policy file is wrong.
+        PolicyError: The named policy file is wrong.
     """
     if isinstance(policy, Policy):
         return policy
     if policy is not None:
         return Policy.load(policy)
-    saved = saved_policy_path(fingerprint)
-    if saved.exists():
-        return Policy.load(saved)
     return Policy.shipped(fingerprint) or Policy()
 
 

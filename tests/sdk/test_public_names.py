@@ -17,8 +17,8 @@ PUBLIC = {
     """,
     "polar_sdk.lab": """
         AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions FitResult Item LayerwiseSettings
-        MenuSettings PromptItem RewardMatrix ScanReport SearchOptions SearchResult SuiteEvaluation builtin_items
-        calibrate evaluate evaluate_suite fit heal train_draft_head read_items scan search train
+        MenuSettings PromptItem RewardMatrix SearchOptions SearchResult SuiteEvaluation builtin_items
+        calibrate evaluate evaluate_suite fit heal train_draft_head read_items search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets

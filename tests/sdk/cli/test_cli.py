@@ -182,10 +182,8 @@ class TestMistakes:
             (["run", "hi", "--model", "no-such-model"], ["'no-such-model'", "smollm2-135m-instruct"]),
             (["run", "hi", "--model", "./no/such/folder"], ["./no/such/folder", "no such file or folder"]),
             (["models", "fetch", "no-such-model"], ["'no-such-model'"]),
-            (["lab", "scan", "--data", "absent.jsonl"], ["absent.jsonl", "cannot be read"]),
+            (["lab", "search", "--data", "absent.jsonl", "--out", "menu.json"], ["absent.jsonl", "cannot be read"]),
             (["lab", "drafts", "--limit", "7"], ["--limit 7", "--data", "--questions 7"]),
-            (["lab", "scan", "--lengths", "1,x"], ["'1,x'", "1,2,3"]),
-            (["lab", "scan", "--out", "absent/scan.json"], ["absent/scan.json", "folder does not exist"]),
             (["usage", "--month", "2026-13"], ["2026-13"]),
         ],
     )
@@ -196,7 +194,7 @@ class TestMistakes:
         (tmp_path / "wrong.json").write_bytes(b"\xff{")
         words = ["run", "hi", "--model", str(folder), "--policy"]
         refused(polar(*words, str(tmp_path / "wrong.json")), 2, "wrong.json", "not UTF-8")
-        refused(polar(*words, str(tmp_path / "absent.json")), 2, "absent.json", "polar lab scan --save")
+        refused(polar(*words, str(tmp_path / "absent.json")), 2, "absent.json", "polar fit")
 
     def test_an_unknown_command_or_option(self) -> None:
         assert polar("rnu").exit_code == 2
@@ -298,7 +296,7 @@ class TestProcess:
         for words, line in (
             (["run", "hi"], "error: interrupted; what was executed until then is in the ledger."),
             (["run", "hi", "--no-ledger"], "error: interrupted."),
-            (["lab", "scan"], "error: interrupted."),
+            (["lab", "search", "--out", "menu.json"], "error: interrupted."),
         ):
             done = polar(*words)
             assert (done.exit_code, done.stderr.strip()) == (130, line)
@@ -358,19 +356,6 @@ def test_a_limit_also_cuts_the_packages_own_prompts() -> None:
     assert items_of(None, None) is None
 
 
-class TestScan:
-    def test_it_measures_and_saves(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
-        words = ["--model", str(folder), "--limit", "2", "--lengths", "1", "--removals", "1"]
-        result = polar("lab", "scan", *words, "--json", "--save", "--out", str(tmp_path / "scan.json"))
-        facts = json.loads(result.stdout)
-        assert facts["prompts"] == 2
-        assert set(facts["picks"]) == {"economy", "standard"}
-        assert json.loads((tmp_path / "scan.json").read_text(encoding="utf-8"))["fingerprint"] == facts["fingerprint"]
-        run = polar("run", "hi", "--max-tokens", "1", "--json", "--model", str(folder))  # finds the saved policy
-        assert json.loads(run.stdout)["usage"]["program"] == facts["picks"]["standard"]["program"]
-
-
 class TestExport:
     def test_a_program_becomes_a_folder_that_runs(self, folder: Path, tmp_path: Path) -> None:
         out = tmp_path / "cut"
@@ -409,8 +394,8 @@ class TestHelp:
             command.make_context(" ".join(path), words[len(path) :])  # raises on an option that does not exist
 
     def test_it_is_shown(self) -> None:
-        result = polar("lab", "scan", "--help")
-        assert (result.exit_code, "Example: polar lab scan" in result.stdout) == (0, True)
+        result = polar("lab", "search", "--help")
+        assert (result.exit_code, "Example: polar lab search" in result.stdout) == (0, True)
 
     def test_version(self) -> None:
         from polar_sdk import __version__

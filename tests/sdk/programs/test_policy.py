@@ -22,7 +22,7 @@ from polar_sdk.errors import (
 from polar_sdk.programs.cost import CostModel, LayerCost
 from polar_sdk.programs.policy import TIERS, Policy, Tier
 from polar_sdk.programs.program import Program
-from polar_sdk.router.store import find_policy, saved_policy_path
+from polar_sdk.router.store import find_policy
 from polar_sdk.testing import tiny_model, tiny_policy
 
 if TYPE_CHECKING:
@@ -240,14 +240,7 @@ class TestStore:
     def test_plain_bounds_for_an_unknown_model(self) -> None:
         assert find_policy(None, "0" * 64) == Policy()
 
-    def test_the_saved_policy_is_found(self) -> None:
-        saved = Policy(fingerprint="0" * 64, max_visits=2)
-        saved.save(saved_policy_path("0" * 64))
-        assert find_policy(None, "0" * 64) == saved
-        assert find_policy(None, "1" * 64) == Policy()
-
     def test_the_callers_policy_wins(self) -> None:
-        Policy(max_visits=2).save(saved_policy_path("0" * 64))
         mine = Policy(max_visits=1)
         assert find_policy(mine, "0" * 64) is mine
 
