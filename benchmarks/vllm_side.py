@@ -35,8 +35,17 @@ def _round(llm: Any, asked: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         return {"refused": str(error)}
     seconds = time.perf_counter() - started
-    answers = [{"ids": list(one.outputs[0].token_ids), "cached": one.num_cached_tokens or 0} for one in found]
+    answers = [
+        {"ids": list(one.outputs[0].token_ids), "cached": one.num_cached_tokens or 0, "scores": _scores(one)}
+        for one in found
+    ]
     return {"seconds": seconds, "answers": answers}
+
+
+def _scores(answer: Any) -> list[float]:
+    """Log-probabilities of the prompt's tokens but the first, where they were asked for."""
+    pairs = zip(answer.prompt_token_ids[1:], (answer.prompt_logprobs or [])[1:], strict=False)
+    return [likely[token].logprob for token, likely in pairs]
 
 
 def _params(request: dict[str, Any]) -> Any:

@@ -103,11 +103,13 @@ class Passes:
         for row, name in enumerate(batch.req_ids):
             start = int(batch.num_computed_tokens_cpu[row])
             end = start + int(places[row + 1] - places[row])
-            # Logits are wanted of the last token that is known, and of drafts after it.
+            params = runner.requests[name].sampling_params
+            # Logits are wanted of the last token that is known, and of drafts after it; or of all.
             known = int(batch.num_tokens_no_spec[row])
             wanted = end if end < known else max(start, known - 1)
+            wanted = start if params is None or params.prompt_logprobs is not None else wanted
             piece = Piece(start, end, int(batch.num_prompt_tokens[row]), wanted)
-            turns.append(Turn(self._program(runner.requests[name].sampling_params), piece))
+            turns.append(Turn(self._program(params), piece))
         return turns
 
     def _program(self, params: Any) -> Program:

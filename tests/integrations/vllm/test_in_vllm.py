@@ -54,6 +54,16 @@ def test_what_cannot_run_is_refused_and_the_next_request_is_answered(bench: Benc
     assert all(len(one["answers"][0]["ids"]) == 2 for one in found[len(named) :])
 
 
+def test_prompts_at_full_depth_are_scored_beside_filled_ones_as_alone(bench: Bench) -> None:
+    ids = bench.model.encode("The sea was calm that day. " * 9)
+    scored, filled = {"ids": ids, "tokens": 1, "prompt_logprobs": 0}, {"ids": ids[1:], "tokens": 1, "program": LIGHT}
+    options: dict[str, Any] = {"enable_prefix_caching": False, "max_model_len": 512}
+    alone, beside = bench.ask([{"requests": [scored]}, {"requests": [scored, filled]}], **options)["rounds"]
+    scores = alone["answers"][0]["scores"]
+    assert len(scores) == len(ids) - 1
+    assert beside["answers"][0]["scores"] == pytest.approx(scores, abs=1e-4)
+
+
 def test_a_server_that_cannot_run_programs_does_not_start(bench: Bench, tmp_path: Path) -> None:
     once = [{"requests": [{"ids": [5, 6, 7], "tokens": 1}]}]
     with pytest.raises(SystemExit, match="--enable-lora"):
