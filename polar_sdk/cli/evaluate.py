@@ -32,7 +32,9 @@ _WIDTH = 170
 def evaluate(
     suite: Annotated[
         str | None,
-        typer.Option(help="Known problems with right answers: mmlu, arc, gsm8k or humaneval; --data is its file."),
+        typer.Option(
+            help="Known problems: mmlu, arc, gsm8k or humaneval, of the file --data; formats or refusals ship."
+        ),
     ] = None,
     data: Annotated[
         list[Path] | None,
@@ -114,14 +116,19 @@ class _Asked(NamedTuple):
 
     def check(self) -> None:
         """Check what can be checked without a model, before one is loaded."""
-        from polar_sdk.lab.suites.evaluate import find_suite
+        from polar_sdk.lab.suites.evaluate import data_of, find_suite
         from polar_sdk.lab.suites.suite import check_shots
 
         suite = find_suite(self.suite, run_code=self.run_code)
-        if len(self.data) != 1:
+        if len(self.data) > 1:
             raise InvalidRequestError(f"a suite takes one file (got {len(self.data)}); name it with --data.")
         check_shots(suite, self.shots, self.shots_from)
-        suite.read(self.data[0], self.limit)
+        suite.read(data_of(suite, self.file), self.limit)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that was named; None = none was."""
+        return next(iter(self.data), None)
 
 
 def _evaluate_suite(
@@ -141,7 +148,7 @@ def _evaluate_suite(
         found = lab.evaluate_suite(
             model,
             asked.suite,
-            asked.data[0],
+            asked.file,
             compute=[value for text in compute if (value := opt.compute_of(text)) is not None],
             thetas=thetas,
             programs=programs,

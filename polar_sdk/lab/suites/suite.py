@@ -68,6 +68,8 @@ class Suite(ABC, Generic[P]):
     """The fields of a line."""
     takes_shots: ClassVar[bool] = True
     """Whether solved problems may stand before the one that is asked."""
+    ships: ClassVar[bool] = False
+    """Whether its problems come with the package."""
     runs_code: ClassVar[bool] = False
     """Whether to judge an answer means to run it."""
 
