@@ -50,7 +50,7 @@ from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
 from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.lab.training.outcomes import id_prefixes
-from polar_sdk.programs.policy import TIERS
+from polar_sdk.programs.floors import TIERS
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
 from polar_sdk.router.certificate import TierPromise

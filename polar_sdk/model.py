@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack, overload
 
 from polar_sdk.models.export import export
 from polar_sdk.models.load import adopt, load_pretrained
+from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.request.admission import bound_of
 from polar_sdk.request.auditor import Auditor
 from polar_sdk.request.encoder import PromptEncoder
+from polar_sdk.request.floors import FloorRules
 from polar_sdk.request.generation import Chunk, Generation, answer, stream
 from polar_sdk.request.kept import KeptPrompts, kept_path
 from polar_sdk.request.maker import RequestMaker, never
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.programs.policy import Policy
+    from polar_sdk.programs.floors import Floor
     from polar_sdk.request.call_format import CallFormat
     from polar_sdk.request.options import ModelOptions, Prompt, RequestOptions, Template
     from polar_sdk.request.scores import Pool
@@ -86,7 +88,8 @@ class PolarModel:
         self._loaded = loaded
         for each in MapSet.load_all(maps):  # first, since a tier's program may use them
             each.place_on(loaded)
-        self.policy = find_policy(policy, loaded.fingerprint)
+        named = None if policy is None else Policy.of(policy)
+        self.policy = find_policy(named, loaded.fingerprint)
         self.policy.bind(loaded.fingerprint, loaded.decoder.cost)
         self.sink = find_sink(ledger, sink)
         self._encoder = PromptEncoder(loaded.tokenizer)
@@ -103,10 +106,12 @@ class PolarModel:
             speculate=check_speculate(speculate),
             drafts_are_exact=lambda: loaded.decoder.kernels.independent,
             at_risk=never,
+            floors=FloorRules((), self._encoder),
         )
         # A policy named by the caller says what the tiers are; then no router is looked for.
-        self.router = find_router(router, self, look=policy is None)
-        self._maker = replace(self._maker, router=self.router)
+        self.router = find_router(router, self, look=named is None or named.only_adds)
+        floors = FloorRules.made(self.policy.floors, self.tiers, self._encoder, loaded.decoder)
+        self._maker = replace(self._maker, router=self.router, floors=floors)
         self.auditor = self._begin_audits(audit_share, audits or Audits())
         """Audits answers of certified tiers; None where none are audited."""
 
@@ -284,6 +289,14 @@ class PolarModel:
         """
         return self._maker.make(prompt, options)
 
+    def floor_of(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Floor | None:
+        """The floor of the policy that applies to a request; None where none does.
+
+        Raises:
+            InvalidRequestError: Or a subclass.
+        """
+        return self._maker.floor_of(prompt, options)
+
     def bound(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> UsageBound:
         """The maximum that `generate` would use, without running it: only the router does.
 
@@ -453,7 +466,8 @@ class PolarModel:
         """
         depth = self._loaded.decoder.depth
         chosen = router or fixed_router(program or Program.identity(depth), depth)
-        maker = replace(self._maker, router=chosen, at_risk=never)
+        # What is measured is what was named, whatever audits and floors say.
+        maker = replace(self._maker, router=chosen, at_risk=never, floors=FloorRules((), self._encoder))
         options: RequestOptions = {"max_tokens": max_tokens, "stop": stop}
         requests = [maker.make(prompt, options) for prompt in prompts]
         parts = (requests[start : start + _QUEUED] for start in range(0, len(requests), _QUEUED))

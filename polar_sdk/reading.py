@@ -139,7 +139,7 @@ def parse_object(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> dict[st
 
 
 def read_document(path: str | Path, model: type[M], damaged: Callable[[str], Exception]) -> M:
-    """A JSON file as a pydantic model.
+    """A JSON file, or one of TOML by its name, as a pydantic model.
 
     Args:
         path: The file.
@@ -147,6 +147,8 @@ def read_document(path: str | Path, model: type[M], damaged: Callable[[str], Exc
         damaged: Makes the reader's own error of what is wrong with the file.
     """
     try:
+        if Path(path).suffix == ".toml":
+            return model.model_validate(parse_toml(read_text(path, MAX_TOML_BYTES)))
         return model.model_validate(parse_json(read_bytes(path)))
     except OSError as error:
         raise damaged(f"cannot be read ({error.strerror})") from error

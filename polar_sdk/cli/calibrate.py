@@ -66,7 +66,7 @@ def calibrate(
 
 def promise_of(option: str, text: str) -> tuple[str, TierPromise]:
     """A promise such as `economy=0.1`, `standard=0.05:drops` or `premium=0.02:differs:strict=0.2`."""
-    from polar_sdk.programs.policy import TIERS
+    from polar_sdk.programs.floors import TIERS
     from polar_sdk.router.certificate import LOSSES, TierPromise
 
     name, _, promise = text.partition("=")

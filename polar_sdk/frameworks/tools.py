@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import InvalidRequestError, did_you_mean
+from polar_sdk.programs.floors import TOOLS_OFFERED
 from polar_sdk.request.call_format import CallFormat
 from polar_sdk.request.constraint import JSON_STYLE, closed, followable
 
@@ -208,7 +209,7 @@ class ToolUse:
         lines = "\n".join(tool.signature for tool in self.tools)
         told = instructed(
             messages,
-            f"You can call these functions:\n{lines}\nTo call a function, reply only with JSON like "
+            f"{TOOLS_OFFERED}\n{lines}\nTo call a function, reply only with JSON like "
             f'{{"name": "{self.tools[0].name}", "arguments": {{...}}}}. Use the values that the user gives. '
             "Otherwise reply with text.",
         )

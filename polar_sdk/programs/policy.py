@@ -1,7 +1,7 @@
-"""The policy: what bounds a program and its loops, and the programs that the tiers of one model stand for.
+"""The policy: what bounds a program and its loops, the programs that the tiers of one model stand for, and floors.
 
-A policy is a JSON file: the one for the default model ships in `polar_sdk/shipped/policies/`, `polar lab scan --save`
-writes one for any other. It chooses nothing itself; the router does. Knows programs and costs, not weights.
+A policy is a JSON or TOML file: the one for the default model ships in `polar_sdk/shipped/policies/`, `polar lab scan
+--save` writes one for any other. It chooses nothing itself; the router does. Knows programs and costs, not weights.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from polar_sdk.errors import (
     VisitLimitError,
     nearest,
 )
+from polar_sdk.programs.floors import TIERS, Floor
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import parse_json, read_document
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.programs.cost import CostModel
-
-
-TIERS = ("economy", "standard", "premium", "exact")
 
 
 class _Frozen(BaseModel):
@@ -90,9 +88,14 @@ class Policy(_Frozen):
     """Maximum FLOPs of a program, as a multiple of identity's."""
     loop_guard: LoopGuard | None = LoopGuard()
     """Bounds on what an extra visit of a loop does to the hidden state before the loop is stopped; None = anything."""
+    margin: float = Field(default=0.0, ge=0, lt=1)
+    """Largest share by which the dial of a learned router is set lower for a prompt, at random and by a key that every
+    process makes for itself: who has the router's weights cannot search for prompts that just pass. 0 = not at all."""
     default_tier: str | None = None
     """Tier of a request that names none; None = identity."""
     tiers: dict[str, Tier] = Field(default_factory=dict)
+    floors: tuple[Floor, ...] = ()
+    """Requests that no tier below a certain one may serve, whatever their callers ask for."""
 
     @field_validator("tiers")
     @classmethod
@@ -113,6 +116,15 @@ class Policy(_Frozen):
         return cls(protected=(), max_visits=4096, cost_ceiling=float("inf"), loop_guard=None)
 
     @classmethod
+    def of(cls, policy: Policy | str | Path) -> Policy:
+        """A policy, or the one in a file.
+
+        Raises:
+            PolicyError: As `load`.
+        """
+        return policy if isinstance(policy, Policy) else cls.load(policy)
+
+    @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a policy file.
 
@@ -121,6 +133,15 @@ class Policy(_Frozen):
         """
         hint = "Leave it out: `polar fit` makes a router for any model, and full depth needs none."
         return read_document(path, cls, lambda reason: PolicyError(f"policy file {str(path)!r} {reason}.", hint=hint))
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether it leaves the tiers to the policy and the router that the model has, and adds floors or a margin."""
+        return not self.tiers and bool(self.floors or self.margin)
+
+    def over(self, other: Policy) -> Policy:
+        """Another policy with everything that this one says in its place."""
+        return other.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
 
     @classmethod
     def shipped(cls, fingerprint: str) -> Self | None:

@@ -7,10 +7,11 @@ served.
 from __future__ import annotations
 
 import operator
+import secrets
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.engine.steering import Steering
@@ -24,6 +25,7 @@ from polar_sdk.errors import (
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import shown
 from polar_sdk.request.constraint import CONSTRAINTS, grammar_text
+from polar_sdk.request.floors import FLOOR_TAG, RAISED_TAG
 from polar_sdk.request.options import (
     RequestOptions,
     check_biases,
@@ -41,8 +43,8 @@ from polar_sdk.request.options import (
     override,
     refuse_unknown,
 )
-from polar_sdk.router.base import fixed_router
-from polar_sdk.router.learned import LearnedRouter, Serving
+from polar_sdk.router.base import StaticRouter, fixed_router
+from polar_sdk.router.learned import AtTheta, LearnedRouter, Serving
 from polar_sdk.serving.request import Request
 from polar_sdk.usage import FALLBACK_TAG, new_request_id
 
@@ -51,13 +53,17 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.grammar import Grammar, GrammarCompiler
     from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.floors import Floor
     from polar_sdk.programs.policy import Policy
     from polar_sdk.request.encoder import PromptEncoder
+    from polar_sdk.request.floors import FloorRules
     from polar_sdk.request.options import Prompt
     from polar_sdk.router.base import Route, Router
     from polar_sdk.serving.drafts import Speculate
 
 _DEFAULT_MAX_TOKENS = 256
+_MARGIN_KEY: Final = secrets.token_bytes(16)
+"""Of this process, which nobody sees."""
 
 
 def never(promise: str) -> bool:
@@ -84,6 +90,8 @@ class RequestMaker:
     """Whether that may be so of a row that starts now."""
     at_risk: Callable[[str], bool]
     """Whether the promise of a digest is; waits for nothing."""
+    floors: FloorRules
+    """They go before everything that a caller asks for."""
 
     def make(self, prompt: Prompt, options: RequestOptions) -> Request:
         """Check a prompt and its options.
@@ -100,20 +108,18 @@ class RequestMaker:
             min_p=options.get("min_p", 0.0),
             seed=options.get("seed"),
         )
-        if (least := self.encoder.more_than(prompt, self.context_window)) is not None:
-            raise ContextWindowError(
-                f"the prompt has at least {least:,} tokens; the context window is {self.context_window}: shorten the "
-                "prompt."
-            )
-        tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto"), options.get("tools")))
-        if not tokens:
-            raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
-        served = self._router(options)
+        tokens = self._tokens(prompt, options)
+        tenant, tags = self._whose(options)
+        floor = self._floor(prompt, tokens, options, tenant, tags)
+        served, raised = self._router(options, floor)
         router = served.router
         scored = check_logprobs(options.get("prompt_logprobs"), "prompt_logprobs")
-        tiers = {name: tier.program for name, tier in self.policy.tiers.items()}
+        tiers = {
+            name: tier.program
+            for name, tier in self.policy.tiers.items()
+            if (scored is None or not tier.program.fills) and (floor is None or floor.allows(name))
+        }
         max_tokens = self._max_tokens(len(tokens), options.get("max_tokens"))
-        tenant = check_name("tenant", or_default(options.get("tenant"), self.tenant))
         request = partial(
             Request,
             tokens=tokens,
@@ -127,9 +133,10 @@ class RequestMaker:
             max_tokens=max_tokens,
             tenant=tenant,
             tags={
-                **check_tags(self.tags),
-                **check_tags(or_default(options.get("tags"), {})),
+                **tags,
                 **({} if served.instead_of is None else {FALLBACK_TAG: served.instead_of}),
+                **({} if floor is None else {FLOOR_TAG: floor.name}),
+                **raised,
             },
             request_id=check_name("request_id", or_default(options.get("request_id"), new_request_id())),
             id_is_new=options.get("request_id") is None,
@@ -143,7 +150,7 @@ class RequestMaker:
             grammar=self._grammar(options, max_tokens, tenant),
             speculate=self._speculate(options.get("speculate")),
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
-            tiers=tiers if scored is None else {name: own for name, own in tiers.items() if not own.fills},
+            tiers=tiers,
         )
         route = self._route(router, tokens, scored=scored is not None)  # last, so that an invalid option costs nothing
         return request(program=route.program, router_flops=route.flops, likeness=route.likeness)
@@ -172,6 +179,39 @@ class RequestMaker:
                 )
         return requests
 
+    def floor_of(self, prompt: Prompt, options: RequestOptions) -> Floor | None:
+        """The floor that applies to a request.
+
+        Raises:
+            InvalidRequestError: Or a subclass.
+        """
+        if not self.floors.floors:
+            return None
+        tokens, (tenant, tags) = self._tokens(prompt, options), self._whose(options)
+        return self._floor(prompt, tokens, options, tenant, tags)
+
+    def _tokens(self, prompt: Prompt, options: RequestOptions) -> tuple[int, ...]:
+        if (least := self.encoder.more_than(prompt, self.context_window)) is not None:
+            raise ContextWindowError(
+                f"the prompt has at least {least:,} tokens; the context window is {self.context_window}: shorten the "
+                "prompt."
+            )
+        tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto"), options.get("tools")))
+        if not tokens:
+            raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
+        return tokens
+
+    def _whose(self, options: RequestOptions) -> tuple[str, dict[str, str]]:
+        """Tenant and tags of a request."""
+        tags = {**check_tags(self.tags), **check_tags(or_default(options.get("tags"), {}))}
+        return check_name("tenant", or_default(options.get("tenant"), self.tenant)), tags
+
+    def _floor(
+        self, prompt: Prompt, tokens: tuple[int, ...], options: RequestOptions, tenant: str, tags: Mapping[str, str]
+    ) -> Floor | None:
+        template, tools = options.get("template", "auto"), bool(options.get("tools"))
+        return self.floors.of(prompt, tokens, template, tenant, (self.tags, tags), tools=tools)
+
     def _steering(self, options: RequestOptions) -> Steering:
         ignores = options.get("ignore_eos", False)
         if not isinstance(ignores, bool):
@@ -191,6 +231,8 @@ class RequestMaker:
         return speculate if speculate is not None or self.drafts_are_exact() else "off"
 
     def _route(self, router: Router, tokens: tuple[int, ...], *, scored: bool) -> Route:
+        if self.policy.margin and isinstance(router, AtTheta):
+            router = router.within(self.policy.margin, _MARGIN_KEY)
         route = router.route(tokens)
         if scored and route.program.fills:
             raise InvalidRequestError(
@@ -200,8 +242,30 @@ class RequestMaker:
         self.policy.check(route.program, self.cost)
         return route
 
-    def _router(self, options: RequestOptions) -> Serving:
-        """The tier to record and the router in force: program by hand, else tier, else router, else default tier."""
+    def _router(self, options: RequestOptions, floor: Floor | None) -> tuple[Serving, dict[str, str]]:
+        """What serves a request, and where a floor raised it a tag that says from what."""
+        served = self._asked(options)
+        if floor is None or self._is_kept(floor, served):
+            return served, {}
+        program, compute = options.get("program"), options.get("compute")
+        by_hand = None if program is None else Program.of(program).text
+        asked = by_hand or or_default(compute, served.tier) or served.router.kind
+        return self._asked({"compute": floor.floor}), {RAISED_TAG: str(asked)}
+
+    def _is_kept(self, floor: Floor, served: Serving) -> bool:
+        """Whether what was asked for is not below a floor."""
+        router = served.router
+        if served.tier is not None:
+            return floor.allows(served.tier)
+        if isinstance(router, AtTheta):  # a tolerance: the lower θ, the closer to full depth
+            lowest = self._asked({"compute": floor.floor}).router
+            return isinstance(lowest, AtTheta) and router.theta <= lowest.theta
+        programs = [own.program for name, own in self.policy.tiers.items() if floor.allows(name)]
+        allowed = [Program.identity(self.cost.depth), *programs]
+        return isinstance(router, StaticRouter) and router.program in allowed
+
+    def _asked(self, options: RequestOptions) -> Serving:
+        """The tier to record and the router asked for: program by hand, else tier, else router, else default tier."""
         program, tier = options.get("program"), options.get("compute")
         if program is not None:
             return Serving(None, fixed_router(Program.of(program), self.cost.depth))

@@ -8,6 +8,7 @@ into a θ, but only while what would run is what was certified. Knows no text an
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -299,11 +300,31 @@ class LearnedRouter(Router):
         """Look up what decisions need to know about the model."""
 
 
+class Margin(NamedTuple):
+    """Lowers θ by a share that is drawn for each prompt, so that nobody can search for prompts that just pass.
+
+    The draw is a keyed hash of the prompt: who lacks the key cannot foresee it, and gets it again for the same prompt.
+    θ goes down to one that was certified, and all of these keep the promise, so that their mixture does.
+    """
+
+    share: float
+    """Largest share."""
+    key: bytes
+    thetas: tuple[float, ...]
+    """Those that were certified, ascending."""
+
+    def lowered(self, theta: float, tokens: Sequence[int]) -> float:
+        """θ for a prompt."""
+        digest = hashlib.blake2b(repr(tuple(tokens)).encode(), key=self.key, digest_size=8).digest()
+        drawn = theta * (1 - self.share * int.from_bytes(digest, "big") / 2**64)
+        return max((known for known in self.thetas if known <= drawn), default=0.0)
+
+
 class AtTheta(Router):
     """A learned router with its dial set, for one request."""
 
-    def __init__(self, router: LearnedRouter, theta: float) -> None:
-        self._router, self._theta = router, theta
+    def __init__(self, router: LearnedRouter, theta: float, margin: Margin | None = None) -> None:
+        self._router, self._theta, self._margin = router, theta, margin
         self.version = router.version
 
     @property
@@ -318,4 +339,10 @@ class AtTheta(Router):
 
     def route(self, tokens: Sequence[int]) -> Route:
         """Choose the program for one prompt."""
-        return self._router.choose(tokens, self._theta)
+        theta = self._theta if self._margin is None else self._margin.lowered(self._theta, tokens)
+        return self._router.choose(tokens, theta)
+
+    def within(self, share: float, key: bytes) -> AtTheta:
+        """The same with its dial lowered at random by at most that share."""
+        certificate = self._router.certificate
+        return AtTheta(self._router, self._theta, Margin(share, key, certificate.thetas if certificate else (0.0,)))

@@ -10,10 +10,12 @@ import time
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from polar_sdk.engine import engine_version
 from polar_sdk.frameworks.cost import total_cost
 from polar_sdk.request.admission import DOWNGRADED_TAG
+from polar_sdk.request.floors import FLOOR_TAG, RAISED_TAG
 from polar_sdk.usage import FALLBACK_TAG, STOPPED_TAG
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class Facts:
             headers["x-polar-tier"] = offer.tier
         if offer != bound.offers[0]:
             headers["x-polar-downgraded-from"] = bound.offers[0].tier or bound.offers[0].program
+        if FLOOR_TAG in bound.tags:
+            headers["x-polar-floor"] = quote(bound.tags[FLOOR_TAG])
         return headers
 
     def closing_headers(self) -> dict[str, str]:
@@ -123,10 +127,13 @@ class Facts:
             "receipt": self.request_id,
             "receipts": [record.request_id for record in records],
         }
-        if records and DOWNGRADED_TAG in records[0].tags:
-            polar["downgraded_from"] = records[0].tags[DOWNGRADED_TAG]
-        if records and FALLBACK_TAG in records[0].tags:
-            polar["fallback_from"] = records[0].tags[FALLBACK_TAG]
+        said = {
+            DOWNGRADED_TAG: "downgraded_from",
+            FALLBACK_TAG: "fallback_from",
+            FLOOR_TAG: "floor",
+            RAISED_TAG: "raised_from",
+        }
+        polar |= {name: records[0].tags[tag] for tag, name in said.items() if records and tag in records[0].tags}
         if stopped := [record.tags[STOPPED_TAG] for record in records if STOPPED_TAG in record.tags]:
             polar["stopped_by"] = stopped[0]
         self.exchange.facts |= {"program": polar["program"], "tier": polar["tier"], "flops": flops}

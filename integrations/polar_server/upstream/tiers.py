@@ -84,14 +84,14 @@ class Tiers:
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """Answer a prompt, as `PolarModel.stream` does."""
-        backend = self._of(options)
+        backend = self._of(prompt, options)
         if backend is None:
             return self.engine.stream(prompt, **options)
         return remote.stream(self.engine, self.backends, self._request(backend, prompt, options))
 
     def bound(self, prompt: Prompt, **options: Any) -> UsageBound:
         """The maximum that a request can use, as `PolarModel.bound` says."""
-        backend = self._of(options)
+        backend = self._of(prompt, options)
         if backend is None:
             return self.engine.bound(prompt, **options)
         return bound_of(self._request(backend, prompt, options), self.engine.decoder.cost)
@@ -100,11 +100,14 @@ class Tiers:
         """Close the connections to upstreams."""
         self._client.close()
 
-    def _of(self, options: Mapping[str, Any]) -> Backend | None:
-        if options.get("program") is not None:
-            return None
+    def _of(self, prompt: Prompt, options: Mapping[str, Any]) -> Backend | None:
         tier = options.get("compute")
-        return self.backends.get(self._default if tier is None else tier) if self.backends else None  # type: ignore[arg-type]
+        backend = self.backends.get(self._default if tier is None else tier)  # type: ignore[arg-type]
+        if backend is None or options.get("program") is not None:
+            return None
+        own: Any = {name: value for name, value in options.items() if name in ("tenant", "tags", "template", "tools")}
+        floor = self.engine.floor_of(prompt, **own)
+        return backend if floor is None or floor.allows(backend.tier) else None  # the engine raises it
 
     def _request(self, backend: Backend, prompt: Prompt, options: RequestOptions | Mapping[str, Any]) -> Request:
         """Check a request for an upstream; a budget may choose cheaper tiers among those that have one."""
@@ -119,7 +122,8 @@ class Tiers:
         if asked.get("stop_repeats") is not None:  # which no other server knows, and some would drop it
             raise ApiError(f"stop_repeats: {why}", code="unsupported_value", param="stop_repeats")
         request = self.engine.request(prompt, **asked)
-        tiers = self.programs()
+        # Those of the request are not below its floor.
+        tiers = {tier: program for tier, program in self.programs().items() if tier in request.tiers}
         if backend.program is None:
             cheaper = request.tiers
             tiers |= {

@@ -20,7 +20,8 @@ from polar_sdk.errors import (
     VisitLimitError,
 )
 from polar_sdk.programs.cost import CostModel, LayerCost
-from polar_sdk.programs.policy import TIERS, Policy, Tier
+from polar_sdk.programs.floors import TIERS
+from polar_sdk.programs.policy import Policy, Tier
 from polar_sdk.programs.program import Program
 from polar_sdk.router.store import find_policy
 from polar_sdk.testing import tiny_model, tiny_policy
