@@ -25,6 +25,7 @@ from polar_sdk.cli.evaluate import evaluate
 from polar_sdk.cli.fit import fit
 from polar_sdk.cli.heal import heal
 from polar_sdk.cli.recalibrate import recalibrate
+from polar_sdk.cli.redteam import redteam
 from polar_sdk.cli.run import chat, run
 from polar_sdk.cli.search import search
 from polar_sdk.cli.train import train
@@ -90,6 +91,7 @@ _EXAMPLES: Final[dict[Callable[..., None], str]] = {
     chat: "polar chat --compute economy --system 'Answer in one sentence.'",
     evaluate: "polar evaluate --data questions.jsonl --compute economy --html evaluation.html",
     recalibrate: "polar recalibrate --model smollm2-135m-instruct",
+    redteam: "polar redteam --attempts 500 --policy floors.toml",
     fit: "polar fit qwen2.5-coder-0.5b-instruct --data prompts.jsonl --hours 1",
     models.export: "polar export --program '0-20 25-29' --out ./smaller",
     heal: 'polar lab heal --segments "12-15,17-20" --out bridges --distil 200',

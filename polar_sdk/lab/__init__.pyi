@@ -19,6 +19,8 @@ from .program_search.matrix import RewardMatrix as RewardMatrix
 from .program_search.search import SearchOptions as SearchOptions
 from .program_search.search import SearchResult as SearchResult
 from .program_search.search import search as search
+from .redteam.attack import RedTeam as RedTeam
+from .redteam.attack import redteam as redteam
 from .suites.evaluate import evaluate_suite as evaluate_suite
 from .suites.results import SuiteEvaluation as SuiteEvaluation
 from .training.layerwise_training import LayerwiseSettings as LayerwiseSettings

@@ -8,7 +8,7 @@ tokens, weights and features; the kinds of routers know what the outputs mean.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
@@ -82,8 +82,13 @@ class FeatureReader:
 def _ending(states: Tensor) -> Tensor:
     """Mean of the last states (T, H), the last one weighing most: (H,) float32."""
     last = states[-_ENDING_READ:].float()
-    weights = torch.exp(torch.arange(1 - len(last), 1, device=last.device) / _ENDING)
+    weights = ending_weights(len(last)).to(last.device)
     return (last * weights.unsqueeze(1)).sum(0) / weights.sum()
+
+
+def ending_weights(length: int) -> Tensor:
+    """What the last tokens of a prompt of that length weigh in the second mean of `ending` features."""
+    return torch.exp(torch.arange(1 - min(length, _ENDING_READ), 1) / _ENDING)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,11 @@ class Familiar:
         length = features[..., -1]
         too_far = distance > self.radii[self._bands(features)]
         return too_far | (length < self.lengths[0]) | (length > self.lengths[1])
+
+    def strangeness(self, features: Tensor, network: Network) -> Tensor:
+        """Distances of prompts as shares of the radius, (…): beyond 1 they are unlike all that were seen."""
+        distance, _ = self.nearest((features - network.mean) * network.scale)
+        return distance / self.radii[self._bands(features)]
 
     def nearest(self, standardised: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared distance to the nearest centre, and its index, (…) each."""
@@ -236,6 +246,10 @@ class Network:
             if index < last:
                 x = F.relu(x)
         return Reading(x if unlike is None else x.masked_fill(unlike.unsqueeze(-1), -torch.inf), distance, centre)
+
+    def without_limits(self) -> Network:
+        """The same network, which takes every prompt for familiar."""
+        return replace(self, familiar=None)
 
     @property
     def flops(self) -> int:

@@ -19,6 +19,8 @@ PUBLIC = {
         AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions FitResult Item LayerwiseSettings
         MenuSettings PromptItem RewardMatrix SearchOptions SearchResult SuiteEvaluation builtin_items
         calibrate evaluate evaluate_suite fit heal train_draft_head read_items search train
+        MenuSettings PromptItem RedTeam RewardMatrix ScanReport SearchOptions SearchResult SuiteEvaluation builtin_items
+        calibrate evaluate evaluate_suite fit heal train_draft_head read_items redteam scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets

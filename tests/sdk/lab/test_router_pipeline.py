@@ -99,6 +99,17 @@ def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> Non
     answer = facts("run", "red apple", "--compute", "0.5", "--max-tokens", 2, "--no-ledger", *seen)
     assert answer["usage"]["router"] in ("menu", "identity")
 
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "\n".join(json.dumps({"prompt": f"{word} {word} {number}"}) for number, word in enumerate(WORDS))
+    )
+    attack = ["redteam", "--data", prompts, "--attempts", 4, "--tries", 1, "--seeds", 4, *seen]
+    attacked = facts(*attack)
+    assert [tier["tier"] for tier in attacked["tiers"]] == ["economy", "standard"]
+    assert len(attacked["sent"]["without"]) == attacked["attempts"] == 4
+    shown = polar(*attack).output
+    assert shown.startswith("4 attempts (") and "strict" in shown and "economy: without defences" in shown
+
 
 def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> None:
     here = ["--model", folder, "--precision", "fp32"]
@@ -109,6 +120,7 @@ def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> 
         (["evaluate", "--router", tmp_path / "no"], "there is no router in folder"),
         (["evaluate", "--html", tmp_path / "no" / "page.html"], "its folder does not exist"),
         (["evaluate"], "the model has no router"),
+        (["redteam"], "has no certified router"),
     ):
         result = polar(*words, *here)
         assert result.exit_code == 2 and expected in result.output, result.output

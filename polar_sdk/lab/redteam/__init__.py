@@ -1,0 +1,1 @@
+"""Attacks on routers: prompts that look easy to one and need depth, and what defences are worth against them."""
