@@ -17,11 +17,10 @@ from polar_sdk.lab.redteam.search import Surface, mutants, suffixes
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.programs.floors import Floor
 from polar_sdk.router.certificate import Certificate, Counts, tier_promise
-from polar_sdk.router.learned import Margin
+from polar_sdk.router.learned import Margin, RouterFacts
 from polar_sdk.router.menu import MenuRouter
-from polar_sdk.router.network import Familiar
+from polar_sdk.router.network import Familiar, FeatureReader, Network
 from polar_sdk.testing import tiny_model, tiny_policy
-from tests.sdk.fixed_router import fixed_router
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
@@ -34,13 +33,16 @@ def reading_router(*, limits: bool = True) -> MenuRouter:
     """A certified router of the tiny model that reads prompts; its program changes most answers."""
     model = tiny_model()
     menu = [Program.identity(6), Program.parse("0 4-5")]
-    router = fixed_router(model, menu, [0.5], dial=(0.0, 0.4, 0.6), features="ending")
-    features = router.reader.stack([model.prompt_tokens(prompt) for prompt in PROMPTS])
-    weight = torch.randn(1, features.shape[1], generator=torch.Generator().manual_seed(1)) / 40
-    network = replace(router.network, mean=features.mean(0), scale=torch.ones(features.shape[1]), weights=(weight,))
+    reader = FeatureReader(model.decoder, "ending")
+    features = reader.stack([model.prompt_tokens(prompt) for prompt in PROMPTS])
+    generator = torch.Generator().manual_seed(1)
+    network = Network.fresh(features, (), 1, seed=0)
+    weight = torch.randn(1, features.shape[1], generator=generator) / 40
+    network = replace(network, scale=torch.ones(features.shape[1]), weights=(weight,))
+    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.4, 0.6), features="ending")
     if limits:
         network = replace(network, familiar=Familiar.around(features, features, network))
-    bound = MenuRouter(router.facts, network, menu).bind(model.decoder, model.fingerprint)
+    bound = MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)
     counts = Counts(n=1000, lost={"differs": (0, 10, 40)})
     certificate = Certificate(
         subject=bound.subject,
