@@ -319,7 +319,7 @@ class _Siege:
             if method == "mutation"
             else suffixes(surface, prompt, target, method, dice)
         )
-        return [(method, text) for text in islice(found, tries)]
+        return [(method, text.strip()) for text in islice(found, tries)]  # as an item has it
 
     def _programs(self, prompts: Sequence[str], *, guarded: bool, margin: bool = False) -> list[dict[str, Program]]:
         """Tier → program of each prompt."""
