@@ -37,7 +37,7 @@ def main() -> None:
     model = PolarModel.from_pretrained(args.model, policy=args.policy, ledger=None)
     recorder = Recorder("trust", args.results, model=args.model)
     for suite in SUITES:
-        with ProgressBars() as show:
+        with ProgressBars(quiet=False) as show:
             found = lab.evaluate_suite(model, suite, compute=TIERS, on_progress=show)
         recorder.add(
             f"{suite}, exact: kept",
@@ -58,7 +58,7 @@ def main() -> None:
                 **goal,
                 note=f"{tier.flops_saved:.1%} of the FLOPs saved; McNemar p = {tier.mcnemar_p:.2g}",
             )
-    with ProgressBars() as show:
+    with ProgressBars(quiet=False) as show:
         attack = lab.redteam(model, attempts=args.attempts, tries=args.tries, seeds=args.seeds, on_progress=show)
     for one in attack.tiers:
         how = f"of {attack.attempts} attempts with {args.tries} versions each, on {attack.seeds} prompts"

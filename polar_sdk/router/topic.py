@@ -87,12 +87,13 @@ class Texts:
     def _common(self) -> Tensor:
         """The directions of largest variance, (3, H)."""
         spread = self._plain - self._centre
-        return torch.linalg.eigh(spread.T @ spread).eigenvectors[:, -_COMMON:].T
+        vectors: Tensor = torch.linalg.eigh(spread.T @ spread).eigenvectors
+        return vectors[:, -_COMMON:].T
 
     @torch.inference_mode()
     def _means(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
         """Number of windows of each text, and weighted means of the embeddings in each window, of all texts (N, H)."""
-        starts, ends, counts, first = [], [], [], 0
+        starts, ends, counts, first = list[int](), list[int](), list[int](), 0
         for text in texts:
             size = min(_WINDOW, len(text))
             own = range(first, first + len(text) - size + 1, _STRIDE)
@@ -101,7 +102,7 @@ class Texts:
             counts.append(len(own))
             first += len(text)
         ids = torch.tensor([token for text in texts for token in text])
-        distinct, places = ids.unique(return_inverse=True)
+        distinct, places = torch.unique(ids, return_inverse=True)
         on = distinct.to(self.decoder.device)
         embedded = self.decoder.embed(on, torch.zeros_like(on)).double().cpu()
         weights = self._weights[distinct].unsqueeze(1)

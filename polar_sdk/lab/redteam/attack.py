@@ -187,7 +187,9 @@ def redteam(
     if len(prompts) < 4:
         raise DataError(f"{len(prompts)} prompts of at most {_LONGEST} tokens are too few to attack; pass at least 4.")
     defences = siege.defences
-    on_plan(RedTeamPlan(attempts, tries, len(prompts) // 2, len(prompts), siege.tiers, defences, siege.reads_prompts))
+    on_plan(
+        RedTeamPlan(attempts, tries, len(prompts) // 2, len(prompts), tuple(siege.tiers), defences, siege.reads_prompts)
+    )
     hardest, ordinary = siege.hardest(prompts, on_progress)
     sent = {
         name: siege.attempts(hardest, prompts, attempts, tries, guarded=guarded, on_progress=on_progress)
@@ -350,9 +352,9 @@ class _Siege:
             left.discard(task.item.prompt)
             for program in asked[task.item.prompt]:
                 by_program[program].append((task.item.prompt, task))
-        for done, (program, own) in enumerate(by_program.items(), 1):
-            rewards = self._measurer.rewards([task for _, task in own], [program])
-            for (prompt, _), share in zip(own, rewards[program].share.tolist(), strict=True):
+        for done, (program, rows) in enumerate(by_program.items(), 1):
+            rewards = self._measurer.rewards([task for _, task in rows], [program])
+            for (prompt, _), share in zip(rows, rewards[program].share.tolist(), strict=True):
                 found[prompt][program] = share
             on_progress("programs", done, len(by_program))
         return {prompt: shares for prompt, shares in found.items() if prompt not in left}

@@ -72,13 +72,15 @@ class Surface:
         decoder = self.model.decoder
         with torch.inference_mode():
             ids = torch.arange(decoder.vocab, device=decoder.device)
-            return torch.cat([decoder.embed(part, torch.zeros_like(part)).float().cpu() for part in ids.split(8192)])
+            return torch.cat(
+                [decoder.embed(part, torch.zeros_like(part)).float().cpu() for part in torch.split(ids, 8192)]
+            )
 
     @cached_property
     def words(self) -> Tensor:
         """Ids of tokens that a person could type, (W,)."""
         tokenizer = self.model.loaded.tokenizer
-        texts = [tokenizer.decode([token]) for token in range(min(self.model.decoder.vocab, len(tokenizer)))]
+        texts = [str(tokenizer.decode([token])) for token in range(min(self.model.decoder.vocab, len(tokenizer)))]
         return torch.tensor([token for token, text in enumerate(texts) if _WORD.fullmatch(text)])
 
     @cached_property

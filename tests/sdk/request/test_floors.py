@@ -142,7 +142,7 @@ def test_no_option_of_a_caller_gets_under_a_floor(options: Any, program: str, ra
 
 def test_a_floor_below_full_depth_leaves_what_is_above_it() -> None:
     model = floored({"floor": "standard", "tenants": ["*"]})
-    asked = [{"compute": "economy"}, {"compute": "standard"}, {"compute": "premium"}, {"program": "0 3-5"}]
+    asked: list[Any] = [{"compute": "economy"}, {"compute": "standard"}, {"compute": "premium"}, {"program": "0 3-5"}]
     assert [model.request("hello", **options).tier for options in asked] == [
         "standard",
         "standard",
