@@ -23,9 +23,10 @@ from polar_sdk.errors import DataError, RouterError
 from polar_sdk.lab.items import ChoiceItem, PromptItem, builtin_items
 from polar_sdk.lab.redteam.search import METHODS, Surface, mutants, suffixes
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-from polar_sdk.lab.rewards.measure import SAME_ANSWER, STRICT_ANSWER, Measurer
+from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.program import Program
+from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.promises.monitor import Monitor, State
 from polar_sdk.router.exact_tests import Interval, wilson
 from polar_sdk.router.learned import LearnedRouter, Margin
