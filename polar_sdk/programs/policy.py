@@ -1,7 +1,7 @@
 """The policy: what bounds a program and its loops, the programs that the tiers of one model stand for, and floors.
 
-A policy is a JSON or TOML file: the one for the default model ships in `polar_sdk/shipped/policies/`, `polar lab scan
---save` writes one for any other. It chooses nothing itself; the router does. Knows programs and costs, not weights.
+A policy is a JSON or TOML file; the one for the default model ships in `polar_sdk/shipped/policies/`. It chooses
+nothing itself; the router does. Knows programs and costs, not weights.
 """
 
 from __future__ import annotations

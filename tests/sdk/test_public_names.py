@@ -17,10 +17,8 @@ PUBLIC = {
     """,
     "polar_sdk.lab": """
         AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions FitResult Item LayerwiseSettings
-        MenuSettings PromptItem RewardMatrix SearchOptions SearchResult SuiteEvaluation builtin_items
-        calibrate evaluate evaluate_suite fit heal train_draft_head read_items search train
-        MenuSettings PromptItem RedTeam RewardMatrix ScanReport SearchOptions SearchResult SuiteEvaluation builtin_items
-        calibrate evaluate evaluate_suite fit heal train_draft_head read_items redteam scan search train
+        MenuSettings PromptItem RedTeam RewardMatrix SearchOptions SearchResult SuiteEvaluation builtin_items
+        calibrate evaluate evaluate_suite fit heal train_draft_head read_items redteam search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets
