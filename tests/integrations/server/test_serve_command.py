@@ -194,3 +194,17 @@ def test_a_port_in_use_is_one_line_and_the_callers_mistake(model: Path) -> None:
     assert process.returncode == 2
     assert f"--port {port}" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "share"),
+    [((), None), (("0.02",), 0.02), (("economy=0.05", "standard=0"), {"economy": 0.05, "standard": 0.0})],
+)
+def test_shares_of_audits(texts: tuple[str, ...], share: Any) -> None:
+    assert Launch(audit_share=texts).shares() == share
+
+
+@pytest.mark.parametrize("texts", [("many",), ("economy=",), ("0.1", "economy=0.2")])
+def test_shares_of_audits_that_cannot_be_are_refused_before_anything_loads(texts: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidRequestError, match="--audit-share"):
+        Launch(audit_share=texts)
