@@ -138,6 +138,9 @@ bench-methods: $(STAMP) ## Measure other ways to save compute beside PoLar's tie
 	$(BIN)/python -m pip install --quiet --group methods
 	$(BIN)/python -m benchmarks.methods
 
+bench-drift: $(STAMP) ## Simulate prompts that change on measured losses: how soon do audits and the detector see it?
+	$(BIN)/python -m benchmarks.drift
+
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python -m benchmarks.billing
 

@@ -104,7 +104,8 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         return []
-    return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON allows other breaks inside a text
+    return [parse_json(line) for line in lines if line][:limit]
 
 
 def _from_data(limit: int | None) -> list[Item]:
