@@ -36,7 +36,7 @@ ROUTERS: Final = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "routers"
 SHARE: Final = 0.01
 """Share of requests that is audited by default."""
 RAISED: Final = 0.1
-"""Share while the detector finds prompts suspect."""
+"""Share while the detector finds prompts suspect; each audit then has a tenth of the weight."""
 SLOW: Final = 1500
 """Requests in which another kind takes over."""
 FIRST: Final = 500
@@ -145,7 +145,7 @@ def _monitored(stream: Stream, promised: Promised, *, raised: bool) -> tuple[int
     unusual = stream.first(Usualness.UNUSUAL) if raised else None
     for place in range(len(stream.rows) if unusual is None else unusual + 1):
         if stream.draws[place] < share:
-            monitor = monitor.observe(promised.lost(stream.rows[place]))
+            monitor = monitor.observe(promised.lost(stream.rows[place]), SHARE / share)
             if monitor.state is State.AT_RISK:
                 return place, monitor.audits
         if raised:

@@ -175,16 +175,24 @@ def beginning(place: int) -> float:
 
 
 def largest_share(count: int, n: int, level: float) -> float:
-    """A share so large that `count` or fewer of n have at most the probability `level` (Chernoff), rounded up."""
+    """The share at which `count` or fewer of n have the probability `level`, rounded up (Clopper and Pearson)."""
     if count >= n:
         return 1.0
-    seen, low, high = count / n, count / n, 1.0
+    ways = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
 
     def likely(share: float) -> bool:
-        divergence = (1 - seen) * math.log((1 - seen) / (1 - share))
-        divergence += seen * math.log(seen / share) if count else 0.0
-        return n * divergence < -math.log(level)
+        """Whether that many or fewer have a larger probability; what fewer add soon falls to nothing."""
+        exact = math.exp(ways + count * math.log(share) + (n - count) * math.log1p(-share))
+        total = 0.0
+        for fewer in range(count, -1, -1):
+            if (total := total + exact) > level:
+                return True
+            if exact < total * 1e-9:
+                break
+            exact *= fewer * (1 - share) / ((n - fewer + 1) * share)
+        return False
 
+    low, high = count / n, 1.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if likely(middle) else (low, middle)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import beta
 
 from polar_sdk.promises.novelty import Likeness, Novelty, Usual, Usualness, beginning, largest_share
 
@@ -89,9 +89,9 @@ class TestUsual:
 
 
 @given(n=st.integers(1, 2000), data=st.data(), level=st.floats(1e-6, 0.2))
-def test_the_largest_share_is_hardly_ever_exceeded(n: int, data: st.DataObject, level: float) -> None:
-    count = data.draw(st.integers(0, n))
-    assert binom.cdf(count, n, largest_share(count, n, level)) <= level or count == n
+def test_the_largest_share_is_that_of_clopper_and_pearson(n: int, data: st.DataObject, level: float) -> None:
+    count = data.draw(st.integers(0, n - 1))
+    assert largest_share(count, n, level) == pytest.approx(beta.ppf(1 - level, count + 1, n - count), rel=1e-6)
 
 
 def test_what_begins_adds_up_to_all() -> None:
