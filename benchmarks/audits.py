@@ -16,10 +16,11 @@ import time
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
-from benchmarks.drift import RAISED, SHARE
 from benchmarks.results import Recorder, arguments
 from polar_sdk import PolarModel
 from polar_sdk.lab.items import builtin_items
+from polar_sdk.request.auditor import RAISED
+from polar_sdk.request.selection import DEFAULT_SHARE as SHARE
 from polar_sdk.usage import AUDIT_TAG, UsageSink
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.usage import UsageRecord
 
-_SHARES = {"none": 0.0, "1 %": SHARE, "10 %": RAISED}
+_SHARES = {"none": 0.0, "1 %": SHARE, "10 %": SHARE * RAISED}
 
 
 class _Records(UsageSink):
@@ -86,6 +87,7 @@ def main() -> None:
                 moments.append(after)
             asked = dice.choices(prompts, k=len(moments))
             found[name].append(asyncio.run(_round(models[name], asked, moments)))
+            _drain(models[name])
     recorder = Recorder("drift", options.results)
     base = [_p95(each) for each in found["none"]]
     for name in ("1 %", "10 %"):
@@ -96,6 +98,14 @@ def main() -> None:
         recorder.compare(label, own, base, "s", peer="without audits", note=note, **goal)
         flops = records[name].flops
         recorder.add(f"{name} audited: FLOPs of audits", 100 * flops["audits"] / flops["others"], "%", better="lower")
+
+
+def _drain(model: PolarModel, seconds: float = 10.0) -> None:
+    """Wait until the audits of a round have run, so that none is beside the next one."""
+    end = time.perf_counter() + seconds
+    while model.auditor is not None and len(model.auditor) and time.perf_counter() < end:
+        time.sleep(0.1)
+    time.sleep(1.0)
 
 
 def _p95(seconds: Sequence[float]) -> float:

@@ -22,21 +22,21 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from benchmarks.drift_losses import RECORDED, read, recorded
 from benchmarks.results import Recorder, Results, arguments
-from polar_sdk.lab.rewards.measure import SAME_ANSWER, STRICT_ANSWER
+from polar_sdk.promises.losses import is_lost
 from polar_sdk.promises.monitor import Monitor, State
 from polar_sdk.promises.novelty import Novelty, Usual, Usualness
+from polar_sdk.request.auditor import RAISED
+from polar_sdk.request.selection import DEFAULT_SHARE as SHARE
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.learned import LearnedRouter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from polar_sdk.promises.audit import AuditedLoss
+
 Row = dict[str, Any]
 ROUTERS: Final = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "routers"
-SHARE: Final = 0.01
-"""Share of requests that is audited by default."""
-RAISED: Final = 0.1
-"""Share while the detector finds prompts suspect; each audit then has a tenth of the weight."""
 SLOW: Final = 1500
 """Requests in which another kind takes over."""
 FIRST: Final = 500
@@ -59,13 +59,13 @@ class Promised(NamedTuple):
     """A promise of a tier about texts."""
 
     tier: str
-    loss: str
+    loss: AuditedLoss
     alpha: float
     delta: float
 
     def lost(self, row: Row) -> bool:
         """Whether the answer of a measured prompt is lost."""
-        return bool(row["kept"][self.tier] < (STRICT_ANSWER if self.loss == "strict" else SAME_ANSWER))
+        return is_lost(row["kept"][self.tier], self.loss)
 
     def chance(self, rows: Sequence[Row]) -> float:
         """Share of answers lost."""
@@ -149,7 +149,7 @@ def _monitored(stream: Stream, promised: Promised, *, raised: bool) -> tuple[int
             if monitor.state is State.AT_RISK:
                 return place, monitor.audits
         if raised:
-            share = SHARE if stream.said[place] is Usualness.USUAL else RAISED
+            share = SHARE if stream.said[place] is Usualness.USUAL else SHARE * RAISED
     return None, monitor.audits
 
 
