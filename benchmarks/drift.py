@@ -229,7 +229,11 @@ class Simulation:
             "both": [any(each.both is not None for each in of) for of in found],
         }
         for method, each in alarms.items():
-            facts = {"goal": 5, "better": "lower", "note": f"{len(each)} streams of {self.requests:,} requests"}
+            facts: dict[str, Any] = {
+                "goal": 5,
+                "better": "lower",
+                "note": f"{len(each)} streams of {self.requests:,} requests",
+            }
             self.recorder.add(f"no change: {method}", 100 * fmean(each), "%", **facts)
         suspected = fmean(stream.first(Usualness.SUSPECT, Usualness.UNUSUAL) is not None for stream in streams)
         self.recorder.add("no change: suspected", 100 * suspected, "%")
@@ -284,7 +288,11 @@ class Simulation:
             _served_broken(stream, each.both, usual, lost, promised.alpha)
             for stream, each in zip(streams, found, strict=True)
         ]
-        facts = {"goal": 100 * promised.delta, "better": "lower", "note": "by the mean chance of all answers so far"}
+        facts: dict[str, Any] = {
+            "goal": 100 * promised.delta,
+            "better": "lower",
+            "note": "by the mean chance of all answers so far",
+        }
         self.recorder.add(f"{name}: served broken", 100 * fmean(broken), "%", **facts)
         return fmean(broken), value
 

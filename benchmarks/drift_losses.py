@@ -174,9 +174,8 @@ def measured(model: PolarModel, pools: dict[str, list[Item]], show: ProgressBars
     tiers = {name: router.at(promise.theta) for name, promise in router.certificate.tiers.items()}
     identity, cost = Program.identity(model.depth), model.decoder.cost
     known = [item.prompt for item in pools.pop("calibration") if not isinstance(item, ChoiceItem)]
-    for place, prompt in enumerate(known):
-        tokens = model.prompt_tokens(prompt)
-        yield {"pool": "calibration", **_read(router, tokens)}
+    for place, text in enumerate(known):
+        yield {"pool": "calibration", **_read(router, model.prompt_tokens(text))}
         show("calibration", place + 1, len(known))
     turns = zip_longest(*([(pool, item) for item in items] for pool, items in pools.items()))
     order = [pair for turn in turns for pair in turn if pair is not None]
