@@ -148,8 +148,8 @@ def saved_by(
     for tier, value, most, requests, *parts in connection.execute(query.group_by("tier", "kind", "length")):
         flops, identity = joined_sum(*parts[:2]), joined_sum(*parts[2:])
         own = certified.get(tier)
-        dearer = [] if own is None else [(saved, name) for name, saved in certified.items() if saved > own]
-        next_saved, next_tier = min(dearer, default=(None, None))
+        beyond = [] if own is None else [(saved, name) for name, saved in certified.items() if saved > own]
+        next_saved, next_tier = min(beyond, default=(None, None))
         found.append(
             Saved(
                 tier=tier,
