@@ -94,9 +94,19 @@ class FloorRules:
             system = _even(self._system_text(prompt, tokens, template))
             offered = tools or _even(TOOLS_OFFERED) in system
             named = [floor for floor in named if (offered or not floor.tools) and _is_in(floor, system)]
-        return strictest(
-            floor for floor in named if floor.name not in self.gates or self.gates[floor.name].about(tokens)
-        )
+        if any(floor.topic is not None for floor in named):
+            said = self._said(prompt, tokens)
+            named = [floor for floor in named if floor.topic is None or self.gates[floor.name].about(said)]
+        return strictest(named)
+
+    def _said(self, prompt: Prompt, tokens: Sequence[int]) -> Sequence[int]:
+        """Tokens of a prompt without those of the template, among which a short text would hardly show."""
+        if isinstance(prompt, str):
+            return self.encoder.plain(prompt)
+        if prompt and isinstance(prompt[0], int):
+            return tokens
+        texts = [message.get("content") for message in prompt if isinstance(message, Mapping)]
+        return self.encoder.plain("\n".join(text for text in texts if isinstance(text, str)))
 
     def _system_text(self, prompt: Prompt, tokens: Sequence[int], template: Template) -> str:
         """What a prompt says as the system; all of one that its caller has rendered."""

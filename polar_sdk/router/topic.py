@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
 
-_WINDOW: Final = 24
+_WINDOW: Final = 12
 """Unit: tokens."""
-_STRIDE: Final = 6
+_STRIDE: Final = 3
 _RARE: Final = 1e-3
 """Share of all tokens from which on a token weighs less than half."""
 _BEGINNING: Final = 400
