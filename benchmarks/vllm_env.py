@@ -47,8 +47,9 @@ def is_needed(requirement: Requirement) -> bool:
 
 
 def plain(requirement: Requirement) -> str:
-    """Without a build's own version, `+cpu`, which not every index names."""
-    return f"{requirement.name}{requirement.specifier}".replace("+cpu", "")
+    """Without its condition, which was met, and without a build's own version, `+cpu`, which not every index names."""
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}".replace("+cpu", "")
 
 
 def pip(*words: str) -> None:
