@@ -16,6 +16,7 @@ import json
 import math
 import random
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -165,7 +166,7 @@ class Simulation:
 
     Attributes:
         rows: Measured prompts, by pool.
-        usual: What calibration counted.
+        centres: Number of the router's.
         promises: Of the tiers.
         streams: Number of streams of each change.
         requests: Of each stream.
@@ -173,7 +174,7 @@ class Simulation:
     """
 
     rows: dict[str, list[Row]]
-    usual: Usual
+    centres: int
     promises: list[Promised]
     streams: int
     requests: int
@@ -207,8 +208,27 @@ class Simulation:
         for place in range(self.streams):
             dice = random.Random(f"{name} {place}")
             drawn.append(draw(self.rows["usual"], other, dice, self.requests, slow=slow))
-            watch(drawn[-1], self.usual)
+            usual = Usual.of([*map(read, dice.choices(self.population, k=self.calibrated))], self.centres)
+            pairs = zip(drawn[-1].rows, drawn[-1].chances, strict=True)
+            own = [chance < 1 and row["pool"] == "usual" for row, chance in pairs]
+            rows = zip(drawn[-1].rows, own, strict=True)
+            drawn[-1].rows = [row | dice.choice(self.population) if each else row for row, each in rows]
+            watch(drawn[-1], usual)
         return drawn
+
+    @property
+    def calibrated(self) -> int:
+        """Number of prompts of the calibration."""
+        return len(self.rows["calibration"])
+
+    @cached_property
+    def population(self) -> list[Row]:
+        """What the router read of usual prompts, those of the calibration included.
+
+        Streams and, for each of them, a calibration of its own are drawn from these: of streams that repeat a few other
+        prompts the detector would rightly say that they are unusual.
+        """
+        return [read(row)._asdict() for pool in ("calibration", "usual") for row in self.rows[pool]]
 
     def _doubled(self, promised: Promised) -> list[Row]:
         """Prompts of all other pools, of which twice the allowed share is lost; none where too few are lost at all."""
@@ -342,10 +362,9 @@ def main() -> None:
             continue
         router, rows = load_router(folder), recorded(path)
         assert isinstance(router, LearnedRouter)
-        usual = Usual.of([read(row) for row in rows["calibration"]], router.centres)
         model = None if folder.name.startswith("smollm2") else folder.name
         recorder = Recorder("drift", options.results, model=model)
-        simulation = Simulation(rows, usual, promises_of(router), options.streams, options.requests, recorder)
+        simulation = Simulation(rows, router.centres, promises_of(router), options.streams, options.requests, recorder)
         lines[folder.name] = simulation.run()
     for line in lines.values():  # the default model's comes last
         print(json.dumps(line | elsewhere(options.results)))
