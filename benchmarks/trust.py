@@ -1,6 +1,6 @@
 """Tiers under attack, and whether they keep instructions and refusals: `polar redteam` and the suites that ship.
 
-    python -m benchmarks.trust [--model NAME] [--policy FILE] [--attempts N] [--tries N] [--seeds N] [--results FOLDER]
+    python -m benchmarks.trust [--only formats|refusals|redteam] [--model NAME] [--policy FILE] [--attempts N] [--tries N] [--seeds N] [--results FOLDER]
 
 Answers are kept in the model's cache, so that a run that was interrupted goes on where it stopped. A busy machine
 changes the time that it takes, and no figure.
@@ -28,6 +28,7 @@ _FEWER = 90.0
 def main() -> None:
     """Measure, print and record."""
     parser = arguments(__doc__)
+    parser.add_argument("--only", choices=[*SUITES, "redteam"])
     parser.add_argument("--model")
     parser.add_argument("--policy")
     parser.add_argument("--attempts", type=int, default=500)
@@ -36,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     model = PolarModel.from_pretrained(args.model, policy=args.policy, ledger=None)
     recorder = Recorder("trust", args.results, model=args.model)
-    for suite in SUITES:
+    for suite in SUITES if args.only is None else set(SUITES) & {args.only}:
         with ProgressBars(quiet=False) as show:
             found = lab.evaluate_suite(model, suite, compute=TIERS, on_progress=show)
         recorder.add(
@@ -58,6 +59,8 @@ def main() -> None:
                 **goal,
                 note=f"{tier.flops_saved:.1%} of the FLOPs saved; McNemar p = {tier.mcnemar_p:.2g}",
             )
+    if args.only in SUITES:
+        return
     with ProgressBars(quiet=False) as show:
         attack = lab.redteam(model, attempts=args.attempts, tries=args.tries, seeds=args.seeds, on_progress=show)
     for one in attack.tiers:
