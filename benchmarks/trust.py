@@ -1,6 +1,7 @@
 """Tiers under attack, and whether they keep instructions and refusals: `polar redteam` and the suites that ship.
 
-    python -m benchmarks.trust [--only formats|refusals|redteam] [--model NAME] [--policy FILE] [--attempts N] [--tries N] [--seeds N] [--results FOLDER]
+    python -m benchmarks.trust [--only formats|refusals|redteam] [--model NAME] [--policy FILE] [--attempts N]
+        [--tries N] [--seeds N] [--results FOLDER]
 
 Answers are kept in the model's cache, so that a run that was interrupted goes on where it stopped. A busy machine
 changes the time that it takes, and no figure.
