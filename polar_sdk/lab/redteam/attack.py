@@ -221,7 +221,7 @@ class _Attempt:
     guarded: Mapping[str, Program]
     """Tier → program of the router with its limits."""
     drawn: Mapping[str, Program]
-    """Tier → the same, with θ lowered at random."""
+    """Tier → program of the router that was attacked, with θ lowered at random."""
     kept: Mapping[Program, float]
 
     def lost(self, programs: Mapping[str, Program], tier: str, least: float = SAME_ANSWER) -> bool:
@@ -293,7 +293,7 @@ class _Siege:
             ]
             texts = list(dict.fromkeys(text for _, _, text in batch))
             attacked, limited = self._programs(texts, guarded=guarded), self._programs(texts, guarded=True)
-            drawn = self._programs(texts, guarded=True, margin=True)
+            drawn = self._programs(texts, guarded=guarded, margin=True)
             ways = dict(zip(texts, zip(attacked, limited, drawn, strict=True), strict=True))
             kept = self._kept({text: {p for way in ways[text] for p in way.values()} for text in texts})
             best: dict[int, _Attempt] = {}
