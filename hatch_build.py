@@ -14,14 +14,17 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class NativeKernels(BuildHookInterface[Any]):
-    """Compiles them into the source tree, where an editable installation finds them as well."""
+    """Compiles them into the source tree, where an editable installation finds them as well.
+
+    That gets only what this machine runs fastest, in a fourth of the time; `polar models kernels` builds the others.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and say what a wheel of it fits."""
         native = Path(self.root, "polar_sdk", "engine", "native")
         builder = runpy.run_path(str(native / "build.py"))
         machine: str = builder["compiled_machine"]()
-        reasons: dict[str, str] = builder["build_missing"](machine)
+        reasons: dict[str, str] = builder["build_missing"](machine, fastest=version == "editable")
         for kind, reason in reasons.items():
             self.app.display_warning(f"native kernels for {kind} are left out: {reason}")
         built = sorted(native.glob("kernels-*.so"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import platform
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from polar_sdk.engine.native.build import INSTRUCTIONS, is_possible, library_name
+from polar_sdk.engine.native.build import INSTRUCTIONS, is_possible, kinds_that_run, library_name, processor
 from polar_sdk.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -72,19 +71,8 @@ def _kinds_of_library() -> tuple[str, ...]:
             f"{ISA_VARIABLE} is {limit!r}, which is not an instruction set that kernels are built for.",
             hint=f"Set it to none or one of {', '.join(kinds)}, or unset it to use all that the processor has.",
         )
-    has = set(_processor().replace("_", "").split())
-    allowed = reversed(kinds[: kinds.index(limit) + 1])
-    return tuple(kind for kind in allowed if has >= {name.replace("-", "") for name in INSTRUCTIONS[kind]})
-
-
-@cache
-def _processor() -> str:
-    """Vendor and instruction sets of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags", "Features"))}))
+    allowed = kinds[: kinds.index(limit) + 1]
+    return tuple(kind for kind in kinds_that_run(INSTRUCTIONS) if kind in allowed)
 
 
 @cache
@@ -94,7 +82,7 @@ def pairs() -> bool:
     On AMD cores it does twice the work of a float32 product in the same time; on Intel cores it takes 4 times as long.
     Where there is AMX, products with matrices go by its tiles anyway.
     """
-    return "AuthenticAMD" in _processor() and "avx512bf16" in _kinds_of_library()
+    return "AuthenticAMD" in processor() and "avx512bf16" in _kinds_of_library()
 
 
 def has_tiles() -> bool:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -81,6 +82,22 @@ def is_possible() -> bool:
     return sys.platform.startswith("linux") and bool(INSTRUCTIONS)
 
 
+@cache
+def processor() -> str:
+    """Vendor and instruction sets of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags", "Features"))}))
+
+
+def kinds_that_run(kinds: dict[str, tuple[str, ...]]) -> list[str]:
+    """Those of the kinds that this processor runs, the fastest first."""
+    has = set(processor().replace("_", "").split())
+    return [kind for kind in reversed(kinds) if has >= {name.replace("-", "") for name in kinds[kind]}]
+
+
 def build_library(kind: str, target: Path) -> None:
     """Compile the library for one of `KINDS`; its file appears whole or not at all.
 
@@ -113,8 +130,12 @@ def missing(machine: str = platform.machine()) -> list[str]:
     return [kind for kind in kinds if not (FOLDER / library_name(kind)).exists()]
 
 
-def build_missing(machine: str = platform.machine()) -> dict[str, str]:
+def build_missing(machine: str = platform.machine(), *, fastest: bool = False) -> dict[str, str]:
     """Build the libraries that are missing, side by side, and remove those of other sources or for other machines.
+
+    Args:
+        machine: What they are for.
+        fastest: Whether to build only the fastest that this processor runs, if it is such a machine.
 
     Returns:
         Why a library could not be built, by its kind.
@@ -131,6 +152,8 @@ def build_missing(machine: str = platform.machine()) -> dict[str, str]:
         return ""
 
     wanted = missing(machine)
+    if fastest and (own := kinds_that_run(INSTRUCTIONS)) and machine == platform.machine():
+        wanted = [kind for kind in wanted if kind == own[0]]
     with ThreadPoolExecutor(os.cpu_count()) as compilers:
         reasons = dict(zip(wanted, compilers.map(why_not, wanted), strict=True))
     return {kind: reason for kind, reason in reasons.items() if reason}

@@ -748,6 +748,6 @@ def test_what_a_processor_of_arm_runs(
 ) -> None:
     monkeypatch.setattr(library, "INSTRUCTIONS", build.KINDS["aarch64"])
     monkeypatch.setattr(library, "is_possible", lambda: True)
-    monkeypatch.setattr(library, "_processor", lambda: f"Features\t: {features}")
+    monkeypatch.setattr(build, "processor", lambda: f"Features\t: {features}")
     monkeypatch.setenv(library.ISA_VARIABLE, limit)
     assert library._kinds_of_library.__wrapped__() == kinds
