@@ -21,7 +21,7 @@ PUBLIC = {
         calibrate evaluate evaluate_suite fit heal train_draft_head read_items redteam search train
     """,
     "polar_billing": """
-        ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets
+        ALL_TENANTS ALL_TIME AccessError Account AmountError BillingError Budget BudgetError Budgets
         ConflictError
         CreditNote CurrencyMixError IssuedStatement Ledger LedgerUnsoundError LedgerUrlError Level
         Line Meter MissingExtraError OutputError OverBudget Period PeriodError PriceBook PriceBookError

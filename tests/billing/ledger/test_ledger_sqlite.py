@@ -22,6 +22,7 @@ from polar_billing.errors import (
 from polar_billing.ledger import connection
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
+from polar_billing.ledger.schema.base import SCHEMA_VERSION
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_sdk.errors import SinkError
@@ -94,7 +95,7 @@ def test_what_is_stored_cannot_be_changed_past_this_package(raw: sqlite3.Connect
         "REPLACE INTO polar_price_book SELECT hash, id, '{}', stored_at FROM polar_price_book",
         "DELETE FROM polar_price_book",
         "UPDATE polar_schema SET version = 3",
-        "INSERT OR REPLACE INTO polar_schema VALUES (9, 0)",
+        f"INSERT OR REPLACE INTO polar_schema VALUES ({SCHEMA_VERSION}, 0)",
     ):
         with pytest.raises(sqlite3.IntegrityError):
             raw.execute(statement)

@@ -336,7 +336,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "word"),
         [
-            (["--suite", "mmlu"], "got 0"),
+            (["--suite", "mmlu"], "--data"),
             (["--suite", "mmlu", "--data", "none.jsonl"], "cannot be read"),
             (["--suite", "humaneval", "--data", "none.jsonl"], "--run-code"),
             (["--suite", "nothing", "--data", "none.jsonl"], "choose from"),
