@@ -152,7 +152,7 @@ class PolarModel:
         return cls(adopt(model, tokenizer, **loading), **own)
 
     def _begin_audits(self, share: float | Mapping[str, float] | None, audits: Audits) -> Auditor | None:
-        """What audits answers, where a promise can be tested; from now on requests heed what is found."""
+        """The auditor of answers, where a promise can be tested; from now on requests heed what is found."""
         router, loaded = self.router, self._loaded
         if not isinstance(router, LearnedRouter) or router.certificate is None or not router.audited:
             return None

@@ -145,7 +145,7 @@ class PolarLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What ran, for the results' `config`."""
+        """Model and tier, for the results' `config`."""
         named = {program.text: count for program, count in self._programs.most_common()}
         return {
             "polar": {

@@ -15,7 +15,7 @@ from polar_vllm.settings import KEY
 
 
 def program_keys(text: str, prompt: int, start: int, end: int) -> list[tuple[str, str]]:
-    """What a block of tokens from `start` to `end` is hashed with.
+    """The keys that a block of tokens from `start` to `end` is hashed with.
 
     Args:
         text: The program of its request; identity needs no keys, since it writes what others write.

@@ -1,4 +1,4 @@
-"""What a worker has executed, to be held against what was billed. Knows plans, and no vLLM.
+"""The work that a worker has executed, to be held against what was billed. Knows plans, and no vLLM.
 
 Every sum is of tokens by layers. `executed` counts each token that ran a layer whole; of those, `repeated` had run it
 before, as after a preemption or where drafts were rejected, and `unread` ran the last layer though nothing reads their

@@ -36,7 +36,7 @@ class Endpoint:
 
 
 async def _asked(request: Request, method: str) -> Any:
-    """What the first worker says: those of a tensor parallel group run the same tokens."""
+    """Digests of the first worker: those of a tensor parallel group run the same tokens."""
     engine = request.app.state.polar
     return {} if engine is None else (await engine.collective_rpc(method))[0]
 

@@ -22,7 +22,7 @@ class UnsupportedProgramError(ValueError):
 
 
 class Turn(NamedTuple):
-    """What a request runs in a batch."""
+    """A request's part of a batch."""
 
     program: Program
     piece: Piece

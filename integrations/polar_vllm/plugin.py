@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes, by the entry point `vllm.general_plugins`.
+"""The plugin that vLLM calls in each of its processes, by the entry point `vllm.general_plugins`.
 
 Requests that name no program are left as they are, and without a setting none can name one.
 """

@@ -1,4 +1,4 @@
-"""What a server was told about programs: `--additional-config '{"polar": {"fills": ["FOLDER", …]}}'`."""
+"""Settings of a server that runs programs: `--additional-config '{"polar": {"fills": ["FOLDER", …]}}'`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_version(version: str) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server runs programs with.
+    """The settings that a server runs programs with.
 
     Attributes:
         fills: Its maps; None where it runs no programs.

@@ -51,11 +51,11 @@ class Worker(_Base):  # type: ignore[misc]
         self.model_runner._model_forward = self.polar.forward
 
     def polar_counts(self) -> Mapping[str, int]:
-        """What this worker has executed; see `Counts`."""
+        """The work that this worker has executed; see `Counts`."""
         return self.polar.counts.as_dict()
 
     def polar_digests(self) -> dict[str, str]:
-        """What this worker runs: the fingerprint of its model, and the digest of its fills."""
+        """Digests of what this worker runs: the fingerprint of its model, and the digest of its fills."""
         return self._digests
 
 
@@ -122,7 +122,7 @@ class Passes:
         return self._programs[text]
 
     def _builders(self, stretch: int) -> Any:
-        """What builds attention's metadata for a stretch: one for each, as a builder keeps what it built last."""
+        """The builder of attention's metadata for a stretch: one for each, as a builder keeps what it built last."""
         runner = self._runner
         if not self._groups:
             # The first token of a prompt and its end are two rows.

@@ -104,7 +104,7 @@ def evaluate(
 
 
 class _Asked(NamedTuple):
-    """What `--suite` and the options beside it say."""
+    """The values of `--suite` and the options beside it."""
 
     suite: str
     data: list[Path]

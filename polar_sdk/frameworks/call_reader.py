@@ -62,11 +62,11 @@ class CallReader:
         self._anywhere = [head for head, (_, each) in self._first.items() if each.after_text]
         """Those that may follow text."""
         self._form = form
-        """Of the call that was read last."""
+        """Form of the call that was read last."""
         self._is_text = use is None
         """Whether all that comes is text."""
         self._held = ""
-        """What was not read yet: it may be the beginning of a call."""
+        """Text that was not read yet: it may be the beginning of a call."""
         self._written = ""
         """Arguments of the call that is open, as they were written; keywords are JSON once they are whole."""
         self._depth = 0

@@ -77,7 +77,7 @@ class ModelSettings(BaseModel):
     repetition_penalty: float = 1.0
     """Divides the logits of tokens in prompt or answer; 1 = leave them as they are. Per call."""
     logit_bias: dict[int, float] | None = None
-    """What is added to the logits of tokens, by their ids, -100 to 100. Per call."""
+    """Numbers that are added to the logits of tokens, by their ids, -100 to 100. Per call."""
     stop_repeats: int | None = None
     """End an answer that says the same so many times in a row; `stopped_by` then says so. Per call."""
     ignore_eos: bool = False

@@ -264,7 +264,7 @@ def _keyword_rules(name: str, schema: Mapping[str, Any]) -> list[str]:
 
 
 def _literals(part: Any, shared: Mapping[str, Any]) -> list[str]:
-    """What a value may be: a literal of Python where that is not one of JSON."""
+    """Read a value: a literal of Python where that is not one of JSON."""
     kinds = part.get("type") if isinstance(part, dict) else None
     if kinds == "boolean" and "const" not in part and "enum" not in part:
         return ['"True"', '"False"']

@@ -54,7 +54,7 @@ class Alias:
     """File name of the GGUF file."""
     gguf_sha256: str
     parts: tuple[Part, ...]
-    """What carries the file, in the order of its pieces."""
+    """The packages that carry the file, in the order of its pieces."""
     licence: str
     runs_as_file: bool
     """Whether the precision `auto` is the file's own, as for other `.gguf` files, or the device's."""

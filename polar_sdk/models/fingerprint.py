@@ -30,7 +30,7 @@ _NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype",
 _SOURCE: Final = "_polar_source"
 """Field of `config.json` in a folder that was exported."""
 _hashes: Final[dict[str, list[Any]]] = {}
-"""What this process knows of files, by their paths."""
+"""Hashes that this process knows, by the paths of files."""
 _MAX_REMEMBERED: Final = 200
 """Files that the cache remembers, the last ones: it is read whole on every load."""
 _HASHES_LOCK: Final = renewed_in_child(threading.Lock())

@@ -66,7 +66,7 @@ class _Angles(nn.Module):
 
 
 class _Outline(nn.Module):
-    """What a decoder takes of a `PreTrainedModel`."""
+    """The part of a `PreTrainedModel` that a decoder takes."""
 
     def __init__(self, config: PreTrainedConfig, settings: GenerationConfig) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 """SHA-256, hexadecimal."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 AuditedLoss = Literal["differs", "strict"]
-"""What was counted: `differs`, a text that keeps fewer than three quarters of its tokens; `strict`, fewer than 95 %."""
+"""The loss counted: `differs`, a text that keeps fewer than three quarters of its tokens; `strict`, fewer than 95 %."""
 
 
 class _Facts(BaseModel):
@@ -34,7 +34,7 @@ class Audit(_Facts):
     request_id: Name
     """The request whose answer was judged."""
     tenant: Name
-    """Whose request it was; it does not pay for the audit."""
+    """The tenant of the request; it does not pay for the audit."""
     tier: Name
     """The tier that served it."""
     promise: Digest
@@ -101,7 +101,7 @@ class PromiseStanding(_Facts):
     state: State
     audits: Count
     losses: Count
-    """Of the audits, those that were lost."""
+    """Audits whose answer was lost."""
     since: AwareDatetime
     """When the state began, UTC."""
     reason: str

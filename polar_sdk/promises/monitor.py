@@ -139,7 +139,7 @@ def _exact(share: float) -> Fraction:
 
 @lru_cache(maxsize=1024)
 def _factors(alpha: float, lost: bool, units: int) -> tuple[tuple[int, int], ...]:
-    """What an audit multiplies each stake by, as fractions; their mean is 1 where exactly α is lost."""
+    """The factors of an audit on each stake, as fractions; their mean is 1 where exactly α is lost."""
     share, made = _exact(alpha), []
     for odds in _ODDS:
         whole = (Fraction(odds, 2) if lost else 1) / (1 + (Fraction(odds, 2) - 1) * share)

@@ -36,7 +36,7 @@ _BEYOND: Final = 20
 
 
 class Likeness(NamedTuple):
-    """What a router reads of one prompt."""
+    """A prompt as a router reads it."""
 
     tokens: int
     """Length of the prompt."""
@@ -47,7 +47,7 @@ class Likeness(NamedTuple):
 
 
 class Usualness(StrEnum):
-    """What a detector says of the prompts that it saw last."""
+    """The finding of a detector on the prompts that it saw last."""
 
     USUAL = "usual"
     SUSPECT = "suspect"
@@ -157,7 +157,7 @@ class Novelty:
 
     @property
     def found(self) -> Usualness:
-        """What the prompts seen so far are found to be."""
+        """The finding on the prompts seen so far."""
         suspect, unusual = self._limits
         if self._total < suspect:
             return Usualness.USUAL

@@ -85,7 +85,7 @@ class _Case:
     promises: tuple[PromiseTerms, ...]
     weight: float
     answer: tuple[int, ...]
-    """Of the answer served, as far as its program chose greedily; empty where it did not."""
+    """Tokens of the answer served, as far as its program chose greedily; empty where it did not."""
     choices: Grammar | None
     """The texts that it chose among; None = it wrote freely."""
     max_tokens: int

@@ -189,7 +189,7 @@ def _at_its_root(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_written(known: Mapping[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """What pydantic reads of a class's fields, as far as a grammar can write it.
+    """The schema that pydantic reads of a class's fields, as far as a grammar can write it.
 
     None can keep a list from having an item twice, and a Python set takes it all the same. A decimal number is finite.
     """

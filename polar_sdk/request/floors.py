@@ -109,7 +109,7 @@ class FloorRules:
         return self.encoder.plain("\n".join(text for text in texts if isinstance(text, str)))
 
     def _system_text(self, prompt: Prompt, tokens: Sequence[int], template: Template) -> str:
-        """What a prompt says as the system; all of one that its caller has rendered."""
+        """The system text of a prompt; all of one that its caller has rendered."""
         if isinstance(prompt, str):
             return prompt if template == "raw" or not self.encoder.has_chat_template else ""
         if prompt and isinstance(prompt[0], int):

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_MAX_TOKENS = 256
 _MARGIN_KEY: Final = secrets.token_bytes(16)
-"""Of this process, which nobody sees."""
+"""A key of this process, which nobody sees."""
 
 
 def never(promise: str) -> bool:
@@ -243,7 +243,7 @@ class RequestMaker:
         return route
 
     def _router(self, options: RequestOptions, floor: Floor | None) -> tuple[Serving, dict[str, str]]:
-        """What serves a request, and where a floor raised it a tag that says from what."""
+        """Find the router that serves a request, and a tag with what was asked for where a floor raised it."""
         served = self._asked(options)
         if floor is None or self._is_kept(floor, served):
             return served, {}

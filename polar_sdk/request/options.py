@@ -138,7 +138,7 @@ class RequestOptions(TypedDict, total=False):
     """Logits of tokens in prompt or answer are divided by it, or multiplied where negative, 0.01 to 100; 1 = as they
     are."""
     logit_bias: Mapping[int, float] | None
-    """What is added to the logits of tokens, by their ids, -100 to 100 each."""
+    """Numbers that are added to the logits of tokens, by their ids, -100 to 100 each."""
     logits_hook: LogitsHook | None
     """Called before each token is chosen, greedily or not: (ids sampled so far, float32 logits (V,)) → logits (V,).
     It blocks all rows and must not call the model; an error in it ends this request only."""

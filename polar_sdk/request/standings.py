@@ -34,7 +34,7 @@ TRUST_SECONDS: Final = 60.0
 
 
 class Standings:
-    """What one sink says of promises."""
+    """The standings of promises by one sink."""
 
     def __init__(self, sink: UsageSink) -> None:
         self._sink = ref(sink)
@@ -80,5 +80,5 @@ _STANDINGS: Final[WeakKeyDictionary[UsageSink, Standings]] = WeakKeyDictionary()
 
 
 def standings_of(sink: UsageSink) -> Standings:
-    """What a sink says of promises; objects that share the sink share it."""
+    """The standings of promises by a sink; objects that share the sink share them."""
     return _STANDINGS.setdefault(sink, Standings(sink))

@@ -259,7 +259,7 @@ class Certificate(_Frozen):
 
     @property
     def audited(self) -> dict[str, tuple[PromiseTerms, ...]]:
-        """What audits of a tier's answers test, by tier.
+        """The promises that audits of a tier's answers test, by tier.
 
         Nothing where identity always runs, and nothing of a promise on right answers, which no audit knows.
         """

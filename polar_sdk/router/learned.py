@@ -64,14 +64,14 @@ class RouterFacts(BaseModel):
 
 
 class Serving(NamedTuple):
-    """What serves a request."""
+    """The router that serves a request, and its tier."""
 
     tier: str | None
     """The tier to record."""
     router: Router
     """With its dial set."""
     promises: tuple[PromiseTerms, ...] = ()
-    """What is promised of its answer, as far as audits can test it."""
+    """Promises on its answer, as far as audits can test them."""
     instead_of: str | None = None
     """The tier or tolerance asked for, whose promise is at risk; None = this is it."""
 
@@ -99,7 +99,7 @@ class LearnedRouter(Router):
         self.programs = tuple(programs)
         self.certificate = certificate
         self.audited = {} if certificate is None else certificate.audited
-        """What audits of each tier's answers test."""
+        """The promises that audits of each tier's answers test."""
         self.version = hash_tensors(network.tensors())[:12]
         self._reader: FeatureReader | None = None
         self._running: Network = network
@@ -175,7 +175,7 @@ class LearnedRouter(Router):
         return self.certificate is not None and self.certificate.subject == self.subject
 
     def serving(self, compute: str | float | None, at_risk: Callable[[str], bool] = lambda _: False) -> Serving:
-        """What serves a tier, a tolerance, or neither.
+        """The router for a tier, a tolerance, or neither.
 
         Where the promise of a tier is at risk, the next safer certified tier serves in its place, or else identity.
 

@@ -29,7 +29,7 @@ _STRIDE: Final = 3
 _RARE: Final = 1e-3
 """Share of all tokens from which on a token weighs less than half."""
 _BEGINNING: Final = 400
-"""Of a long ordinary prompt. Unit: characters."""
+"""Length of a long ordinary prompt. Unit: characters."""
 _COMMON: Final = 3
 """Directions that are taken out."""
 _UNLIKE: Final = 0.5
@@ -70,7 +70,7 @@ class Texts:
 
     @cached_property
     def _weights(self) -> Tensor:
-        """What each token counts, (V,)."""
+        """The weight of each token, (V,)."""
         tokens = torch.tensor([token for row in self.ordinary for token in row])
         counts = torch.bincount(tokens, minlength=self.decoder.vocab)
         return (_RARE / (_RARE + counts / counts.sum())).double()

@@ -65,7 +65,7 @@ class Request:
     chooses: bool = False
     """Whether the grammar is one of given texts."""
     promises: tuple[PromiseTerms, ...] = ()
-    """What is promised of the answer, as far as audits can test it."""
+    """Promises on the answer, as far as audits can test them."""
     likeness: Likeness | None = None
     """How like the prompt is to those that its router knows; None where no router read it."""
     idle: bool = False

@@ -165,7 +165,7 @@ class View:
     keys: Sequence[KeyUse]
     promises: Sequence[PromiseDrift]
     week: Sequence[Saved] | None
-    """What tiers saved in the last seven days by kind and length; None where there are too many requests to add up."""
+    """Savings of tiers in the last seven days by kind and length; None where there are too many requests to add up."""
     ledger_health: LedgerHealth
     spool: SpoolHealth
 

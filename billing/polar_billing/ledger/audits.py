@@ -108,7 +108,7 @@ def weight_of(units: int) -> float:
 
 @dataclass
 class _New:
-    """What a transaction stores."""
+    """The rows that a transaction stores."""
 
     watched: dict[str, Watched]
     audits: list[int] = field(default_factory=list)

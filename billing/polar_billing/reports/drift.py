@@ -45,7 +45,7 @@ class Change(Part):
     since: datetime
     """When the audit that changed it was made, UTC."""
     audits: int
-    """Of the promise, that one included."""
+    """Audits of the promise, that one included."""
     losses: int
     reason: str
 
@@ -88,7 +88,7 @@ class Saved(Part):
     next_tier: str | None = None
     """The certified tier that saves next to it, if the router says so."""
     next_saved: Decimal | None = None
-    """What that one saved on its calibration prompts."""
+    """Share that it saved on its calibration prompts."""
 
 
 def promises_of(connection: Connection, known: dict[str, Watched]) -> tuple[PromiseDrift, ...]:
@@ -124,7 +124,7 @@ def _drift(watched: Watched, history: list[Change]) -> PromiseDrift:
 def saved_by(
     connection: Connection, selection: Selection, tag: str, certified: Mapping[str, Decimal]
 ) -> tuple[Saved, ...]:
-    """What the tiers of a selection saved, by the value of a tag and the length of prompts.
+    """Savings of the tiers of a selection, by the value of a tag and the length of prompts.
 
     Args:
         connection: A transaction that reads the ledger.

@@ -49,7 +49,7 @@ class LateUsage:
 
     @property
     def row(self) -> list[str | int]:
-        """What the ledger stores of it."""
+        """The row that the ledger stores of it."""
         return [self.statement, self.seqs.after, self.seqs.until, self.audits.after, self.audits.until]
 
 

@@ -92,7 +92,7 @@ class PeriodUsage:
     latency_ns_p95: Mapping[tuple[datetime, str], int] = field(default_factory=dict)
     """By beginning of the phase and tier, where there were completed requests. Unit: nanoseconds."""
     agreement: Mapping[tuple[datetime, str], Agreement] = field(default_factory=dict)
-    """Of audits, by beginning of the phase and tier, where a plan promises it."""
+    """Agreement by audits, by beginning of the phase and tier, where a plan promises it."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Place:
     model: str | None
     client: Client
     digests: Digests | None = None
-    """What it must say that it runs, where it is sent each request's program; None = it runs one that was exported."""
+    """The digests that it must have where it is sent each request's program; None = it runs one that was exported."""
     running: int = 0
     """Requests of this process that it works on."""
     down_until: float = 0.0

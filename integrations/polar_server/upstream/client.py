@@ -117,7 +117,7 @@ class Client:
         return found
 
     def digests(self, base: str) -> dict[str, Any]:
-        """What an upstream that is sent programs says that it runs; nothing where it knows of none.
+        """The digests of an upstream that is sent programs; nothing where it knows of none.
 
         Raises:
             UpstreamError: It cannot be reached.

@@ -62,10 +62,10 @@ PROMISES: Final[dict[str, TierPromise]] = {
     "standard": TierPromise(0.025, strict=0.25),
     "premium": TierPromise(0.01, strict=0.1),
 }
-"""What tiers promise by default; a tier that the prompts are too few for is left out."""
+"""Promises of tiers by default; a tier that the prompts are too few for is left out."""
 _DELTA: Final = 0.1
 _HALVES: Final = Shares(0.6, 0.4, 0.0, 0.0)
-"""Of the prompts that the menu is chosen on: to train the router on, and to choose by."""
+"""Shares of the prompts that the menu is chosen on: to train the router on, and to choose by."""
 _FEWEST: Final = 8
 """Prompts that each split must have."""
 _ROUTING_EARNS: Final = 0.03
@@ -74,7 +74,7 @@ chosen among several on the same prompts, so that less may be luck."""
 
 
 class FitFacts(BaseModel, frozen=True):
-    """What the folder of a fit says about it."""
+    """The facts of a fit, as its folder keeps them."""
 
     key: str
     """Hash of the model, the engine, the prompts and the settings."""
@@ -165,7 +165,7 @@ class _Work:
     cache: RewardCache
     on_progress: Progress
     notes: list[str] = field(default_factory=list)
-    """What is not possible."""
+    """Sentences on what is not possible."""
 
     def run(self, on_plan: Callable[[Plan], None]) -> FitResult:
         """All steps."""
@@ -370,7 +370,7 @@ class _Work:
         return target
 
     def _sentences(self, certificate: Certificate, evaluation: Evaluation) -> list[str]:
-        """What each tier saves and promises, on what, and what was not possible."""
+        """Say what each tier saves and promises, on what, and what was not possible."""
         exact = evaluation.texts.get("exact")
         floor = "" if exact is None else f"; full depth against itself keeps {exact.noise_floor:.1%}"
         splits = ", ".join(f"{len(self._of(split))} {use}" for split, use in _USES.items())

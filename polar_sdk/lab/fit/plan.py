@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from polar_sdk.show.progress import Progress
 
 SHARES: Final = Shares(0.35, 0.25, 0.25, 0.15)
-"""Of the prompts: maps are fitted on the first part, the menu is chosen on the second; then calibration and test."""
+"""Shares of the prompts: maps are fitted on the first, the menu is chosen on the second; then calibration and test."""
 _CUT_SHARES: Final = (0.08, 0.125, 0.17, 0.21, 0.25, 0.29, 0.33, 0.38, 0.42, 0.46, 0.52, 0.58)
 """Shares of the layers that are filled: close together, since a promise stops at the first program that breaks it."""
 _MAX_PROMPTS: Final = 2000
@@ -62,7 +62,7 @@ class Pace(BaseModel, frozen=True):
 
 
 class Workload(NamedTuple):
-    """What the prompts of a fit are like."""
+    """Number and length of the prompts of a fit."""
 
     prompts: int
     """Distinct prompts that are there."""
@@ -71,7 +71,7 @@ class Workload(NamedTuple):
 
 
 class Plan(BaseModel, frozen=True):
-    """What a fit does."""
+    """The plan of a fit."""
 
     hours: float
     pace: Pace
@@ -88,7 +88,7 @@ class Plan(BaseModel, frozen=True):
     minutes: dict[str, float]
     """Expected time of each step."""
     notes: tuple[str, ...] = ()
-    """What is not possible here."""
+    """Sentences on what is not possible here."""
 
     @property
     def lines(self) -> list[str]:
@@ -217,7 +217,7 @@ def _seek_seconds(model: PolarModel, tokens: float, prompts: int, pace: Pace) ->
 
 
 def workload_of(model: PolarModel, items: Sequence[Item]) -> Workload:
-    """What the prompts are like, by a sample of them."""
+    """Number and mean length of the prompts, by a sample of them."""
     step = max(1, len(items) // 200)
     sample = [text_of(item) for item in items[::step]]
     return Workload(len(items), fmean(len(model.prompt_tokens(text)) for text in sample))

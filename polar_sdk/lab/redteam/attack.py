@@ -63,7 +63,7 @@ class Sent(BaseModel, frozen=True):
 
 
 class TierAttack(BaseModel, frozen=True):
-    """What attempts did to one tier: numbers of those that broke its promise."""
+    """Outcome of the attempts on one tier: numbers of those that broke its promise."""
 
     tier: str
     alpha: float
@@ -110,7 +110,7 @@ class RedTeam(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class RedTeamPlan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         attempts: On each router.
@@ -363,7 +363,7 @@ class _Siege:
     def tier(
         self, name: str, sent: Mapping[str, Sequence[_Attempt]], ordinary: Interval, defences: Sequence[str]
     ) -> TierAttack:
-        """What the attempts did to one tier."""
+        """Count the attempts that broke one tier's promise."""
         free, held = sent["without"], sent["defended"]
         without = [each.lost(each.programs, name) for each in free]
         alone = {

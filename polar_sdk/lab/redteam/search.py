@@ -34,7 +34,7 @@ _CANDIDATES: Final = 24
 """Tokens tried in each place."""
 _STEPS: Final = 60
 _STEP: Final = 0.3
-"""Of gradient ascent, in standard deviations of the embeddings."""
+"""Step of the gradient ascent, in standard deviations of the embeddings."""
 _MUTANTS: Final = 24
 _EDGE: Final = 0.97
 """How near to what is unlike the router's prompts a search goes, as a share of the radius."""
@@ -68,7 +68,7 @@ class Surface:
 
     @cached_property
     def embeddings(self) -> Tensor:
-        """Of the whole vocabulary, (V, H) float32."""
+        """Embeddings of the whole vocabulary, (V, H) float32."""
         decoder = self.model.decoder
         with torch.inference_mode():
             ids = torch.arange(decoder.vocab, device=decoder.device)

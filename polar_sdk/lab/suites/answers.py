@@ -1,4 +1,4 @@
-"""What programs answer to the problems of a suite; measured once, and kept in the cache of rewards."""
+"""Answers of programs to the problems of a suite; measured once, and kept in the cache of rewards."""
 
 from __future__ import annotations
 

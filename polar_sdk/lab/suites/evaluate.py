@@ -162,7 +162,7 @@ def _tiers(
     thetas: Sequence[float],
     programs: Sequence[Program | str],
 ) -> dict[str, Router]:
-    """What is compared, by name: full depth, and what was named, or else all tiers there are."""
+    """The systems that are compared, by name: full depth, and what was named, or else all tiers there are."""
     tiers: dict[str, Router] = {FULL: IdentityRouter(model.depth)}
     if not (compute or thetas or programs):
         tiers |= _all_tiers(model, served)

@@ -48,7 +48,7 @@ _REFUSING_WORDS: Final = 40
 
 
 class Form(BaseModel):
-    """What an answer must look like; every field that is given counts."""
+    """The form that an answer must have; every field that is given counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

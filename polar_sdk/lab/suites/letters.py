@@ -32,7 +32,7 @@ class Lettered(Problem, frozen=True):
     @property
     @abstractmethod
     def subject_name(self) -> str:
-        """What the questions are about, in words."""
+        """The subject of the questions, in words."""
 
     @property
     @abstractmethod

@@ -64,7 +64,7 @@ def group_rows(found: SuiteEvaluation) -> list[tuple[str, ...]]:
 
 
 def notes(found: SuiteEvaluation) -> Iterator[str]:
-    """What to know beside the table, in sentences."""
+    """Notes beside the table, in sentences."""
     how = "through the model's chat template" if found.chat else "as plain text"
     shots = f"{found.shots} examples before each" if found.shots else "no examples"
     template = f", {found.template_tokens} of them the template's" if found.template_tokens else ""

@@ -34,7 +34,7 @@ class TierResult(BaseModel, frozen=True):
     accuracy_drop: Interval
     """Full depth's accuracy − this one's, paired."""
     mcnemar_p: float
-    """Of "both are right equally often", exact."""
+    """p-value of "both are right equally often", exact."""
     layers_used: float
     """Mean number of layers that a token of prompt or answer runs. A filled visit counts as the share of the layer's
     FLOPs that its map takes, and so does a bridge."""
@@ -101,7 +101,7 @@ class Request:
     router_flops: int = 0
 
     def flops(self, cost: CostModel) -> FlopUsage:
-        """What it took."""
+        """FLOPs of the run."""
         return cost.request(self.program, self.prompt, self.output, router=self.router_flops)
 
     def layers(self, cost: CostModel) -> float:
@@ -130,7 +130,7 @@ class Request:
 
 
 def _worth(cost: CostModel, first: int, last: int, *, bridge: bool) -> float:
-    """What a step is worth in layers."""
+    """The worth of a step in layers."""
     return cost.bridges[first, last] / cost.layers[first].linear if bridge else 1.0
 
 

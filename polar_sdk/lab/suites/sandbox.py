@@ -135,7 +135,7 @@ def _run(answer: str, tests: str, head: str, limits: Limits) -> Ended:
 
 
 def _read(result: bytes, secret: str) -> Ended:
-    """What the process said; code that ends the process before its tests have ended does not know the secret."""
+    """The output of the process; code that ends the process before its tests have ended does not know the secret."""
     try:
         said, error = json.loads(result)
     except (ValueError, TypeError):

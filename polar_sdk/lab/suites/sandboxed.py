@@ -83,7 +83,7 @@ _WRITES: Final = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000 | 0o20000000
 """Flags of opening to write, create, truncate, append, or make a nameless file."""
 _LOAD, _EQUAL, _ANY, _AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
-"""What a filter answers; a refused call fails with EPERM."""
+"""Verdicts of a filter; a refused call fails with EPERM."""
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 """Places in what the kernel shows a filter. Unit: bytes."""
 _OTHER_NUMBERS: Final = 0x40000000

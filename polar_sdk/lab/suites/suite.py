@@ -1,4 +1,4 @@
-"""What a suite is: problems in the original data set's own fields, how each is asked, and when an answer is right.
+"""Suites: problems in the original data set's own fields, how each is asked, and when an answer is right.
 
 A suite knows neither models nor programs. `asking.py` turns what it asks into tokens, `answers.py` has them answered.
 """
@@ -30,7 +30,7 @@ class Problem(BaseModel, frozen=True):
     @property
     @abstractmethod
     def item(self) -> Item:
-        """What it asks, by which a router knows whether it was trained on it."""
+        """The text that it asks, by which a router knows whether it was trained on it."""
 
     @property
     def group(self) -> str | None:
