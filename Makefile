@@ -41,9 +41,8 @@ model: $(STAMP) ## Fetch and check the default model, or MODEL, once
 $(VENV)/.demo: $(wildcard $(STAMP)) pyproject.toml hatch_build.py
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; name another with make PYTHON=python3"; exit 1; }
 	[ -d $(VENV) ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet uv
 	@echo "installing torch, transformers and LangChain, and compiling the kernels for this processor: about a minute"
-	[ -f $(STAMP) ] || $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --editable ".[billing,report,structured,langchain]"
+	[ -f $(STAMP) ] || $(BIN)/python -m pip install --quiet --editable ".[billing,report,structured,langchain]"
 	@touch $@
 
 demo: $(VENV)/.demo ## Run chains for two tenants on three tiers, and make the bill; MODEL names another model

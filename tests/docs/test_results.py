@@ -54,7 +54,7 @@ class TestDocuments:
                 for number in quoted:
                     assert any(quotes(number, exact) for exact in known), f"{number} in: {line}"
                 rows += bool(quoted)
-        assert rows > 100
+        assert rows > 50  # the expressions find the tables
 
     @pytest.mark.parametrize(
         ("line", "topics"),
