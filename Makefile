@@ -19,8 +19,14 @@ PARALLEL := -n $(PROCESSES) --dist loadfile
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml hatch_build.py $(wildcard polar_sdk/engine/native/*.h polar_sdk/engine/native/*.cpp)
+# What an installation is made of: a change of it installs again.
+INSTALLED_FROM := pyproject.toml hatch_build.py $(wildcard polar_sdk/engine/native/*.h polar_sdk/engine/native/*.cpp)
+define find_python
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; name another with make PYTHON=python3"; exit 1; }
+endef
+
+$(STAMP): $(INSTALLED_FROM)
+	$(find_python)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
@@ -38,8 +44,8 @@ model: $(STAMP) ## Fetch and check the default model, or MODEL, once
 	@$(BIN)/polar models fetch $(MODEL)
 
 # What the demo needs, where not everything is installed: half of the time.
-$(VENV)/.demo: $(wildcard $(STAMP)) pyproject.toml hatch_build.py
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; name another with make PYTHON=python3"; exit 1; }
+$(VENV)/.demo: $(wildcard $(STAMP)) $(INSTALLED_FROM)
+	$(find_python)
 	[ -d $(VENV) ] || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch, transformers and LangChain, and compiling the kernels for this processor: about a minute"
 	[ -f $(STAMP) ] || $(BIN)/python -m pip install --quiet --editable ".[billing,report,structured,langchain]"

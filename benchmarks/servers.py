@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -163,6 +164,15 @@ def served(command: Sequence[str], answers: Callable[[], bool], within_s: float,
     finally:
         process.terminate()
         process.wait(60)
+
+
+def is_found(url: str) -> bool:
+    """Whether a server answers with success at a URL."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return int(answer.status) == 200
+    except OSError:
+        return False
 
 
 def _command(name: str, folder: Path, port: int, work: Path) -> list[str] | None:

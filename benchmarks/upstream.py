@@ -23,7 +23,6 @@ import shlex
 import sys
 import tempfile
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.chaos import free_port
 from benchmarks.results import Recorder, arguments
-from benchmarks.servers import Running, served
+from benchmarks.servers import Running, is_found, served
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.programs.policy import Policy
@@ -150,18 +149,10 @@ def _served(command: str, folder: Path) -> Iterator[str]:
     port = free_port()
     words = [word.format(folder=folder, port=port) for word in shlex.split(command)]
     url = f"http://127.0.0.1:{port}"
-    with served(words, lambda: _answers(f"{url}/v1/models"), START_SECONDS, sys.stderr) as starts:
+    with served(words, lambda: is_found(f"{url}/v1/models"), START_SECONDS, sys.stderr) as starts:
         if not starts:
             sys.exit(f"error: {words[0]} does not serve on {url}; see what it printed.")
         yield url
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return int(answer.status) == 200
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.chaos import free_port
 from benchmarks.results import Recorder, arguments
-from benchmarks.servers import Running, served
+from benchmarks.servers import Running, is_found, served
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.engine.maps import Fill
 from polar_sdk.lab.items import builtin_items
@@ -286,7 +286,7 @@ class Bench:
             *words.split(),
             config,
         ]
-        with served(command, lambda: _answers(f"{url}/v1/polar/digests"), START_S, sys.stderr) as starts:
+        with served(command, lambda: is_found(f"{url}/v1/polar/digests"), START_S, sys.stderr) as starts:
             if not starts:
                 sys.exit("error: vLLM does not start; see what it printed.")
             yield url
@@ -335,14 +335,6 @@ def some_fill(model: PolarModel, folder: Path) -> Path:
         segments=(MapRecord.of((20, 29), maps[20, 29], None),), data="", training={},
     )  # fmt: skip
     return MapSet(facts, stored(maps, "exact")).save(folder)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return int(answer.status) == 200
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":
