@@ -198,7 +198,7 @@ class Blocks:
         ends: Where the outputs of each part end.
         inputs: K.
         bias: Zeros where there is none.
-        fine: Whether rows that meet it are rounded to 16 bits instead of 8.
+        fine: Whether results near a row's greatest meet the row in 16 bits instead of 8.
     """
 
     parts: tuple[tuple[str, Tensor], ...]

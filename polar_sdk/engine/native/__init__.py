@@ -178,7 +178,7 @@ class Matrix(ctypes.Structure):
         inputs: K.
         scale: Of each output, for bytes.
         following: The matrix of the outputs that come last, which N counts too.
-        fine: Whether to round rows that meet it to 16 bits instead of 8, where it is in a format of GGUF files.
+        fine: Whether results near a row's greatest meet the row in 16 bits instead of 8, in a format of GGUF files.
     """
 
     _fields_ = (

@@ -16,10 +16,10 @@ namespace polar {
 // outputs, group by group of 32 inputs: words of the codes of four inputs, one for each output, beside the scales of
 // the group as the file has them. So an instruction multiplies four inputs of 16 outputs, and nothing is rounded again.
 //
-// Rows of x are rounded to 8-bit integers, 16 of which share a scale; where that is not enough, as in the head, which
-// decides between near-equal tokens, what is left is rounded likewise and multiplied as another row. Sums over these are
-// exact, those over several are float32, in their order: so a row is the same whatever rows are beside it, and on every
-// processor.
+// Rows of x are rounded to 8-bit integers, 16 of which share a scale. Where that is not enough, as in the head, which
+// decides between near-equal tokens, results near a row's greatest are computed again: what is left of the row is rounded
+// likewise and multiplied as another row. Sums over integers are exact, those over several are float32, in their order:
+// so a row is the same whatever rows are beside it, and on every processor.
 
 constexpr int64_t kSuperGroups = 8;  // groups that share scales of their scales
 #ifdef __AVX512F__
@@ -28,6 +28,8 @@ constexpr int kBlockRows = 8;  // that meet a panel together
 constexpr int kBlockRows = 4;
 #endif
 constexpr int64_t kRowBytes = 3 << 17;  // of rows that meet all panels together, so that they stay in the cache
+// Results are near the greatest within this part of their range: some hundred times the error of rows of 8 bits.
+constexpr float kNear = 0.0625f;
 
 // -- rows ------------------------------------------------------------------------------------------------------------
 
@@ -413,10 +415,10 @@ struct Results {
   Half* y;
   float* wide;  // instead of y, not rounded, where it is not null
   int64_t outputs, step;
-  int64_t planes;  // rounded rows of each
 };
 
-template <class Form, int kCount>
+// The results of kCount rounded rows, of which kPlanes are one row and what it lacks.
+template <class Form, int kCount, int kPlanes = 1>
 void run_blocks_panel(const uint8_t* panels, const ShortRows& rows, int64_t row, int64_t groups, int64_t number,
                       const Results& to) {
   const int64_t output = number * kLanes;
@@ -424,9 +426,9 @@ void run_blocks_panel(const uint8_t* panels, const ShortRows& rows, int64_t row,
   __m512 totals[kCount];
   meet_blocks<Form, kCount>(rows, panels + number * panel_bytes<Form>(groups), groups, totals);
   const __m512 bias = widen(to.bias + output, lanes);
-  for (int64_t each = 0; each < kCount; each += to.planes) {
-    const int64_t at = (row + each) / to.planes * to.step + output;
-    const __m512 whole = to.planes > 1 ? _mm512_add_ps(totals[each], totals[each + 1]) : totals[each];
+  for (int each = 0; each < kCount; each += kPlanes) {
+    const int64_t at = (row + each / kPlanes) * to.step + output;
+    const __m512 whole = kPlanes > 1 ? _mm512_add_ps(totals[each], totals[each + kPlanes - 1]) : totals[each];
     const __m512 sum = _mm512_add_ps(whole, bias);
     if (to.wide) {
       _mm512_mask_storeu_ps(to.wide + at, lanes, sum);
@@ -447,15 +449,14 @@ template <class Form>
 void run_blocks(const Half* x, int64_t count, int64_t inputs, const uint8_t* panels, Results to,
                 const Sharing& sharing) {
   const int64_t groups = parts_of(inputs, kGroup), row_bytes = 4 * groups * ShortMemory::kPerGroup;
-  const int64_t together = std::max<int64_t>(kRowBytes / row_bytes / kBlockRows, 1) * kBlockRows / to.planes;
+  const int64_t together = std::max<int64_t>(kRowBytes / row_bytes / kBlockRows, 1) * kBlockRows;
   for (int64_t start = 0; start < count; start += together) {
     const int64_t own = std::min(count - start, together);
-    ShortMemory rounded{nullptr, own * to.planes, groups};
+    ShortMemory rounded{nullptr, own, groups};
     rounded.memory = scratch<ShortMemory>(rounded.size());
     each(sharing, own, kShared, [&](int64_t row) {
-      const int64_t chunk = row * to.planes / kBlockRows;
-      shorten_row(x + (start + row) * inputs, inputs, row * to.planes % kBlockRows, to.planes, rounded.count(chunk),
-                  rounded.at(chunk));
+      const int64_t chunk = row / kBlockRows;
+      shorten_row(x + (start + row) * inputs, inputs, row % kBlockRows, 1, rounded.count(chunk), rounded.at(chunk));
     });
     each(sharing, parts_of(to.outputs, kLanes), 1, [&](int64_t number) {
       for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
@@ -466,6 +467,42 @@ void run_blocks(const Half* x, int64_t count, int64_t inputs, const uint8_t* pan
     if (to.wide) to.wide += own * to.step;
     if (to.y) to.y += own * to.step;
   }
+}
+
+// The least of some numbers that is near the greatest.
+inline float near_greatest(const float* numbers, int64_t count) {
+  __m512 most = _mm512_set1_ps(-INFINITY), least = most;  // of numbers, and of them negated
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const __mmask16 lanes = first_lanes(count - at);
+    const __m512 own = _mm512_maskz_loadu_ps(lanes, numbers + at);
+    most = _mm512_mask_max_ps(most, lanes, most, own);
+    least = _mm512_mask_max_ps(least, lanes, least, _mm512_sub_ps(_mm512_setzero_ps(), own));
+  }
+  const float greatest = _mm512_reduce_max_ps(most);
+  return greatest - kNear * (greatest + _mm512_reduce_max_ps(least));
+}
+
+// Computes the results near each row's greatest again, in which the row has 16 bits.
+template <class Form>
+void refine_blocks(const Half* x, int64_t count, int64_t inputs, const uint8_t* panels, const Results& to,
+                   const Sharing& sharing) {
+  struct Refined;
+  constexpr int kPlanes = 2;
+  const int64_t groups = parts_of(inputs, kGroup);
+  each(sharing, count, 2, [&](int64_t row) {
+    ShortMemory rounded{nullptr, kPlanes, groups};
+    rounded.memory = scratch<Refined>(rounded.size());
+    shorten_row(x + row * inputs, inputs, 0, kPlanes, kPlanes, rounded.at(0));
+    Results own = to;
+    own.wide += row * to.step;
+    const float near = near_greatest(own.wide, to.outputs);
+    for (int64_t output = 0; output < to.outputs; output += kLanes) {
+      const __mmask16 lanes = first_lanes(to.outputs - output);
+      const __m512 numbers = _mm512_maskz_loadu_ps(lanes, own.wide + output);
+      if (!_mm512_mask_cmp_ps_mask(lanes, numbers, _mm512_set1_ps(near), _CMP_GE_OQ)) continue;
+      run_blocks_panel<Form, kPlanes, kPlanes>(panels, rounded.at(0), 0, groups, output / kLanes, own);
+    }
+  });
 }
 
 // -- from a file -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ enum PolarForm : int32_t {
 };
 
 // A matrix with a bias for each output. The last of its outputs may be stored apart, in another form: as the `next` one.
-// Rows that meet one of a GGUF file are rounded to 16 bits instead of 8 where it is `fine`.
+// Rows that meet one of a GGUF file are rounded to 8 bits; where it is `fine`, those of `wide` results near a row's
+// greatest to 16.
 struct PolarMatrix {
   const void *panels, *scale, *bias;
   int64_t inputs, outputs;

@@ -50,9 +50,10 @@ inline void multiply(const PolarMatrix& matrix, const Half* x, Half* y, int64_t 
       continue;
     }
     const auto* panels = static_cast<const uint8_t*>(part->panels);
-    const Results results{halves(part->bias), to, wide_to, outputs, step, part->fine ? 2 : 1};
+    const Results results{halves(part->bias), to, wide_to, outputs, step};
     const bool of_file = with_form(part->form, [&](auto kind) {
       run_blocks<decltype(kind)>(x, rows, part->inputs, panels, results, sharing);
+      if (part->fine && wide) refine_blocks<decltype(kind)>(x, rows, part->inputs, panels, results, sharing);
     });
     if (of_file) continue;
     const Integers integers{panels, halves(part->scale), halves(part->bias), to, outputs, step, wide_to};

@@ -290,15 +290,15 @@ Halves uneven(int64_t rows, int64_t inputs, Random& random) {
   return made;
 }
 
-// A row as a product reads it: for blocks of a file as 8-bit integers, some of which share a scale, and where the matrix
-// is fine what these lack, once more.
-Doubles read(const Half* x, const Matrix& matrix) {
+// A row as a product reads it: for blocks of a file as 8-bit integers, some of which share a scale, and with two planes
+// what these lack, once more.
+Doubles read(const Half* x, const Matrix& matrix, int planes = 1) {
   constexpr int64_t kShare = 16;
   Doubles row(matrix.inputs);
   for (int64_t k = 0; k < matrix.inputs; ++k) row[k] = wide(x[k]);
   if (matrix.form < kPolarQ4_0) return row;
   Doubles near(matrix.inputs);
-  for (int plane = 0; plane <= matrix.fine; ++plane) {
+  for (int plane = 0; plane < planes; ++plane) {
     for (int64_t begin = 0; begin < matrix.inputs; begin += kShare) {
       float largest = 0;
       for (int64_t k = begin; k < begin + kShare; ++k) largest = std::max(largest, std::abs(static_cast<float>(row[k])));
@@ -347,13 +347,22 @@ void check_product(Group& group, const Matrix& matrix, int64_t rows, int32_t pai
   group.done(polar_product(&view, x.data(), y.data(), nullptr, rows, pairs, sharing));
   group.done(polar_product(&view, x.data(), nullptr, logits.data(), rows, pairs, sharing));
   for (int64_t row = 0; row < rows; ++row) {
-    const Doubles own = read(x.data() + row * matrix.inputs, matrix);
+    const Half* numbers = x.data() + row * matrix.inputs;
+    const Doubles own = read(numbers, matrix), fine = read(numbers, matrix, 2);
+    const auto first = logits.begin() + row * matrix.outputs;
+    const auto [least, most] = std::minmax_element(first, first + matrix.outputs);
     for (int64_t n = 0; n < matrix.outputs; ++n) {
       const double expected = dot(own, matrix, n), size = size_of(own, matrix, n, rows > kMany);
       const int64_t at = row * matrix.outputs + n;
       group.rounded(y[at], expected, size);
-      group.single(logits[at], expected, size * 0x1p-18);
-      group.same(y[at] == half(logits[at]));
+      if (!matrix.fine) {
+        group.single(logits[at], expected, size * 0x1p-18);
+        group.same(y[at] == half(logits[at]));
+      } else if (logits[at] >= *most - (*most - *least) / 20) {
+        group.single(logits[at], dot(fine, matrix, n), size * 0x1p-18);
+      } else {  // computed with the others of its panel, or not
+        group.single(logits[at], expected, size * 0x1p-7);
+      }
     }
   }
   // A row is the same whatever rows are beside it, to the bit.
