@@ -17,8 +17,11 @@ from benchmarks.results import Recorder, arguments
 from benchmarks.router_texts import COMPARISON, TASKS, rows
 from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
+from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.results import Evaluation
+from polar_sdk.lab.fit.fit import PROMISES
 from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.router.artifact import load_router
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -155,7 +158,14 @@ def main() -> None:
             model, lab.read_items(fitted), hours=options.hours, limit=options.limit, out=folder, on_progress=show
         )
         evaluation = lab.evaluate(model, lab.read_items(held), router=folder / "router", timed=0, on_progress=show)
+        judge = Judge(model, load_router(folder / "router"), on_progress=show)
+        halves = judge.resplit(prompts_of(lab.read_items(fitted), options.limit), tiers=PROMISES)
     record(recorder, made, evaluation)
+    for row in halves:
+        name, note = f"{row.tier}, {row.kind}: promises broken", f"{row.times} promises made on a random half"
+        facts: dict[str, Any] = {"goal": 10, "better": "lower"} if row.kind == "any" else {}
+        recorder.add(f"{name} on the other half", 100 * row.other_half / row.times, "%", note=note, **facts)
+        recorder.add(f"{name} on both together", 100 * row.pooled / row.times, "%", note=note)
     print("\n".join(made.facts.sentences))
 
 

@@ -1,0 +1,94 @@
+"""Tiers on problems with right answers: MMLU, ARC, GSM8K, HumanEval, beside full depth on the same problems.
+
+    python -m benchmarks.problems SUITE FILE [--model NAME] [--limit N] [--program PROGRAM…] [--results FOLDER]
+
+The problems are spread over the file, so that all subjects of a sorted one take part. Besides the tiers, programs by
+hand may run for all problems: the frontier that no router chose. Answers are kept in the model's cache, so that a run
+that was interrupted goes on where it stopped; a busy machine changes the time that it takes, and no figure.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from benchmarks.results import Recorder, arguments
+from polar_sdk import PolarModel, lab
+from polar_sdk.show.progress import ProgressBars
+
+if TYPE_CHECKING:
+    from polar_sdk.lab.suites.results import SuiteEvaluation
+
+SUITES: Final = ("mmlu", "arc", "gsm8k", "humaneval")
+_DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0}
+"""Points that standard may lose."""
+
+
+def spread(file: Path, limit: int) -> str:
+    """At most so many lines of a file, at equal distances."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    chosen = min(limit, len(lines))
+    return "\n".join(lines[number * len(lines) // chosen] for number in range(chosen))
+
+
+def record_suite(recorder: Recorder, found: SuiteEvaluation) -> None:
+    """Record what full depth gets right, and what each tier saves and loses."""
+    right = found.baseline.accuracy
+    recorder.add(
+        f"{found.suite}, exact: right",
+        100 * right.value,
+        "%",
+        low=100 * right.low,
+        high=100 * right.high,
+        interval="95%",
+        note=f"{found.problems} problems of {found.prompt_tokens:.0f} tokens",
+    )
+    for tier in found.tiers[1:]:
+        drop, note = tier.accuracy_drop, f"McNemar p = {tier.mcnemar_p:.2g}"
+        allowed = _DROP.get(found.suite) if tier.name == "standard" else None
+        goal: dict[str, Any] = {} if allowed is None else {"goal": allowed, "better": "lower"}
+        recorder.add(
+            f"{found.suite}, {tier.name}: drop",
+            100 * drop.value,
+            "points",
+            low=100 * drop.low,
+            high=100 * drop.high,
+            interval="95%",
+            note=note,
+            **goal,
+        )
+        saved = tier.flops_saved, tier.same_tokens_flops_saved
+        note = f"{100 * saved[1]:.3g} % of what its own answers would take"
+        recorder.add(f"{found.suite}, {tier.name}: FLOPs saved", 100 * saved[0], "%", note=note)
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = arguments(__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("file", type=Path, help="JSONL of the data set's own fields")
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--limit", type=int, default=1_500, help="maximum problems")
+    parser.add_argument("--program", nargs="*", default=[], help="that runs for all problems")
+    options = parser.parse_args()
+    model = PolarModel.from_pretrained(options.model, ledger=None)
+    recorder = Recorder("problems", options.results, model=options.model)
+    tiers = [name for name in ("standard", "economy") if name in model.tiers]
+    with tempfile.TemporaryDirectory() as folder, ProgressBars(quiet=False) as show:
+        data = Path(folder, "problems.jsonl")
+        data.write_text(spread(options.file, options.limit), encoding="utf-8")
+        found = lab.evaluate_suite(
+            model,
+            options.suite,
+            data,
+            compute=tiers,
+            programs=options.program,
+            run_code=options.suite == "humaneval",
+            on_progress=show,
+        )
+    record_suite(recorder, found)
+
+
+if __name__ == "__main__":
+    main()
