@@ -30,6 +30,7 @@ _AVX512: Final = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512v
 KINDS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "x86_64": {
         "avx2": ("avx2", "fma", "f16c"),
+        "avxvnni": ("avx2", "fma", "f16c", "avxvnni"),
         "avx512": _AVX512,
         "avx512bf16": (*_AVX512, "avx512bf16"),
         "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),

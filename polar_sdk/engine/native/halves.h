@@ -1,5 +1,6 @@
-// Registers of 16 lanes as two of 8, for processors with AVX2 and without AVX512. Inside `polar`, the names of AVX512 that
-// the kernels use mean these functions, so that there is one source of the kernels. Included by `lanes.h` alone.
+// Registers of 16 lanes as two of 8, for processors with AVX2 (with VNNI or not) and without AVX512. Inside `polar`, the
+// names of AVX512 that the kernels use mean these functions, so that there is one source of the kernels. Included by
+// `lanes.h` alone.
 #pragma once
 
 #include <immintrin.h>
@@ -218,6 +219,9 @@ POLAR_LANES __m512 _mm512_scalef_ps(__m512 x, __m512 power) {
   return {scaled(x.low, power.low), scaled(x.high, power.high)};
 }
 
+#ifdef __AVXVNNI__
+POLAR_EACH_3(_mm512_dpbusd_epi32, _mm256_dpbusd_avx_epi32, __m512i, __m512i)
+#else
 // sum + four products of unsigned and signed bytes, exactly: products of two of them would not fit 16 bits together.
 POLAR_LANES __m256i add_bytes(__m256i sum, __m256i codes, __m256i bytes) {
   const __m256i first = _mm256_set1_epi16(0xff), ones = _mm256_set1_epi16(1);
@@ -249,5 +253,6 @@ POLAR_LANES __m512i add_widened(__m512i sum, __m512i shorts) {
   return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(shorts.low, ones)),
           _mm256_add_epi32(sum.high, _mm256_madd_epi16(shorts.high, ones))};
 }
+#endif
 
 }  // namespace polar
