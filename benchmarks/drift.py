@@ -5,9 +5,9 @@ Each stream draws requests, with what the router read of them and what each tier
 kind that slowly takes over, other languages, longer prompts, or prompts of which twice the allowed share is lost; or
 they never change. The monitor sees the losses of the audited requests only, the detector what the router reads of all.
 
-Audits alone, the detector alone, and both together, where a suspicion of the detector has more requests audited, are
-compared on the same streams; beside them the number of requests that no method can do without whose evidence is audits
-at that share (ln 1/δ over the divergence of the losses from what is promised).
+Audits alone, the detector alone, and both together, where a suspicion of the detector has more requests audited as a
+doubt of a monitor does, are compared on the same streams; beside them the number of requests that no method can do
+without whose evidence is audits at the usual share (ln 1/δ over the divergence of the losses from what is promised).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,8 @@ FIRST: Final = 500
 LAST: Final = 2500
 LONGER: Final = 500
 """Requests that the detector is watched for after it first finds prompts unusual: does it keep to that?"""
+LAG: Final = 3
+"""Requests after which it is known what an audit found: it runs when nobody else has anything to run."""
 AFTER: Final = 300
 """Requests after the change at which streams are counted whose promise is still in force."""
 
@@ -109,6 +112,8 @@ class Found(NamedTuple):
     both: int | None
     audited: int
     """Requests audited, with both, while it was in force."""
+    spent: int
+    """Executed by these audits. Unit: FLOPs."""
 
 
 def draw(usual: Sequence[Row], other: Sequence[Row], dice: random.Random, requests: int, *, slow: int = 0) -> Stream:
@@ -131,27 +136,42 @@ def watch(stream: Stream, usual: Usual) -> None:
             end = min(end, place + 1 + LONGER)
 
 
-def follow(stream: Stream, promised: Promised) -> Found:
-    """Judge one promise on a stream."""
-    alone, _ = _monitored(stream, promised, raised=False)
-    closely, audited = _monitored(stream, promised, raised=True)
+def follow(stream: Stream, promised: Promised, of_tier: Sequence[Promised]) -> Found:
+    """Judge one promise on a stream, whose audits are of all promises of its tier."""
+    alone, _ = _monitored(stream, promised, of_tier, watched=False)
+    closely, audited = _monitored(stream, promised, of_tier, watched=True)
     unusual = stream.first(Usualness.UNUSUAL)
     known = [place for place in (closely, unusual) if place is not None]
-    return Found(alone, unusual, min(known, default=None), audited)
+    spent = sum(cost_of_audit(stream.rows[place], promised.tier) for place in audited)
+    return Found(alone, unusual, min(known, default=None), len(audited), spent)
 
 
-def _monitored(stream: Stream, promised: Promised, *, raised: bool) -> tuple[int | None, int]:
-    """The request whose audit put the promise at risk, and the number of audits until then or until a fall-back."""
-    monitor, share = Monitor(promised.alpha, promised.delta), SHARE
-    unusual = stream.first(Usualness.UNUSUAL) if raised else None
+def cost_of_audit(row: Row, tier: str) -> int:
+    """FLOPs of auditing an answer that was greedy; nothing where full depth had served it."""
+    if row["flops"][tier] == row["exact"]:
+        return 0
+    return int(row["exact"] + row["again"][tier] * (row["kept"][tier] < 1))
+
+
+def _monitored(
+    stream: Stream, promised: Promised, of_tier: Sequence[Promised], *, watched: bool
+) -> tuple[int | None, list[int]]:
+    """The request at which an audit put a promise at risk, and those audited until then or until a fall-back."""
+    monitors = {each: Monitor(each.alpha, each.delta) for each in of_tier}
+    unusual = stream.first(Usualness.UNUSUAL) if watched else None
+    audited, waiting, closer = list[int](), deque[int](), False
     for place in range(len(stream.rows) if unusual is None else unusual + 1):
-        if stream.draws[place] < share:
-            monitor = monitor.observe(promised.lost(stream.rows[place]), SHARE / share)
-            if monitor.state is State.AT_RISK:
-                return place, monitor.audits
-        if raised:
-            share = SHARE if stream.said[place] is Usualness.USUAL else SHARE * RAISED
-    return None, monitor.audits
+        if stream.draws[place] < (RAISED if closer and not waiting else SHARE):
+            audited.append(place)
+            waiting.append(place)
+        while waiting and waiting[0] + LAG <= place:
+            row = stream.rows[waiting.popleft()]
+            monitors = {each: monitor.observe(each.lost(row)) for each, monitor in monitors.items()}
+            if monitors[promised].state is State.AT_RISK:
+                return place, audited
+        suspect = watched and stream.said[place] is not Usualness.USUAL
+        closer = suspect or any(monitor.doubtful for monitor in monitors.values())
+    return None, audited
 
 
 def limit(alpha: float, lost: float, delta: float) -> float:
@@ -242,7 +262,7 @@ class Simulation:
 
     def _none(self, streams: list[Stream]) -> dict[str, float]:
         """Where nothing changes: false alarms, and what audits cost."""
-        found = [[follow(stream, promised) for promised in self.promises] for stream in streams]
+        found = [[self._follow(stream, promised) for promised in self.promises] for stream in streams]
         alarms = {
             "audits": [any(each.audits is not None for each in of) for of in found],
             "detector": [of[0].detector is not None for of in found],
@@ -261,12 +281,14 @@ class Simulation:
         for tier in dict.fromkeys(promised.tier for promised in self.promises):
             place = next(p for p, promised in enumerate(self.promises) if promised.tier == tier)
             audited = fmean(of[place].audited for of in found) / self.requests
-            rows = self.rows["usual"]
-            spent = sum(row["exact"] + row["flops"][tier] * (row["kept"][tier] < 1) for row in rows)
-            costs.append(audited * spent / sum(row["flops"][tier] for row in rows))
-            name = f"audits of its compute: {tier}"
-            self.recorder.add(name, 100 * costs[-1], "%", goal=1.5, better="lower")
+            served = sum(row["flops"][tier] for stream in streams for row in stream.rows)
+            costs.append(sum(of[place].spent for of in found) / served)
+            name, how = f"audits of its compute: {tier}", f"{100 * audited:.2f} % of its requests"
+            self.recorder.add(name, 100 * costs[-1], "%", goal=1.5, better="lower", note=how)
         return {"false_alarms": fmean(alarms["both"]), "audit_share_of_compute": max(costs)}
+
+    def _follow(self, stream: Stream, promised: Promised) -> Found:
+        return follow(stream, promised, [each for each in self.promises if each.tier == promised.tier])
 
     def _detected(self, change: str, streams: list[Stream]) -> None:
         """How soon the detector alone sees a change."""
@@ -292,7 +314,7 @@ class Simulation:
     def _broken(self, change: str, promised: Promised, other: list[Row], streams: list[Stream]) -> tuple[float, float]:
         """How long a promise that the change breaks is in force; share of streams where it was served broken, delay."""
         usual, lost = promised.chance(self.rows["usual"]), promised.chance(other)
-        found = [follow(stream, promised) for stream in streams]
+        found = [self._follow(stream, promised) for stream in streams]
         starts = [_breaks(stream, usual, lost, promised.alpha) for stream in streams]
         name, value = f"{change}, {promised.name}", 0.0
         self.recorder.add(f"{name}: lost", 100 * lost, "%", note=f"{100 * promised.alpha:g} % are promised")

@@ -3,7 +3,7 @@
 Usual prompts are those of the router's own kinds that neither training nor calibration has used; beside them the
 prompts of the calibration, without losses, for what the router finds usual. Others are of a kind, of languages and of
 lengths that calibration did not have. A row has what a router reads of its prompt, and per tier the share of full
-depth's tokens that the tier keeps, and the FLOPs.
+depth's tokens that the tier keeps, the FLOPs, and those of the tier's own run in an audit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.fit import prompts as fit_prompts
 from benchmarks.router_texts import COMPARISONS, FITTED, PER_TASK, ROUTED, route_texts, rows, texts, unused_passages
 from benchmarks.train_router import SETS, read_sets
 from polar_sdk import PolarModel
+from polar_sdk.engine.pages import PAGE
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, PromptItem, item_id, read_items
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
@@ -31,12 +32,14 @@ from polar_sdk.programs.program import Program
 from polar_sdk.promises.novelty import Likeness, Usual
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.serving.prefixes import LEAST_SHARED
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from polar_sdk.lab.items import Item
+    from polar_sdk.programs.cost import CostModel
 
 Row = dict[str, Any]
 RECORDED: Final = Path(__file__).with_name("drift")
@@ -195,8 +198,16 @@ def measured(model: PolarModel, pools: dict[str, list[Item]], show: ProgressBars
                     "answer": answer,
                     "kept": {tier: round(float(rewards[own].share[0]), 4) for tier, own in programs.items()},
                     "flops": {tier: int(rewards[own].flops[0]) for tier, own in programs.items()},
+                    "again": {tier: again(cost, own, prompt, answer) for tier, own in programs.items()},
                     "exact": cost.request(identity, prompt, answer).total,
                 }
+
+
+def again(cost: CostModel, program: Program, prompt: int, answer: int) -> int:
+    """FLOPs of a program where the start of its prompt is kept, as it is after the request that is audited."""
+    usable = min(max(0, prompt - program.tail), prompt - 1)
+    rest = usable % PAGE
+    return cost.request(program, prompt, answer, cached=usable - (rest if rest < LEAST_SHARED else 0)).total
 
 
 def _read(router: LearnedRouter, tokens: Sequence[int]) -> Row:

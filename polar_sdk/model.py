@@ -159,7 +159,7 @@ class PolarModel:
         standings = None if isinstance(self.sink, NullSink) else standings_of(self.sink)
         shares = shares_of(share, router.audited, self.sink, kept=standings is not None)
         auditor = None
-        if any(shares.values()):
+        if standings is not None and any(shares.values()):
             kept = KeptPrompts(kept_path(loaded.fingerprint), self.decode, frozenset(audits.keep), audits.keep_days)
             usual = router.certificate.usual
             auditor = Auditor(
@@ -169,6 +169,7 @@ class PolarModel:
                 shares,
                 Selection(find_key(audits.key)),
                 audits.tenant,
+                standings.doubtful,
                 kept if audits.keep else None,
                 next((usual[kind] for kind in ("prompt", "answer") if kind in usual), None),
             )

@@ -127,7 +127,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Share of answers of certified tiers that are audited at full depth in idle time, at your own cost: "
-            "such as 0.02, or TIER=SHARE, repeatable; default: 0.01 with a ledger.",
+            "such as 0.02, or TIER=SHARE, repeatable; default: 0.005 with a ledger.",
             rich_help_panel=_AUDITS,
         ),
     ] = None,

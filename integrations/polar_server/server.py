@@ -156,7 +156,7 @@ class Server:
     def open(self) -> None:
         """Begin what goes on beside the answers."""
         if self.settings.alerts is not None:
-            self.settings.alerts.start()
+            self.settings.alerts.start(lambda: self.live.unusual)
 
     async def close(self) -> None:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
+from polar_sdk.request.selection import DEFAULT_SHARE
 from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 from polar_sdk.show.tables import add_numbers, add_row, new_table, show
@@ -31,7 +32,7 @@ def redteam(
         int, typer.Option(min=1, max=24, help="Versions of a prompt that an attempt compares; each takes a second.")
     ] = 2,
     seeds: Annotated[int, typer.Option(min=4, help="Real prompts that are measured first.")] = 100,
-    audits: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are audited.")] = 0.01,
+    audits: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are audited.")] = DEFAULT_SHARE,
     router: Annotated[Path | None, typer.Option(help="Folder of the router; default: the model's.")] = None,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,

@@ -121,7 +121,7 @@ class ModelSettings(BaseModel):
     router: Router | str | Path | None = None
     """Router, or the folder of one; None = the one shipped for the model, where its certificate holds here."""
     audit_share: float | dict[str, float] | None = None
-    """Share of answers of certified tiers that are audited, one or by tier; None = 0.01 where a ledger keeps audits."""
+    """Share of answers of certified tiers that are audited, one or by tier; None = 0.005 with a ledger, else 0."""
     # How the weights are loaded: `polar_sdk.models.load.LoadOptions` says what each field means.
     revision: str | None = None
     device: str = "auto"

@@ -51,7 +51,8 @@ class Audit(_Facts):
     kept: Count
     """Those of them that full depth would choose too; included in `compared`. Unit: tokens."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The default share of audits over the share when it was chosen: below 1 while more requests are audited."""
+    """The usual share of audits over the share when it was chosen: below 1 while more requests are audited. For a mean
+    over all requests; the monitor takes each audit for one, since who is audited does not depend on the answer."""
     prompt_tokens: Count
     flops: Count
     """Executed by the audit, both runs together; 0 in all but the first of several that judge one run. Unit: FLOPs."""
@@ -106,3 +107,5 @@ class PromiseStanding(_Facts):
     """When the state began, UTC."""
     reason: str
     """Why it is so, in words."""
+    doubtful: bool = False
+    """Whether the audits of late speak so much against it that more of its requests should be audited."""

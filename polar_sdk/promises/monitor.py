@@ -4,7 +4,11 @@ It reads audits in order and bets against the promise. For each audit, a bet on 
 factor whose mean is at most 1 while the promise holds, so that the total stake is a supermartingale: it ever reaches
 1 / δ with a probability of at most δ, at whatever times it is looked at (Ville). Stakes are divided among a few larger
 shares and among all audits at which bets may begin, since a bet that runs through a long good phase has lost its stake
-when the promise breaks. What is kept back for later beginnings stays in the total.
+when the promise breaks. What is kept back for later beginnings stays in the total. The share of requests that are
+audited may change with all that was seen before, as long as whether one is chosen does not depend on its own answer.
+
+Beside the stakes goes a doubt, which decides nothing: the likelihood ratio of twice the promised share to that share
+itself, over the audits since it was last at its least (CUSUM). While it is high, a closer look is worth its cost.
 
 All stakes are integers that are rounded down, so that every machine computes the same state from the same audits, and
 rounding never speaks against the promise. Knows no prompts, requests or times. Standard library only.
@@ -31,8 +35,8 @@ _LARGEST: Final = _ONE << 96
 """No stake grows beyond this: it is decided long before."""
 _ODDS: Final = (3, 4, 6, 12, 32)
 """Bets, as the odds of a lost answer over those that are promised, in halves."""
-_WEIGHT: Final = 1 << 16
-"""A weight of 1."""
+_DOUBTFUL: Final = 1.9
+"""A doubt from which more requests should be audited: one loss where at most a third may be lost, else two in a row."""
 _MOST_EXACT: Final = 10**9
 _TILTS: Final = tuple(Decimal(sign) * Decimal(2) ** power for power in range(2, -7, -1) for sign in (1, -1))
 """Exponents of the bets that the interval rests on."""
@@ -65,10 +69,9 @@ class Monitor:
     audits: int = 0
     losses: int = 0
     state: State = State.IN_FORCE
-    _weights: tuple[int, int] = (0, 0)
-    """Sums of the weights: of all audits, and of those that were lost."""
     _stakes: tuple[int, ...] = (0,) * len(_ODDS)
     _kept_back: int = _ONE
+    _doubt: int = _ONE
 
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("delta", self.delta)):
@@ -76,41 +79,53 @@ class Monitor:
                 raise ValueError(f"{name} is {value:g}; use a share above 0 and below 1.")
 
     @classmethod
-    def of(cls, alpha: float, delta: float, audits: Iterable[tuple[bool, float]]) -> Self:
-        """Rebuild a monitor from its audits in order, each as (lost, weight)."""
+    def of(cls, alpha: float, delta: float, audits: Iterable[bool]) -> Self:
+        """Rebuild a monitor from its audits in order: whether each answer was lost."""
         monitor = cls(alpha, delta)
-        for lost, weight in audits:
-            monitor = monitor.observe(lost, weight)
+        for lost in audits:
+            monitor = monitor.observe(lost)
         return monitor
 
-    def observe(self, lost: bool, weight: float = 1.0) -> Self:
-        """The monitor after one more audit.
-
-        Args:
-            lost: Whether the audited answer was lost, by the promise's own measure.
-            weight: The chance of the least audited requests of that time to be audited, over this one's: 1 while all of
-                a time have the same chance, however large; less for those of a group that is audited more than others.
+    @classmethod
+    def restored(cls, alpha: float, delta: float, text: str) -> Self:
+        """The monitor of a promise that `text` was made of.
 
         Raises:
-            ValueError: The weight is not above 0 and at most 1.
+            ValueError: It is of no monitor.
         """
-        if not 0 < weight <= 1:
-            raise ValueError(f"weight is {weight:g}; use a number above 0 and at most 1.")
-        units = max(1, round(weight * _WEIGHT))
+        audits, losses, at_risk, kept_back, doubt, *stakes = map(int, text.split())
+        if len(stakes) != len(_ODDS) or min(audits - losses, losses, kept_back, doubt, *stakes) < 0:
+            raise ValueError(f"{text!r} is not a monitor's text.")
+        state = State.AT_RISK if at_risk else State.IN_FORCE
+        return cls(alpha, delta, audits, losses, state, tuple(stakes), kept_back, doubt)
+
+    @property
+    def text(self) -> str:
+        """All that `restored` needs beside the promise."""
+        at_risk = int(self.state is State.AT_RISK)
+        return " ".join(map(str, (self.audits, self.losses, at_risk, self._kept_back, self._doubt, *self._stakes)))
+
+    def observe(self, lost: bool) -> Self:
+        """The monitor after one more audit, whose answer was lost or not by the promise's own measure."""
         begun = _beginning(self.audits + 1)
+        *factors, (gain, of) = _factors(self.alpha, lost)
         stakes = tuple(
-            min(_LARGEST, (stake + begun) * gain // of)
-            for stake, (gain, of) in zip(self._stakes, _factors(self.alpha, lost, units), strict=True)
+            min(_LARGEST, (stake + begun) * gain // of) for stake, (gain, of) in zip(self._stakes, factors, strict=True)
         )
         after = replace(
             self,
             audits=self.audits + 1,
             losses=self.losses + lost,
-            _weights=(self._weights[0] + units, self._weights[1] + units * lost),
             _stakes=stakes,
             _kept_back=self._kept_back - begun * len(_ODDS),
+            _doubt=max(_ONE, min(_LARGEST, self._doubt * gain // of)),
         )
         return replace(after, state=State.AT_RISK) if after._total * _exact(self.delta) >= _ONE else after
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the audits of late speak so much against a promise in force that more are worth their cost."""
+        return self.state is State.IN_FORCE and self._doubt > _DOUBTFUL * _ONE
 
     @property
     def evidence(self) -> float:
@@ -119,13 +134,11 @@ class Monitor:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The share of lost answers among the audited requests, by weight, with confidence 1 − δ at all times at once.
+        """The share of lost answers among the audited requests, with confidence 1 − δ at all times at once.
 
         It is about the mean of what their chances to be lost were, which may have changed on the way.
         """
-        if not self.audits:
-            return 0.0, 1.0
-        return _share_interval(self.audits, *self._weights, self.delta)
+        return _share_interval(self.audits, self.losses, self.delta) if self.audits else (0.0, 1.0)
 
     @property
     def _total(self) -> int:
@@ -138,14 +151,13 @@ def _exact(share: float) -> Fraction:
 
 
 @lru_cache(maxsize=1024)
-def _factors(alpha: float, lost: bool, units: int) -> tuple[tuple[int, int], ...]:
-    """The factors of an audit on each stake, as fractions; their mean is 1 where exactly α is lost."""
-    share, made = _exact(alpha), []
-    for odds in _ODDS:
-        whole = (Fraction(odds, 2) if lost else 1) / (1 + (Fraction(odds, 2) - 1) * share)
-        factor = 1 + Fraction(units, _WEIGHT) * (whole - 1)
-        made.append((factor.numerator, factor.denominator))
-    return tuple(made)
+def _factors(alpha: float, lost: bool) -> tuple[tuple[int, int], ...]:
+    """The factors of an audit on each stake, and last on the doubt; the mean of each is 1 where exactly α is lost."""
+    share = _exact(alpha)
+    doubled = min(2 * share, (1 + share) / 2)
+    made = [(Fraction(odds, 2) if lost else 1) / (1 + (Fraction(odds, 2) - 1) * share) for odds in _ODDS]
+    made.append(doubled / share if lost else (1 - doubled) / (1 - share))
+    return tuple((factor.numerator, factor.denominator) for factor in made)
 
 
 def _beginning(audit: int) -> int:
@@ -159,23 +171,22 @@ def _beginning(audit: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _share_interval(audits: int, weight: int, lost: int, delta: float) -> tuple[float, float]:
+def _share_interval(audits: int, lost: int, delta: float) -> tuple[float, float]:
     """Shares that a mixture of bets on more and on less does not rule out.
 
     With r = exp(tilt) and mean share m, r ** lost / (1 + m (r − 1)) ** audits is at most a supermartingale even where
     the chances differ from audit to audit, as the logarithm of 1 + m (r − 1) is concave in m.
     """
-    all_weights, lost_weights = Decimal(weight) / _WEIGHT, Decimal(lost) / _WEIGHT
     most = _log(1 / Decimal(delta)) + _log(Decimal(len(_TILTS)))
 
     def ruled_out(step: int) -> bool:
-        mean = all_weights * step / _STEPS / audits
-        logs = [tilt * lost_weights - audits * _log(1 + mean * (tilt.exp(_DIGITS) - 1)) for tilt in _TILTS]
+        mean = Decimal(step) / _STEPS
+        logs = [tilt * lost - audits * _log(1 + mean * (tilt.exp(_DIGITS) - 1)) for tilt in _TILTS]
         highest = max(logs)
         return highest + _log(sum(((each - highest).exp(_DIGITS) for each in logs), Decimal(0))) >= most
 
     # What was seen is not ruled out, and beyond a share that is ruled out all are.
-    seen = lost * _STEPS // weight
+    seen = lost * _STEPS // audits
     low = max(0, bisect_left(range(seen), True, key=lambda step: not ruled_out(step)) - 1)
     above = range(min(seen + 1, _STEPS), _STEPS)
     return low / _STEPS, (above.start + bisect_left(above, True, key=ruled_out)) / _STEPS

@@ -30,7 +30,7 @@ class Standings:
             if audit.audit_id in self._known:
                 return
             monitor = self._monitors.get(audit.promise) or Monitor(audit.alpha, audit.delta)
-            self._monitors[audit.promise] = monitor.observe(audit.lost, audit.weight)
+            self._monitors[audit.promise] = monitor.observe(audit.lost)
             self._standings[audit.promise] = after(
                 self._standings.get(audit.promise), self._monitors[audit.promise], audit
             )
@@ -55,4 +55,5 @@ def after(before: PromiseStanding | None, monitor: Monitor, audit: Audit) -> Pro
         since=audit.at if before is None or changed else before.since,
         reason=f"{monitor.losses} of {monitor.audits} audited answers were lost: {low:.1%} to {high:.1%} of all, where "
         f"at most {monitor.alpha:.1%} are promised",
+        doubtful=monitor.doubtful,
     )

@@ -40,7 +40,7 @@ from polar_sdk.serving.threads import Inbox
 from polar_sdk.usage import AUDIT_TAG, FALLBACK_TAG, new_request_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -62,8 +62,9 @@ QUEUE: Final = 64
 """Maximum number of chosen requests that wait; one more is not audited."""
 WAIT_SECONDS: Final = 3600.0
 """A request that has waited longer is not audited."""
-RAISED: Final = 10
-"""Factor of the share while prompts are suspect or unusual."""
+RAISED: Final = 0.5
+"""Share of a tier's requests that are audited, one after another, while prompts are suspect or audits speak against a
+promise of it: a doubt is soon settled, and costs little where it was none."""
 _REST_SECONDS: Final = 2.0
 """The thread ends after this time without a chosen request."""
 _AGAIN_SECONDS: Final = 1.0
@@ -105,11 +106,12 @@ class Auditor:
         shares: Of each tier's requests.
         selection: Chooses them.
         tenant: Who pays.
+        doubtful: Whether audits of late speak against a promise, by its digest.
         kept: Keeps prompts of audited requests; None = nobody does.
         usual: Where prompts fell in calibration; None = nobody knows, and none is found unusual.
 
     Attributes:
-        shares: Of each tier's requests, while prompts are as usual; while they are not, more are audited.
+        shares: Of each tier's requests, while nothing speaks against a promise.
         usualness: What the prompts of late are found to be.
         dropped: Number of chosen requests that were not audited, because too many waited, or for too long.
     """
@@ -122,16 +124,20 @@ class Auditor:
         shares: Mapping[str, float],
         selection: Selection,
         tenant: str,
+        doubtful: Callable[[str], bool],
         kept: KeptPrompts | None,
         usual: Usual | None = None,
     ) -> None:
         self._model, self._sink, self._guard = model, sink, guard
         self.shares, self._selection, self.tenant, self._kept = dict(shares), selection, tenant, kept
+        self._doubtful = doubtful
         self.dropped = 0
         self.usualness = Usualness.USUAL
         self._novelty = None if usual is None else Novelty(usual)
         self._observing = renewed_in_child(threading.Lock())
         self._waiting: deque[_Case] = deque()
+        self._judges: int | None = None
+        """The process that judges an answer now."""
         self._inbox: Inbox[None] = Inbox("polar-audit")
 
     @property
@@ -142,6 +148,11 @@ class Auditor:
     def __len__(self) -> int:
         """Number of chosen requests that wait."""
         return len(self._waiting)
+
+    @property
+    def judging(self) -> bool:
+        """Whether an answer is judged now."""
+        return self._judges == os.getpid()
 
     def answered(self, job: Job) -> None:
         """A request was answered and is recorded: have it audited where it is chosen. Waits for nothing."""
@@ -154,7 +165,7 @@ class Auditor:
             return
         # Where full depth serves in place of all tiers, nothing can be lost, but a new calibration needs the prompts.
         least = self.shares.get(promises[0].tier, 0.0) if promises else max(self.shares.values())
-        share = least if self.usualness is Usualness.USUAL else min(1.0, RAISED * least)
+        share = max(least, RAISED) if least and self._looks_closer(promises) else least
         if not (share and self._selection.chooses(request.tenant, request.request_id, share)):
             return
         chooses = request.chooses and all(each.loss == "differs" for each in promises)
@@ -186,6 +197,12 @@ class Auditor:
         with suppress(RuntimeError):  # no thread starts at the end of the process
             self._inbox.put(None, self._serve)
 
+    def _looks_closer(self, promises: Sequence[PromiseTerms]) -> bool:
+        """Whether more requests than usual are audited: there is a doubt, and nothing under way that may settle it."""
+        if self._waiting or self.judging:
+            return False
+        return self.usualness is not Usualness.USUAL or any(self._doubtful(each.digest) for each in promises)
+
     def _serve(self) -> None:
         with suppress(Empty):
             while True:
@@ -197,10 +214,13 @@ class Auditor:
                     if time.monotonic() - case.since > WAIT_SECONDS:
                         self.dropped += 1
                         continue
+                    self._judges = case.process
                     try:
                         self._audit(case)
                     except Exception as error:  # any sink, any error: the next one may be audited
                         _log.warning("request %r could not be audited (%s)", case.request_id, error)
+                    finally:
+                        self._judges = None
 
     def _audit(self, case: _Case) -> None:
         if case.keep and self._kept is not None:
@@ -275,6 +295,7 @@ class Auditor:
             grammar=case.choices,
             speculate="off",
             idle=True,
+            starts_of=case.tenant,
         )
         return answer(self._model, [request], self._sink, self._guard)[0]
 

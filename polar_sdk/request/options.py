@@ -91,7 +91,7 @@ class ModelOptions(LoadOptions, total=False):
     tags: Mapping[str, str] | None
     """Tags of every request."""
     audit_share: float | Mapping[str, float] | None
-    """Share of requests that are audited, one or by tier; None = 0.01 where a ledger keeps what audits find, else 0."""
+    """Share of requests that are audited, one or by tier; None = 0.005 with a ledger, else 0."""
     audits: Audits | None
     """How else they are audited."""
     speculate: Speculate | None

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageSink
 
 _log: Final = logging.getLogger(__name__)
-DEFAULT_SHARE: Final = 0.01
-"""Share of a tier's requests that are audited, where the sink keeps audits and nothing else is asked for."""
+DEFAULT_SHARE: Final = 0.005
+"""Share of a tier's requests that are audited, where the sink keeps audits and nothing else is asked for. With what
+doubts add, audits cost 0.6 to 1.5 % of a tier's compute where nothing is wrong; see `benchmarks/drift.py`."""
 _FEWEST: Final = 32
 """Minimum length of a key. Unit: bytes."""
 

@@ -59,6 +59,11 @@ class Standings:
         standing = self._known.get(promise)
         return standing is not None and standing.state is State.AT_RISK
 
+    def doubtful(self, promise: str) -> bool:
+        """Whether audits of late speak against a promise, by its digest, as far as is known."""
+        standing = self._known.get(promise)
+        return standing is not None and standing.doubtful
+
     def _serve(self) -> None:
         while time.monotonic() - self._asked < _REST_SECONDS and (sink := self._sink()) is not None:
             try:

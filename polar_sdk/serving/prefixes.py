@@ -74,8 +74,9 @@ class PrefixCache:
         Where weights are integers, more are.
         """
         whole, part, shared = self._found(request, row)
-        for key in [*whole, *([] if part is None else [part])]:
-            self._use(key)
+        if not request.idle:  # else what is evicted next would depend on who is audited
+            for key in [*whole, *([] if part is None else [part])]:
+                self._use(key)
         if whole:
             row.page_table.adopt([self._kept[key].pages for key in whole])
         if part is not None:
@@ -189,7 +190,7 @@ class PrefixCache:
     def _root(self, request: Request, row: Row) -> _Key:
         """Key of all that must be the same before the first token."""
         program = request.program
-        common = (request.tenant, program.text, hash_maps(self._decoder, [program]))
+        common = (request.starts_of or request.tenant, program.text, hash_maps(self._decoder, [program]))
         return hashlib.sha256(repr(common).encode()).digest()
 
     @staticmethod

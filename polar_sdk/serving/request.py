@@ -70,6 +70,8 @@ class Request:
     """How like the prompt is to those that its router knows; None where no router read it."""
     idle: bool = False
     """Whether it runs only while nobody else has anything to run, and gives way after each pass."""
+    starts_of: str | None = None
+    """Tenant whose kept starts of prompts an idle request may read, as it runs that tenant's prompt; None = none."""
     fit_max_tokens: bool = True
     """Whether an answer with a grammar is steered to an end within `max_tokens`."""
     id_is_new: bool = False

@@ -232,7 +232,7 @@ class Scheduler:
         return max(0.0, self._busy_at + _QUIET_SECONDS - time.monotonic()) if self._idle else _IDLE_SECONDS
 
     def _run_idle(self) -> None:
-        """One pass of the first idle job, which gives its place up again. No start of its prompt is kept or lent."""
+        """One pass of the first idle job, which gives its place up again. No start of its prompt is kept."""
         job = self._idle[0]
         try:
             with self._round_lock:
@@ -241,6 +241,8 @@ class Scheduler:
                     job.fail(CacheMemoryError("an idle request found no room for its keys and values."))
                 if not job.done:
                     self._places.add(job, ())
+                    if job.request.starts_of is not None:
+                        self._places.lend(job)
                     attempt([job], partial(self._run_alone, job))
                     self._places.remove(job)
                     if (look := job.on_round) is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
+from statistics import median
 from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.drift import AFTER, Promised, Row, Stream, draw, elsewhere, follow, limit, watch
+from benchmarks.drift import AFTER, Promised, Row, Stream, cost_of_audit, draw, elsewhere, follow, limit, watch
 from benchmarks.drift_losses import read
 from benchmarks.results import Recorder
 from polar_sdk.promises.novelty import Usual, Usualness
@@ -26,6 +28,9 @@ def rows(count: int, lost: float, centres: tuple[int, ...], seed: int) -> list[R
             "distance": dice.random(),
             "centre": dice.choice(centres),
             "kept": {"economy": 0.5 if dice.random() < lost else 1.0},
+            "exact": 100,
+            "flops": {"economy": 60},
+            "again": {"economy": 10},
         }
         for _ in range(count)
     ]
@@ -43,14 +48,25 @@ def streams(other: list[Row], count: int = 12) -> list[Stream]:
 
 
 def test_nothing_ends_a_promise_where_nothing_changes() -> None:
-    found = [follow(stream, PROMISED) for stream in streams([])]
+    found = [follow(stream, PROMISED, [PROMISED]) for stream in streams([])]
     assert sum(each.both is not None for each in found) <= 2
-    assert all(10 <= each.audited <= 300 for each in found)
+    assert all(5 <= each.audited <= 100 for each in found)
+    assert all(100 * each.audited <= each.spent <= 110 * each.audited for each in found)
+    assert cost_of_audit({**USUAL[0], "flops": {"economy": 100}}, "economy") == 0
+
+
+def test_audits_in_doubt_are_soon_enough_to_settle_it() -> None:
+    made = streams(rows(200, 0.6, tuple(range(8)), 6))  # twice what is promised, and nothing to be seen of it
+    delays = [
+        math.inf if each.audits is None else each.audits - stream.begins
+        for stream, each in zip(made, [follow(stream, PROMISED, [PROMISED]) for stream in made], strict=True)
+    ]
+    assert median(delays) < limit(0.3, 0.6, 0.1), "sooner than any method with the usual share of audits"
 
 
 def test_a_flood_is_seen_by_the_detector_long_before_audits() -> None:
     made = streams(rows(50, 1.0, (9,), 3))
-    for stream, found in zip(made, [follow(stream, PROMISED) for stream in made], strict=True):
+    for stream, found in zip(made, [follow(stream, PROMISED, [PROMISED]) for stream in made], strict=True):
         assert found.detector is not None
         assert found.both is not None
         assert stream.begins <= found.both <= found.detector < stream.begins + AFTER
@@ -58,7 +74,7 @@ def test_a_flood_is_seen_by_the_detector_long_before_audits() -> None:
 
 def test_prompts_that_look_as_usual_are_left_to_audits() -> None:
     made = streams(rows(200, 1.0, tuple(range(8)), 4))
-    found = [follow(stream, PROMISED) for stream in made]
+    found = [follow(stream, PROMISED, [PROMISED]) for stream in made]
     assert sum(each.detector is not None for each in found) <= 2
     assert sum(each.audits is not None for each in found) > len(found) / 2
     assert all(each.audits is None or each.audits > stream.begins for stream, each in zip(made, found, strict=True))

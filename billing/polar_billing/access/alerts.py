@@ -6,6 +6,9 @@ changes that nobody has delivered, in a thread of its own: one replica at a time
 2, 4, 8 … seconds, for about half a day. A webhook that hangs is given up on after some seconds, one that redirects is
 not followed, and what it answers is not read: it changes nothing here.
 
+That one process serves full depth, since it finds its prompts unlike those of the calibration, is no change of a
+promise and not in the ledger: that process tells it, and tries again as often, for as long as it lives.
+
 A call is a POST of one JSON object, with `Polar-Signature: t=SECONDS,v1=HEX`, where HEX is the HMAC-SHA256, by the
 shared secret, over the seconds since 1970, a full stop and the body. The same change may be told twice, with the same
 `id`. Knows no prices, and not how a state follows from audits.
@@ -18,10 +21,13 @@ import hmac
 import http.client
 import ipaddress
 import logging
+import secrets
 import threading
 import time
+from collections import deque
 from contextlib import suppress
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -36,6 +42,7 @@ from polar_sdk.promises.monitor import State
 from polar_sdk.reading import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from sqlalchemy import Connection, Row
@@ -54,6 +61,12 @@ _LEASE: Final = timedelta(seconds=3 * _PATIENCE_S)
 """After this, an attempt whose end was not noted has lost its process."""
 _ATTEMPTS: Final = 22
 _LONGEST_WAIT_S: Final = 3_600
+_NOTICES: Final = 100
+"""Maximum number of a process's own notices that wait; the oldest one goes first."""
+_UNUSUAL: Final = {
+    True: "prompts of late are unlike those of the calibration: this process serves full depth in place of all tiers",
+    False: "prompts are like those of the calibration again: this process serves tiers again",
+}
 
 
 class Webhook(NamedTuple):
@@ -134,6 +147,16 @@ def signature(secret: bytes, seconds: int, body: bytes) -> str:
     return f"t={seconds},v1={digest}"
 
 
+@dataclass
+class _Notice:
+    """What this process tells of itself."""
+
+    body: bytes
+    attempts: int = 0
+    due_s: float = 0.0
+    """When it is tried next, by the monotonic clock."""
+
+
 class Alerts:
     """Delivers the alerts of a ledger to a webhook. `start` and `close` are for one thread.
 
@@ -147,9 +170,17 @@ class Alerts:
         self._ledger, self._webhook, self._every_s = ledger, webhook, every_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._is_unusual: Callable[[], bool] = bool
+        self._told_unusual = False
+        self._notices: deque[_Notice] = deque(maxlen=_NOTICES)
 
-    def start(self) -> None:
-        """Begin to deliver, in a thread of its own."""
+    def start(self, is_unusual: Callable[[], bool] = bool) -> None:
+        """Begin to deliver, in a thread of its own.
+
+        Args:
+            is_unusual: Whether this process finds its prompts unlike those of the calibration; never, by default.
+        """
+        self._is_unusual = is_unusual
         self._thread = threading.Thread(target=self._run, name="polar-alerts", daemon=True)
         self._thread.start()
 
@@ -162,6 +193,7 @@ class Alerts:
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
             try:
+                self.notify()
                 self.deliver()
             except BillingError as error:
                 _log.warning("alerts cannot be read now (%s)", error)
@@ -182,6 +214,26 @@ class Alerts:
                 problem = self._webhook.call(canonical_json(_body(row)))
                 taken += problem is None
                 self._note(row.seq, problem)
+        return taken
+
+    def notify(self) -> int:
+        """Tell whether this process finds its prompts unusual, where that has changed; returns how many were taken."""
+        if (unusual := self._is_unusual()) != self._told_unusual:
+            self._told_unusual = unusual
+            facts = {"kind": "prompts.state_changed", "state": "unusual" if unusual else "usual"}
+            at = {"id": secrets.token_hex(16), "since": datetime.now(UTC).isoformat(), "reason": _UNUSUAL[unusual]}
+            self._notices.append(_Notice(canonical_json(facts | at)))
+        taken = 0
+        for notice in list(self._notices):
+            if time.monotonic() >= notice.due_s and not self._stop.is_set():
+                problem = self._webhook.call(notice.body)
+                taken += problem is None
+                notice.attempts += 1
+                notice.due_s = time.monotonic() + min(2**notice.attempts, _LONGEST_WAIT_S)
+                if problem is not None:
+                    _log.warning("the webhook did not take a notice about prompts: %s", problem)
+                if problem is None or notice.attempts >= _ATTEMPTS:
+                    self._notices.remove(notice)
         return taken
 
     def _claim(self, seq: int) -> bool:

@@ -4,7 +4,8 @@ An audit is stored once, by its id, and once per request and promise: a link of 
 it was. In the transaction that stores it, the monitor of its promise reads it after all that were stored before; where
 that changes the state of the promise, a row of `polar_standing` says so, in the chain of no tenant. So the state
 follows from the audits in the order of their numbers, whatever the clocks of replicas said, and
-`wrong_standings` computes it again. Knows no prices, and not how an answer is audited.
+`wrong_standings` computes it again. The monitor itself is stored with them, so that nobody has to read all audits to
+go on. Knows no prices, and not how an answer is audited.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, func, insert, or_, select
+from sqlalchemy import and_, func, insert, or_, select, update
 
 from polar_billing.errors import ConflictError
 from polar_billing.ledger import chain
-from polar_billing.ledger.schema import NO_TENANT, audit_table, standing_table
+from polar_billing.ledger.schema import NO_TENANT, audit_table, monitor_table, standing_table
 from polar_sdk.promises.audit import PromiseStanding
-from polar_sdk.promises.monitor import Monitor, State
+from polar_sdk.promises.monitor import Monitor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sqlalchemy import Connection, Row
 
@@ -55,9 +56,9 @@ class Watched:
     changes: int = 0
     """How often the state was noted, its beginning included."""
 
-    def after(self, seq: int, lost: bool, weight: float, at: datetime) -> Watched:
+    def after(self, seq: int, lost: bool, at: datetime) -> Watched:
         """The same after one more audit."""
-        monitor = self.monitor.observe(lost, weight)
+        monitor = self.monitor.observe(lost)
         after = replace(self, monitor=monitor, last=seq)
         changed = not self.changes or monitor.state is not self.monitor.state
         return replace(after, since=at, changes=self.changes + 1) if changed else after
@@ -83,27 +84,59 @@ class Watched:
         }
 
 
-def watch(connection: Connection, known: dict[str, Watched], promises: Sequence[str] | None = None) -> None:
+def watch(connection: Connection, known: dict[str, Watched], promises: Iterable[str] | None = None) -> None:
     """Bring the monitors of promises (None for all) up to date with the audits that are stored; `known` is changed."""
     audit = audit_table.c
-    wanted = [] if promises is None else [audit.promise.in_(promises)]
-    for name in connection.execute(select(audit.promise).where(*wanted).distinct()).scalars().all():
-        last = known[name].last if name in known else 0
+    for name in _audited(connection) if promises is None else dict.fromkeys(promises):
+        watched = known.get(name) or _stored(connection, name)
+        last = 0 if watched is None else watched.last
         query = select(audit_table).where(audit.promise == name, audit.seq > last).order_by(audit.seq)
         with connection.execute(query, execution_options={"yield_per": _BATCH}) as rows:
             for row in rows:
-                known[name] = _read_by(known.get(name), row)
+                watched = _read_by(watched, row)
+        if watched is not None:
+            known[name] = watched
+
+
+def _audited(connection: Connection) -> Iterator[str]:
+    """The promises that have audits; asks for one after another, since the index finds each at once."""
+    name: str | None = ""
+    following = select(func.min(audit_table.c.promise))
+    while (name := connection.execute(following.where(audit_table.c.promise > name)).scalar()) is not None:
+        yield name
+
+
+def _stored(connection: Connection, promise: str) -> Watched | None:
+    """A promise with its stored monitor; None where there is none, or the chained rows say something else."""
+    audit, standing, monitor = audit_table.c, standing_table.c, monitor_table.c
+    of_audit = and_(audit.seq == monitor.audit_seq, audit.promise == monitor.promise)
+    query = select(monitor.monitor, audit.seq, audit.tier, audit.alpha, audit.delta).join(audit_table, of_audit)
+    row = connection.execute(query.where(monitor.promise == promise)).first()
+    query = select(standing.state, standing.since).where(standing.promise == promise).order_by(standing.seq)
+    changes = connection.execute(query).all()
+    if row is None or not changes:
+        return None
+    try:
+        restored = Monitor.restored(float(row.alpha), float(row.delta), row.monitor)
+    except ValueError:
+        return None
+    if str(restored.state) != changes[-1].state:
+        return None
+    return Watched(promise, row.tier, restored, row.seq, changes[-1].since, len(changes))
+
+
+def _store_monitor(connection: Connection, watched: Watched) -> None:
+    """Store a monitor in place of the one before; the chain of no tenant is locked."""
+    values = {"audit_seq": watched.last, "monitor": watched.monitor.text}
+    of_promise = update(monitor_table).where(monitor_table.c.promise == watched.promise)
+    if not connection.execute(of_promise.values(values)).rowcount:
+        connection.execute(insert(monitor_table).values(promise=watched.promise, **values))
 
 
 def _read_by(watched: Watched | None, row: Row[Any]) -> Watched:
     if watched is None:
         watched = Watched(row.promise, row.tier, Monitor(float(row.alpha), float(row.delta)))
-    return watched.after(row.seq, bool(row.lost), weight_of(row.weight), row.at)
-
-
-def weight_of(units: int) -> float:
-    """A stored weight as monitors take it."""
-    return units / 10**WEIGHT_SCALE
+    return watched.after(row.seq, bool(row.lost), row.at)
 
 
 @dataclass
@@ -133,12 +166,8 @@ class Audits:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._watched: dict[str, Watched] = {}
-        self._counts: dict[str, tuple[str, int, int]] = {}
-        """Promise → tier, audits and losses, up to the number that was read."""
-        self._changes: dict[str, Row[Any]] = {}
-        """Promise → its last row of `polar_standing`."""
-        self._read = (0, 0)
-        """The last numbers of both that were read."""
+        self._read = 0
+        """The last number up to which all audits were read."""
 
     def _turn(self) -> threading.Lock:
         if self._process != os.getpid():
@@ -159,6 +188,9 @@ class Audits:
             watch(connection, self._watched, [audit.promise for audit in audits])
             new = _New(dict(self._watched))  # forgotten if this transaction is rolled back
             answers = [self._store(connection, audit, new) for audit in audits]
+            for name, watched in new.watched.items():
+                if watched is not self._watched.get(name):
+                    _store_monitor(connection, watched)
             chain.link_many(connection, audit_table, new.audits, heads)
             chain.link_many(connection, standing_table, new.changes, heads)
             return answers
@@ -186,7 +218,7 @@ class Audits:
             )
         seq: int = connection.execute(insert(audit_table).values(values).returning(column.seq)).scalar_one()
         new.audits.append(seq)
-        after = known.after(seq, audit.lost, weight_of(values["weight"]), audit.at)
+        after = known.after(seq, audit.lost, audit.at)
         if after.changes != known.changes:
             row = insert(standing_table).values(after.row).returning(standing_table.c.seq)
             new.changes.append(connection.execute(row).scalar_one())
@@ -206,45 +238,36 @@ class Audits:
             StoreError: The ledger cannot be read now.
         """
         with self._turn(), self._ledger.as_stored() as connection:
-            if connection is not None:
-                self._refresh(connection)
-            return {promise: self._standing(promise) for promise in self._changes}
+            last = 0 if connection is None else connection.execute(select(func.max(audit_table.c.seq))).scalar() or 0
+            if connection is not None and last > self._read:
+                watch(connection, self._watched)
+                self._read = last
+            return {promise: _standing(watched) for promise, watched in self._watched.items()}
 
-    def _refresh(self, connection: Connection) -> None:
-        audit, standing = audit_table.c, standing_table.c
-        until, changed = self._read
-        query = select(audit.promise, func.max(audit.tier), func.count(), func.sum(audit.lost), func.max(audit.seq))
-        for promise, tier, audits, losses, last in connection.execute(
-            query.where(audit.seq > self._read[0]).group_by(audit.promise)
-        ):
-            _, before, lost = self._counts.get(promise, (tier, 0, 0))
-            self._counts[promise] = (tier, before + audits, lost + int(losses))
-            until = max(until, last)
-        for row in connection.execute(select(standing_table).where(standing.seq > changed).order_by(standing.seq)):
-            self._changes[row.promise] = row
-            changed = row.seq
-        self._read = (until, changed)
 
-    def _standing(self, promise: str) -> PromiseStanding:
-        row, (tier, audits, losses) = self._changes[promise], self._counts[promise]
-        return PromiseStanding(
-            promise=promise,
-            tier=tier,
-            state=State(row.state),
-            audits=audits,
-            losses=losses,
-            since=row.since,
-            reason=row.reason,
-        )
+def _standing(watched: Watched) -> PromiseStanding:
+    monitor = watched.monitor
+    assert watched.since is not None, "it has an audit"
+    return PromiseStanding(
+        promise=watched.promise,
+        tier=watched.tier,
+        state=monitor.state,
+        audits=monitor.audits,
+        losses=monitor.losses,
+        since=watched.since,
+        reason=watched.reason,
+        doubtful=monitor.doubtful,
+    )
 
 
 def wrong_standings(connection: Connection) -> Iterator[str]:
-    """The first difference of each promise between its stored standings and those that follow from its audits."""
+    """The first difference of each promise between what is stored of it and what follows from its audits."""
     audit, standing = audit_table.c, standing_table.c
     stored: dict[str, list[dict[str, Any]]] = {}
     for change in connection.execute(select(standing_table).order_by(standing.seq)).mappings():
         values = {str(name): value for name, value in change.items() if name != "seq"}
         stored.setdefault(change["promise"], []).append(values)
+    monitors = {row.promise: row for row in connection.execute(select(monitor_table))}
     computed: dict[str, list[dict[str, Any]]] = {}
     watched: dict[str, Watched] = {}
     with connection.execute(select(audit_table).order_by(audit.seq), execution_options={"yield_per": _BATCH}) as rows:
@@ -253,6 +276,11 @@ def wrong_standings(connection: Connection) -> Iterator[str]:
             after = watched[row.promise] = _read_by(before, row)
             if before is None or after.changes != before.changes:
                 computed.setdefault(row.promise, []).append(after.row)
+            kept = monitors.get(row.promise)
+            if kept is not None and kept.audit_seq == row.seq and kept.monitor == after.monitor.text:
+                del monitors[row.promise]
     for promise in sorted(stored.keys() | computed.keys()):
         if stored.get(promise, []) != computed.get(promise, []):
             yield f"the standings of promise {promise[:12]}… are not those that follow from its audits."
+    for promise in sorted(map(str, monitors)):
+        yield f"the monitor of promise {promise[:12]}… is not the one that follows from its audits."

@@ -151,8 +151,8 @@ class ReplyStore(Protocol):
 class AlertSender(Protocol):
     """Tells a webhook of promises whose state has changed; see `polar_billing.access.alerts`."""
 
-    def start(self) -> None:
-        """Begin, in a thread of its own."""
+    def start(self, is_unusual: Callable[[], bool]) -> None:
+        """Begin, in a thread of its own; `is_unusual` says whether this process finds its prompts unusual."""
 
     def close(self) -> None:
         """The server ends."""

@@ -53,6 +53,10 @@ class Look:
     """Calls that are being answered."""
     unrecorded: int
     """Requests that ended and whose record is not stored."""
+    unusual: bool
+    """Whether its prompts of late are unlike those of the calibration."""
+    unaudited: int
+    """Requests that were chosen to be audited and were not: too many waited, or for too long."""
     draining: bool
     """Whether the server ends."""
     router: str
@@ -91,6 +95,7 @@ class LiveEngine:
         waiting = scheduler.waiting
         due, being_answered = self._sink.due, self._answers.request_ids()  # in this order: none is missed
         router, void, tiers = self._router()
+        auditor = self._engine.auditor
         return Look(
             model=self.name,
             tokens_per_second=self._rate(scheduler.sampled_tokens),
@@ -101,11 +106,18 @@ class LiveEngine:
             pages=pool.size,
             answers=len(self._answers),
             unrecorded=len(due - being_answered),
+            unusual=self.unusual,
+            unaudited=0 if auditor is None else auditor.dropped,
             draining=self._answers.draining,
             router=router,
             void=void,
             tiers=tiers,
         )
+
+    @property
+    def unusual(self) -> bool:
+        """Whether prompts of late are unlike those of the calibration."""
+        return self._engine.auditor is not None and self._engine.auditor.unusual
 
     def _rate(self, tokens: int) -> float | None:
         """Tokens per second since the look that was some seconds ago, or the last one before that."""

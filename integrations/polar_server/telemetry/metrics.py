@@ -68,6 +68,10 @@ class Metrics:
         self._in_force = gauge("polar_promise_in_force", "1 = the promise is in force, 0 = at risk.", *of_promise)
         self._audits = gauge("polar_promise_audits", "Audited answers, of all replicas.", *of_promise)
         self._losses = gauge("polar_promise_losses", "Those of them that were lost.", *of_promise)
+        self._unusual = gauge(
+            "polar_prompts_unusual", "1 = prompts are unlike those of the calibration; see docs/drift.md."
+        )
+        self._unaudited = gauge("polar_audits_dropped", "Requests chosen to be audited for which there was no time.")
         self._standings_read = gauge("polar_promises_read", "0 = where promises stand cannot be read now.")
         served = ("model_name", "engine")
         self._running = gauge("vllm:num_requests_running", "Requests with a place in the engine.", *served)
@@ -145,5 +149,7 @@ class Metrics:
         self._running.labels(*self._labels).set(look.running)
         self._cache.labels(*self._labels).set(look.pages_used / max(look.pages, 1))
         self._open.set(look.answers)
+        self._unusual.set(look.unusual)
+        self._unaudited.set(look.unaudited)
         self._unrecorded.set(look.unrecorded)
         return generate_latest(self._registry)

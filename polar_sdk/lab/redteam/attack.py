@@ -28,6 +28,8 @@ from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.promises.monitor import Monitor, State
+from polar_sdk.request.auditor import RAISED
+from polar_sdk.request.selection import DEFAULT_SHARE
 from polar_sdk.router.exact_tests import Interval, wilson
 from polar_sdk.router.learned import LearnedRouter, Margin
 from polar_sdk.show.progress import Progress, silent
@@ -148,7 +150,7 @@ def redteam(
     attempts: int = 500,
     tries: int = 2,
     seeds: int = 100,
-    audit_share: float = 0.01,
+    audit_share: float = DEFAULT_SHARE,
     margin: float | None = None,
     seed: int = 0,
     cache: RewardCache | None = None,
@@ -163,7 +165,7 @@ def redteam(
         attempts: On each of the two routers.
         tries: Versions of a prompt whose answers an attempt compares before it sends one.
         seeds: Real prompts that are measured; the half that needs most depth is attacked.
-        audit_share: Share of the requests that are audited.
+        audit_share: Share of the requests that are audited while nothing speaks against the promise.
         margin: Largest share by which θ is lowered at random; None = that of the policy, or 0.25 where it has none.
         seed: Of all dice.
         cache: Of measurements; None = the model's, on disk.
@@ -403,6 +405,6 @@ class _Siege:
         monitor, left = Monitor(self.tiers[tier].alpha, _DELTA), list[bool]()
         for each in lost:
             left.append(each and monitor.state is State.IN_FORCE)
-            if dice.random() < self.share:
+            if dice.random() < (RAISED if monitor.doubtful else self.share):
                 monitor = monitor.observe(left[-1])
         return left

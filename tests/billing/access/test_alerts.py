@@ -213,6 +213,32 @@ def test_a_state_that_ends_is_told_as_well(ledger: Ledger, receiver: Receiver, s
     assert first == second
 
 
+def test_a_process_tells_that_its_prompts_are_unusual_and_usual_again(
+    ledger: Ledger, receiver: Receiver, secret: Path
+) -> None:
+    state = [False]
+    receiver.statuses = [503, 200, 200]
+    alerts = Alerts(ledger, Webhook.of(receiver.url, secret), every_s=3600)
+    alerts.start(lambda: state[0])
+    try:
+        assert alerts.notify() == 0, "usual prompts are no news"
+        state[0] = True
+        assert [alerts.notify(), alerts.notify()] == [0, 0], "it was not taken, and is not due again"
+        time.sleep(2.1)
+        assert [alerts.notify(), alerts.notify()] == [1, 0]
+        state[0] = False
+        assert alerts.notify() == 1
+    finally:
+        alerts.close()
+    first, again, last = (json.loads(body) for _, body in receiver.heard)
+    assert first == again
+    assert first["id"] != last["id"]
+    assert [(one["kind"], one["state"]) for one in (first, last)] == [
+        ("prompts.state_changed", "unusual"),
+        ("prompts.state_changed", "usual"),
+    ]
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import delete, func, literal, select, update
 
 from polar_billing.errors import ConflictError, StoreError
-from polar_billing.ledger.audits import Audits, weight_of
+from polar_billing.ledger.audits import Audits, watch
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.schema import audit_table, head_table, link_table, standing_table
+from polar_billing.ledger.schema import audit_table, head_table, link_table, monitor_table, standing_table
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.verify import verify_in, verify_ledger
 from polar_billing.testing import audit
@@ -86,7 +86,7 @@ def test_standings_are_those_of_a_monitor_that_reads_the_audits_in_order(store: 
     rows = [row for row in stored(store) if row.promise == PROMISE]
     monitor = Monitor(0.05, 0.1)
     for row in rows:
-        before, monitor = monitor, monitor.observe(bool(row.lost), weight_of(row.weight))
+        before, monitor = monitor, monitor.observe(bool(row.lost))
         if before.state is State.IN_FORCE and monitor.state is State.AT_RISK:
             turned = monitor
     assert (found[PROMISE].state, found[OTHER].state) == (State.AT_RISK, State.IN_FORCE)
@@ -131,6 +131,41 @@ def test_what_was_rolled_back_is_not_remembered(ledger: Ledger, monkeypatch: pyt
     assert verify_ledger(ledger).sound
 
 
+def test_who_starts_reads_the_stored_monitor_and_only_later_audits(ledger: Ledger) -> None:
+    writer = Audits(ledger, "polar")
+    writer.store([audit(lost=n % 9 == 0, promise=(PROMISE, OTHER)[n % 2]) for n in range(60)])
+    with ledger.snapshot() as connection:
+        watch(connection, whole := {})
+    with ledger.transaction() as connection, unguarded(connection):
+        connection.execute(delete(audit_table).where(audit_table.c.seq < 40))  # whoever reads them would miss them
+    assert Audits(ledger, "polar").standings() == writer.standings()
+    with ledger.snapshot() as connection:
+        watch(connection, found := {})
+    assert found == whole
+    again = Audits(ledger, "polar")
+    again.store([audit(lost=True)])
+    assert again.standings()[PROMISE].audits == whole[PROMISE].monitor.audits + 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda: delete(monitor_table),
+        lambda: update(monitor_table).values(monitor="1 2 three"),
+        lambda: update(monitor_table).values(audit_seq=10_000),
+        lambda: update(monitor_table).values(monitor=Monitor(0.05, 0.1).text),  # as if it were in force
+    ],
+)
+def test_a_stored_monitor_that_cannot_be_right_is_not_used(ledger: Ledger, damage: Callable[[], Any]) -> None:
+    writer = Audits(ledger, "polar")
+    writer.store([audit(lost=True) for _ in range(12)])
+    with ledger.transaction() as connection:
+        connection.execute(damage())
+    found = Audits(ledger, "polar").standings()
+    assert found == writer.standings()
+    assert found[PROMISE].state is State.AT_RISK
+
+
 def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Any) -> None:
     (tmp_path / "no.sqlite3").write_bytes(b"not a database" * 100)
     meter = Meter(str(tmp_path / "no.sqlite3"))
@@ -167,6 +202,9 @@ TAMPERING: list[Callable[[Any], Any]] = [
     ),
     lambda connection: connection.execute(update(standing_table).values(state="in force")),
     lambda connection: connection.execute(delete(standing_table).where(standing_table.c.state == "at risk")),
+    lambda connection: connection.execute(update(monitor_table).values(monitor=Monitor(0.05, 0.1).text)),
+    lambda connection: connection.execute(update(monitor_table).values(audit_seq=3)),
+    lambda connection: connection.execute(update(monitor_table).values(promise="x")),
 ]
 
 

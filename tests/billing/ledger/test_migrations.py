@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TABLES = {
-    "sqlite": "9857566bacf3978447442c1352d919d19bef1c6f5548eb919b2e2cda51f7863d",
-    "postgresql": "da3a1e1afa5329c160994ac129250c1be19ef1049eea490665c814b3b645be7d",
+    "sqlite": "6ef832c6d8c293fb0888c2885fe4b982ed57ed7ffd9cfa7c08fee9983e0863e5",
+    "postgresql": "9881fd984e9e73efd0e68ad4cfbcae92cdb935c1c965d54752e819a847357c7b",
 }
 """SHA-256 over the statements that make the tables of `SCHEMA_VERSION`."""
 

@@ -94,6 +94,13 @@ def test_promises_stand_there_as_they_do_in_the_ledger(serve: Callable[..., Serv
         assert (found["polar_promise_audits economy"], found["polar_promise_losses bbbbbbbbbbbb"]) == (80, 20)
 
 
+def test_unusual_prompts_show(serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve()
+    assert figures(served)["polar_prompts_unusual"] == 0
+    monkeypatch.setattr("polar_server.telemetry.live.LiveEngine.unusual", True)
+    assert figures(served)["polar_prompts_unusual"] == 1
+
+
 def test_a_record_that_could_not_be_stored_shows(serve: Callable[..., Served]) -> None:
     class Failing(RecordingSink):
         def emit(self, record: object) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_programs
 from polar_sdk.errors import BudgetExceededError, RequestTimeoutError
+from polar_sdk.promises.audit import PromiseStanding
 from polar_sdk.promises.losses import ANSWER_TOKENS, is_lost, tokens_kept
+from polar_sdk.promises.monitor import State
 from polar_sdk.promises.novelty import Usual
 from polar_sdk.request.options import Audits
 from polar_sdk.testing import tiny_model
@@ -333,9 +337,72 @@ def test_unusual_prompts_fall_back_at_once_and_are_usual_again(certified: MenuRo
     assert ask(engine, 20, 200)[-1] == "economy"
 
 
+def asked_in_turn(engine: PolarModel, length: int, times: int) -> None:
+    """Requests that are far enough from each other for an audit to run in between."""
+    assert engine.auditor is not None
+    for _ in range(times):
+        ask(engine, length, 1)
+        until(lambda: not len(engine.auditor or ()) and engine.auditor is not None and not engine.auditor.judging)
+
+
 def test_suspect_prompts_are_audited_more_and_weigh_less(certified: MenuRouter) -> None:
-    engine, sink = audited_model(watching(certified), audit_share={"economy": 0.1}, audits=Audits(unusual="audit"))
-    assert set(ask(engine, 400, 100)) == {"economy"}, "as asked for, audits alone decide"
-    until(lambda: len(sink.audits) > 50)
-    weights = {audit.weight for audit in sink.audits}
-    assert {0.1} <= weights <= {0.1, 1.0}
+    class Patient(ListSink):
+        def standings(self) -> dict[str, PromiseStanding]:
+            return {}  # else what audits find would soon end the tier
+
+    unusual, share = Audits(unusual="audit"), {"economy": 0.1}
+    engine, sink = audited_model(watching(certified), audit_share=share, audits=unusual, sink=Patient())
+    assert set(ask(engine, 400, 60)) == {"economy"}, "as asked for, audits alone decide"
+    asked_in_turn(engine, 400, 30)
+    weights = Counter(audit.weight for audit in sink.audits)
+    assert set(weights) <= {0.2, 1.0}
+    assert weights[0.2] > 5
+
+
+def test_more_is_audited_while_audits_speak_against_a_promise_one_after_another(certified: MenuRouter) -> None:
+    assert certified.certificate is not None
+    (terms,) = certified.certificate.audited["economy"]
+
+    class Doubting(ListSink):
+        doubtful = True
+
+        def standings(self) -> dict[str, PromiseStanding]:
+            facts: Any = {"audits": 3, "losses": 1, "since": datetime.now(UTC), "reason": "", "state": State.IN_FORCE}
+            return {
+                terms.digest: PromiseStanding(promise=terms.digest, tier="economy", doubtful=self.doubtful, **facts)
+            }
+
+    sink = Doubting()
+    engine, _ = audited_model(certified, audit_share=0.01, sink=sink)
+    asked_in_turn(engine, 20, 30)
+    raised = len(sink.audits)
+    assert raised > 5
+    assert {audit.weight for audit in sink.audits} <= {0.02, 1.0}
+    ask(engine, 20, 40)  # at once: one is audited, and the others wait for what it finds
+    until(lambda: not len(engine.auditor or ()) and engine.auditor is not None and not engine.auditor.judging)
+    assert len(sink.audits) - raised <= 5
+    sink.doubtful = False
+    time.sleep(1.5)  # until the standing is read again
+    raised = len(sink.audits)
+    asked_in_turn(engine, 20, 30)
+    assert len(sink.audits) - raised <= 5
+
+
+@pytest.mark.parametrize("length", [70, 200])
+def test_the_tiers_own_run_reads_the_start_that_the_request_has_left(certified: MenuRouter, length: int) -> None:
+    engine, sink = audited_model(certified)
+    prompt = "".join(chr(65 + place * 7 % 26) for place in range(length))
+    engine.generate(prompt, compute="economy", max_tokens=4, temperature=1.0, seed=1, request_id="r", tenant="acme")
+    until(lambda: len(sink.audits) == 1)
+    (audit,) = sink.audits
+    records = {record.request_id: record for record in sink.records}
+    full, tier = records[f"{audit.audit_request_id}"], records[f"{audit.audit_request_id}.tier"]
+    assert full.tokens.cached == 0, "nobody has run all layers of it"
+    assert tier.tokens.cached >= 64
+    assert audit.flops == full.flops.executed + tier.flops.executed
+    question = Question(
+        tuple(engine.prompt_tokens(prompt)), (engine.greedy_answers([prompt], max_tokens=ANSWER_TOKENS)[0],)
+    )
+    scores = score_programs(engine.decoder, [question], list(router_conftest.MENU))
+    kept = tokens_kept(*(scores[router_conftest.MENU[place]][0].greedy[0] for place in (2, 0)))
+    assert (audit.compared, audit.kept) == (len(question.continuations[0]), kept)

@@ -1,9 +1,9 @@
 """The ledger's tables on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain, double entry, statements · `access`
-API keys, rates, replies, budgets and holds · `promises` audits, standings, alerts. A new table belongs in one of them
-or in a module of its own that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no
-connection.
+API keys, rates, replies, budgets and holds · `promises` audits, standings, monitors, alerts. A new table belongs in
+one of them or in a module of its own that is imported here, and in `CHAINED` if its rows belong in the hash chain.
+Knows no connection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from polar_billing.ledger.schema.ledger import (
     statement_table,
     transaction_table,
 )
-from polar_billing.ledger.schema.promises import alert_table, audit_table, standing_table
+from polar_billing.ledger.schema.promises import alert_table, audit_table, monitor_table, standing_table
 from polar_billing.ledger.schema.usage import (
     ROLLUP_KEYS,
     ROLLUP_QUANTITIES,
@@ -65,6 +65,7 @@ __all__ = [
     "in_force_table",
     "link_table",
     "metadata",
+    "monitor_table",
     "price_book_table",
     "probe_table",
     "prune_table",

@@ -119,10 +119,10 @@ def _meaningless(text: str, wanted: str) -> StoreDamagedError:
     )
 
 
-SCHEMA_VERSION: Final = 10
+SCHEMA_VERSION: Final = 11
 """The version of these tables; it rises with every migration."""
 
-FIRST_VERSION: Final = 10
+FIRST_VERSION: Final = 11
 """The version that migrations begin with. Those before it were drafts, whose ledgers are refused."""
 
 metadata: Final = MetaData()

@@ -3,6 +3,8 @@
 * `polar_audit`    one row per audited answer and promise: a fact, in the chain of the tenant whose request it was
 * `polar_standing` one row each time that the state of a promise changed, with the audit that changed it. It follows
                    from the audits in the order of their numbers, which `verify` computes again
+* `polar_monitor`  one row per promise: its monitor after the last audit, so that whoever starts need not read them all.
+                   It follows from the audits too
 * `polar_alert`    one row per change that is told to a webhook: when it is due next, and how that went
 
 Audits are numbered while the chain of no tenant is locked, so that a higher number is never seen before a lower one.
@@ -63,6 +65,14 @@ standing_table: Final = Table(
     Unique("audit_seq", name="polar_standing_once"),
     Index("polar_standing_by_promise", "promise", "seq"),
     sqlite_autoincrement=True,
+)
+
+monitor_table: Final = Table(
+    "polar_monitor",
+    metadata,
+    Column("promise", String(64), primary_key=True),
+    Column("audit_seq", BigInteger, nullable=False),  # the last audit that it has read
+    Column("monitor", Text, nullable=False),  # as `Monitor.text` writes it
 )
 
 alert_table: Final = Table(

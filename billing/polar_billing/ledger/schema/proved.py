@@ -127,6 +127,9 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         "flops audit_request_id at stored_at"
     ),
     "polar_standing": _chained("seq promise tier state audits losses audit_seq since reason"),
+    "polar_monitor": (
+        _declared(Proof.RECOMPUTED, "promise audit_seq monitor", "the audits of the promise, up to that number"),
+    ),
     "polar_alert": (
         _declared(
             Proof.OUTSIDE,
@@ -144,6 +147,7 @@ ROWS_OUTSIDE: Final[dict[str, str]] = {
     "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
     "polar_rate": "a key without its row has a whole minute's worth, once",
     "polar_running": "answers that run are counted anew within a quarter of a minute",
+    "polar_monitor": "where one is missing, all audits of its promise are read",
     "polar_alert": "an alert without its row is sent once more, within a day",
     "polar_clock": "without its row the clock of the next hold starts anew",
     "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
