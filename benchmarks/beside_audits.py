@@ -145,9 +145,9 @@ def report(recorder: Recorder, tier: str, share: float, pairs: Sequence[Pair], s
     """Record the ratios, and what audits cost."""
     how = f"{share:.1%} audited; {len(pairs)} pairs of phases of {REQUESTS} requests; {len(sink.audits)} audits"
     facts: dict[str, Any] = {"unit": "×", "interval": "95%", "better": "lower", "note": how}
-    for name, figure, goal in (("p95", p95, {"goal": 1.02}), ("mean", fmean, {})):
+    for name, figure, goal in (("p95", p95, 1.02), ("mean", fmean, None)):
         value, low, high = ratio(pairs, figure)
-        recorder.add(f"{tier}, beside audits: {name}", value, low=low, high=high, **facts, **goal)
+        recorder.add(f"{tier}, beside audits: {name}", value, low=low, high=high, goal=goal, **facts)
     own = [record for record in sink.records if AUDIT_TAG in record.tags]
     served = [record for record in sink.records if AUDIT_TAG not in record.tags and record.tier == tier]
     if not sink.audits:

@@ -13,6 +13,7 @@ from benchmarks.drift import AFTER, Promised, Row, Stream, cost_of_audit, draw, 
 from benchmarks.drift_losses import read
 from benchmarks.results import Recorder
 from polar_sdk.promises.novelty import Usual, Usualness
+from polar_sdk.request.selection import DEFAULT_SHARE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,8 +90,8 @@ def test_a_slow_mix_grows() -> None:
 
 
 def test_the_limit_is_what_information_allows() -> None:
-    assert limit(0.05, 0.10, 0.05) == pytest.approx(100 * 2.9957 / 0.02062, rel=0.01)
-    assert limit(0.5, 1.0, 0.05) == pytest.approx(100 * 4.32, rel=0.01)
+    assert limit(0.05, 0.10, 0.05) == pytest.approx(2.9957 / 0.02062 / DEFAULT_SHARE, rel=0.01)
+    assert limit(0.5, 1.0, 0.05) == pytest.approx(4.32 / DEFAULT_SHARE, rel=0.01)
 
 
 def test_figures_of_other_commands_are_null_until_they_are_measured(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class PromiseDrift(Part):
     audits: int
     losses: int
     low: float
-    """Share of lost answers, by weight: from here to `high`, at all times at once with confidence 1 − δ."""
+    """Share of lost answers among the audited: from here to `high`, at all times at once with confidence 1 − δ."""
     high: float
     evidence: float
     """Natural logarithm of the evidence against the promise; at ln(1/δ) it is at risk."""

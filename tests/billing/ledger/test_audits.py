@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import delete, func, literal, select, update
 
 from polar_billing.errors import ConflictError, StoreError
-from polar_billing.ledger.audits import Audits, watch
+from polar_billing.ledger.audits import Audits, Watched, watch
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.schema import audit_table, head_table, link_table, monitor_table, standing_table
 from polar_billing.metering.meter import Meter
@@ -134,13 +134,15 @@ def test_what_was_rolled_back_is_not_remembered(ledger: Ledger, monkeypatch: pyt
 def test_who_starts_reads_the_stored_monitor_and_only_later_audits(ledger: Ledger) -> None:
     writer = Audits(ledger, "polar")
     writer.store([audit(lost=n % 9 == 0, promise=(PROMISE, OTHER)[n % 2]) for n in range(60)])
+    whole: dict[str, Watched] = {}
+    found: dict[str, Watched] = {}
     with ledger.snapshot() as connection:
-        watch(connection, whole := {})
+        watch(connection, whole)
     with ledger.transaction() as connection, unguarded(connection):
         connection.execute(delete(audit_table).where(audit_table.c.seq < 40))  # whoever reads them would miss them
     assert Audits(ledger, "polar").standings() == writer.standings()
     with ledger.snapshot() as connection:
-        watch(connection, found := {})
+        watch(connection, found)
     assert found == whole
     again = Audits(ledger, "polar")
     again.store([audit(lost=True)])
