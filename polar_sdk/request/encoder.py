@@ -48,6 +48,11 @@ class PromptEncoder:
         return getattr(self.tokenizer, "chat_template", None) is not None
 
     @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return len(self.tokenizer)
+
+    @property
     def calls(self) -> CallFormat | None:
         """How the chat template writes calls of tools; None where it has no tools."""
         return call_format(self.tokenizer)
@@ -142,7 +147,7 @@ class PromptEncoder:
         """Token ids as they are, nothing added."""
         if template == "chat":
             raise InvalidRequestError("template 'chat' takes messages or a text, not token ids; use 'raw'.")
-        count = len(self.tokenizer)
+        count = self.vocabulary
         for place, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < count:
                 raise InvalidRequestError(

@@ -219,7 +219,7 @@ class RequestMaker:
         if ignores and any(options.get(name) is not None for name in CONSTRAINTS):
             raise InvalidRequestError("ignore_eos=True goes with no schema, regex, choice or grammar; leave it out.")
         return Steering(
-            bias=check_biases(options.get("logit_bias")),
+            bias=check_biases(options.get("logit_bias"), self.encoder.vocabulary),
             presence=check_number("presence_penalty", options.get("presence_penalty", 0.0), -2, 2),
             frequency=check_number("frequency_penalty", options.get("frequency_penalty", 0.0), -2, 2),
             repetition=check_number("repetition_penalty", options.get("repetition_penalty", 1.0), 0.01, 100),

@@ -38,6 +38,7 @@ MAX_STOPS = 256
 MAX_STOP_LENGTH = 1_000
 """Unit: characters."""
 _MAX_NAME = 200
+_SHOWN_IDS = 8
 """As many as a usage record stores. Unit: characters."""
 _SPECULATE = ("auto", "off", "prompt")
 _BATCH_OPTIONS = frozenset({"cancel", "timeout"})
@@ -295,19 +296,34 @@ def check_number(name: str, value: Any, least: float, most: float) -> float:
     return number
 
 
-def check_biases(biases: Any) -> Mapping[int, float]:
-    """Biases of tokens by their ids, which JSON has as texts; none for None."""
+def check_biases(biases: Any, vocabulary: int | None = None) -> Mapping[int, float]:
+    """Biases of tokens by their ids, which JSON has as texts; none for None.
+
+    Args:
+        biases: As given.
+        vocabulary: Number of ids that the model has, where that is known.
+
+    Raises:
+        SamplingError: They are no such thing.
+    """
     if biases is None:
         return {}
     if not isinstance(biases, Mapping) or len(biases) > MAX_BIASES:
         raise SamplingError(f"logit_bias={shown(biases)} is not a mapping of at most {MAX_BIASES:,} token ids.")
     read: dict[int, float] = {}
+    wrong: list[str] = []
     for token, bias in biases.items():
         written = token if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10 else None
         index = int(written) if written is not None else token
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise SamplingError(f"logit_bias has {shown(token)}, which is not a token id.")
-        read[index] = check_number(f"logit_bias[{index}]", bias, -100, 100)
+            wrong.append(shown(token))
+        else:
+            read[index] = check_number(f"logit_bias[{index}]", bias, -100, 100)
+    if wrong:
+        listed = ", ".join(wrong[:_SHOWN_IDS]) + (", …" if len(wrong) > _SHOWN_IDS else "")
+        raise SamplingError(f"logit_bias has {listed}: not token ids, which are whole numbers from 0.")
+    if vocabulary is not None and (beyond := [token for token in read if token >= vocabulary]):
+        raise SamplingError(f"logit_bias has token {min(beyond)}; ids of this model are 0 to {vocabulary - 1}.")
     return read
 
 

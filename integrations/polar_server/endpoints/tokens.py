@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from polar_sdk.errors import ContextWindowError
-from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.serving.threads import run_in_thread
 from polar_server.http.exchange import Exchange, read_body
 from polar_server.openai.fields import Body, Name, Text, invalid, read
 from polar_server.openai.messages import read_messages
+from polar_server.openai.tools import read_form
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +36,13 @@ class TokenizeBody(Body):
     model: Name | None = None
     prompt: Annotated[str, Text(4 * 2**20)] | None = None
     messages: Any = None
+    tools: Any = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
-    def said(self, server: Server) -> Prompt:
-        """The text or messages to be tokenized.
+    def said(self, server: Server) -> tuple[Prompt, list[dict[str, Any]] | None]:
+        """The text or messages to be tokenized, and the tools that the chat template shows.
 
         Raises:
             ApiError: There is not one of the two, or one that cannot be.
@@ -51,11 +52,13 @@ class TokenizeBody(Body):
         if (self.prompt is None) == (self.messages is None):
             raise invalid("prompt", "give a text, or messages.", code="missing_required_parameter")
         if self.messages is None:
-            return self.prompt or ""
+            if self.tools:
+                raise invalid("tools", "they go with messages; leave them out.")
+            return self.prompt or "", None
         if not self.add_generation_prompt:
             raise invalid("add_generation_prompt", "messages are followed by the beginning of an answer, as they run.")
-        form = AnswerForm().written_as(server.engine.call_format)
-        return form.teach(read_messages(self.messages))
+        form = read_form(self.tools, None, None, parallel=False, nested=True).written_as(server.engine.call_format)
+        return form.teach(read_messages(self.messages)), form.shown
 
 
 class DetokenizeBody(Body):
@@ -78,19 +81,19 @@ class Tokenize:
             ApiError: The body is wrong.
         """
 
-        def checked(content: dict[str, Any]) -> tuple[TokenizeBody, Prompt]:
+        def checked(content: dict[str, Any]) -> tuple[TokenizeBody, Prompt, list[dict[str, Any]] | None]:
             body, _ = read(content, TokenizeBody, lenient=self._server.settings.lenient)
-            return body, body.said(self._server)
+            return body, *body.said(self._server)
 
         return await _counted(self._server, scope, receive, checked, lambda asked: self._tokens(*asked))
 
-    def _tokens(self, body: TokenizeBody, prompt: Prompt) -> dict[str, Any]:
+    def _tokens(self, body: TokenizeBody, prompt: Prompt, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
         engine = self._server.engine
         window = engine.context_window
         if (least := engine.more_tokens_than(prompt, window)) is not None:
             raise ContextWindowError(f"there are at least {least:,} tokens; at most {window:,} can be asked for.")
         if not isinstance(prompt, str):
-            ids = engine.prompt_tokens(prompt)
+            ids = engine.prompt_tokens(prompt, tools=tools)
         elif body.add_special_tokens:
             ids = list(engine.loaded.tokenizer.encode(prompt))
         else:

@@ -128,6 +128,10 @@ def _nodes(content: bytes) -> int:
 
 
 async def _content(exchange: Exchange, receive: Receive, max_bytes: int) -> bytes:
+    if exchange.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # A page of another site may send other types from a browser on this machine without asking first.
+        why = "a body is read with the header content-type: application/json only; send it."
+        raise ApiError(why, status=415, code="unsupported_media_type")
     if exchange.headers.get("content-encoding", "identity") != "identity":
         raise ApiError("compressed bodies are not read; send it as it is.", status=415, code="unsupported_encoding")
     declared = exchange.headers.get("content-length", "")

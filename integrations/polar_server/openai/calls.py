@@ -5,12 +5,13 @@ A call becomes choices of the engine. Defaults are the engine's: greedy, and 256
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 
 from pydantic import Field, WithJsonSchema
 
-from polar_sdk.errors import ContextWindowError, GrammarError, MissingExtraError
+from polar_sdk.errors import ContextWindowError, GrammarError, InvalidRequestError, MissingExtraError, SamplingError
 from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from polar_server.openai.catalog import Catalog
 
 _INT64: Final = 2**63
+_OPTION: Final = re.compile(r"(logit_bias|regex|grammar|choice)\b")
+"""An option of the same name here, with which the engine begins its refusal of a value."""
 _AS_THEY_ARE: Final = (
     *("temperature", "top_p", "min_p", "stop", "logit_bias", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "ignore_eos", "stop_repeats", "speculate", "fit_max_tokens"),
@@ -116,6 +119,8 @@ class Call:
             return ApiError(said, param=self.constraint or self.form_param)
         if isinstance(error, MissingExtraError):
             return ApiError(str(error), code="unsupported_value", param=self.form_param)
+        if type(error) in (InvalidRequestError, SamplingError) and (option := _OPTION.match(said)):
+            return ApiError(said, param=option[1])
         return error
 
 
@@ -222,10 +227,10 @@ class ChoicesBody(CallBody):
         if self.stream and self.prompt_logprobs is not None:
             raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
         settings = self.stream_settings("include_usage", "continuous_usage_stats", "include_obfuscation")
-        each = settings.get("continuous_usage_stats", False)
+        asked = settings.get("include_usage", False)
         return {
-            "include_usage": self.stream and (settings.get("include_usage", False) or each or rules.usage_always),
-            "each_usage": each,
+            "include_usage": self.stream and (asked or rules.usage_always),
+            "each_usage": asked and settings.get("continuous_usage_stats", False),
             "prompt_logprobs": self.prompt_logprobs is not None,
         }
 
