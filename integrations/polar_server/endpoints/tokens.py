@@ -31,7 +31,6 @@ class TokenizeBody(Body):
     other_names: ClassVar[Mapping[str, str]] = {
         "content": "prompt",
         "add_special": "add_special_tokens",
-        "with_pieces": "return_token_strs",
     }
     model: Name | None = None
     prompt: Annotated[str, Text(4 * 2**20)] | None = None
@@ -40,6 +39,8 @@ class TokenizeBody(Body):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
+    with_pieces: bool = False
+    """As llama.cpp has it: each token is an object with its id and text, or bytes where those are no text."""
 
     def said(self, server: Server) -> tuple[Prompt, list[dict[str, Any]] | None]:
         """The text or messages to be tokenized, and the tools that the chat template shows.
@@ -99,7 +100,12 @@ class Tokenize:
         else:
             ids = engine.encode(prompt)
         written = [self._server.token_bytes.text([token]) for token in ids] if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": window, "tokens": ids, "token_strs": written}
+        tokens = [{"id": token, "piece": self._piece(token)} for token in ids] if body.with_pieces else ids
+        return {"count": len(ids), "max_model_len": window, "tokens": tokens, "token_strs": written}
+
+    def _piece(self, token: int) -> str | list[int]:
+        text = self._server.token_bytes.text([token])
+        return list(self._server.token_bytes.of(token)) if "\ufffd" in text else text
 
 
 class Detokenize:
