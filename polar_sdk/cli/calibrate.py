@@ -12,7 +12,7 @@ from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
     from polar_sdk.lab.evaluation.calibrate import Resplits
@@ -53,7 +53,7 @@ def calibrate(
     items = [item for path in data for item in lab.read_items(path)] if data else None
     engine = load()
     folder = router or saved_router_path(engine.fingerprint, engine.dtype)
-    with ProgressBars(quiet=as_json) as show:
+    with interruptible(), ProgressBars(quiet=as_json) as show:
         certified = lab.calibrate(engine, items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
         broken = []
         if resplits and certified.certificate is not None:

@@ -12,7 +12,7 @@ from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 
 @opt.with_lab_model
@@ -51,7 +51,7 @@ def drafts(
     engine = load()
     target = out or saved_head_path(engine.fingerprint)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
-    with opt.resumable(), cache, ProgressBars(quiet=as_json) as show:
+    with interruptible(), cache, ProgressBars(quiet=as_json) as show:
         head = lab.train_draft_head(
             engine,
             items,

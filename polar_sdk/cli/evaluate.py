@@ -11,7 +11,7 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -93,7 +93,7 @@ def evaluate(
     sets = {path.stem: lab.read_items(path, limit) for path in data} if data else opt.items_of(None, limit)
     engine = load(router=router)
     points = _points(engine.router, compute or [], theta or [])
-    with ProgressBars(quiet=as_json) as show:
+    with interruptible(), ProgressBars(quiet=as_json) as show:
         evaluation = lab.evaluate(engine, sets, points=points, timed=timed, free=free, seed=seed or 0, on_progress=show)
     if html is not None:
         html.write_text(to_html(evaluation), encoding="utf-8")
@@ -144,7 +144,7 @@ def _evaluate_suite(
 
     asked.check()
     model = load()
-    with ProgressBars(quiet=as_json) as show:
+    with interruptible(), ProgressBars(quiet=as_json) as show:
         found = lab.evaluate_suite(
             model,
             asked.suite,

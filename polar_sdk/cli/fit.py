@@ -12,7 +12,7 @@ from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.cli.calibrate import promise_of
 from polar_sdk.show.lines import print_line
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
     from polar_sdk.lab.fit.plan import Plan
@@ -59,7 +59,7 @@ def fit(
         for line in plan.lines if not as_json else ():
             print_line(line)
 
-    with opt.resumable(), ProgressBars(quiet=as_json) as show:
+    with interruptible(), ProgressBars(quiet=as_json) as show:
         made = lab.fit(
             engine,
             items,

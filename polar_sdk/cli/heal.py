@@ -11,7 +11,7 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
     from polar_sdk.router.map_set import MapKind, MapSet
@@ -76,7 +76,7 @@ def heal(
     items = opt.items_of(data, limit)
     engine = load()
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
-    with opt.resumable(), cache, ProgressBars(quiet=as_json) as show:
+    with interruptible(), cache, ProgressBars(quiet=as_json) as show:
         made = lab.heal(engine, items, segments or fills, kind=kind, out=out, cache=cache, on_progress=show, **options)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "bytes": made.bytes, **made.facts.model_dump(mode="json")}, indent=2))

@@ -18,6 +18,7 @@ from polar_sdk.models.paths import models_folder
 from polar_sdk.models.store import Manifest, list_stored, remove_stored
 from polar_sdk.programs.program import Program
 from polar_sdk.show.lines import print_line
+from polar_sdk.show.progress import interruptible, stage
 
 app = typer.Typer(name="models", invoke_without_command=True, no_args_is_help=False)
 
@@ -59,12 +60,17 @@ def fetch(
 @app.command(epilog="Example: polar models kernels")
 def kernels() -> None:
     """Build the native kernels into the installed package, where they did not come with it; needs a C++ compiler."""
-    from polar_sdk.engine.native.build import build_missing, is_possible
+    from polar_sdk.engine.native.build import build_missing, is_possible, missing
 
     if not is_possible():
         print_line("there are no native kernels for this kind of machine: layers run by torch", err=True)
         raise typer.Exit(1)
-    failures = build_missing()
+    kinds = ", ".join(missing()) or "none is missing"
+    with (
+        interruptible("libraries that are built stay; the same command builds the others"),
+        stage(f"compiling native kernels ({kinds}); how long that takes depends on the compiler, which does not say"),
+    ):
+        failures = build_missing()
     for kind, reason in failures.items():
         print_line(f"native kernels for {kind} cannot be built: {reason}", err=True)
     if failures:

@@ -14,7 +14,6 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -229,16 +228,6 @@ def items_of(data: Path | None, limit: int | None) -> list[Item] | None:
     if data is not None:
         return lab.read_items(data, limit)
     return None if limit is None else lab.builtin_items()[:limit]
-
-
-@contextmanager
-def resumable(note: str = "the same command goes on where it stopped") -> Iterator[None]:
-    """Say after Ctrl-C what is not lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print_line(f"note: {note}.", err=True)
-        raise
 
 
 @contextmanager

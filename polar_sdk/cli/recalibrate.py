@@ -12,7 +12,7 @@ from polar_sdk.cli import options as opt
 from polar_sdk.cli.calibrate import show_certified
 from polar_sdk.errors import DataError, RouterError
 from polar_sdk.show.lines import print_line
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 
 @opt.with_lab_model
@@ -76,7 +76,7 @@ def recalibrate(
         for name, (alpha, loss, strict) in asked.items()
     }
     target = out or saved_router_path(engine.fingerprint, engine.dtype)
-    with ProgressBars(quiet=as_json) as show:
+    with interruptible(), ProgressBars(quiet=as_json) as show:
         certified = lab.calibrate(
             engine,
             lab.read_items(kept.path),

@@ -12,7 +12,7 @@ from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.request.selection import DEFAULT_SHARE
 from polar_sdk.show.lines import print_line
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 from polar_sdk.show.tables import add_numbers, add_row, new_table, show
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def redteam(
         for line in plan.lines if not as_json else ():
             print_line(line)
 
-    with opt.resumable(), ProgressBars(quiet=as_json) as progress:
+    with interruptible(), ProgressBars(quiet=as_json) as progress:
         found = lab.redteam(
             model,
             items,

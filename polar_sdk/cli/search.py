@@ -11,7 +11,7 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
     from polar_sdk.lab.program_search.menu import Menu
@@ -65,7 +65,7 @@ def search(
     loaded = [engine.use_maps(folder) for folder in maps or ()]
     filling = [program for each in loaded if each.facts.kind == "fill" for program in each.programs]
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
-    kept = opt.resumable("measurements are kept; the same command resumes from there") if cached else nullcontext()
+    kept = interruptible("measurements are kept; the same command resumes from there") if cached else nullcontext()
     with kept, cache, ProgressBars(quiet=as_json) as show:
         result = lab.search(engine, items, programs=filling, cache=cache, on_progress=show, **options)
     rewards = result.save(out)

@@ -11,7 +11,7 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.show.lines import print_line
-from polar_sdk.show.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
@@ -62,7 +62,7 @@ def train(
     items = None if data is None else lab.read_items(data)
     engine = load()
     target = out or saved_router_path(engine.fingerprint, engine.dtype)
-    with ProgressBars(quiet=as_json) as show:
+    with interruptible(), ProgressBars(quiet=as_json) as show:
         router = lab.train(
             engine,
             matrix,

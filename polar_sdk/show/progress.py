@@ -8,15 +8,17 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from rich.progress import Progress as Bar
     from rich.progress import ProgressColumn, TaskID
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -37,7 +39,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show one stage while the block runs: a bar on a terminal, else one line.
+    """Show one stage while the block runs: a bar on a terminal, else a line, and one now and then if it has a size.
 
     Args:
         label: What is being done.
@@ -48,7 +50,8 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
     """
     if not sys.stderr.isatty():
         say(label)
-        yield lambda _: None
+        lines = None if total is None else _Lines(label, total, lambda size: f"{size / 1e6:,.0f} MB", said=True)
+        yield lambda done: None if lines is None else lines.show(done)
         return
     from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TimeElapsedColumn
 
@@ -60,20 +63,64 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
             bar.update(task, completed=total)
 
 
+_SOON: Final = 5.0
+"""Time after which a stage can say how long it takes. Unit: seconds."""
 _EVERY: Final = 30.0
-"""Time between lines about one stage, where no bar can be drawn. Unit: seconds."""
+"""Time between lines about one stage after that, where no bar can be drawn. Unit: seconds."""
+
+
+class _Lines:
+    """Lines about one stage, where no bar can be drawn: what there is to do, then how far it is and for how long more.
+
+    Args:
+        label: The stage.
+        total: Steps.
+        written: A number of steps, as text.
+        said: Whether the first line was printed.
+    """
+
+    def __init__(self, label: str, total: int, written: Callable[[int], str] = "{:,}".format, *, said: bool) -> None:
+        self._label, self._total, self._written = label, total, written
+        self._said: tuple[float, int] | None = (monotonic(), 0) if said else None
+        self._wait = _SOON
+
+    def show(self, done: int) -> None:
+        """Print a line where it is time."""
+        now, total = monotonic(), self._written(self._total)
+        if self._said is None:
+            self._said = now, done
+            if done < self._total:  # how long steps take is not known before some are done
+                say(f"{self._label}: {self._written(done)} of {total}; how long it takes shows in a moment")
+            else:
+                say(f"{self._label}: {self._written(done)} of {total}")
+            return
+        before, earlier = self._said
+        if now < before + self._wait:
+            return
+        self._said, self._wait = (now, done), _EVERY
+        left = (
+            "" if done <= earlier else f", {_duration((now - before) / (done - earlier) * (self._total - done))} left"
+        )
+        say(f"{self._label}: {self._written(done)} of {total}{left}")
+
+
+def _duration(seconds: float) -> str:
+    """A time that was estimated, in words."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds / 10)) * 10} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 class ProgressBars:
     """One bar per stage, or a line now and then where standard error is not a terminal; a `Progress`."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
         self._in_lines = not quiet and not sys.stderr.isatty()
         self._bar = _bar("", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), quiet=quiet or self._in_lines)
         self._tasks: dict[str, TaskID] = {}
-        self._said: dict[str, float] = {}
+        self._lines: dict[str, _Lines] = {}
 
     def __enter__(self) -> ProgressBars:
         self._bar.start()
@@ -84,12 +131,30 @@ class ProgressBars:
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Show how far a stage is."""
-        if self._in_lines and monotonic() >= self._said.get(stage, -_EVERY) + _EVERY:
-            self._said[stage] = monotonic()
-            say(f"{stage}: {done:,} of {total:,}")
+        if self._in_lines:
+            if stage not in self._lines:
+                self._lines[stage] = _Lines(stage, total, said=False)
+            self._lines[stage].show(done)
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
         self._bar.update(self._tasks[stage], completed=done, total=total)
+
+    def through(self, stage: str, steps: Iterable[T], total: int) -> Iterator[T]:
+        """The steps, shown as they are taken."""
+        self(stage, 0, total)
+        for done, step in enumerate(steps, 1):
+            yield step
+            self(stage, min(done, total), total)
+
+
+@contextmanager
+def interruptible(kept: str = "the same command goes on where it stopped") -> Iterator[None]:
+    """Say after Ctrl-C or SIGTERM what is not lost, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print_line(f"note: {kept}.", err=True)
+        raise
 
 
 def _bar(prefix: str, *columns: ProgressColumn, quiet: bool = False) -> Bar:

@@ -188,7 +188,7 @@ def _run_all(options: argparse.Namespace, folder: str) -> int:
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(options.jobs, context, initializer=prepare, initargs=(folder,)) as pool,
-        ProgressBars(quiet=not sys.stderr.isatty()) as bars,
+        ProgressBars() as bars,
     ):
         for finished in as_completed([pool.submit(run_chunk, *job) for job in jobs]):
             outcome = finished.result()

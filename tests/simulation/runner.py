@@ -169,7 +169,7 @@ def _run_all(options: argparse.Namespace) -> int:
     with (
         _memory() as folder,
         _pool(options.jobs, folder) as pool,
-        ProgressBars(quiet=not sys.stderr.isatty()) as bars,
+        ProgressBars() as bars,
     ):
         for finished in as_completed([pool.submit(run_chunk, *job) for job in jobs]):
             world, count, found = finished.result()

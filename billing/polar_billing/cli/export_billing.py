@@ -16,11 +16,14 @@ import typer
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
 from polar_sdk.show.lines import print_line
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_billing.exports.stripe import MeterEvents
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import Selection
+    from polar_billing.ledger.records import Selection, StoredUsage
     from polar_billing.statements.period import StatementOfPeriod
     from polar_billing.values.periods import Period
 
@@ -97,8 +100,16 @@ def export_billing(
 
     energy = read_energy(flops_per_joule, energy_source, None, grid_intensity, grid_source)
     period = opt.period_of(month, since, until, zone or "UTC")
-    with opt.open_ledger(ledger) as store:
+    with (
+        opt.open_ledger(ledger) as store,
+        interruptible("no file was written; start again"),
+        ProgressBars() as show,
+    ):
         selection = opt.selection_of(tenant, period, None, None, [])
+
+        def usage() -> Iterator[StoredUsage]:
+            return show.through("requests", store.read(selection), store.count(selection))
+
         match format_:
             case Format.FOCUS | Format.FOCUS_PARQUET:
                 statements = _statements(store, tenant, (month, since, until, zone), book)
@@ -106,13 +117,13 @@ def export_billing(
             case Format.CLOUDEVENTS:
                 from polar_billing.exports.cloud_events import batch_text
 
-                opt.write_pieces(out, batch_text(store.read(selection), store.price_books, energy))
+                opt.write_pieces(out, batch_text(usage(), store.price_books, energy))
             case Format.STRIPE:
-                _write_meter_events(store, selection, customers, out)
+                _write_meter_events(store, selection, customers, out, show)
             case Format.USAGE_PARQUET:
                 from polar_billing.exports.parquet import write_usage
 
-                _say_written(out, write_usage(out, store.read(selection), store.price_books, energy))
+                _say_written(out, write_usage(out, usage(), store.price_books, energy))
             case Format.REPORT_PARQUET:
                 from polar_billing.exports.parquet import write_report
                 from polar_billing.reports.report import build_report
@@ -148,14 +159,17 @@ def _write_focus(statements: list[StatementOfPeriod], provider: str, out: Path, 
     _say_written(out, write_focus(out, rows))
 
 
-def _write_meter_events(store: Ledger, selection: Selection, customers: Path | None, out: Path) -> None:
+def _write_meter_events(
+    store: Ledger, selection: Selection, customers: Path | None, out: Path, show: ProgressBars
+) -> None:
     from polar_billing.exports.stripe import MeterEvents, charging_books, check_whole, read_customers, whole_months
     from polar_billing.ledger.records import Selection
 
     months = whole_months(selection.period)
     check_whole(store, selection.tenant, months)
     events = MeterEvents(charging_books(store), read_customers(customers), selection.period)
-    usage = store.read(Selection(selection.tenant, months), as_stored=True)
+    chosen = Selection(selection.tenant, months)
+    usage = show.through("requests", store.read(chosen, as_stored=True), store.count(chosen))
     opt.write_pieces(out, (f"{json.dumps(event)}\n" for event in events.of(usage)))
     _say_leftovers(events)
 

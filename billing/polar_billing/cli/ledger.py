@@ -14,6 +14,7 @@ from polar_billing.cli import options as opt
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
 from polar_sdk.reading import Unreadable, parse_object, read_bytes
 from polar_sdk.show.lines import print_json, print_line
+from polar_sdk.show.progress import ProgressBars, interruptible
 
 _MAX_RECEIPT = 2**20
 """Unit: bytes."""
@@ -53,7 +54,8 @@ def verify(
             but = f", but {fields} cannot be checked: the facts of the request were pruned" if fields else ""
             print_line(f"{agrees}{but}.")
             return
-        verified = verify_in(connection, tenant)
+        with interruptible("nothing was found so far, and nothing was changed; start again"), ProgressBars() as show:
+            verified = verify_in(connection, tenant, show)
     heads = sorted(verified.heads.items())
     if as_json:
         print_json(
@@ -119,7 +121,10 @@ def prune(
     assert until is not None  # it was given
     if not yes:
         typer.confirm(f"Delete the facts of every request served before {until.isoformat()}?", abort=True)
-    with opt.existing_ledger(ledger) as store:
+    with (
+        opt.existing_ledger(ledger) as store,
+        interruptible("what was said to be pruned is; go on by the same command"),
+    ):
         with store.snapshot() as connection:
             tenants = tenants_before(connection, until) if tenant is None else [tenant]
         for name in tenants:
@@ -134,7 +139,7 @@ def migrate(ledger: opt.Ledger = None) -> None:
     """Migrate a ledger of an earlier polar-llm version to this one's schema, in one transaction; back it up first."""
     from polar_billing.ledger.migrate import migrate as migrate_ledger
 
-    with opt.open_ledger(ledger, recover=False) as store:
+    with opt.open_ledger(ledger, recover=False) as store, interruptible("the ledger is as it was; start again"):
         before, after = migrate_ledger(store)
         if before == after:
             print_line(f"The ledger {store.location} already has schema version {after}.")

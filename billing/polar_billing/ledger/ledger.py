@@ -224,6 +224,16 @@ class Ledger:
         with self._database.reading() as connection:
             yield connection
 
+    def count(self, selection: Selection) -> int:
+        """Number of the records that `read` gives, whatever their tags."""
+        drain(self.identity)
+        if not self._has_tables():
+            return 0
+        period, usage = selection.period, usage_table.c
+        chosen = conditions(selection, usage, usage.started_at, period.since, period.until)
+        with self.snapshot() as connection:
+            return int(connection.execute(select(func.count()).select_from(usage_table).where(*chosen)).scalar_one())
+
     def read(
         self, selection: Selection, *, newest: int | None = None, as_stored: bool = False
     ) -> Iterator[StoredUsage]:

@@ -11,7 +11,7 @@ from polar_billing.ledger.chain import Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.schema import CHAINED, link_table, pruned_table, subject_of, usage_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from sqlalchemy import Connection
 
@@ -43,11 +43,18 @@ class Finding:
 class ChainCheck:
     """A check of the chain of one tenant, whose cells are checked already (`proof.column_types`).
 
-    Without `rows`, the row of each link is not looked at.
+    Without `rows`, the row of each link is not looked at. `on_links` hears now and then how many links were walked.
     """
 
-    def __init__(self, connection: Connection, tenant: str, *, rows: bool = True) -> None:
-        self.connection, self.tenant = connection, tenant
+    def __init__(
+        self,
+        connection: Connection,
+        tenant: str,
+        on_links: Callable[[int], None] = lambda _: None,
+        *,
+        rows: bool = True,
+    ) -> None:
+        self.connection, self.tenant, self._on_links = connection, tenant, on_links
         self._chained: Mapping[str, Chained] = CHAINED if rows else {}
         self.links = 0
         """Links that are as they were written."""
@@ -68,6 +75,7 @@ class ChainCheck:
                 last = Head(link.number, link.hash)
                 self.links += 1
             rows.clear()  # before the next are read
+            self._on_links(self.links)
         if last.number < head.number:
             what = f"is missing; the head says the chain ends with number {head.number}."
             return Finding(self.tenant, last.number + 1, what)

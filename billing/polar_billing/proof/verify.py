@@ -54,11 +54,14 @@ from polar_billing.proof.column_types import well_typed
 from polar_billing.statements.issued import read_statements
 from polar_billing.statements.tracing import recheck_in
 from polar_sdk.errors import PolarError
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
 
 _ROWS_BATCH: Final = 1_000
+_LINKS: Final = "links of chains"
+_SUMS: Final = "what follows from them"
 MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, PolarError, DataError)
 """Errors raised by stored values of the declared type that were changed into something they cannot mean."""
 
@@ -94,8 +97,8 @@ def verify_ledger(ledger: Ledger, tenant: str | None = None) -> Verification:
         return verify_in(connection, tenant)
 
 
-def verify_in(connection: Connection, tenant: str | None = None) -> Verification:
-    """As `verify_ledger`, in a transaction that sees one state of the ledger."""
+def verify_in(connection: Connection, tenant: str | None = None, on_progress: Progress = silent) -> Verification:
+    """As `verify_ledger`, in a transaction that sees one state of the ledger; says how far it is, link by link."""
     verification = Verification()
     with well_typed(connection) as wrong:
         of_all = tenant is None
@@ -103,13 +106,17 @@ def verify_in(connection: Connection, tenant: str | None = None) -> Verification
         verification.findings += [Finding(cell.tenant, None, cell.what) for cell in cells]
         heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
         tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
-        for name in sorted(tenants) if tenant is None else [tenant]:
-            chain = ChainCheck(connection, name)
+        names = sorted(tenants) if tenant is None else [tenant]
+        total = sum(heads[name].number for name in names if name in heads)
+        for name in names:
+            before = verification.links
+            chain = ChainCheck(connection, name, lambda done, before=before: on_progress(_LINKS, before + done, total))
             fault = chain.first_fault(heads.get(name, Head()))
             verification.findings += [] if fault is None else [fault]
             verification.links += chain.links
             verification.heads[name] = heads.get(name, Head())
-        for what, check in _CHECKS.items() if of_all else ():
+        for place, (what, check) in enumerate(_CHECKS.items() if of_all else ()):
+            on_progress(_SUMS, place, len(_CHECKS))
             verification.findings += _carried_out(connection, what, check)
     return verification
 
