@@ -61,7 +61,15 @@ test: model ## Run every test, the real model included
 test-quick: $(STAMP) ## Run the tests that need no model: what to run per edit; AREA=tests/billing restricts them
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m "not model and not long" $(AREA)
 
-test-long: model ## Run the long tests: tampering in full, crash loops, Ray, fuzz, simulations, kernels on an emulated Arm
+# Clients of the server that want versions of their own of what we use.
+.clients/.installed: pyproject.toml
+	$(find_python)
+	$(PYTHON) -m venv .clients
+	.clients/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.clients/bin/python -m pip install --quiet --group clients
+	@touch $@
+
+test-long: model .clients/.installed ## Run the long tests: tampering in full, crash loops, Ray, fuzz, simulations, kernels on an emulated Arm
 	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null || echo "note: apt install g++-aarch64-linux-gnu qemu-user, or the kernels are not tested on Arm"
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m long
 
@@ -192,4 +200,4 @@ router: model ## Heal, search, train, certify and evaluate the shipped router; P
 	$(BIN)/python -m benchmarks.train_router
 
 clean: ## Remove .venv, caches and the built site
-	rm -rf $(VENV) .focus .vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site
+	rm -rf $(VENV) .focus .vllm .clients .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site

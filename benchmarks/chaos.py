@@ -248,7 +248,11 @@ class Load:
         if not up:
             time.sleep(0.1)
             return False
-        headers = {"authorization": f"Bearer {self.keys[tenant]}", **({"idempotency-key": key} if key else {})}
+        headers = {
+            "content-type": "application/json",
+            "authorization": f"Bearer {self.keys[tenant]}",
+            **({"idempotency-key": key} if key else {}),
+        }
         connection = http.client.HTTPConnection("127.0.0.1", self.servers.ports[chance.choice(up)], timeout=120)
         try:
             connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)

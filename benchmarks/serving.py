@@ -131,12 +131,16 @@ def is_stream_equal(running: Running, chance: random.Random) -> bool:
     return found == wanted and same_usage and events[-1]["polar"]["flops"] == whole["polar"]["flops"]
 
 
+def _head(content: bytes) -> bytes:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode()
+
+
 def is_cancel_exact(running: Running, sink: ListSink, chance: random.Random, letter: int) -> bool:
     stream, before = chance.random() < 0.5, len(sink.records)
     content = json.dumps(body_of(stream=stream, max_tokens=400, logit_bias={str(letter): 100})).encode()
     with socket.create_connection(("127.0.0.1", running.port), timeout=60) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
-        connection.sendall(head.encode() + content)
+        connection.sendall(_head(content) + content)
         time.sleep(chance.random() * 0.2)
     deadline = time.monotonic() + 60
     while len(sink.records) == before:
@@ -245,8 +249,7 @@ def paused_reader(running: Running, letter: int) -> socket.socket:
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     reader.connect(("127.0.0.1", running.port))
     content = json.dumps(body_of(stream=True, max_tokens=400, logit_bias={str(letter): 100})).encode()
-    reader.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode())
-    reader.sendall(content)
+    reader.sendall(_head(content) + content)
     return reader
 
 

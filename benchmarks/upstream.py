@@ -130,7 +130,8 @@ def _is_cut_exact(front: Running, tier: _Tier, prompt: str, events: int) -> bool
     """Read some events of a stream and leave; whether it has one record, right to the FLOP."""
     before = len(tier.sink.records)
     connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps({**_body(prompt), "stream": True, "max_tokens": 400}))
+    body = json.dumps({**_body(prompt), "stream": True, "max_tokens": 400})
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
     answer = connection.getresponse()
     for _ in range(2 * events):  # each is a line and an empty one
         answer.readline()

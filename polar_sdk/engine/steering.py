@@ -56,7 +56,8 @@ class Steering:
             counts = torch.zeros_like(logits).index_add_(0, sampled, torch.ones_like(sampled, dtype=logits.dtype))
             logits -= self.frequency * counts + self.presence * (counts > 0)
         for token, bias in self.bias.items():
-            logits[token] += bias
+            if token < len(logits):
+                logits[token] += bias
         if self.forbidden:
             logits[list(self.forbidden)] = -torch.inf
         return logits

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from polar_sdk import UsageRecord
     from polar_server.server import Server
 
+JSON = {"content-type": "application/json"}
+"""The header of every body."""
 WAIT_S = 20.0
 """Longer than anything here takes, on a machine that others use as well."""
 
@@ -111,7 +113,7 @@ class Served:
         """Status, headers and JSON (or text) of one call."""
         connection = self.connect()
         content = body if isinstance(body, (bytes, str)) or body is None else json.dumps(body)
-        connection.request(method, path, content, {"content-type": "application/json", **(headers or {})})
+        connection.request(method, path, content, {**JSON, **(headers or {})})
         answer = connection.getresponse()
         text = answer.read().decode()
         found = {name.lower(): value for name, value in answer.getheaders()}

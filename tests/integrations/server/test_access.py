@@ -27,7 +27,7 @@ from polar_billing.testing import usage_record
 from polar_server import Settings, build
 from polar_server.access import keys as access
 from polar_server.access.stores import MemoryReplies, find_access
-from tests.integrations.server.conftest import WAIT_S, RecordingSink, bearer, chat_body
+from tests.integrations.server.conftest import JSON, WAIT_S, RecordingSink, bearer, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def replies(request: pytest.FixtureRequest) -> ReplyStore:
 
 def post(served: Served, key: str, body: dict[str, Any]) -> tuple[int, bytes, dict[str, str]]:
     connection = served.connect()
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"idempotency-key": key})
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {**JSON, "idempotency-key": key})
     answer = connection.getresponse()
     content = answer.read()
     connection.close()

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from polar_sdk.errors import BudgetExceededError, SinkError
 from polar_sdk.reading import parse_object
-from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
+from tests.integrations.server.conftest import JSON, WAIT_S, RecordingSink, chat_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -259,7 +259,7 @@ def test_headers_and_bodies_that_do_not_end_hold_no_connection(
     monkeypatch.setattr("polar_server.deployment.uvicorn_server.HEADERS_S", 0.3)
     monkeypatch.setattr("polar_server.http.exchange.BODY_S", 0.3)
     served = serve()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     for sent, status in ((b"", b""), (head, b""), (head + b"content-length: 9\r\n\r\n{", b"408")):
         with socket.create_connection(("127.0.0.1", served.port), timeout=WAIT_S) as connection:
             if sent:  # after another request
@@ -282,13 +282,14 @@ def test_headers_and_bodies_that_do_not_end_hold_no_connection(
 def test_a_chunked_body_is_counted_as_it_comes(serve: Callable[..., Served]) -> None:
     served = serve(max_body=65_536)
     connection = served.connect()
-    connection.request("POST", "/v1/chat/completions", iter([b" " * 40_000] * 3), encode_chunked=True)
+    connection.request("POST", "/v1/chat/completions", iter([b" " * 40_000] * 3), JSON, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
 
 
 def test_two_lengths_of_a_body_end_the_connection(refusing: Served) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
     with socket.create_connection(("127.0.0.1", refusing.port), timeout=WAIT_S) as connection:
         connection.sendall(head + b"0\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         answer = b""

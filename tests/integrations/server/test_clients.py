@@ -142,3 +142,36 @@ def test_the_command_llm_asks(served: Served, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert b"4 input, 6 output" in done.stderr
+
+
+def test_the_calls_of_open_webui(served: Served, sink: RecordingSink) -> None:
+    """As its backend makes them: the list of models, a streamed chat with its usage, and a title in the background."""
+    headers = {
+        "authorization": "Bearer none",
+        "x-openwebui-user-name": "Ann",
+        "x-openwebui-user-id": "1",
+        "x-openwebui-user-email": "ann@example.com",
+        "x-openwebui-user-role": "user",
+        "x-openwebui-chat-id": "c1",
+    }
+    status, _, listed = served.call("GET", "/v1/models", headers=headers)
+    assert (status, listed["data"][0]["id"]) == (200, "tiny")
+    told = [{"role": "system", "content": "Help."}, *MESSAGES]
+    chat = {"model": "tiny", "messages": told, "stream": True, "stream_options": {"include_usage": True}}
+    settings = {
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.0,
+        "seed": 1,
+        "max_tokens": 6,
+        "stop": ["END"],
+    }
+    status, _, text = served.call("POST", "/v1/chat/completions", {**chat, **settings}, headers)
+    *pieces, last, done = text.strip().split("\n\n")
+    assert (status, done) == (200, "data: [DONE]")
+    assert len(pieces) > 2
+    assert '"completion_tokens":6' in last
+    title = {"model": "tiny", "messages": MESSAGES, "stream": False, "max_completion_tokens": 10}
+    status, _, answer = served.call("POST", "/v1/chat/completions", title, headers)
+    assert (status, answer["usage"]["completion_tokens"], len(sink.records)) == (200, 10, 2)

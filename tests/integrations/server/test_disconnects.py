@@ -16,7 +16,7 @@ import pytest
 from polar_sdk import Program
 from polar_sdk.testing import tiny_model
 from polar_server.answers import Answer
-from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
+from tests.integrations.server.conftest import JSON, WAIT_S, RecordingSink, chat_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def endless(served: Served, **fields: Any) -> dict[str, Any]:
 def send_request(served: Served, body: dict[str, Any], headers: dict[str, str] | None = None) -> socket.socket:
     """Send a call, and read nothing."""
     content = json.dumps(body).encode()
-    lines = {"host": "test", "content-length": str(len(content)), **(headers or {})}
+    lines = {**JSON, "host": "test", "content-length": str(len(content)), **(headers or {})}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=WAIT_S)
     connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + content)

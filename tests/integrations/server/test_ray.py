@@ -22,6 +22,7 @@ from polar_sdk import PolarModel
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 from polar_server.deployment.launch import Launch
+from tests.integrations.server.conftest import JSON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -132,7 +133,7 @@ class Cluster:
 
     def call(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers or {})
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {**JSON, **(headers or {})})
         answer = connection.getresponse()
         text = answer.read()
         connection.close()
@@ -202,7 +203,8 @@ def test_a_client_that_leaves_is_billed_what_ran(cluster: Cluster, ledger_of_clu
     before = len(records(ledger_of_cluster, 0))
     content = json.dumps(body(stream=True, max_tokens=1_500, logit_bias={"65": 100})).encode()
     with socket.create_connection(("127.0.0.1", cluster.port), timeout=WAIT_S) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content)
         received = b""
         while received.count(b"data: ") < 3:
@@ -261,7 +263,7 @@ def read_long(cluster: Cluster, number: int, begun: threading.Semaphore) -> byte
     """All of a long stream; `begun` is released when its first event is there."""
     content = json.dumps(body(stream=True, max_tokens=1_500, logit_bias={"65": 100}))
     connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=WAIT_S)
-    connection.request("POST", "/v1/chat/completions", content, {"x-session-id": f"long-{number}"})
+    connection.request("POST", "/v1/chat/completions", content, {**JSON, "x-session-id": f"long-{number}"})
     answer = connection.getresponse()
     text = answer.readline()
     begun.release()

@@ -25,6 +25,7 @@ from polar_sdk.errors import InvalidRequestError, PolarError
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 from polar_server import cli
 from polar_server.deployment.launch import Launch
+from tests.integrations.server.conftest import JSON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +70,7 @@ def url_of(process: subprocess.Popen[str]) -> str:
 
 def ask(url: str, headers: dict[str, str] | None = None) -> Any:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers or {})
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), {**JSON, **(headers or {})})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.integrations.server.conftest import RecordingSink, chat_body
+from tests.integrations.server.conftest import JSON, RecordingSink, chat_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,7 +177,7 @@ def test_a_stream_that_waits_sends_comments(serve: Callable[..., Served], sink: 
     served = serve(keep_alive=0.01)
     sink.gate.clear()
     connection = served.connect()
-    connection.request("POST", "/v1/chat/completions", json.dumps(chat_body(stream=True)))
+    connection.request("POST", "/v1/chat/completions", json.dumps(chat_body(stream=True)), JSON)
     answer = connection.getresponse()
     assert answer.readline() == b": keep-alive\n"
     sink.gate.set()

@@ -511,6 +511,36 @@ class TestFunctionCalling:
         (choice,) = chat(client, **asked, max_completion_tokens=100).choices
         assert (choice.finish_reason, len(choice.message.tool_calls)) == ("tool_calls", 1)
 
+    @pytest.mark.parametrize("defs", ["Place", [PLACE], 5])
+    def test_non_object_defs_is_a_client_error(self, client: openai.OpenAI, defs: Any) -> None:
+        parameters = {"type": "object", "properties": {"at": {"$ref": "#/$defs/Place"}}, "$defs": defs}
+        tools = [{"type": "function", "function": {"name": "go", "parameters": parameters}}]
+        assert refused(chat, client, tools=tools, tool_choice="required").param == "tools"
+
+    def test_well_formed_defs_still_hoisted(self, client: openai.OpenAI) -> None:
+        """And test_absent_defs_still_works; two tools may have definitions of the same name."""
+        parameters: dict[str, Any] = {
+            **{"type": "object", "properties": {"at": {"$ref": "#/$defs/Place"}}, "required": ["at"]},
+            **{"$defs": {"Place": PLACE}, "additionalProperties": False},
+        }
+        tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("go", "come")]
+        (choice,) = chat(
+            client, tools=[*tools, WEATHER], tool_choice=tools_named("go"), max_completion_tokens=120
+        ).choices
+        jsonschema.validate(json.loads(choice.message.tool_calls[0].function.arguments), parameters)
+
+    @pytest.mark.parametrize("function", [{"name": "now"}, {"name": "now", "parameters": {}}])
+    def test_chat_empty_params_constrains_object(self, client: openai.OpenAI, function: dict[str, Any]) -> None:
+        """And test_structured_outputs_json_without_parameters."""
+        tools = [{"type": "function", "function": function}]
+        (choice,) = chat(client, tools=tools, tool_choice=tools_named("now"), max_completion_tokens=120).choices
+        assert isinstance(json.loads(choice.message.tool_calls[0].function.arguments), dict)
+
+    def test_get_json_schema_rejects_only_non_function_tools(self, client: openai.OpenAI) -> None:
+        """Tools of a server's own are refused by name, also beside functions."""
+        for tools in ([{"type": "web_search"}], [WEATHER, {"type": "custom", "custom": {"name": "x"}}]):
+            assert refused(chat, client, tools=tools).param == f"tools[{len(tools) - 1}].type"
+
     def test_chat_completion_request_with_no_tools(self, server: Served) -> None:
         """An empty list is no tools, where vLLM refuses it."""
         plain = server.chat()["choices"]
@@ -541,6 +571,11 @@ class TestFunctionCalling:
     def test_multiple_structured_outputs_rejected(self, client: openai.OpenAI) -> None:
         several = {"structured_outputs": {"json": {"type": "object"}, "regex": "a"}}
         assert refused(chat, client, extra_body=several).param == "regex"
+
+
+def tools_named(name: str) -> dict[str, Any]:
+    """A choice of one function."""
+    return {"type": "function", "function": {"name": name}}
 
 
 def streamed_calls(stream: Any) -> tuple[list[str], list[str], list[str]]:
