@@ -76,7 +76,7 @@ class _Lines:
         label: The stage.
         total: Steps.
         written: A number of steps, as text.
-        said: Whether the first line was printed.
+        said: Whether the first line was printed, or is not to be.
     """
 
     def __init__(self, label: str, total: int, written: Callable[[int], str] = "{:,}".format, *, said: bool) -> None:
@@ -112,11 +112,17 @@ def _duration(seconds: float) -> str:
 
 
 class ProgressBars:
-    """One bar per stage, or a line now and then where standard error is not a terminal; a `Progress`."""
+    """One bar per stage, or a line now and then where standard error is not a terminal; a `Progress`.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    Args:
+        quiet: Show nothing.
+        at_once: Whether a stage has a line when it begins; else once it has lasted for some seconds.
+    """
+
+    def __init__(self, *, quiet: bool = False, at_once: bool = True) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+        self._at_once = at_once
         self._in_lines = not quiet and not sys.stderr.isatty()
         self._bar = _bar("", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), quiet=quiet or self._in_lines)
         self._tasks: dict[str, TaskID] = {}
@@ -133,7 +139,7 @@ class ProgressBars:
         """Show how far a stage is."""
         if self._in_lines:
             if stage not in self._lines:
-                self._lines[stage] = _Lines(stage, total, said=False)
+                self._lines[stage] = _Lines(stage, total, said=not self._at_once)
             self._lines[stage].show(done)
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)

@@ -242,6 +242,13 @@ class TestPages:
         assert promised == {name: f"{100 * promise['alpha']:g}" for name, promise in certificate["tiers"].items()}
         assert f"at δ = {certificate['delta']:g}" in page
 
+    def test_the_classes_of_peer_suites_exist(self) -> None:
+        page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+        suites = (ROOT / "tests/integrations/server" / f"test_{name}_suite.py" for name in ("vllm", "llama_cpp"))
+        for part, suite in zip(page.split("\n## ")[1:], suites, strict=True):
+            classes = set(re.findall(r"^class (Test\w+)", suite.read_text(encoding="utf-8"), re.MULTILINE))
+            assert set(re.findall(r"`(Test\w+)`", part)) == classes
+
     @pytest.mark.parametrize("name", ["generate_cli", "generate_options", "generate_proof"])
     def test_generated_pages_are_as_generated(self, name: str) -> None:
         module = generator(name)

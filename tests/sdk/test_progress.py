@@ -58,6 +58,12 @@ def test_each_stage_has_lines_and_quiet_ones_have_none(clock: Clock, capsys: pyt
         assert list(show.through("rows", "abc", 3)) == ["a", "b", "c"]
         show("links", 0, 10)
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["rows:", "links:"]
+    with ProgressBars(at_once=False) as show:
+        for now in range(7):  # what is done in seconds says nothing
+            clock.now = now
+            show("links", now, 100)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "5 of 100, about 2 min left" in line
     with ProgressBars(quiet=True) as show:
         show("links", 0, 10)
     assert capsys.readouterr().err == ""

@@ -103,7 +103,7 @@ def export_billing(
     with (
         opt.open_ledger(ledger) as store,
         interruptible("no file was written; start again"),
-        ProgressBars() as show,
+        ProgressBars(at_once=False) as show,
     ):
         selection = opt.selection_of(tenant, period, None, None, [])
 

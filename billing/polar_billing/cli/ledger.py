@@ -54,7 +54,10 @@ def verify(
             but = f", but {fields} cannot be checked: the facts of the request were pruned" if fields else ""
             print_line(f"{agrees}{but}.")
             return
-        with interruptible("nothing was found so far, and nothing was changed; start again"), ProgressBars() as show:
+        with (
+            interruptible("nothing was found so far, and nothing was changed; start again"),
+            ProgressBars(at_once=False) as show,
+        ):
             verified = verify_in(connection, tenant, show)
     heads = sorted(verified.heads.items())
     if as_json:

@@ -458,9 +458,10 @@ class TestEmbedding:
 
     @pytest.mark.parametrize("given", ["string", [12, 34, 56]])
     def test_embedding_mixed_input(self, embedding: Served, given: Any) -> None:
-        """A text or ids; texts and ids in one list are refused, as OpenAI's API has none."""
+        """A text or ids, or both in one list; no ids and texts within one prompt."""
         assert len(self._ask(embedding, given)[1]["data"]) == 1
-        assert self._ask(embedding, ["string", [12, 34]])[0] == 400
+        assert len(self._ask(embedding, ["string", [12, 34]])[1]["data"]) == 2
+        assert self._ask(embedding, [12, 34, "string"])[0] == 400
 
     @pytest.mark.parametrize("given", [[], {"content": "string"}, {"content": [{"type": "unknown"}]}, None])
     def test_embedding_invalid_input(self, embedding: Served, given: Any) -> None:

@@ -1365,7 +1365,7 @@ class TestEmbeddings:
         assert isinstance(self._ask(embedding, encoding_format="base64").data[0].embedding, str)
 
     def test_negative_token_ids(self, embedding: openai.OpenAI) -> None:
-        assert refused(self._ask, embedding, input=[-1]).param == "input"
+        assert refused(self._ask, embedding, input=[-1]).param == "input[0]"
 
     def test_matryoshka(self, embedding: openai.OpenAI) -> None:
         """Cut, and of length 1 again, whatever the model: the caller says that it may be cut."""
