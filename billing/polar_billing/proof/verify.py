@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -110,7 +111,7 @@ def verify_in(connection: Connection, tenant: str | None = None, on_progress: Pr
         total = sum(heads[name].number for name in names if name in heads)
         for name in names:
             before = verification.links
-            chain = ChainCheck(connection, name, lambda done, before=before: on_progress(_LINKS, before + done, total))
+            chain = ChainCheck(connection, name, partial(_walked, on_progress, before, total))
             fault = chain.first_fault(heads.get(name, Head()))
             verification.findings += [] if fault is None else [fault]
             verification.links += chain.links
@@ -119,6 +120,10 @@ def verify_in(connection: Connection, tenant: str | None = None, on_progress: Pr
             on_progress(_SUMS, place, len(_CHECKS))
             verification.findings += _carried_out(connection, what, check)
     return verification
+
+
+def _walked(on_progress: Progress, before: int, total: int, links: int) -> None:
+    on_progress(_LINKS, before + links, total)
 
 
 def _carried_out(connection: Connection, what: str, check: Check) -> list[Finding]:

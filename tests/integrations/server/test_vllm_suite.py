@@ -165,7 +165,8 @@ class TestChat:
             assert refused(chat, client, **extra).param == "prompt_logprobs"
         else:
             found = getattr(chat(client, **extra), "prompt_logprobs", None)
-            assert found is None if count is None else len(found) > 0
+            assert (found is None) == (count is None)
+            assert found is None or len(found) > 0
 
     def test_more_than_one_prompt_logprobs_chat(self, client: openai.OpenAI) -> None:
         for count in (1, 2):
@@ -544,13 +545,15 @@ class TestFunctionCalling:
     def test_chat_completion_request_with_no_tools(self, server: Served) -> None:
         """An empty list is no tools, where vLLM refuses it."""
         plain = server.chat()["choices"]
-        for tools in (None, []):
+        nothing: tuple[Any, ...] = (None, [])
+        for tools in nothing:
             assert server.chat(tools=tools)["choices"] == plain
 
     def test_chat_completion_request_with_tool_choice_but_no_tools(self, server: Served) -> None:
         """`auto` says nothing without tools; vLLM refuses it in chats, and takes it in responses."""
         assert server.chat(tool_choice="auto")["choices"] == server.chat()["choices"]
-        for tools in (None, []):
+        nothing: tuple[Any, ...] = (None, [])
+        for tools in nothing:
             body = chat_body(tool_choice="required", tools=tools)
             assert server.call("POST", "/v1/chat/completions", body)[2]["error"]["param"] == "tool_choice"
 
@@ -696,7 +699,8 @@ class TestCompletion:
         else:
             for choice in completion(client, **asked).choices:
                 found = getattr(choice, "prompt_logprobs", None)
-                assert found is None if count is None else len(found) > 0
+                assert (found is None) == (count is None)
+                assert found is None or len(found) > 0
 
     def test_completion_streaming(self, client: openai.OpenAI) -> None:
         whole = completion(client, prompt="What is an LLM?").choices[0].text
