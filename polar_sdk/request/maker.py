@@ -152,7 +152,9 @@ class RequestMaker:
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers=tiers,
         )
-        route = self._route(router, tokens, scored=scored is not None)  # last, so that an invalid option costs nothing
+        writes = options.get("choice") is None
+        # Last, so that an invalid option costs nothing.
+        route = self._route(router, tokens, scored=scored is not None, writes=writes)
         return request(program=route.program, router_flops=route.flops, likeness=route.likeness)
 
     def make_batch(
@@ -230,7 +232,9 @@ class RequestMaker:
         speculate = check_speculate(or_default(asked, self.speculate))
         return speculate if speculate is not None or self.drafts_are_exact() else "off"
 
-    def _route(self, router: Router, tokens: tuple[int, ...], *, scored: bool) -> Route:
+    def _route(self, router: Router, tokens: tuple[int, ...], *, scored: bool, writes: bool) -> Route:
+        if writes and isinstance(router, AtTheta):
+            router = router.for_texts()
         if self.policy.margin and isinstance(router, AtTheta):
             router = router.within(self.policy.margin, _MARGIN_KEY)
         route = router.route(tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,6 +59,8 @@ class RouterFacts(BaseModel):
     """Tokens of an answer that costs are compared at, where they are those of the prompt's own length."""
     default_tier: str = "standard"
     """Tier of a request that names none, where the router is certified."""
+    bridges: Literal["all", "choices"] = "all"
+    """Requests that programs with bridges are for: `choices`, those that name the texts to choose among."""
     training: dict[str, Any] = Field(default_factory=dict)
     """The training record: data, seeds, settings, utilities."""
 
@@ -245,12 +247,17 @@ class LearnedRouter(Router):
         return self.serving(None).router.route(tokens)
 
     @torch.inference_mode()
-    def choose(self, tokens: Sequence[int], theta: float) -> Route:
-        """Choose for one prompt with the dial at θ."""
+    def choose(self, tokens: Sequence[int], theta: float, *, writes: bool = False) -> Route:
+        """Choose for one prompt with the dial at θ; `writes` as in `AtTheta`."""
         read = self._running.read(self.reader(tokens))
         likeness = Likeness(len(tokens), float(read.distance), int(read.centre))
-        program = self.decide(read.outputs, theta, len(tokens)) if theta else self.programs[0]
+        outputs = self.for_texts(read.outputs) if writes else read.outputs
+        program = self.decide(outputs, theta, len(tokens)) if theta else self.programs[0]
         return Route(program, self.network.flops, likeness)
+
+    def for_texts(self, outputs: Tensor) -> Tensor:
+        """Outputs (…, O) of prompts that are answered in text: no program runs that is for choices alone."""
+        return outputs
 
     @torch.inference_mode()
     def likeness(self, features: Tensor) -> list[Likeness]:
@@ -323,8 +330,10 @@ class Margin(NamedTuple):
 class AtTheta(Router):
     """A learned router with its dial set, for one request."""
 
-    def __init__(self, router: LearnedRouter, theta: float, margin: Margin | None = None) -> None:
-        self._router, self._theta, self._margin = router, theta, margin
+    def __init__(
+        self, router: LearnedRouter, theta: float, margin: Margin | None = None, *, writes: bool = False
+    ) -> None:
+        self._router, self._theta, self._margin, self._writes = router, theta, margin, writes
         self.version = router.version
 
     @property
@@ -340,9 +349,17 @@ class AtTheta(Router):
     def route(self, tokens: Sequence[int]) -> Route:
         """Choose the program for one prompt."""
         theta = self._theta if self._margin is None else self._margin.lowered(self._theta, tokens)
-        return self._router.choose(tokens, theta)
+        return self._router.choose(tokens, theta, writes=self._writes)
+
+    def for_texts(self) -> AtTheta:
+        """The same for a request that is answered in text, however much its prompt looks like a question with choices.
+
+        Bridges that were fitted to choices hardly keep a text: who makes a prompt look like choices must not get them.
+        """
+        return AtTheta(self._router, self._theta, self._margin, writes=True)
 
     def within(self, share: float, key: bytes) -> AtTheta:
         """The same with its dial lowered at random by at most that share."""
         certificate = self._router.certificate
-        return AtTheta(self._router, self._theta, Margin(share, key, certificate.thetas if certificate else (0.0,)))
+        margin = Margin(share, key, certificate.thetas if certificate else (0.0,))
+        return AtTheta(self._router, self._theta, margin, writes=self._writes)

@@ -127,6 +127,13 @@ class MenuRouter(LearnedRouter):
             self.programs, decoder.cost, self.facts.own_length, self.facts.answer_tokens, self.facts.par
         )
 
+    def for_texts(self, outputs: Tensor) -> Tensor:
+        """Outputs of prompts that are answered in text: no program runs that is for choices alone."""
+        if self.facts.bridges == "all":
+            return outputs
+        bridged = torch.tensor([bool(program.bridges) for program in self.programs[1:]], device=outputs.device)
+        return outputs.masked_fill(bridged, -torch.inf)
+
     def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
         """The cheapest program, at each prompt's length, whose quality is at least 1 − θ."""
         assert self._pricing is not None, "the router is not bound to a model"

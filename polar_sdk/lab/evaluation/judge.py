@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from polar_sdk.errors import DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
@@ -256,7 +258,9 @@ class Judge:
         return self._bench.outcomes(tasks, programs, labels=labels)
 
     def _outputs(self, tasks: Sequence[Task]) -> Tensor:
-        return self._router.outputs(self._features(tasks))
+        outputs = self._router.outputs(self._features(tasks))
+        writes = torch.tensor([not isinstance(task.item, ChoiceItem) for task in tasks])
+        return torch.where(writes.unsqueeze(1), self._router.for_texts(outputs), outputs)
 
     def _features(self, tasks: Sequence[Task]) -> Tensor:
         return self._router.reader.stack([task.question.prompt for task in tasks])

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.router.certificate import Promise
 
-DEFENCES: Final = ("unlikeness", "margin", "floors", "audits")
+DEFENCES: Final = ("unlikeness", "kinds", "margin", "floors", "audits")
 _LONGEST: Final = 400
 """Tokens of a prompt that is attacked."""
 _BATCH: Final = 24
@@ -224,6 +224,8 @@ class _Attempt:
     """Tier → program of the router with its limits."""
     drawn: Mapping[str, Program]
     """Tier → program of the router that was attacked, with θ lowered at random."""
+    of_kind: Mapping[str, Program]
+    """Tier → program of the router that was attacked, none of which is for choices alone."""
     kept: Mapping[Program, float]
 
     def lost(self, programs: Mapping[str, Program], tier: str, least: float = SAME_ANSWER) -> bool:
@@ -261,12 +263,14 @@ class _Siege:
     @property
     def defences(self) -> tuple[str, ...]:
         """Those that this model has."""
-        there = (self.router.network.familiar is not None, self.reads_prompts, bool(self.model.policy.floors), True)
+        familiar, floors = self.router.network.familiar is not None, bool(self.model.policy.floors)
+        bridged = self.router.facts.bridges == "choices" and any(program.bridges for program in self.router.programs)
+        there = (familiar, bridged and self.reads_prompts, self.reads_prompts, floors, True)
         return tuple(name for name, is_there in zip(DEFENCES, there, strict=True) if is_there)
 
     def hardest(self, prompts: Sequence[str], on_progress: Progress) -> tuple[list[str], dict[str, Interval]]:
         """The half of some prompts that keeps least under the cheapest program; how many of all each tier loses."""
-        programs = self._programs(prompts, guarded=True)
+        programs = self._programs(prompts, guarded=True, of_kind=True)
         cheapest = self._targets[0]
         kept = self._kept({p: {cheapest, *own.values()} for p, own in zip(prompts, programs, strict=True)}, on_progress)
         known = [(prompt, own) for prompt, own in zip(prompts, programs, strict=True) if prompt in kept]
@@ -294,9 +298,11 @@ class _Siege:
                 for method, text in self._versions(surface, seeds, others, place, tries)
             ]
             texts = list(dict.fromkeys(text for _, _, text in batch))
-            attacked, limited = self._programs(texts, guarded=guarded), self._programs(texts, guarded=True)
-            drawn = self._programs(texts, guarded=guarded, margin=True)
-            ways = dict(zip(texts, zip(attacked, limited, drawn, strict=True), strict=True))
+            attacked = self._programs(texts, guarded=guarded, of_kind=guarded)
+            limited = self._programs(texts, guarded=True, of_kind=False)
+            drawn = self._programs(texts, guarded=guarded, of_kind=guarded, margin=True)
+            of_kind = self._programs(texts, guarded=guarded, of_kind=True)
+            ways = dict(zip(texts, zip(attacked, limited, drawn, of_kind, strict=True), strict=True))
             kept = self._kept({text: {p for way in ways[text] for p in way.values()} for text in texts})
             best: dict[int, _Attempt] = {}
             for place, method, text in batch:
@@ -326,11 +332,14 @@ class _Siege:
         )
         return [(method, text.strip()) for text in islice(found, tries)]  # as an item has it
 
-    def _programs(self, prompts: Sequence[str], *, guarded: bool, margin: bool = False) -> list[dict[str, Program]]:
+    def _programs(
+        self, prompts: Sequence[str], *, guarded: bool, of_kind: bool, margin: bool = False
+    ) -> list[dict[str, Program]]:
         """Tier → program of each prompt."""
         rows = [self.model.prompt_tokens(prompt) for prompt in prompts]
         network = self.router.network if guarded else self.router.network.without_limits()
         outputs = network(self.router.reader.stack(rows).cpu())
+        outputs = self.router.for_texts(outputs) if of_kind else outputs
         found: list[dict[str, Program]] = []
         for row, output in zip(rows, outputs, strict=True):
             thetas = {tier: promise.theta for tier, promise in self.tiers.items()}
@@ -370,6 +379,7 @@ class _Siege:
         without = [each.lost(each.programs, name) for each in free]
         alone = {
             "unlikeness": [each.lost(each.guarded, name) for each in held],
+            "kinds": [each.lost(each.of_kind, name) for each in free],
             "margin": [each.lost(each.drawn, name) for each in free],
             "floors": self._above_floors(free, [each.programs for each in free], name, SAME_ANSWER),
             "audits": self._audited(without, name),

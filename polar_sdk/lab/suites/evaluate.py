@@ -21,7 +21,7 @@ from polar_sdk.lab.suites.suite import check_shots
 from polar_sdk.lab.training.outcomes import used
 from polar_sdk.programs.program import Program
 from polar_sdk.router.base import IdentityRouter, Router, StaticRouter, fixed_router
-from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.learned import AtTheta, LearnedRouter
 from polar_sdk.router.store import find_router
 from polar_sdk.show.progress import Progress, silent
 
@@ -200,7 +200,7 @@ def _all_tiers(model: PolarModel, served: Router | None) -> dict[str, Router]:
 def _requests(answers: Answers[Any], tiers: Mapping[str, Router]) -> dict[str, list[Request]]:
     """Every problem as every tier answers it."""
     prepared = answers.prepared
-    routes = {name: [router.route(each.tokens) for each in prepared] for name, router in tiers.items()}
+    routes = {name: [_as_asked(router, each).route(each.tokens) for each in prepared] for name, router in tiers.items()}
     found = answers.of((row, route.program) for own in routes.values() for row, route in enumerate(own))
     return {
         name: [
@@ -215,6 +215,11 @@ def _requests(answers: Answers[Any], tiers: Mapping[str, Router]) -> dict[str, l
         ]
         for name, own in routes.items()
     }
+
+
+def _as_asked(router: Router, prepared: Prepared[Any]) -> Router:
+    """The router as a request for such an answer gets it."""
+    return router.for_texts() if isinstance(router, AtTheta) and not prepared.choices else router
 
 
 def _hash(prepared: Sequence[Prepared[Any]]) -> str:

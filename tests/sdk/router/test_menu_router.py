@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.engine.maps import Fill
+from polar_sdk.engine.maps import Bridge, Fill
 from polar_sdk.errors import RouterError, RouterModelError
+from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.learned import AtTheta, RouterFacts
 from polar_sdk.router.menu import MenuRouter, Pricing, cheapest, menu_dial, needed_theta
 from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
 from polar_sdk.testing import tiny_model
+from polar_sdk.usage import ListSink
 from tests.sdk.fixed_router import fixed_router
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from polar_sdk.model import PolarModel
 
 TOKENS = (5, 80, 33, 7, 120)
 
@@ -53,6 +53,22 @@ def test_one_prompt_and_many_are_decided_alike(router: MenuRouter) -> None:
     outputs = torch.randn((40, 2), generator=torch.Generator().manual_seed(1))
     for theta in (0.0, 0.2, 0.5, 0.9):
         assert router.choose_all(outputs, theta) == [router.decide(row, theta) for row in outputs]
+
+
+def test_programs_for_choices_are_for_requests_with_choices() -> None:
+    """However much the prompt of another one looks like such a question: a bridge hardly keeps a text."""
+    menu = tuple(map(Program.parse, ("0-5", "0-1 [2-3] 4-5", "0-2 4-5")))
+    model = tiny_model()
+    hidden = model.decoder.family.hidden
+    model.decoder.set_bridges({(2, 3): Bridge((torch.eye(hidden),), torch.zeros(hidden), torch.zeros(hidden))})
+    router = fixed_router(model, menu, [0.99, 0.95], default_theta=0.5, bridges="choices")
+    engine = PolarModel(model.loaded, router=router, sink=ListSink())
+    assert engine.generate("which one?", choice=["yes", "no"]).usage.program == menu[1].text
+    assert engine.generate("which one? yes or no?", max_tokens=2).usage.program == menu[2].text
+    assert [record.usage.program for record in engine.generate_batch(["a", "b"], max_tokens=1)] == [menu[2].text] * 2
+    router = fixed_router(model, menu, [0.99, 0.95], default_theta=0.5)  # of bridges that were fitted to texts
+    engine = PolarModel(model.loaded, router=router, sink=ListSink())
+    assert engine.generate("which one? yes or no?", max_tokens=2).usage.program == menu[1].text
 
 
 def test_a_more_expensive_program_is_never_chosen(model: PolarModel) -> None:
