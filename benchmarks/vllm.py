@@ -9,7 +9,8 @@ shares of 1:
     filled_equal         tokens of filled answers that are those of our engine on the same folder, up to the first other
     prompt_gain_of_promise   what a prompt of 1,000 tokens gains by cut 20 of 30, over what its FLOPs promise
     decode_vs_stock      speed of a batch at full depth that mostly decodes, over vLLM without programs
-    schedules_equal      answers of random batches with few blocks, a prefix cache and second turns that are as alone
+    schedules_equal      random batches with few blocks, a prefix cache, second turns and answers that are cut, in which
+                         all tokens are as alone, and the worker counts what the formula needs
     cross_program_hits   cached tokens of a prompt that only another program had run (a number)
     billed_equal         records of the gateway with the FLOPs that our engine executes for as many tokens
     audit_closes         tokens by layers that were billed, over those that the workers executed for the first time
@@ -28,7 +29,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Final
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from polar_sdk import UsageRecord
+    from polar_sdk.programs.cost import Segment
 
 FILLS: Final = Path(__file__).parents[1] / "polar_sdk/shipped/routers/smollm2-135m-instruct/fills"
 LIGHT: Final = "0-22 (23-29:16)"
@@ -207,7 +209,7 @@ class Bench:
         pool += [{**one, "ids": [*one["ids"], *other["ids"][:40]]} for one, other in zip(pool, pool[7:], strict=False)]
         cold = [{"requests": [one], "cold": True} for one in pool]
         chosen = [draw.sample(range(len(pool)), draw.randint(4, 7)) for _ in range(count)]
-        mixed = [{"requests": [pool[each] for each in rows], "cold": draw.random() < 0.1} for rows in chosen]
+        mixed = [{"requests": [cut(pool[each], draw) for each in rows], "cold": draw.random() < 0.1} for rows in chosen]
         once = [{"requests": [{**pool[-1], "tokens": 1, "program": None}], "cold": True}]
         again = [
             {"requests": [{**pool[-1], "tokens": 1, "program": each}]} for each in (LIGHT, DEEP, LIGHT, DEEP, None)
@@ -222,13 +224,16 @@ class Bench:
         )
         alone = [one["answers"][0]["ids"] for one in found["rounds"][: len(pool)]]
         batches = found["rounds"][len(pool) : len(pool) + count]
+        counts = [one["counted"][0] for one in found["rounds"][len(pool) - 1 : len(pool) + count]]
         equal = [
-            all(answer["ids"] == alone[each] for answer, each in zip(batch["answers"], rows, strict=True))
-            for batch, rows in zip(batches, chosen, strict=True)
+            is_as_alone(asked, batch, [alone[each] for each in rows]) and closes(asked, batch, before, after)
+            for asked, batch, rows, (before, after) in zip(mixed, batches, chosen, pairwise(counts), strict=True)
         ]
         hits = [one["answers"][0]["cached"] for one in found["rounds"][len(pool) + count :]]
         cached = sum(answer["cached"] for batch in batches for answer in batch["answers"])
+        kinds = {kind: counts[-1][kind] - counts[0][kind] for kind in counts[0]}
         print(f"{found['preempted']} preempted, {cached} tokens cached; one prompt under full, light, deep, …: {hits}")
+        print(f"tokens by layers: {kinds}")
         return {"schedules_equal": fmean(equal), "cross_program_hits": float(sum(hits[:3]))}
 
     def bills(self) -> dict[str, float]:
@@ -260,10 +265,9 @@ class Bench:
             for same in [[one for one in own.records if alike(one, record)]]
         ]
         print(f"{sums}; {sum(record.tokens.cached for record in sink.records)} tokens cached")
-        first = sums["executed"] - sums["repeated"] - sums["unread"]
         return {
             "billed_equal": fmean(right),
-            "audit_closes": sum(map(needed, sink.records)) / first,
+            "audit_closes": sum(map(needed, sink.records)) / useful(sums),
         }
 
     def _formula(self, record: UsageRecord) -> int:
@@ -303,6 +307,36 @@ def needed(record: UsageRecord) -> int:
     return layer_tokens(Program.parse(record.program), tokens.input, tokens.output, cached=tokens.cached)
 
 
+def cut(request: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """The request, or one time in five one that is cut while it waits, is read or is answered."""
+    return {**request, "passes": draw.randint(1, 20)} if draw.random() < 0.2 else request
+
+
+def is_as_alone(asked: dict[str, Any], batch: dict[str, Any], alone: list[list[int]]) -> bool:
+    """Whether answers are those of the requests alone, as far as they were not cut."""
+    rows = zip(asked["requests"], batch["answers"], alone, strict=True)
+    return all(
+        answer["ids"] == (one[: len(answer["ids"])] if "passes" in request else one) for request, answer, one in rows
+    )
+
+
+def closes(asked: dict[str, Any], batch: dict[str, Any], before: dict[str, int], after: dict[str, int]) -> bool:
+    """Whether a worker counted for a batch what the formula needs for its answers."""
+    formula = [
+        layer_tokens(
+            Program.parse(request["program"] or "0-29"), len(request["ids"]), len(ids), cached=answer["cached"]
+        )
+        for request, answer in zip(asked["requests"], batch["answers"], strict=True)
+        if (ids := answer["ids"])
+    ]
+    return useful(after) - useful(before) == sum(formula)
+
+
+def useful(sums: dict[str, int]) -> int:
+    """Tokens by layers that a worker ran and did not waste."""
+    return sums["executed"] - sum(sums[kind] for kind in ("replayed", "rejected", "unread", "late"))
+
+
 def alike(one: UsageRecord, other: UsageRecord) -> bool:
     """Whether two records are of the same program and as many tokens."""
     return (one.program, one.tokens.input, one.tokens.cached, one.tokens.output) == (
@@ -323,16 +357,16 @@ def texts(model: PolarModel, count: int, least: int, most: int, seed: int) -> li
     return made
 
 
-def some_fill(model: PolarModel, folder: Path) -> Path:
-    """A map that the cut needs, of small random numbers: how long it takes does not depend on them."""
-    family, layers = model.decoder.family, 10
+def some_fill(model: PolarModel, folder: Path, segment: Segment = (20, 29), spread: float = 0.01) -> Path:
+    """A map of random numbers: how long it takes does not depend on them. The default is the one that the cut needs."""
+    family, layers = model.decoder.family, segment[1] - segment[0] + 1
     numbers = torch.Generator().manual_seed(0)
     shape = layers, 2, family.kv_heads, family.head_dim
-    weight = torch.randn(family.hidden, torch.Size(shape).numel(), generator=numbers) * 0.01
-    maps = {(20, 29): Fill((weight,), torch.zeros(shape))}
+    weight = torch.randn(family.hidden, torch.Size(shape).numel(), generator=numbers) * spread
+    maps = {segment: Fill((weight,), torch.zeros(shape))}
     facts = MapFacts(
         kind="fill", model=model.name, fingerprint=model.fingerprint, dtype="float32", storage="exact",
-        segments=(MapRecord.of((20, 29), maps[20, 29], None),), data="", training={},
+        segments=(MapRecord.of(segment, maps[segment], None),), data="", training={},
     )  # fmt: skip
     return MapSet(facts, stored(maps, "exact")).save(folder)
 

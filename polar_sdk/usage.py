@@ -48,6 +48,8 @@ NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 UPSTREAM: Final = "upstream"
 """Device of what another server computed."""
+WORKER_TAG: Final = "polar.worker"
+"""Tag of a usage record of a request that a vLLM with programs computed: which run of it, by an id of its own."""
 DISPUTED_TAG: Final = "polar.disputed"
 """Tag of records of which somebody else computed, and claimed what cannot be: the kind of the claim."""
 FALLBACK_TAG: Final = "polar.fallback_from"

@@ -62,6 +62,7 @@ class Server:
         self.engine.sink = self.sink
         default_tier = Catalog(self.engine, settings.model_ids).default_tier
         self.tiers = Tiers(self.engine, settings.backends, settings.backend_key, default_tier)
+        self.tiers.check()
         self.catalog = Catalog(self.engine, settings.model_ids, self.tiers.programs())
         self.answers = Answers(self.tiers, self.sink)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)

@@ -1,21 +1,26 @@
-"""Two routes of a vLLM server that runs programs, where `VLLM_PLUGINS` names `polar`.
+"""What a vLLM server says of its programs, where `VLLM_PLUGINS` names `polar`.
 
-`GET /v1/polar/digests` is what a gateway checks before it sends requests, and `GET /v1/polar/metrics` what the workers
-have executed, for Prometheus.
+`GET /v1/polar/digests` is what a gateway compares with its own files before it sends requests, and `GET
+/v1/polar/metrics` what the workers have executed, for Prometheus and `polar audit-upstream`. Every answer has the
+header `polar-worker`: another one than that of the digests comes from a server that was restarted since.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from polar_vllm.settings import KEY, Settings
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_NAME = "polar_upstream_layer_tokens_total"
+HEADER: Final = "polar-worker"
+_TOKENS: Final = "polar_upstream_layer_tokens_total"
+_RUNNING: Final = "polar_upstream_requests_running"
 
 
 class Endpoint:
@@ -25,27 +30,54 @@ class Endpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """Add the routes."""
+        """Add the routes, and the header."""
         app.add_route("/v1/polar/digests", _digests)
         app.add_route("/v1/polar/metrics", _metrics)
+        app.add_middleware(_Named)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Keep the engine, if it runs programs."""
+        """Keep the engine and its digests, if it runs programs."""
         has_programs = engine_client is not None and Settings.of(engine_client.vllm_config).fills is not None
         state.polar = engine_client if has_programs else None
+        state.polar_digests = await _asked(engine_client, "polar_digests") if has_programs else {}
 
 
-async def _asked(request: Request, method: str) -> Any:
-    """Digests of the first worker: those of a tensor parallel group run the same tokens."""
-    engine = request.app.state.polar
-    return {} if engine is None else (await engine.collective_rpc(method))[0]
+class _Named:
+    """Middleware that adds the header."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start" and (own := scope["app"].state.polar_digests):
+                MutableHeaders(scope=message)[HEADER] = own["worker"]
+            await send(message)
+
+        await self._app(scope, receive, named)
+
+
+async def _asked(engine: Any, method: str) -> Any:
+    """The answer of the first worker: those of a tensor parallel group run the same tokens."""
+    return (await engine.collective_rpc(method))[0]
 
 
 async def _digests(request: Request) -> JSONResponse:
-    return JSONResponse(await _asked(request, "polar_digests"))
+    return JSONResponse(request.app.state.polar_digests)
 
 
 async def _metrics(request: Request) -> PlainTextResponse:
-    sums = await _asked(request, "polar_counts")
-    head = f"# HELP {_NAME} Tokens by layers; see polar_vllm.counts.\n# TYPE {_NAME} counter\n"
-    return PlainTextResponse(head + "".join(f'{_NAME}{{kind="{kind}"}} {value}\n' for kind, value in sums.items()))
+    state = request.app.state
+    if state.polar is None:
+        return PlainTextResponse("")
+    sums, running = await _asked(state.polar, "polar_counts")
+    worker = state.polar_digests["worker"]
+    lines = [
+        f"# HELP {_TOKENS} Tokens by layers; see polar_vllm.counts.",
+        f"# TYPE {_TOKENS} counter",
+        *(f'{_TOKENS}{{worker="{worker}",kind="{kind}"}} {value}' for kind, value in sums.items()),
+        f"# HELP {_RUNNING} Requests that have begun and not ended.",
+        f"# TYPE {_RUNNING} gauge",
+        f'{_RUNNING}{{worker="{worker}"}} {running}',
+    ]
+    return PlainTextResponse("\n".join([*lines, ""]))

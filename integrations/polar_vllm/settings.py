@@ -26,11 +26,6 @@ VERSION: Final = "0.32."
 ARCHITECTURES: Final = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
 
-def check_version(version: str) -> bool:
-    """Whether this package is made for a version of vLLM."""
-    return version.startswith(VERSION)
-
-
 @dataclass(frozen=True)
 class Settings:
     """The settings that a server runs programs with.

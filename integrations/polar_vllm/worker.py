@@ -8,6 +8,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from polar_sdk import __version__
 from polar_sdk.programs.cost import Piece
 from polar_sdk.programs.program import Program
 from polar_vllm.counts import Counts
 from polar_vllm.forward import Layered
 from polar_vllm.plan import Turn, stretches
+from polar_vllm.plugin import ENDS, check_registered
 from polar_vllm.settings import KEY, Settings
 
 if TYPE_CHECKING:
@@ -44,18 +47,24 @@ class Worker(_Base):  # type: ignore[misc]
         Raises:
             ValueError: They do not fit each other, or the server's options.
         """
+        check_registered()
         settings = Settings.of(self.vllm_config)
-        self._digests = settings.check_server(self.vllm_config)
+        self._digests = {**settings.check_server(self.vllm_config), "version": __version__, "worker": uuid4().hex[:16]}
         super().load_model(*args, **options)
         self.polar = Passes(self.model_runner, settings)
         self.model_runner._model_forward = self.polar.forward
 
-    def polar_counts(self) -> Mapping[str, int]:
-        """The work that this worker has executed; see `Counts`."""
-        return self.polar.counts.as_dict()
+    def execute_model(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        """Run a pass, after counting which requests have ended."""
+        self.polar.counts.end(getattr(scheduler_output, ENDS))
+        return super().execute_model(scheduler_output, *args, **options)
+
+    def polar_counts(self) -> tuple[Mapping[str, int], int]:
+        """The work that this worker has executed (see `Counts`), and the number of requests that run."""
+        return self.polar.counts.as_dict(), self.polar.counts.running
 
     def polar_digests(self) -> dict[str, str]:
-        """Digests of what this worker runs: the fingerprint of its model, and the digest of its fills."""
+        """What this worker runs: fingerprint of its `model`, digest of its `fills`, our `version`; and its own id."""
         return self._digests
 
 
@@ -71,6 +80,8 @@ class Passes:
         self._runner, self._stock, self._settings = runner, runner._model_forward, settings
         assert settings.fills is not None, "checked"
         layers = runner.model.model.layers
+        if any(layer.self_attn.attn.sliding_window is not None for layer in layers):
+            raise ValueError("polar_vllm does not run a model with a sliding window; serve it by another --worker-cls.")
         attention = layers[0].self_attn
         heads, dim = attention.total_num_kv_heads, attention.head_dim
         settings.fills.check(len(layers), attention.hidden_size, heads, dim)
@@ -84,16 +95,18 @@ class Passes:
 
     def forward(self, input_ids: Any = None, positions: Any = None, *rest: Any, **options: Any) -> Any:
         """Run a batch: as vLLM does, or by a plan where tokens of it are filled."""
-        requests, turns = self._runner.input_batch.req_ids, self._turns()
+        batch = self._runner.input_batch
+        requests, turns = batch.req_ids, self._turns()
         has_programs = any(turn.program is not self._identity for turn in turns)
         plan = stretches(turns, self._layered.depth) if has_programs else ()
         is_planned = any(stretch.filled for stretch in plan)
-        self.counts.add(requests, turns, plan if is_planned else None)
+        known = batch.num_tokens_no_spec[: len(turns)].tolist()
+        self.counts.add(requests, turns, known, plan if is_planned else None)
         if not is_planned:
             return self._stock(input_ids, positions, *rest, **options)
         tokens = int(self._runner.query_start_loc.np[len(turns)])
-        batch = _Batch(self._runner, turns, self._builders)
-        states = self._layered(input_ids[:tokens], positions[:tokens], plan, batch)
+        rows = _Batch(self._runner, turns, self._builders)
+        states = self._layered(input_ids[:tokens], positions[:tokens], plan, rows)
         return torch.nn.functional.pad(states, (0, 0, 0, len(input_ids) - tokens))
 
     def _turns(self) -> list[Turn]:

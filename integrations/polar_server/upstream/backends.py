@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from polar_sdk.serving.request import Request
     from polar_server.upstream.client import Client, Served
 
+_log: Final = logging.getLogger("polar_server")
 _DOWN_S: Final = 2.0
 """How long an upstream that cannot be reached is asked last. Unit: seconds."""
 
 
 Digests = Mapping[str, str]
-"""Fingerprint of a `model`, digest of its `fills`."""
+"""Fingerprint of a `model`, digest of its `fills`, `version` of this package."""
 
 
 @dataclass(eq=False)
@@ -50,16 +52,18 @@ class Place:
         """The model to ask for; looked up once.
 
         Raises:
-            UpstreamError: It cannot be reached, has no such model, or runs other weights or maps than this server.
+            UpstreamError: It cannot be reached, has no such model, or runs other weights, maps or another version than
+                this server.
         """
-        if self.found is None:
+        if (found := self.found) is None:
             found = self.client.served(self.base, self.model)
             if self.digests is not None:
-                self._check(self.digests)
+                found = replace(found, worker=self._check(self.digests))
             self.found = found
-        return self.found
+        return found
 
-    def _check(self, wanted: Digests) -> None:
+    def _check(self, wanted: Digests) -> str:
+        """The id of the worker there."""
         there = self.client.digests(self.base)
         for name, own in wanted.items():
             if (other := there.get(name)) != own:
@@ -68,6 +72,7 @@ class Place:
                     f"{self.base} {what}, not {name} {own[:12]}… as this server; start it with the same files, as "
                     "docs/serving.md says."
                 )
+        return str(there.get("worker"))
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,35 @@ class Backend:
         now = time.monotonic()
         return sorted(self.places, key=lambda place: (place.down_until > now, place.running))
 
-    def is_gone(self, place: Place, error: Exception) -> bool:
-        """Whether another upstream may be asked instead; notes that this one is gone."""
-        gone = isinstance(error, UpstreamError) and error.code == "upstream_unavailable"
-        if gone:
-            place.down_until, place.found = time.monotonic() + _DOWN_S, None
-        return gone
+    def is_gone(self, place: Place, error: UpstreamError) -> bool:
+        """Whether another upstream may be asked instead; notes that this one is gone, or must be looked at again."""
+        if error.code not in {"upstream_unavailable", "upstream_restarted"}:
+            return False
+        place.found = None
+        if error.code == "upstream_unavailable":
+            place.down_until = time.monotonic() + _DOWN_S
+        return True
+
+    def check(self) -> None:
+        """Compare what upstreams that are sent programs run with what this server has.
+
+        Raises:
+            UpstreamError: One runs something else, or none can be reached.
+        """
+        failures = []
+        for place in self.places if self.program is None else ():
+            try:
+                place.served()
+            except UpstreamError as error:
+                if not self.is_gone(place, error):
+                    raise UpstreamError(f"--backend {self.tier}=…: {error}") from error
+                _log.warning("--backend %s=…: %s", self.tier, error)
+                failures.append(place.base)
+                if len(failures) == len(self.places):
+                    raise UpstreamError(
+                        f"--backend {self.tier}=…: nothing answers at {', '.join(failures)}; start it before this "
+                        "server, or check the URL."
+                    ) from error
 
     def body(self, request: Request, served: Served) -> dict[str, Any]:
         """The request as the upstream takes it."""

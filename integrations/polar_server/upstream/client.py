@@ -33,6 +33,8 @@ _MAX_TEXT: Final = 500
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r(?=[^\n])")
 """A CR at the end of what has arrived may be half of CR LF, and waits."""
 _SOON: Final = {"retry-after": "1"}
+_WORKER: Final = "polar-worker"
+"""Header by which a vLLM with programs says which run of it answers (`polar_vllm.endpoint`)."""
 
 
 class UpstreamError(ApiError):
@@ -75,6 +77,8 @@ class Served:
     """Its id there."""
     counts_each: bool
     """Whether every event of a stream can say how many tokens there are so far."""
+    worker: str | None = None
+    """Which run of a vLLM with programs this is, whose files were compared; None = it is sent none."""
 
 
 @dataclass(eq=False)
@@ -125,10 +129,13 @@ class Client:
         found: dict[str, Any] = self._submit(self._digests(base)).result()
         return found
 
-    def complete(self, base: str, body: dict[str, Any]) -> Stream:
-        """Ask for a streamed text completion; what becomes of it arrives in `news`."""
+    def complete(self, base: str, body: dict[str, Any], worker: str | None = None) -> Stream:
+        """Ask for a streamed text completion; what becomes of it arrives in `news`.
+
+        An answer of another worker than the one named is not taken: it ends with the code `upstream_restarted`.
+        """
         stream = Stream()
-        stream.work = self._submit(self._complete(base, body, trace_headers(), stream.news))
+        stream.work = self._submit(self._complete(base, body, trace_headers(), stream.news, worker))
         return stream
 
     def close(self) -> None:
@@ -190,12 +197,16 @@ class Client:
             raise _unreachable(base, error) from error
 
     async def _complete(
-        self, base: str, body: dict[str, Any], headers: Mapping[str, str], news: SimpleQueue[News]
+        self, base: str, body: dict[str, Any], headers: Mapping[str, str], news: SimpleQueue[News], worker: str | None
     ) -> None:
         assert self._http is not None
         taken = False
         try:
             async with self._http.stream("POST", f"{base}/completions", json=body, headers=headers) as answer:
+                seen = answer.headers.get(_WORKER)
+                if worker is not None and seen != worker and (seen is not None or answer.status_code == 200):
+                    news.put(Ended(_restarted(base)))
+                    return
                 if answer.status_code != 200:
                     content = await _content(answer, _MAX_ERROR_BYTES)
                     news.put(Ended(_refused(base, answer.status_code, content, answer.headers)))
@@ -287,6 +298,11 @@ def _unreachable(base: str, error: Exception) -> UpstreamError:
     kind = type(error).__name__
     message = f"{base} cannot be reached ({kind}); ask again in a moment."
     return UpstreamError(message, status=503, code="upstream_unavailable", headers=_SOON)
+
+
+def _restarted(base: str) -> UpstreamError:
+    message = f"{base} was restarted while this was asked; ask again."
+    return UpstreamError(message, status=503, code="upstream_restarted", headers=_SOON)
 
 
 def _refused(base: str, status: int, content: bytes, headers: Mapping[str, str]) -> UpstreamError:

@@ -28,7 +28,16 @@ from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.programs.cost import pieces
 from polar_sdk.request.admission import admit
 from polar_sdk.request.record import MARK_NS, MARK_TOKENS
-from polar_sdk.usage import DISPUTED_TAG, UPSTREAM, FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
+from polar_sdk.usage import (
+    DISPUTED_TAG,
+    UPSTREAM,
+    WORKER_TAG,
+    FlopUsage,
+    Outcome,
+    TokenUsage,
+    UsageRecord,
+    VisitUsage,
+)
 from polar_server.upstream.client import Ended, Event, UpstreamError
 
 if TYPE_CHECKING:
@@ -153,6 +162,7 @@ class _Answer:
         # One piece more than tokens: the last one may be what was left of a character.
         self._progress = _Progress(request.max_tokens + 1, request.max_tokens * backend.longest_token)
         self._began = self.recorded = False
+        self._worker: str | None = None
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """The pieces of the answer; its record is stored however they end."""
@@ -207,12 +217,14 @@ class _Answer:
             UpstreamError: None takes it.
         """
         request, failure = self._request, None
-        for place in self._backend.by_load():
+        places = self._backend.by_load()
+        for place in places:
             place.add(1)
             stream, is_taken = None, False
             try:
                 served = place.served()
-                stream = self._backend.client.complete(place.base, self._backend.body(request, served))
+                self._worker = served.worker
+                stream = self._backend.client.complete(place.base, self._backend.body(request, served), served.worker)
                 news = self._next(stream)
                 if news is None:
                     self._begin()
@@ -226,6 +238,8 @@ class _Answer:
                 failure = error
                 if not self._backend.is_gone(place, error):
                     raise
+                if error.code == "upstream_restarted" and places.count(place) == 1:
+                    places.append(place)  # it is looked at again, and asked again if it runs the same files
             finally:
                 if not is_taken:
                     place.add(-1)
@@ -293,7 +307,7 @@ class _Answer:
     def _made(self, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         request, progress, now = self._request, self._progress, time.perf_counter_ns()
         tokens, measured_by = self._tokens()
-        disputed = {} if progress.disputed is None else {DISPUTED_TAG: progress.disputed}
+        found = {MEASURED_TAG: measured_by, DISPUTED_TAG: progress.disputed, WORKER_TAG: self._worker}
         program, cost = request.program, self._engine.decoder.cost
         flops, visits, identity = FlopUsage(), VisitUsage(), 0
         if tokens.output:
@@ -309,7 +323,7 @@ class _Answer:
         return UsageRecord(
             request_id=request.request_id,
             tenant=request.tenant,
-            tags={**request.tags, MEASURED_TAG: measured_by, **disputed},
+            tags={**request.tags, **{tag: value for tag, value in found.items() if value is not None}},
             model=self._engine.name,
             model_fingerprint=self._engine.fingerprint,
             router=request.router,

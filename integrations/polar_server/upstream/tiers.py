@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_sdk import Program
+from polar_sdk import Program, __version__
 from polar_sdk.engine.hashes import hash_fills
 from polar_sdk.errors import GrammarError, InvalidRequestError
 from polar_sdk.models.export import plain_layers
@@ -70,13 +70,23 @@ class Tiers:
             )
         program, digests = None, None
         if True in sends:
-            digests = {"model": self.engine.fingerprint, "fills": hash_fills(self.engine.decoder.fills)}
+            fills = hash_fills(self.engine.decoder.fills)
+            digests = {"model": self.engine.fingerprint, "fills": fills, "version": __version__}
         else:
             _, program = self.engine.policy.program_for(tier, self.engine.depth)
             plain_layers(program)
         longest = max(map(len, self.engine.loaded.tokenizer.get_vocab()))
         places = tuple(place_of(url, self._client, digests) for url in bare)
         return Backend(tier, program, places, self._client, longest)
+
+    def check(self) -> None:
+        """Look at the upstreams that are sent programs, before the first request.
+
+        Raises:
+            UpstreamError: One of them runs other files than this server, or none of a tier can be reached.
+        """
+        for backend in self.backends.values():
+            backend.check()
 
     def programs(self) -> dict[str, Program]:
         """Programs of the tiers whose upstreams run one alone."""

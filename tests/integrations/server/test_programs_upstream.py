@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from polar_sdk import ListSink, PolarModel, Program
+from polar_sdk import ListSink, PolarModel, Program, __version__
 from polar_sdk.engine.hashes import hash_fills
 from polar_sdk.engine.maps import Fill
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.programs.cost import layer_tokens
 from polar_sdk.programs.policy import Policy
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
+from polar_sdk.usage import WORKER_TAG
+from polar_server.upstream.client import UpstreamError
 from tests.integrations.server.conftest import chat_body
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Upstream:
 
     def __init__(self, digests: dict[str, str]) -> None:
         self.digests, self.bodies = digests, list[Any]()
+        self.worker: str | None = digests["worker"]
         upstream = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,9 +48,6 @@ class Upstream:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 upstream.bodies.append(body)
-                if body["vllm_xargs"]["polar_fills"] != upstream.digests["fills"]:
-                    self._say({"error": {"message": "polar_fills"}}, 400)
-                    return
                 usage = {
                     "prompt_tokens": len(body["prompt"]),
                     "completion_tokens": len(PIECES),
@@ -64,6 +64,8 @@ class Upstream:
             def _send(self, content: bytes, status: int) -> None:
                 self.send_response(status)
                 self.send_header("content-length", str(len(content)))
+                if upstream.worker is not None:
+                    self.send_header("polar-worker", upstream.worker)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -91,7 +93,8 @@ def filling() -> PolarModel:
 
 @pytest.fixture
 def upstream(filling: PolarModel) -> Iterator[Upstream]:
-    made = Upstream({"model": filling.fingerprint, "fills": hash_fills(filling.decoder.fills)})
+    fills = hash_fills(filling.decoder.fills)
+    made = Upstream({"model": filling.fingerprint, "fills": fills, "version": __version__, "worker": "first"})
     yield made
     made.server.shutdown()
     made.server.server_close()
@@ -124,6 +127,7 @@ def test_one_server_runs_the_program_of_each_tier_and_the_formula_bills_it(
         cost = filling.decoder.cost.request(Program.parse(program), record.tokens.input, len(PIECES), cached=CACHED)
         assert (record.program, record.tier, record.flops) == (program, tier, cost)
         assert record.tokens.cached == CACHED
+        assert record.tags[WORKER_TAG] == "first"
     assert sink.records[0].flops.total < sink.records[1].flops.total
     billed = sum(
         layer_tokens(Program.parse(one.program), one.tokens.input, len(PIECES), cached=CACHED) for one in sink.records
@@ -139,23 +143,63 @@ def test_what_no_vllm_runs_is_answered_at_full_depth(
     assert ask(front, "standard")[1]["polar"]["program"] == sink.records[0].program == "0-5"
 
 
-@pytest.mark.parametrize("name", ["model", "fills"])
-def test_a_server_with_other_files_answers_nothing(
-    serve: Callable[..., Served], filling: PolarModel, upstream: Upstream, sink: RecordingSink, name: str
+OTHERS: tuple[dict[str, str], ...] = ({"model": "0" * 64}, {"fills": "0" * 64}, {"version": "0.0.1"})
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+def test_it_does_not_start_before_a_server_with_other_files(
+    serve: Callable[..., Served], filling: PolarModel, upstream: Upstream, sink: RecordingSink, other: dict[str, str]
+) -> None:
+    own = upstream.digests
+    for digests, part in (({**own, **other}, next(iter(other.values()))[:12]), ({}, "nothing of programs")):
+        upstream.digests = digests
+        with pytest.raises(UpstreamError, match=part) as raised:
+            served(serve, filling, sink, economy=f"programs+{upstream.url}")
+        assert upstream.url in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_it_starts_where_one_server_of_a_tier_answers_and_not_where_none_does(
+    serve: Callable[..., Served], filling: PolarModel, upstream: Upstream, sink: RecordingSink
+) -> None:
+    nobody = "programs+http://127.0.0.1:1"
+    with pytest.raises(UpstreamError, match=r"economy.*127\.0\.0\.1:1/v1"):
+        served(serve, filling, sink, economy=nobody)
+    engine = PolarModel(filling.loaded, policy=filling.policy, sink=sink)
+    front = serve(engine=engine, backends={"economy": [nobody, f"programs+{upstream.url}"]})
+    assert ask(front, "economy")[0] == 200
+
+
+@pytest.mark.parametrize("other", [*OTHERS, None], ids=lambda other: next(iter(other or ["programs"])))
+def test_a_server_that_was_restarted_answers_by_the_same_files_or_not_at_all(
+    serve: Callable[..., Served],
+    filling: PolarModel,
+    upstream: Upstream,
+    sink: RecordingSink,
+    other: dict[str, str] | None,
 ) -> None:
     front = served(serve, filling, sink, economy=f"programs+{upstream.url}")
-    own = upstream.digests
-    for digests in ({**own, name: "0" * 64}, {}):
-        upstream.digests = digests
-        status, answer = ask(front, "economy")
-        assert (status, answer["error"]["code"]) == (502, "upstream_error"), answer
-        assert upstream.url in answer["error"]["message"]
-    upstream.digests = own
-    assert ask(front, "economy")[0] == 200
-    upstream.digests = {**own, "fills": "0" * 64}  # it was restarted: the request itself says what it is meant for
+    upstream.worker = "second"
+    own = upstream.digests = {**upstream.digests, "worker": "second"}
+    assert ask(front, "economy")[0] == 200  # asked again, and nobody noticed
+    assert [record.tags[WORKER_TAG] for record in sink.records] == ["second"]
+    upstream.worker, upstream.digests = ("third", {**own, **other}) if other else (None, {})
     status, answer = ask(front, "economy")
-    assert (status, answer["error"]["code"]) == (400, "upstream_refused")
-    assert len(sink.records) == 1
+    assert (status, answer["error"]["code"]) == (502, "upstream_error"), answer
+    assert upstream.url in answer["error"]["message"]
+    assert len(sink.records) == 1  # nothing was answered, and nothing billed
+    upstream.worker, upstream.digests = "second", own
+    assert ask(front, "economy")[0] == 200
+
+
+def test_an_upstream_that_never_is_the_one_that_was_compared_is_left(
+    serve: Callable[..., Served], filling: PolarModel, upstream: Upstream, sink: RecordingSink
+) -> None:
+    front = served(serve, filling, sink, economy=f"programs+{upstream.url}")
+    upstream.worker = "of another server behind the same address"
+    status, answer = ask(front, "economy")
+    assert (status, answer["error"]["code"]) == (503, "upstream_restarted"), answer
+    assert sink.records == []
 
 
 def test_a_tier_has_upstreams_of_one_kind(serve: Callable[..., Served], filling: PolarModel) -> None:

@@ -16,7 +16,7 @@ from polar_sdk.engine.maps import Fill
 from polar_sdk.programs.cost import CostModel, LayerCost, Piece, layer_tokens, pieces, size
 from polar_sdk.programs.program import Program
 from polar_vllm.cache_keys import program_keys
-from polar_vllm.counts import Counts
+from polar_vllm.counts import Counts, End
 from polar_vllm.fills import Fills
 from polar_vllm.plan import Stretch, Turn, UnsupportedProgramError, program_of, stretches
 from polar_vllm.settings import KEY, WORKER, Settings
@@ -79,33 +79,67 @@ def test_every_token_leaves_keys_and_values_once_in_every_layer(passes: list[dic
         )
 
 
+def count(counts: Counts, turns: dict[str, Turn], known: list[int], always: bool = False) -> None:
+    """Count a pass as a worker does."""
+    plan = stretches(list(turns.values()), DEPTH)
+    is_planned = always or any(stretch.filled for stretch in plan)
+    counts.add(list(turns), list(turns.values()), known, plan if is_planned else None)
+
+
 @given(schedules(), st.booleans())
 def test_counts_are_those_of_the_formula_however_a_prompt_was_cut(passes: list[dict[str, Turn]], always: bool) -> None:
     counts, cost = Counts(DEPTH), CostModel((LayerCost(2, 1, 1),) * DEPTH, 1, fills=dict.fromkeys(SEGMENTS, 1))
     needed = Counter(executed=0, filled=0)
     for turns in passes:
-        plan = stretches(list(turns.values()), DEPTH)
-        is_planned = always or any(stretch.filled for stretch in plan)
-        counts.add(list(turns), list(turns.values()), plan if is_planned else None)
+        count(counts, turns, [max(piece.end, piece.prompt) for _, piece in turns.values()], always)
         for program, piece in turns.values():
             whole = pieces(piece.prompt) if piece.start == 0 else [piece] if piece.start >= piece.prompt else []
             for share in (share for each in whole for share in cost.shares(program, each)):
                 needed["executed"] += size(share.parts.running)
                 needed["filled"] += size(share.parts.filled)
-    sums = counts.as_dict()
     requests = {name: turn for turns in passes for name, turn in turns.items()}
     assert needed["executed"] == sum(layer_tokens(turn.program, turn.piece.prompt, 3) for turn in requests.values())
-    assert sums["repeated"] == 0
+    assert counts.running == len(requests)
+    counts.end({name: End(3, is_cut=False) for name in requests})
+    assert counts.running == 0
+    sums = counts.as_dict()
+    assert sums["replayed"] == sums["rejected"] == sums["late"] == sums["cut"] == 0
     assert (sums["executed"] - sums["unread"], sums["filled"]) == (needed["executed"], needed["filled"])
 
 
-def test_what_runs_again_is_counted_as_repeated() -> None:
+@given(st.sampled_from(TEXTS), st.integers(1, 20), st.booleans(), st.data())
+def test_what_an_answer_did_not_need_is_told_apart(text: str, prompt: int, is_cut: bool, data: st.DataObject) -> None:
+    counts, program, wrong = Counts(DEPTH), Program.parse(text), 0
+    known, at, most = prompt, 0, 0
+    while known < prompt + 4:
+        if at and data.draw(st.booleans()) and most < 3:  # preempted: what is known runs again, without drafts
+            at, most = 0, most + 1
+        drafts = data.draw(st.integers(0, 3)) if at == known - 1 >= prompt else 0
+        end = known + drafts if drafts else data.draw(st.integers(at + 1, known))
+        wanted = max(at, known - 1) if end >= known else end
+        count(counts, {"a": Turn(program, Piece(at, end, prompt, wanted))}, [known])
+        taken = data.draw(st.integers(0, drafts))
+        wrong, at = wrong + drafts - taken, end - drafts + taken
+        known = max(known, at + 1) if end >= known else known
+    late = data.draw(st.booleans())
+    if late:  # scheduled before the last token was seen to be the last
+        count(counts, {"a": Turn(program, Piece(known - 1, known, prompt, known - 1))}, [known])
+    counts.end({"a": End(known - prompt, is_cut=is_cut), "never began": End(0, is_cut=True)})
+    sums, needed = counts.as_dict(), layer_tokens(program, prompt, known - prompt)
+    assert sums["rejected"] == DEPTH * wrong
+    assert sums["late"] == DEPTH * late
+    assert sums["cut"] == needed * is_cut
+    assert sums["executed"] - sum(sums[kind] for kind in ("replayed", "rejected", "unread", "late")) == needed
+
+
+def test_what_runs_again_after_a_preemption_is_counted_as_replayed() -> None:
     counts, program = Counts(2), Program.parse("0-1")
-    first, again = Piece(0, 10, 10, 9), Piece(0, 12, 10, 11)  # preempted after two tokens of the answer
-    counts.add(["a"], [Turn(program, first)], None)
-    counts.add(["a"], [Turn(program, Piece(10, 11, 10, 10))], None)
-    counts.add(["a"], [Turn(program, again)], None)
-    assert counts.as_dict() == {"executed": 46, "left": 0, "filled": 0, "repeated": 22, "unread": 9}
+    for piece, known in ((Piece(0, 10, 10, 9), 10), (Piece(10, 11, 10, 10), 11), (Piece(0, 12, 10, 11), 12)):
+        counts.add(["a"], [Turn(program, piece)], [known], None)
+    none = dict.fromkeys(("left", "filled", "rejected", "late", "cut"), 0)
+    assert counts.as_dict() == {"executed": 46, "replayed": 22, "unread": 9, **none}
+    counts.end({"a": End(0, is_cut=True)})  # it was sent nothing
+    assert counts.as_dict()["late"] == 46 - 22 - 9
 
 
 @pytest.mark.parametrize(
