@@ -12,6 +12,7 @@ BillingError (PolarError)
 │   └── SchemaVersionError                 written by another version of polar-llm
 ├── ConflictError (SinkError, ValueError)  a request id used again with other content
 ├── LedgerUnsoundError                     a ledger or a receipt that is not as it was written
+├── UpstreamAuditError                     work of a vLLM that the ledger does not account for
 ├── LedgerUrlError (ValueError)            a ledger URL that names no supported store
 ├── AmountError (ValueError)               not finite, too fine or too large to be kept exactly
 ├── UnbalancedError (ValueError)           the lines of a transaction that do not sum to zero
@@ -91,6 +92,10 @@ def id_in_use(tenant: str, request_id: str, how: str) -> ConflictError:
 
 class LedgerUnsoundError(BillingError):
     """A ledger that was changed by other means than this package, or a receipt that does not agree with it."""
+
+
+class UpstreamAuditError(BillingError):
+    """What a vLLM executed and what the ledger billed for it do not agree, or requests still run there."""
 
 
 class LedgerUrlError(BillingError, ValueError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_billing.cli import budget, drift, export_billing, key, ledger, price, report, statement, usage
+from polar_billing.cli import budget, drift, export_billing, key, ledger, price, report, statement, upstream, usage
 
 if TYPE_CHECKING:
     import typer
@@ -15,5 +15,5 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this package to the `polar` program."""
-    for subject in (usage, report, drift, ledger, price, statement, export_billing, budget, key):
+    for subject in (usage, report, drift, upstream, ledger, price, statement, export_billing, budget, key):
         subject.register(app)
