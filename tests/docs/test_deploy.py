@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from typer.main import get_command
 from polar_sdk.cli.main import app as polar
 from polar_sdk.testing import tiny_model
 from polar_server import Settings, build
+from polar_server.deployment.launch import Launch
+from polar_vllm.settings import KEY, VERSION, WORKER
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 _NAMES = re.compile(r"\b((?:polar_|vllm:)[a-z_]+)")
@@ -32,12 +35,56 @@ def commands() -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = [
         (f"compose {name}", service["command"]) for name, service in services.items() if service.get("image") == "polar"
     ]
+    before_vllm = load("compose.vllm.yaml")[0]["services"]
+    found += [(f"compose.vllm {name}", before_vllm[name]["command"]) for name in ("server-1", "server-2")]
+    found += [("kustomization", args) for args in patched("/args")]
     for path in ("kubernetes/polar.yaml", "kubernetes/migrate.yaml"):
         for part in load(path):
             pod = part.get("spec", {}).get("template", {}).get("spec", {})
             found += [(f"{path} {container['name']}", container["args"]) for container in pod.get("containers", [])]
     last = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines()[-1]
     return [*found, ("Dockerfile", json.loads(last.removeprefix("CMD ")))]
+
+
+def patched(path: str) -> list[Any]:
+    """What the kustomization puts into the container of the servers."""
+    (patch,) = load("kubernetes/kustomization.yaml")[0]["patches"]
+    assert patch["target"] == {"kind": "StatefulSet", "name": "polar"}
+    found = [one for one in yaml.safe_load(patch["patch"]) if one["path"].endswith(f"/containers/0{path}")]
+    return [one["value"] for one in found]
+
+
+def workers() -> list[tuple[str, list[str], list[str]]]:
+    """Arguments that containers give to vLLM, and the URLs of the containers."""
+    services = load("compose.vllm.yaml")[0]["services"]
+    names = [name for name, service in services.items() if service.get("image") == "polar-vllm"]
+    (first, *others) = [services[name]["command"] for name in names]
+    assert all(other == first for other in others)
+    (pods,) = [part for part in load("kubernetes/vllm.yaml") if part["kind"] == "StatefulSet"]
+    spec = pods["spec"]
+    ((host, args),) = [(spec["serviceName"], one["args"]) for one in spec["template"]["spec"]["containers"]]
+    of_pods = [f"http://{pods['metadata']['name']}-{number}.{host}:8000" for number in range(spec["replicas"])]
+    return [("compose", first, [f"http://{name}:8000" for name in names]), ("kubernetes", args, of_pods)]
+
+
+@pytest.mark.parametrize(("where", "command", "urls"), workers())
+def test_servers_send_programs_to_each_vllm_that_has_the_plugin(
+    where: str, command: list[str], urls: list[str]
+) -> None:
+    options = dict(pairwise(command))
+    assert options["--worker-cls"] == WORKER
+    assert json.loads(options["--additional-config"])[KEY]["fills"] == ["/models/fills"]
+    assert "--enable-prompt-tokens-details" in command  # or cached tokens would be billed as if they had run
+    (args,) = (
+        patched("/args") if where == "kubernetes" else [load("compose.vllm.yaml")[0]["services"]["server-1"]["command"]]
+    )
+    backends = Launch(backend=[text for option, text in pairwise(args) if option == "--backend"]).backends()
+    assert {tuple(each) for each in backends.values()} == {tuple(f"programs+{url}" for url in urls)}
+    shipped = DEPLOY.parent / "polar_sdk/shipped/policies/smollm2-135m-instruct.json"
+    assert set(backends) <= set(json.loads(shipped.read_text(encoding="utf-8"))["tiers"])
+    lines = (DEPLOY / "Dockerfile.vllm").read_text(encoding="utf-8")
+    assert f"vllm-openai:v{VERSION}" in lines
+    assert f"VLLM_PLUGINS={KEY}" in lines
 
 
 @pytest.mark.parametrize(("where", "command"), commands())
@@ -48,7 +95,7 @@ def test_containers_run_commands_that_exist(where: str, command: list[str]) -> N
     assert context.params
 
 
-@pytest.mark.parametrize("path", ["kubernetes/polar.yaml", "kubernetes/migrate.yaml"])
+@pytest.mark.parametrize("path", ["kubernetes/polar.yaml", "kubernetes/migrate.yaml", "kubernetes/vllm.yaml"])
 def test_manifests_fit_the_schemas_of_kubernetes(path: str) -> None:
     for part in load(path):
         kubernetes_validate.validate(part, kubernetes_validate.latest_version(), strict=True)
@@ -67,10 +114,12 @@ def test_a_server_has_time_to_drain() -> None:
 
 
 def test_every_path_that_compose_mounts_exists() -> None:
-    for service in load("compose.yaml")[0]["services"].values():
-        for volume in service.get("volumes", []):
-            if volume.startswith("./"):
-                assert (DEPLOY / volume.split(":")[0]).exists(), volume
+    services = [each for path in ("compose.yaml", "compose.vllm.yaml") for each in load(path)[0]["services"].values()]
+    for volume in (volume for service in services for volume in service.get("volumes", [])):
+        if volume.startswith("./") and not volume.startswith("./models:"):  # which whoever deploys it fills
+            assert (DEPLOY / volume.split(":")[0]).exists(), volume
+    (config,) = services[-1]["command"]
+    assert (DEPLOY / "prometheus" / Path(config).name).exists()
 
 
 def test_alerts_and_dashboard_ask_for_metrics_that_the_server_has() -> None:
@@ -92,8 +141,9 @@ def test_alerts_and_dashboard_ask_for_metrics_that_the_server_has() -> None:
     assert asked <= has, asked - has
 
 
-def test_the_image_copies_what_it_builds_from_and_runs_without_rights() -> None:
-    lines = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.vllm"])
+def test_the_image_copies_what_it_builds_from_and_runs_without_rights(name: str) -> None:
+    lines = (DEPLOY / name).read_text(encoding="utf-8").splitlines()
     for line in lines:
         if line.startswith("COPY ") and "--from" not in line:
             for source in line.split()[1:-1]:
