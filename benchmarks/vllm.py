@@ -54,11 +54,13 @@ if TYPE_CHECKING:
     from polar_sdk.programs.cost import Segment
 
 FILLS: Final = Path(__file__).parents[1] / "polar_sdk/shipped/routers/smollm2-135m-instruct/fills"
+STOCK: Final = Path("/dev/null")
+"""In place of maps: vLLM as it comes."""
 LIGHT: Final = "0-22 (23-29:16)"
 DEEP: Final = "0-11 (12-15:16) 16-17 (18-21:16) 22 (23-29:16)"
 CUT: Final = "0-19 (20-29:16)"
 WORKER: Final = "polar_vllm.worker.Worker"
-START_S: Final = 300
+START_S: Final = 1200
 _SPACE: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -109,16 +111,19 @@ class Bench:
     Args:
         env: The environment.
         work: An empty folder.
+        folder: A model; None = the default one, exported.
+        fills: Its maps.
     """
 
-    def __init__(self, env: Path, work: Path) -> None:
-        self.env, self.work = env, work
-        self.model = PolarModel.from_pretrained(precision="fp32", ledger=None)
-        self.folder = self.model.export(f"0-{self.model.depth - 1}", work / "model")
-        self.model.use_maps(FILLS)
+    def __init__(self, env: Path, work: Path, folder: Path | None = None, fills: Path = FILLS) -> None:
+        self.env, self.work, self.fills = env, work, fills
+        self.model = PolarModel.from_pretrained(folder, precision="fp32", ledger=None)
+        self.folder = folder or self.model.export(f"0-{self.model.depth - 1}", work / "model")
+        self.model.use_maps(fills)
 
-    def ask(self, rounds: list[dict[str, Any]], fills: Path | None = FILLS, **options: Any) -> dict[str, Any]:
-        """Have vLLM run rounds of requests; without fills it is as it comes."""
+    def ask(self, rounds: list[dict[str, Any]], fills: Path | None = None, **options: Any) -> dict[str, Any]:
+        """Have vLLM run rounds of requests, with these maps or those of the model; `STOCK`: as it comes."""
+        fills = fills or self.fills
         options = {
             "model": str(self.folder),
             "dtype": "float32",
@@ -127,7 +132,7 @@ class Bench:
             **options,
         }
         options |= {"seed": 0, "kv_cache_memory_bytes": 2**30, "disable_log_stats": True}
-        if fills is not None:
+        if fills is not STOCK:
             options |= {"worker_cls": WORKER, "additional_config": {"polar": {"fills": [str(fills)]}}}
         job, out = self.work / "job.json", self.work / "out.json"
         job.write_text(json.dumps({"options": options, "rounds": rounds}))
@@ -148,7 +153,7 @@ class Bench:
         ]
         whole = [{**request, "program": None} for request in requests if request["program"] is None]
         options: dict[str, Any] = {"max_num_batched_tokens": 256, "enable_prefix_caching": False, "max_num_seqs": 32}
-        stock = answers(self.ask([{"requests": whole}], None, **options))
+        stock = answers(self.ask([{"requests": whole}], STOCK, **options))
         mixed = answers(self.ask([{"requests": requests}], **options))
         at_full = [answer for answer, program in zip(mixed, chosen, strict=True) if program is None]
         kept, total = self._kept(prompts, chosen, mixed)
@@ -193,7 +198,7 @@ class Bench:
         for _ in range(2):
             stock, ours = (
                 median(one["seconds"] for one in self.ask(batch, each, **options)["rounds"][1:])
-                for each in (None, FILLS)
+                for each in (STOCK, None)
             )
             ratios.append(stock / ours)
         return {"prompt_gain_of_promise": gain / (full / cut), "decode_vs_stock": fmean(ratios)}
@@ -233,7 +238,8 @@ class Bench:
         cached = sum(answer["cached"] for batch in batches for answer in batch["answers"])
         kinds = {kind: counts[-1][kind] - counts[0][kind] for kind in counts[0]}
         print(f"{found['preempted']} preempted, {cached} tokens cached; one prompt under full, light, deep, …: {hits}")
-        print(f"tokens by layers: {kinds}")
+        seconds = sum(batch["seconds"] for batch in batches)
+        print(f"tokens by layers: {kinds}; {seconds / count:.2f} s a batch")
         return {"schedules_equal": fmean(equal), "cross_program_hits": float(sum(hits[:3]))}
 
     def bills(self) -> dict[str, float]:
@@ -242,7 +248,7 @@ class Bench:
         policy = Policy.model_validate({"protected": [], "default_tier": "exact", "tiers": tiers})
         sink, own = ListSink(), ListSink()
         model = PolarModel(self.model.loaded, policy=policy, sink=sink)
-        with self._served() as url:
+        with self.served() as url:
             front = Running(model, backends={tier: [f"programs+{url}"] for tier in tiers})
             asked: list[dict[str, Any]] = [
                 {"model": f"bench:{tier}", "messages": [{"role": "user", "content": text}], "max_tokens": 8 + turn % 9}
@@ -275,10 +281,11 @@ class Bench:
         return cost.request(Program.parse(record.program), tokens.input, tokens.output, cached=tokens.cached).total
 
     @contextmanager
-    def _served(self) -> Iterator[str]:
+    def served(self) -> Iterator[str]:
+        """The URL of a vLLM that runs programs."""
         port = free_port()
         url = f"http://127.0.0.1:{port}"
-        config = json.dumps({"polar": {"fills": [str(FILLS)]}})
+        config = json.dumps({"polar": {"fills": [str(self.fills)]}})
         words = f"serve {self.folder} --port {port} --dtype float32 --enforce-eager --max-model-len 2048"
         words += f" --worker-cls {WORKER} --enable-prompt-tokens-details --kv-cache-memory-bytes 1073741824"
         words += " --additional-config"
@@ -320,12 +327,12 @@ def is_as_alone(asked: dict[str, Any], batch: dict[str, Any], alone: list[list[i
     )
 
 
-def closes(asked: dict[str, Any], batch: dict[str, Any], before: dict[str, int], after: dict[str, int]) -> bool:
-    """Whether a worker counted for a batch what the formula needs for its answers."""
+def closes(
+    asked: dict[str, Any], batch: dict[str, Any], before: dict[str, int], after: dict[str, int], whole: str = "0-29"
+) -> bool:
+    """Whether a worker counted for a batch what the formula needs for its answers; `whole` is full depth."""
     formula = [
-        layer_tokens(
-            Program.parse(request["program"] or "0-29"), len(request["ids"]), len(ids), cached=answer["cached"]
-        )
+        layer_tokens(Program.parse(request["program"] or whole), len(request["ids"]), len(ids), cached=answer["cached"])
         for request, answer in zip(asked["requests"], batch["answers"], strict=True)
         if (ids := answer["ids"])
     ]
