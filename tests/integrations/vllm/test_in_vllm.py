@@ -123,9 +123,9 @@ def requests(bench: Bench, programs: tuple[str | None, ...], tokens: int = 12) -
 @pytest.mark.parametrize("name", ["Qwen3", "Mistral"])
 def test_further_families_run_as_in_vllm_and_as_in_our_engine(tmp_path: Path, name: str) -> None:
     bench = tiny(tmp_path, name)
-    mixed, options = requests(bench, (None, FILLING)), {"enable_prefix_caching": False, "max_num_batched_tokens": 96}
-    found = answers(bench.ask([{"requests": mixed}], max_model_len=512, **options))
-    stock = answers(bench.ask([{"requests": requests(bench, (None,))}], STOCK, max_model_len=512, **options))
+    options: dict[str, Any] = {"enable_prefix_caching": False, "max_num_batched_tokens": 96, "max_model_len": 512}
+    found = answers(bench.ask([{"requests": requests(bench, (None, FILLING))}], **options))
+    stock = answers(bench.ask([{"requests": requests(bench, (None,))}], STOCK, **options))
     assert found[::2] == stock[::2]
     assert found[1::2] != stock[1::2]  # or the fill would change nothing
     for program, own in (("0-5", found[::2]), (FILLING, found[1::2])):
