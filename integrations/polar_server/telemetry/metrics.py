@@ -66,6 +66,9 @@ class Metrics:
         self._open = gauge("polar_open_answers", "Calls that are being answered.")
         of_promise = ("tier", "promise")
         self._in_force = gauge("polar_promise_in_force", "1 = the promise is in force, 0 = at risk.", *of_promise)
+        self._in_doubt = gauge(
+            "polar_promise_in_doubt", "1 = audits of late speak against it: more are made.", *of_promise
+        )
         self._audits = gauge("polar_promise_audits", "Audited answers, of all replicas.", *of_promise)
         self._losses = gauge("polar_promise_losses", "Those of them that were lost.", *of_promise)
         self._unusual = gauge(
@@ -142,6 +145,7 @@ class Metrics:
         for one in standings:
             labels = (one.tier, one.promise[:_PROMISE_DIGITS])
             self._in_force.labels(*labels).set(one.state is State.IN_FORCE)
+            self._in_doubt.labels(*labels).set(one.doubtful)
             self._audits.labels(*labels).set(one.audits)
             self._losses.labels(*labels).set(one.losses)
         look = self._live.look()

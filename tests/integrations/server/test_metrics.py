@@ -80,7 +80,7 @@ def test_promises_stand_there_as_they_do_in_the_ledger(serve: Callable[..., Serv
             common: dict[str, Any] = {"tier": "economy", "audits": 40, "since": datetime.now(UTC), "reason": "x"}
             states = {"a" * 64: (State.IN_FORCE, 1), "b" * 64: (State.AT_RISK, 20)}
             return {
-                promise: PromiseStanding(promise=promise, state=state, losses=losses, **common)
+                promise: PromiseStanding(promise=promise, state=state, losses=losses, doubtful=losses == 1, **common)
                 for promise, (state, losses) in states.items()
             }
 
@@ -91,6 +91,7 @@ def test_promises_stand_there_as_they_do_in_the_ledger(serve: Callable[..., Serv
         found = figures(served)
         assert found["polar_promises_read"] == readable
         assert (found["polar_promise_in_force aaaaaaaaaaaa"], found["polar_promise_in_force bbbbbbbbbbbb"]) == (1, 0)
+        assert (found["polar_promise_in_doubt aaaaaaaaaaaa"], found["polar_promise_in_doubt economy"]) == (1, 1)
         assert (found["polar_promise_audits economy"], found["polar_promise_losses bbbbbbbbbbbb"]) == (80, 20)
 
 
