@@ -7,6 +7,7 @@ header `polar-worker`: another one than that of the digests comes from a server 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from starlette.datastructures import MutableHeaders
@@ -15,6 +16,8 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from polar_vllm.settings import KEY, Settings
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +37,7 @@ class Endpoint:
         app.add_route("/v1/polar/digests", _digests)
         app.add_route("/v1/polar/metrics", _metrics)
         app.add_middleware(_Named)
+        _tell_cached()
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep the engine and its digests, if it runs programs."""
@@ -55,6 +59,36 @@ class _Named:
             await send(message)
 
         await self._app(scope, receive, named)
+
+
+def _tell_cached() -> None:
+    """Have every event of a stream say how many tokens of the prompt were cached, once.
+
+    vLLM says so with the last one alone, without which a stream that is cut would be billed for what did not run.
+    """
+    from vllm.entrypoints.openai.completion import serving
+
+    stock, usage = serving.OpenAIServingCompletion.completion_stream_generator, serving.UsageInfo
+    if hasattr(stock, KEY):
+        return
+    cached: ContextVar[int | None] = ContextVar("cached", default=None)
+
+    async def noted(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for place, result in results:
+            cached.set(result.num_cached_tokens)
+            yield place, result
+
+    def stream(own: Any, request: Any, inputs: Any, results: Any, *args: Any, **options: Any) -> AsyncIterator[str]:
+        events: AsyncIterator[str] = stock(own, request, inputs, noted(results), *args, **options)
+        return events
+
+    def with_cached(**fields: Any) -> Any:
+        if (tokens := cached.get()) is not None:
+            fields["prompt_tokens_details"] = serving.PromptTokenUsageInfo(cached_tokens=tokens)
+        return usage(**fields)
+
+    setattr(stream, KEY, True)
+    serving.OpenAIServingCompletion.completion_stream_generator, serving.UsageInfo = stream, with_cached
 
 
 async def _asked(engine: Any, method: str) -> Any:
