@@ -20,8 +20,10 @@ from polar_sdk.errors import DataError
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.fit import PROMISES
+from polar_sdk.lab.fit.plan import SHARES
 from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.router.artifact import load_router
+from polar_sdk.router.exact_tests import least_prompts
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -158,10 +160,11 @@ def main() -> None:
             model, lab.read_items(fitted), hours=options.hours, limit=options.limit, out=folder, on_progress=show
         )
         evaluation = lab.evaluate(model, lab.read_items(held), router=folder / "router", timed=0, on_progress=show)
-        judge = Judge(model, load_router(folder / "router"), on_progress=show)
-        halves = judge.resplit(prompts_of(lab.read_items(fitted), options.limit), tiers=PROMISES)
     record(recorder, made, evaluation)
-    for row in halves:
+    half = made.facts.plan.prompts * (SHARES.calibration + SHARES.test) / 2.5  # as chance may have it
+    tiers = {tier: promise for tier, promise in PROMISES.items() if least_prompts(promise.alpha, 0.1) <= half}
+    judge = Judge(model, load_router(folder / "router"))
+    for row in judge.resplit(prompts_of(lab.read_items(fitted), options.limit), tiers=tiers):
         name, note = f"{row.tier}, {row.kind}: promises broken", f"{row.times} promises made on a random half"
         facts: dict[str, Any] = {"goal": 10, "better": "lower"} if row.kind == "any" else {}
         recorder.add(f"{name} on the other half", 100 * row.other_half / row.times, "%", note=note, **facts)
