@@ -164,7 +164,7 @@ def attempt(call: Callable[[], object]) -> object:
         return str(error)
 
 
-@case("Ledger", "Ledger.read", "Ledger.usage_sums", "Ledger.raw_usage", "Ledger.tag_values")
+@case("Ledger", "Ledger.read", "Ledger.count", "Ledger.usage_sums", "Ledger.raw_usage", "Ledger.tag_values")
 def read(world: World) -> None:
     for tenant in (ATTACKER, *LOOKALIKES):
         for selection in (Selection(tenant), Selection(tenant, tags={"note": SECRET}), Selection(tenant, model="%")):
@@ -173,6 +173,7 @@ def read(world: World) -> None:
                 assert {one.record.tenant for one in found} <= {ATTACKER}
                 assert SECRET not in repr(found)
         assert {one.tenant for one in world.ledger.raw_usage(Selection(tenant))} <= {ATTACKER}
+        assert world.ledger.count(Selection(tenant)) == len(list(world.ledger.read(Selection(tenant))))
         assert SECRET not in world.ledger.tag_values(Selection(tenant), "note")
         for hourly in (True, False):
             sums = list(world.ledger.usage_sums(Selection(tenant), hourly=hourly))
