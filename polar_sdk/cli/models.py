@@ -6,6 +6,7 @@ Prints what `polar_sdk.models` knows.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,10 +66,10 @@ def kernels() -> None:
     if not is_possible():
         print_line("there are no native kernels for this kind of machine: layers run by torch", err=True)
         raise typer.Exit(1)
-    kinds = ", ".join(missing()) or "none is missing"
+    kinds = ", ".join(missing())
     with (
         interruptible("libraries that are built stay; the same command builds the others"),
-        stage(f"compiling native kernels ({kinds}); how long that takes depends on the compiler, which does not say"),
+        stage(f"compiling native kernels ({kinds}), a minute or two") if kinds else nullcontext(),
     ):
         failures = build_missing()
     for kind, reason in failures.items():
