@@ -19,6 +19,7 @@ from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from polar_sdk.lab.suites.results import SuiteEvaluation
+    from polar_sdk.router.exact_tests import Interval
 
 SUITES: Final = ("mmlu", "arc", "gsm8k", "humaneval")
 _DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0}
@@ -32,6 +33,11 @@ def spread(file: Path, limit: int) -> str:
     return "\n".join(lines[number * len(lines) // chosen] for number in range(chosen))
 
 
+def in_percent(value: Interval) -> dict[str, Any]:
+    """The ends of an interval as facts of a figure. Unit: percent, or points."""
+    return {"low": 100 * value.low, "high": 100 * value.high, "interval": "95%"}
+
+
 def record_suite(recorder: Recorder, found: SuiteEvaluation) -> None:
     """Record what full depth gets right, and what each tier saves and loses."""
     right = found.baseline.accuracy
@@ -39,9 +45,7 @@ def record_suite(recorder: Recorder, found: SuiteEvaluation) -> None:
         f"{found.suite}, exact: right",
         100 * right.value,
         "%",
-        low=100 * right.low,
-        high=100 * right.high,
-        interval="95%",
+        **in_percent(right),
         note=f"{found.problems} problems of {found.prompt_tokens:.0f} tokens",
     )
     for tier in found.tiers[1:]:
@@ -52,9 +56,7 @@ def record_suite(recorder: Recorder, found: SuiteEvaluation) -> None:
             f"{found.suite}, {tier.name}: drop",
             100 * drop.value,
             "points",
-            low=100 * drop.low,
-            high=100 * drop.high,
-            interval="95%",
+            **in_percent(drop),
             note=note,
             **goal,
         )

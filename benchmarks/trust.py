@@ -9,14 +9,10 @@ changes the time that it takes, and no figure.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from benchmarks.problems import in_percent
 from benchmarks.results import Recorder, arguments
 from polar_sdk import PolarModel, lab
 from polar_sdk.show.progress import ProgressBars
-
-if TYPE_CHECKING:
-    from polar_sdk.router.exact_tests import Interval
 
 SUITES = ("formats", "refusals")
 TIERS = ("standard", "economy")
@@ -46,7 +42,7 @@ def main() -> None:
             100 * found.baseline.accuracy.value,
             "%",
             topic="instructions",
-            **_interval(found.baseline.accuracy, 100),
+            **in_percent(found.baseline.accuracy),
             note=f"{found.problems} problems",
         )
         for tier in found.tiers[1:]:
@@ -56,7 +52,7 @@ def main() -> None:
                 100 * tier.accuracy_drop.value,
                 "points",
                 topic="instructions",
-                **_interval(tier.accuracy_drop, 100),
+                **in_percent(tier.accuracy_drop),
                 **goal,
                 note=f"{tier.flops_saved:.1%} of the FLOPs saved; McNemar p = {tier.mcnemar_p:.2g}",
             )
@@ -77,15 +73,11 @@ def main() -> None:
             100 * one.ordinary.value,
             "%",
             topic="redteam",
-            **_interval(one.ordinary, 100),
+            **in_percent(one.ordinary),
             note=f"{100 * one.alpha:g} % are promised",
         )
         if one.fewer is not None:
             recorder.add(f"{one.tier}: fewer", 100 * one.fewer, "%", topic="redteam", goal=_FEWER)
-
-
-def _interval(value: Interval, scale: float) -> dict[str, object]:
-    return {"low": scale * value.low, "high": scale * value.high, "interval": "95%"}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger(__name__)
 DEFAULT_SHARE: Final = 0.005
 """Share of a tier's requests that are audited, where the sink keeps audits and nothing else is asked for. With what
-doubts add, audits cost 0.6 to 1.5 % of a tier's compute where nothing is wrong; see `benchmarks/drift.py`."""
+doubts add, audits cost 0.5 to 1.3 % of a tier's compute where nothing is wrong; see `benchmarks/drift.py`."""
 _FEWEST: Final = 32
 """Minimum length of a key. Unit: bytes."""
 

@@ -73,7 +73,7 @@ def _counts(url: str) -> WorkerCounts:
         hint = "Set POLAR_BACKEND_KEY." if error.code in {401, 403} else "Start it with VLLM_PLUGINS=polar."
         raise QueryError(f"{url} answered with status {error.code} and no counts.", hint=hint) from error
     except (URLError, OSError, ValueError) as error:
-        raise QueryError(
-            f"{url} cannot be asked ({getattr(error, 'reason', error)}).", hint="Check the URL."
-        ) from error
+        reason = getattr(error, "reason", error)
+        why = getattr(reason, "strerror", None) or reason
+        raise QueryError(f"{url} cannot be asked ({why}).", hint="Check the URL.") from error
     return WorkerCounts.parse(text, url)
