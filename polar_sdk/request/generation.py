@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
 from polar_sdk.reading import ANSWER_DIGITS, Unreadable, parse_json
-from polar_sdk.request.recorder import Recorder
+from polar_sdk.request.recorder import Recording
 from polar_sdk.serving.delivery import Piece
 from polar_sdk.serving.job import FinishReason, Job
 from polar_sdk.serving.threads import AHEAD
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.sampling import TokenLogprobs
     from polar_sdk.programs.policy import LoopGuard
+    from polar_sdk.request.recorder import Recorder
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
     from polar_sdk.usage import Receipt, UsageRecord, UsageSink
@@ -119,7 +120,7 @@ def answer(
         return []
     sink.check()
     ended: SimpleQueue[Job] = SimpleQueue()
-    with Recorder(model, sink) as recorder:
+    with Recording(model, sink) as recorder:
         jobs = [Job(request, model, guard=guard, on_end=ended.put) for request in recorder.admit(requests)]
         recorder.begin(jobs)
         model.scheduler.submit(jobs)
@@ -145,7 +146,7 @@ def stream(
     """
     process = os.getpid()
     sink.check()
-    with Recorder(model, sink) as recorder:
+    with Recording(model, sink) as recorder:
         (request,) = recorder.admit([request])
         job = Job(request, model, guard=guard, max_ahead=AHEAD)
         recorder.begin([job])

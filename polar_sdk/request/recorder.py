@@ -4,7 +4,9 @@ What runs to its end is recorded in its caller's thread. What ends early, by an 
 stream that is closed or dropped, is left to the thread `polar-record`, which waits for the engine's last pass and
 stores the record; who leaves the request waits for that, for a few seconds at most. So neither a further signal nor a
 lock that the caller holds keeps a record from being stored: it may be a garbage collection in the middle of a sink that
-ends the request. What is lost nevertheless, as in a process that is killed, is bounded by the request's marks.
+ends the request. Where signals cut off all that a call does at its end, the thread finds within moments that the call
+is gone: a finaliser would not do, since a signal may cut that off as well, and nobody hears of it. What is lost
+nevertheless, as in a process that is killed, is bounded by the request's marks.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from contextvars import copy_context
 from functools import cache, partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
-from weakref import WeakSet, ref
+from weakref import ref
 
 from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.request.admission import admit
@@ -45,13 +47,37 @@ _PATIENCE_SECONDS: Final = 5.0
 which its sink needs."""
 _EXIT_SECONDS: Final = 10.0
 """How long the end of the process waits for records."""
+_SWEEP_SECONDS: Final = 0.25
+"""How often to look for calls that are gone, while any are open."""
+
+
+class Recording:
+    """Guarantees one usage record per job of a call, however the call ends: a context manager around it.
+
+    Nothing but the call refers to it, so that it is gone when the call is; what its end needs is kept apart from it.
+    """
+
+    def __init__(self, model: LoadedModel, sink: UsageSink) -> None:
+        self._recorder = Recorder(model, sink, ref(self))
+
+    def __enter__(self) -> Recorder:
+        return self._recorder
+
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: object) -> None:
+        self._recorder.end(failure)
 
 
 class Recorder:
-    """Guarantees one usage record per job of a call, however the call ends: a context manager around it."""
+    """Makes and stores the records of a call. Kept alive until they are stored.
 
-    def __init__(self, model: LoadedModel, sink: UsageSink) -> None:
-        self._model, self._sink = model, sink
+    Args:
+        model: What answers.
+        sink: Takes the records.
+        call: The call; where it is gone, nobody else will end its requests.
+    """
+
+    def __init__(self, model: LoadedModel, sink: UsageSink, call: ref[Recording]) -> None:
+        self._model, self._sink, self._call = model, sink, call
         self._reserved: list[Request] = []
         """Requests that the sink may hold something for, and that have no job yet."""
         self._jobs: tuple[Job, ...] = ()
@@ -66,20 +92,11 @@ class Recorder:
         self._process = os.getpid()
         self._context = copy_context()
         """The caller's, for a record that another thread stores."""
-        LATE.start(_run_late)
         _finish_at_exit()
-        _OPEN.add(self)
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: object) -> None:
-        self.end(failure)
-
-    def __del__(self) -> None:
-        """A further signal cut `end` off before it had left the records to the thread."""
-        if hasattr(self, "_context") and self._open:
-            self._leave(None, None)
+        _OPEN[self] = None
+        LATE.start(_run_late)
+        if LATE.resting:
+            LATE.put(_sweep, _run_late)
 
     def admit(self, requests: Sequence[Request]) -> list[Request]:
         """Reserve for requests with the sink; what never gets a job is released, however the call ends.
@@ -128,6 +145,7 @@ class Recorder:
             BaseException: What the sink raised.
         """
         if not self._open:
+            _OPEN.pop(self, None)
             return
         if isinstance(threading.current_thread(), InternalThread):
             self._leave(failure, None)
@@ -143,10 +161,17 @@ class Recorder:
         if problems and (failure is None or isinstance(failure, _STOPS) or not isinstance(failure, type(problems[0]))):
             raise problems[0]
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the call is gone, so that it will not end this."""
+        return self._call() is None
+
     def leave(self) -> None:
-        """As `end`, without waiting: at the end of the process."""
+        """As `end`, without waiting: for a call that is gone, and at the end of the process."""
         if self._open:
             self._leave(None, None)
+        else:
+            _OPEN.pop(self, None)
 
     def _unrecorded(self) -> list[Job]:
         return [job for job in self._jobs if job not in self._receipts]
@@ -177,6 +202,7 @@ class Recorder:
                     except BaseException as problem:  # any sink, any error: the other jobs must be recorded, too
                         problems.append(problem)
                 self._ended = True
+        _OPEN.pop(self, None)
         for one in problems:  # what a dropped stream raises reaches nobody
             _log.error("the usage record of a request that ended early could not be stored", exc_info=one)
         if stored is not None:
@@ -205,16 +231,35 @@ class Recorder:
 
 
 LATE: Final[Inbox[Callable[[], object]]] = Inbox("polar-record")
-"""Calls that the thread `polar-record` runs; once started, it lives as long as the process."""
-_OPEN: Final[WeakSet[Recorder]] = WeakSet()
+"""What the thread `polar-record` is to do; once started, it lives as long as the process."""
+_OPEN: Final[dict[Recorder, None]] = {}
+"""Recorders of calls that have not ended."""
 
 
 def _run_late() -> None:
     while True:
         try:
-            LATE.take(None)()
+            _next_call()()
         except Exception:  # the record of a request that lost its hold: its caller offers it again when it leaves
             _log.exception("a usage record could not be stored yet")
+
+
+def _next_call() -> Callable[[], object]:
+    """What to do next: what was left to the thread, or a sweep if nothing is for a while and calls are open."""
+    LATE.resting = True  # before the look at what is open: who opens a call after that look wakes the thread
+    LATE.resting = not _OPEN
+    with suppress(Empty):
+        return LATE.take(None if LATE.resting else _SWEEP_SECONDS)
+    return _sweep
+
+
+def _sweep(done: SimpleQueue[None] | None = None) -> None:
+    """Leave the records of calls that are gone to the thread, and say when they are stored."""
+    for recorder in list(_OPEN):
+        if recorder.is_lost:
+            recorder.leave()
+    if done is not None:
+        LATE.put(partial(done.put, None), _run_late)
 
 
 def _revoke(recorder: ref[Recorder], job: Job, error: PolarError) -> None:
@@ -227,7 +272,7 @@ def _revoke(recorder: ref[Recorder], job: Job, error: PolarError) -> None:
 def flush(seconds: float = _EXIT_SECONDS) -> bool:
     """Wait until the records of all requests dropped so far are stored; False if that takes too long."""
     done: SimpleQueue[None] = SimpleQueue()
-    LATE.put(partial(done.put, None), _run_late)
+    LATE.put(partial(_sweep, done), _run_late)
     try:
         done.get(timeout=seconds)
     except Empty:
@@ -246,3 +291,7 @@ def _finish_all() -> None:
         recorder.leave()
     if not flush():
         _log.error("the process ended before the usage records of its dropped requests could be stored")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_OPEN.clear)  # the parent's

@@ -10,11 +10,11 @@ import asyncio
 import os
 import threading
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from contextvars import copy_context
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
@@ -26,6 +26,8 @@ T = TypeVar("T")
 AHEAD = 2
 """Number of pieces of a stream computed before its consumer requests them: enough to hide the handover, and little to
 waste if it leaves."""
+_LOOK_SECONDS: Final = 0.5
+"""How often a producer that waits for its reader looks whether that is still there."""
 _INBOXES: Final[WeakSet[Inbox[Any]]] = WeakSet()
 
 
@@ -56,6 +58,8 @@ class Inbox(Generic[T]):
         self._items: SimpleQueue[T] = SimpleQueue()
         self._serving = threading.Lock()
         """Held by the thread as long as it serves."""
+        self.resting = False
+        """Whether the thread waits for the next item for ever; for a thread that says so."""
 
     @property
     def is_served(self) -> bool:
@@ -126,29 +130,26 @@ def run_apart(call: Callable[[Cancel], T]) -> T:
             worker.join()
 
 
-class _AnyCancel:
-    """Set when the task is cancelled, or when the caller's own cancel is. Takes no lock: finalisers set it."""
+class _Reader:
+    """Held by who awaits a call or reads a stream, and by nothing else: it has left once this is gone.
 
-    def __init__(self, caller: Cancel | None) -> None:
-        self._caller = caller
-        self.left = False
-        """Whether the task was cancelled or has left its stream."""
+    So no finaliser has to say so, which a signal could cut short.
+    """
+
+
+class _AnyCancel:
+    """Set when the reader has left, or when the caller's own cancel is."""
+
+    def __init__(self, reader: _Reader, caller: Cancel | None) -> None:
+        self._reader, self._caller = ref(reader), caller
+
+    @property
+    def left(self) -> bool:
+        """Whether the reader has left."""
+        return self._reader() is None
 
     def is_set(self) -> bool:
         return self.left or (self._caller is not None and self._caller.is_set())
-
-
-class _Leave:
-    """Tells a producer that its consumer has left: when called, or when collected with a consumer left unclosed."""
-
-    def __init__(self, stop: _AnyCancel, room: SimpleQueue[None]) -> None:
-        self._stop, self._room = stop, room
-
-    def __call__(self) -> None:
-        self._stop.left = True
-        self._room.put(None)  # wakes a producer that waits for room
-
-    __del__ = __call__
 
 
 class _End:
@@ -161,12 +162,13 @@ async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T
     The wait ensures that after a cancellation nothing is computed any more and the usage record is stored, however
     often the task is cancelled (anyio cancels at every await). The first cancellation is raised.
     """
-    stop = _AnyCancel(cancel)
+    reader = _Reader()
+    stop = _AnyCancel(reader, cancel)
     worker = _awaitable(lambda: call(stop), "polar-request")
     try:
         return await asyncio.shield(worker)
     except asyncio.CancelledError:
-        stop.left = True
+        del reader
         await _ended(worker)
         raise
 
@@ -175,10 +177,11 @@ async def iterate_in_thread(
     start: Callable[[Cancel], Generator[T, None, None]], cancel: Cancel | None
 ) -> AsyncIterator[T]:
     """Iterate a blocking generator in a thread, at the consumer's pace; leaving early stops it within one item."""
-    stop = _AnyCancel(cancel)
+    reader = _Reader()
+    stop = _AnyCancel(reader, cancel)
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[T | _End] = asyncio.Queue()
-    room: SimpleQueue[None] = SimpleQueue()  # not a semaphore, whose lock would not bear a finaliser
+    room: SimpleQueue[None] = SimpleQueue()  # not a semaphore, whose lock a signal could leave locked
     for _ in range(AHEAD):
         room.put(None)
 
@@ -189,15 +192,13 @@ async def iterate_in_thread(
         try:
             with closing(start(stop)) as items:
                 for item in items:
-                    room.get()
-                    if stop.left:
+                    if not _has_room(room, stop):
                         break
                     put(item)
         finally:
             put(_End())
 
     worker = _awaitable(produce, "polar-stream")
-    leave = _Leave(stop, room)
     cancelled: asyncio.CancelledError | None = None
     try:
         while not isinstance(item := await queue.get(), _End):
@@ -208,13 +209,23 @@ async def iterate_in_thread(
         cancelled = raised
         raise
     finally:
-        leave()
+        del reader
+        room.put(None)  # wakes a producer that waits for it
         later = await _ended(worker)
         try:
             if later is not None and cancelled is None:
                 raise later
         finally:
             del later, cancelled  # their tracebacks refer to this frame
+
+
+def _has_room(room: SimpleQueue[None], stop: _AnyCancel) -> bool:
+    """Wait until the reader has room for an item; False once it has left."""
+    while not stop.left:
+        with suppress(Empty):
+            room.get(timeout=_LOOK_SECONDS)
+            return not stop.left
+    return False
 
 
 def _awaitable(call: Callable[[], T], name: str) -> asyncio.Future[T]:

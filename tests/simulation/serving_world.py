@@ -227,6 +227,7 @@ class ServingWorld:
         finally:
             self.world.end()
             recorder.LATE, record.MARKS = late, marks  # type: ignore[misc]
+            recorder._OPEN.clear()
             self._give_pages_back()
             World.now_in = None
 

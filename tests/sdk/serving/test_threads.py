@@ -11,6 +11,7 @@ import contextvars
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
+from polar_sdk.serving import threads
 from polar_sdk.serving.threads import AHEAD, run_apart
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
@@ -25,6 +27,7 @@ from tests.sdk.serving.gate import LONG, Gate, never_ending
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+    from types import FrameType
 
     from torch import Tensor
 
@@ -261,18 +264,41 @@ def slowly(tokens: Sequence[int], logits: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_stream_whose_loop_is_gone_ends_and_is_recorded(prompt: str) -> None:
+def interrupt(frame: FrameType, event: str, arg: object) -> None:
+    """A trace or profile function: a signal comes as a function of the module is entered. Each raises once."""
+    if event == "call" and frame.f_code.co_filename == threads.__file__:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("signals", [False, True])
+def test_a_stream_whose_loop_is_gone_ends_and_is_recorded(
+    signals: bool, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without its loop, nothing closes the asynchronous generator, and its thread would wait for a reader for ever."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's would keep the frames of the stream
     sink = ListSink()
     model = tiny_model(sink=sink)
+    waits = threading.Event()
+
+    def counting(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        if len(tokens) == 2 * AHEAD + 1:  # as many as are computed before the reader takes its second
+            waits.set()
+        return logits
+
     loop = asyncio.new_event_loop()
-    chunks = model.astream(prompt, max_tokens=LONG)
+    chunks = model.astream(prompt, max_tokens=LONG, logits_hook=counting)
     loop.run_until_complete(anext(chunks))
+    assert waits.wait(20)
     (producer,) = [thread for thread in threading.enumerate() if thread.name == "polar-stream"]
     loop.close()
+    traced, profiled = sys.gettrace(), sys.getprofile()
+    if signals:
+        sys.settrace(interrupt)
+        sys.setprofile(interrupt)
     del chunks
     gc.collect()
+    sys.setprofile(profiled)
+    sys.settrace(traced)
     producer.join(20)
     assert not producer.is_alive()
     assert len(sink.records) == 1
