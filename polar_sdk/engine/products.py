@@ -90,17 +90,18 @@ def times(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
     return product[:rows] if padding else product
 
 
-_panels: dict[int, Packed] = {}
-"""Factors of maps in panels, by the identity of the tensor, for as long as that is there."""
+_panels: dict[int, tuple[weakref.ref[Tensor], Packed]] = {}
+"""Factors of maps in panels, by the identity of the tensor, for as long as that is there. Whether it is the same tensor
+is asked nevertheless: a signal may cut off what forgets it."""
 
 
 def _panels_of(factor: Tensor) -> Packed:
     """The panels of a map's factor (K, N), which nobody changes: one that is trained has gradients."""
     found = _panels.get(id(factor))
-    if found is None:
-        found = _panels[id(factor)] = Packed.of(factor.T, None)
+    if found is None or found[0]() is not factor:
+        found = _panels[id(factor)] = weakref.ref(factor), Packed.of(factor.T, None)
         weakref.finalize(factor, _panels.pop, id(factor), None)
-    return found
+    return found[1]
 
 
 def outputs_from(product: Product, first: int) -> Product | None:

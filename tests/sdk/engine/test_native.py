@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from polar_sdk.engine.kernels import NativeLayers, TorchKernels
 from polar_sdk.engine.native import build
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
-from polar_sdk.engine.products import Int8, Plain, multiply, multiply_wide, pack, quantize
+from polar_sdk.engine.products import Int8, Plain, multiply, multiply_wide, pack, quantize, times
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import DeviceError
@@ -150,6 +151,18 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(pairs: bool, inputs: int)
     whole = _product(x, Plain(weight), pairs)
     for count in (1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 25, 32, 33):
         assert torch.equal(_product(x[:count], Plain(weight), pairs), whole[:count]), count
+
+
+@pytest.mark.usefixtures("native")
+def test_a_factor_is_not_taken_for_one_that_had_its_place_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of a factor is forgotten with it, unless a signal cuts that off."""
+    monkeypatch.setattr(weakref, "finalize", lambda *_: None)
+    x = torch.eye(64, dtype=HALF)
+    with torch.inference_mode():
+        for number in range(20):
+            factor = torch.full((64, 48), float(number), dtype=HALF)
+            assert torch.equal(times(x, factor), factor)
+            del factor
 
 
 @pytest.mark.usefixtures("native")
