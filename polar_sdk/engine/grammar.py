@@ -144,7 +144,7 @@ class Grammar:
             if (short := self._wide(_MAX_END_TOKENS).path) is not None:
                 least = len([token for token in short if token != self._tokens.end])
             raise GrammarError(
-                f"a short answer that matches needs {least} tokens; max_tokens={max_tokens}: raise it.",
+                f"max_tokens={max_tokens} is too few for an answer that matches; a short one needs {least}: raise it.",
                 hint="With fit_max_tokens=False the answer is cut off instead.",
             )
 

@@ -112,11 +112,11 @@ class Call:
     def blamed(self, error: Exception) -> Exception:
         """An error of the engine with the field that is to blame, which the engine cannot know."""
         said = str(error).replace("max_tokens=", f"{self.length_param}=").replace("of max_tokens", "of it")
+        length = self.length_param if said.startswith(f"{self.length_param}=") else None
         if isinstance(error, ContextWindowError):
-            param = self.length_param if said.startswith(self.length_param) else None
-            return ApiError(said, code="context_length_exceeded", param=param)
+            return ApiError(said, code="context_length_exceeded", param=length)
         if isinstance(error, GrammarError):
-            return ApiError(said, param=self.constraint or self.form_param)
+            return ApiError(said, param=length or self.constraint or self.form_param)
         if isinstance(error, MissingExtraError):
             return ApiError(str(error), code="unsupported_value", param=self.form_param)
         if type(error) in (InvalidRequestError, SamplingError) and (option := _OPTION.match(said)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -116,6 +117,35 @@ def test_errors_name_the_length_as_it_came(served: Served) -> None:
         _, _, refused = served.call("POST", path, {**rest, field: 10_000})
         assert (refused["error"]["code"], refused["error"]["param"]) == ("context_length_exceeded", field)
         assert refused["error"]["message"].startswith(f"{field}=10000")
+
+
+@pytest.mark.parametrize("format_field", ["tools", "response_format"])
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+def test_a_length_that_is_too_short_for_the_form_is_blamed_and_one_that_is_not_is_named(
+    field: str, format_field: str, served: Served
+) -> None:
+    schema = {"type": "object", "properties": {"day": {"enum": ["Sunday"]}}, "required": ["day"]}
+    named = {"name": "day", "parameters": schema}
+    asked: dict[str, Any]
+    form: dict[str, Any]
+    if field == "max_output_tokens":
+        path, asked = "/v1/responses", {"model": "tiny", "input": "a"}
+        tools, form = (
+            {"type": "function", **named},
+            {"text": {"format": {"type": "json_schema", "name": "day", "schema": schema}}},
+        )
+    else:
+        path, asked = "/v1/chat/completions", {key: value for key, value in chat_body().items() if key != "max_tokens"}
+        tools = {"type": "function", "function": named}
+        form = {"response_format": {"type": "json_schema", "json_schema": {"name": "day", "schema": schema}}}
+    asked |= {"tools": [tools], "tool_choice": "required"} if format_field == "tools" else form
+    status, _, refused = served.call("POST", path, {**asked, field: 3})
+    message = refused["error"]["message"]
+    assert (status, refused["error"]["param"]) == (400, field)
+    assert message.startswith(f"{field}=3 ")
+    enough = max(map(int, re.findall(r"\d+", message)))
+    assert served.call("POST", path, {**asked, field: enough - 1})[0] == 400
+    assert served.call("POST", path, {**asked, field: enough})[0] == 200
 
 
 @pytest.mark.parametrize(

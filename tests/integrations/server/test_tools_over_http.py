@@ -274,7 +274,7 @@ def tool_of(**changes: Any) -> list[dict[str, Any]]:
         ({"tool_choice": CHOOSE_NOTHING, "tools": [WEATHER]}, "tool_choice"),
         ({"tool_choice": 5}, "tool_choice"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
-        ({"tools": [WEATHER], "tool_choice": "required", "max_tokens": 3}, "tools"),
+        ({"tools": [WEATHER], "tool_choice": "required", "max_tokens": 3}, "max_tokens"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
