@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
@@ -67,6 +68,10 @@ _SOON: Final = 5.0
 """Time after which a stage can say how long it takes. Unit: seconds."""
 _EVERY: Final = 30.0
 """Time between lines about one stage after that, where no bar can be drawn. Unit: seconds."""
+_MOMENT: Final = 1.0
+"""Time after which a bar is drawn of what may have ended by then. Unit: seconds."""
+_UPDATES: Final = 1000
+"""Number of times that a stage of many short steps is shown anew."""
 
 
 class _Lines:
@@ -116,7 +121,7 @@ class ProgressBars:
 
     Args:
         quiet: Show nothing.
-        at_once: Whether a stage has a line when it begins; else once it has lasted for some seconds.
+        at_once: Whether there is a bar or a line when a stage begins; else once it has lasted for a moment.
     """
 
     def __init__(self, *, quiet: bool = False, at_once: bool = True) -> None:
@@ -127,13 +132,21 @@ class ProgressBars:
         self._bar = _bar("", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), quiet=quiet or self._in_lines)
         self._tasks: dict[str, TaskID] = {}
         self._lines: dict[str, _Lines] = {}
+        self._begun = monotonic()
+        self._drawn = False
 
     def __enter__(self) -> ProgressBars:
-        self._bar.start()
+        if self._at_once:
+            self._draw()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._drawn:
+            self._bar.stop()
+
+    def _draw(self) -> None:
+        self._bar.start()
+        self._drawn = True
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Show how far a stage is."""
@@ -144,13 +157,19 @@ class ProgressBars:
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
         self._bar.update(self._tasks[stage], completed=done, total=total)
+        if not self._drawn and monotonic() > self._begun + _MOMENT:
+            self._draw()
 
-    def through(self, stage: str, steps: Iterable[T], total: int) -> Iterator[T]:
-        """The steps, shown as they are taken."""
-        self(stage, 0, total)
-        for done, step in enumerate(steps, 1):
-            yield step
-            self(stage, min(done, total), total)
+
+def through(progress: Progress, stage: str, steps: Iterable[T], total: int) -> Iterator[T]:
+    """The steps, shown as they are taken."""
+    progress(stage, 0, total)
+    several, left = max(1, total // _UPDATES), iter(steps)
+    done = 0
+    while taken := list(islice(left, several)):
+        yield from taken
+        done += len(taken)
+        progress(stage, min(done, total), total)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_sdk.show import progress
-from polar_sdk.show.progress import ProgressBars, interruptible, stage
+from polar_sdk.show.progress import ProgressBars, interruptible, stage, through
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ def test_steps_that_were_done_before_do_not_count(clock: Clock, capsys: pytest.C
 
 def test_each_stage_has_lines_and_quiet_ones_have_none(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBars() as show:
-        assert list(show.through("rows", "abc", 3)) == ["a", "b", "c"]
+        assert list(through(show, "rows", "abc", 3)) == ["a", "b", "c"]
         show("links", 0, 10)
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["rows:", "links:"]
     with ProgressBars(at_once=False) as show:
@@ -67,6 +67,32 @@ def test_each_stage_has_lines_and_quiet_ones_have_none(clock: Clock, capsys: pyt
     with ProgressBars(quiet=True) as show:
         show("links", 0, 10)
     assert capsys.readouterr().err == ""
+
+
+def test_many_steps_are_shown_now_and_then() -> None:
+    shown: list[tuple[str, int, int]] = []
+    taken = through(lambda *step: shown.append(step), "rows", range(123_456), 123_000)  # more have come meanwhile
+    assert list(taken) == list(range(123_456))
+    assert 500 < len(shown) < 2000
+    assert shown == sorted(shown)
+    assert (shown[0], shown[-1]) == (("rows", 0, 123_000), ("rows", 123_000, 123_000))
+
+
+@pytest.mark.parametrize(("at_once", "seconds", "drawn"), [(True, 0, True), (False, 0, False), (False, 3, True)])
+def test_a_bar_is_drawn_of_what_lasts(
+    at_once: bool,
+    seconds: float,
+    drawn: bool,
+    clock: Clock,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with ProgressBars(at_once=at_once) as show:
+        for done in range(4):
+            clock.now = seconds * done / 3
+            show("rows", done, 3)
+    assert ("3/3" in capsys.readouterr().err) == drawn
 
 
 def test_bytes_have_lines_as_well(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

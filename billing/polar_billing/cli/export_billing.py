@@ -16,7 +16,7 @@ import typer
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
 from polar_sdk.show.lines import print_line
-from polar_sdk.show.progress import ProgressBars, interruptible
+from polar_sdk.show.progress import ProgressBars, interruptible, through
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,7 +108,7 @@ def export_billing(
         selection = opt.selection_of(tenant, period, None, None, [])
 
         def usage() -> Iterator[StoredUsage]:
-            return show.through("requests", store.read(selection), store.count(selection))
+            return through(show, "requests", store.read(selection), store.count(selection))
 
         match format_:
             case Format.FOCUS | Format.FOCUS_PARQUET:
@@ -128,7 +128,7 @@ def export_billing(
                 from polar_billing.exports.parquet import write_report
                 from polar_billing.reports.report import build_report
 
-                report = build_report(store, selection, prices=opt.book_of(book), currency=currency)
+                report = build_report(store, selection, prices=opt.book_of(book), currency=currency, progress=show)
                 _say_written(out, write_report(out, report))
 
 
@@ -169,7 +169,7 @@ def _write_meter_events(
     check_whole(store, selection.tenant, months)
     events = MeterEvents(charging_books(store), read_customers(customers), selection.period)
     chosen = Selection(selection.tenant, months)
-    usage = show.through("requests", store.read(chosen, as_stored=True), store.count(chosen))
+    usage = through(show, "requests", store.read(chosen, as_stored=True), store.count(chosen))
     opt.write_pieces(out, (f"{json.dumps(event)}\n" for event in events.of(usage)))
     _say_leftovers(events)
 

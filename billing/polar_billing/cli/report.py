@@ -14,6 +14,7 @@ import typer
 from polar_billing.cli import options as opt
 from polar_billing.errors import OutputError, QueryError
 from polar_sdk.show.lines import print_json, print_line
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from polar_billing.reports.mix import Savings
@@ -106,7 +107,9 @@ def report(
             energy=read_energy(flops_per_joule, energy_source, energy_log, grid_intensity, grid_source),
             promises=read_promises(promise or ()),
         )
-        built = build_report(store, selection, prices=opt.book_of(prices), currency=currency, questions=questions)
+        book = opt.book_of(prices)
+        with ProgressBars(at_once=False) as show:
+            built = build_report(store, selection, prices=book, currency=currency, questions=questions, progress=show)
         if html is not None:
             opt.write_file(html, report_html(built))
         if csv is not None:

@@ -14,6 +14,7 @@ import typer
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
 from polar_sdk.show.lines import print_json, print_line
+from polar_sdk.show.progress import ProgressBars, through
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
@@ -59,7 +60,9 @@ def statement(
             _list(store, tenants, as_json)
             return
         period = (month, since, until, zone)
-        found = [_statement(store, one, period, issue, book) for one in tenants]
+        with ProgressBars(at_once=False) as show:
+            each = through(show, "statements", tenants, len(tenants))
+            found = [_statement(store, one, period, issue, book) for one in each]
         if tenant is None:
             _show_all(found, as_json)
         elif trace is not None:
@@ -203,7 +206,8 @@ def reprice(
         from polar_billing.reports.billing_tables import repriced_view
         from polar_billing.reports.csv import repriced_csv
 
-        rows = polar_billing.reprice(store, opt.tenant_or_all(tenant), period, other)
+        with ProgressBars(at_once=False) as show:
+            rows = polar_billing.reprice(store, opt.tenant_or_all(tenant), period, other, progress=show)
     if csv is not None:
         opt.write_file(csv, repriced_csv(rows))
     if as_json:

@@ -21,10 +21,11 @@ from polar_billing.reports.hardware import BusyTime, HardwareReport, hardware_re
 from polar_billing.reports.mix import MixBasis
 from polar_billing.reports.promises import PromiseReport, PromiseWatch
 from polar_billing.reports.summary import Figures, TenantReport, TierReport, summarise, tenants_of
-from polar_billing.reports.tier_totals import totals_by_tier
+from polar_billing.reports.tier_totals import shown, totals_by_tier
 from polar_billing.reports.totals import Rater
 from polar_billing.reports.what_if import Charged, TokenPricing, UsageByBook, WhatIf, token_pricing, what_if
 from polar_billing.statements.issue import issued_statements
+from polar_sdk.show.progress import silent
 from polar_sdk.usage import DISPUTED_TAG
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from polar_billing.reports.hardware import Hardware
     from polar_billing.reports.mix import Mix, Savings
     from polar_billing.reports.summary import Summary
+    from polar_sdk.show.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def build_report(
     currency: str | None = None,
     questions: Questions | None = None,
     now: datetime | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """Build the report of a period, of what ended processes left in the spool as well.
 
@@ -126,6 +129,7 @@ def build_report(
         currency: Leave out what is rated in another currency.
         questions: What to work out besides what was charged.
         now: When the report says it was made; by default the current time.
+        progress: Hears how much of the usage is read, each time that it is.
 
     Raises:
         CurrencyMixError: The usage is rated in several currencies and none was chosen.
@@ -136,7 +140,7 @@ def build_report(
     questions = Questions() if questions is None else questions
     recover_abandoned(ledger)
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
-    groups = totals_by_tier(ledger, selection, rater)
+    groups = totals_by_tier(ledger, selection, rater, progress)
     tenants = tenants_of(groups, rater.decimals)
     # A report on one tier, or by another book, is not about what was owed.
     names = [] if prices or selection.tier else [tenant.tenant for tenant in tenants]
@@ -163,7 +167,7 @@ def build_report(
         token_pricing=token_pricing(summary),
         audited=_audited(ledger, selection),
         **summary._asdict(),
-        **(_answers(ledger, selection, rater, summary, questions) if summary.figures.requests else {}),
+        **(_answers(ledger, selection, rater, summary, questions, progress) if summary.figures.requests else {}),
     )
 
 
@@ -176,7 +180,7 @@ def _audited(ledger: Ledger, selection: Selection) -> tuple[PromiseDrift, ...]:
 
 
 def _answers(
-    ledger: Ledger, selection: Selection, rater: Rater, summary: Summary, questions: Questions
+    ledger: Ledger, selection: Selection, rater: Rater, summary: Summary, questions: Questions, progress: Progress
 ) -> dict[str, Any]:
     """The fields of a report that answer questions."""
     promises, busy = PromiseWatch(questions.promises), BusyTime()
@@ -187,7 +191,8 @@ def _answers(
     hardware = questions.hardware
     if hardware is not None and hardware.tokens_per_second is None:
         watching.append(lambda stored, _: busy.add(stored.record))
-    for stored in ledger.read(selection) if watching else ():
+    usage = shown(ledger.read(selection), ledger, selection, progress, "single requests") if watching else ()
+    for stored in usage:
         if (book := rater.book_of(stored)) is not None:
             for watch in watching:
                 watch(stored, book)
@@ -195,7 +200,10 @@ def _answers(
     device = None if hardware is None else hardware_report(hardware, busy, summary)
     if questions.books or questions.mixes or device is not None:
         charged_by = ", ".join(book.id for _, book in sorted(rater.used.items()))
-        others = [UsageByBook(book, totals_by_tier(ledger, selection, rater.under(book))) for book in questions.books]
+        others = [
+            UsageByBook(book, totals_by_tier(ledger, selection, rater.under(book), progress))
+            for book in questions.books
+        ]
         charged = Charged(summary, charged_by, device)
         answers |= {"hardware": device, "what_if": what_if(charged, others, questions.mixes, bases, questions.savings)}
     if questions.energy is not None:

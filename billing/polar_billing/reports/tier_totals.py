@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from operator import gt
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from polar_billing.prices.rating import Counts, Rating, always_within_receipt, rate_counts, rate_of
 from polar_billing.reports.totals import LayerVisits, UsageTotals, accumulate
 from polar_billing.values.canonical import EPOCH, to_microseconds
+from polar_sdk.show.progress import silent, through
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from polar_billing.ledger.rollups import RawUsage
     from polar_billing.prices.book import PriceBook
     from polar_billing.reports.totals import Rater
+    from polar_sdk.show.progress import Progress
 
+T = TypeVar("T")
 Key = tuple[str, str | None]
 """Tenant and tier."""
 _MAX_WAITING: Final = 20_000
@@ -89,18 +92,21 @@ _Group = tuple[str, str | None, str, str, str, str, str | None, int]
 """Tenant, tier, model, program, outcome, hash of the receipt's book, why it is unrated, and the place among changes."""
 
 
-def totals_by_tier(ledger: Ledger, selection: Selection, rater: Rater) -> dict[Key, UsageTotals]:
+def totals_by_tier(
+    ledger: Ledger, selection: Selection, rater: Rater, progress: Progress = silent
+) -> dict[Key, UsageTotals]:
     """The sums of each tenant and tier."""
     if selection.tags:
-        return _one_by_one(ledger, selection, rater)
+        return _one_by_one(ledger, selection, rater, progress)
     totals: dict[Key, UsageTotals] = {}
-    for key, alike in _grouped(ledger.raw_usage(selection), rater).items():
+    usage = shown(ledger.raw_usage(selection), ledger, selection, progress, "requests")
+    for key, alike in _grouped(usage, rater).items():
         book = rater.book_of_receipt(key[5])
         if book is None:
             continue
         rating = _rate(key, alike, book)
         if rating is None:
-            return _one_by_one(ledger, selection, rater)
+            return _one_by_one(ledger, selection, rater, progress)
         rater.used[book.content_hash] = book
         _add(totals.setdefault(key[:2], UsageTotals()), key, alike, rating)
     for tier in totals.values():
@@ -108,8 +114,14 @@ def totals_by_tier(ledger: Ledger, selection: Selection, rater: Rater) -> dict[K
     return totals
 
 
-def _one_by_one(ledger: Ledger, selection: Selection, rater: Rater) -> dict[Key, UsageTotals]:
-    return accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
+def shown(usage: Iterable[T], ledger: Ledger, selection: Selection, progress: Progress, stage: str) -> Iterable[T]:
+    """Usage that was selected, with the progress of reading it, if anybody looks."""
+    return usage if progress is silent else through(progress, stage, usage, ledger.count(selection))
+
+
+def _one_by_one(ledger: Ledger, selection: Selection, rater: Rater, progress: Progress) -> dict[Key, UsageTotals]:
+    usage = shown(ledger.read(selection), ledger, selection, progress, "requests, one by one")
+    return accumulate(usage, rater, lambda stored: (stored.record.tenant, stored.record.tier))
 
 
 def _grouped(usage: Iterable[RawUsage], rater: Rater) -> dict[_Group, _Alike]:

@@ -26,6 +26,7 @@ from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.lines import bounds
 from polar_billing.statements.period_usage import SeqRange, last_seq
 from polar_billing.values.money import exact_difference
+from polar_sdk.show.progress import silent, through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import Statement
     from polar_billing.values.periods import Period
+    from polar_sdk.show.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def _of_tenant(ledger: Ledger, tenant: str, period: Period, book: PriceBook | No
     yield StatementOfPeriod(draft, book, None)
 
 
-def reprice(ledger: Ledger, tenant: str | AllTenants, period: Period, book: PriceBook) -> list[Repriced]:
+def reprice(
+    ledger: Ledger, tenant: str | AllTenants, period: Period, book: PriceBook, *, progress: Progress = silent
+) -> list[Repriced]:
     """Rate a period's usage by another book; both sides are whole statements before prepaid credits.
 
     Args:
@@ -144,6 +148,7 @@ def reprice(ledger: Ledger, tenant: str | AllTenants, period: Period, book: Pric
         tenant: Whose, or `ALL_TENANTS`.
         period: Half-open; needs both ends.
         book: The other book.
+        progress: Hears how many tenants are done.
 
     Returns:
         One row per tenant with usage in the period, by name.
@@ -157,7 +162,8 @@ def reprice(ledger: Ledger, tenant: str | AllTenants, period: Period, book: Pric
     query = select(usage.tenant).where(*conditions(Selection(tenant), usage, usage.started_at, *bounds(period)))
     with ledger.snapshot() as connection:
         names = sorted(connection.execute(query.distinct()).scalars())
-        return [_reprice(connection, name, period, book) for name in names]
+        each = through(progress, "tenants", names, len(names))
+        return [_reprice(connection, name, period, book) for name in each]
 
 
 def _reprice(connection: Connection, tenant: str, period: Period, other_book: PriceBook) -> Repriced:

@@ -90,6 +90,18 @@ def asked(ledger: Ledger, **questions: Any) -> Report:
     return build_report(ledger, questions=Questions(savings=halves, **questions))
 
 
+def test_whoever_looks_sees_how_much_of_the_usage_is_read(filled: Ledger) -> None:
+    steps: list[tuple[str, int, int]] = []
+    questions = Questions(books=(book(OTHER),), hardware=read_hardware("2.5", None))
+    now = datetime(2026, 12, 1, tzinfo=UTC)
+    report = build_report(filled, questions=questions, now=now, progress=lambda *step: steps.append(step))
+    assert report == build_report(filled, questions=questions, now=now)
+    requests = report.figures.requests
+    once = [(done, requests) for done in range(requests + 1)]
+    read = {stage: [(done, total) for name, done, total in steps if name == stage] for stage, _, _ in steps}
+    assert sorted(read.values()) == [once, once * 2]  # for what was charged and by the other book, and for the times
+
+
 def test_another_book_charges_what_rating_by_it_does(filled: Ledger) -> None:
     other = book(OTHER)
     report = asked(filled, books=(other,))

@@ -239,6 +239,9 @@ def test_reprice_shows_the_difference_per_tenant(ledger: Ledger, put: Callable[.
         ("other", Decimal("1.2"), Decimal("2.4"), Decimal("1.2")),
         ("someone", Decimal("0.4"), Decimal("0.8"), Decimal("0.4")),
     ]
+    steps: list[int] = []
+    assert reprice(ledger, ALL_TENANTS, NOVEMBER, expensive, progress=lambda _, done, __: steps.append(done)) == rows
+    assert steps == [0, 1, 2]
     assert [row.tenant for row in reprice(ledger, "other", NOVEMBER, expensive)] == ["other"]
     euros = PriceBook.from_document(PLANS.document.replace('"USD"', '"EUR"'))
     with pytest.raises(CurrencyMixError, match="USD"):
