@@ -52,6 +52,9 @@ WORKER_TAG: Final = "polar.worker"
 """Tag of a usage record of a request that a vLLM with programs computed: which run of it, by an id of its own."""
 DISPUTED_TAG: Final = "polar.disputed"
 """Tag of records of which somebody else computed, and claimed what cannot be: the kind of the claim."""
+UNSTATED_TAG: Final = "polar.unstated"
+"""Tag of records of which somebody else computed, and did not say all: `cached` where it is not known how many tokens
+of the prompt were cached. None count as cached, so that the FLOPs of the prompt are the most that can have run."""
 FALLBACK_TAG: Final = "polar.fallback_from"
 """Tag of records of requests that were served by a safer tier, because audits put the promise of theirs at risk: the
 tier requested, or the tolerance."""

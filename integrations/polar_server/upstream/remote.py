@@ -5,6 +5,9 @@ program by the formula (`polar_sdk.programs.cost`), for the tokens that the upst
 before it did, for the prompt and the tokens of the text that arrived. The tag `polar.measured_by` says which:
 `upstream` or `relay`. What an upstream computed without sending anything of it is not known, and not billed.
 
+Prompt tokens of which an upstream does not say that they were cached count as run, and the tag `polar.unstated` says
+so: most servers count cached tokens in the last event of a stream alone, which a stream that is cut does not have.
+
 An upstream is believed within the request: no answer is longer than was asked, and figures that cannot be those of
 prompt and answer are not billed; the relay counts instead. The tag `polar.disputed` says so: `length` or `usage`.
 Exactly one record per request that an upstream took, however it ends.
@@ -30,6 +33,7 @@ from polar_sdk.request.admission import admit
 from polar_sdk.request.record import MARK_NS, MARK_TOKENS
 from polar_sdk.usage import (
     DISPUTED_TAG,
+    UNSTATED_TAG,
     UPSTREAM,
     WORKER_TAG,
     FlopUsage,
@@ -75,6 +79,8 @@ class _Progress:
     finish: str | None = None
     reported: TokenUsage | None = None
     """The upstream's last figures."""
+    cached_stated: bool = False
+    """Whether they say how many tokens of the prompt were cached."""
     disputed: str | None = None
     """The claim of the upstream that cannot be: `usage`, or `length` where its answer was cut."""
     opened_ns: int = 0
@@ -89,7 +95,7 @@ class _Progress:
     def take(self, data: Mapping[str, Any]) -> str:
         """Note one event; returns its text, as far as the answer may have more."""
         if isinstance(usage := data.get("usage"), dict):
-            self.reported = _usage(usage)
+            self.reported, self.cached_stated = _usage(usage)
             self.disputed = self.disputed or (None if self.reported else "usage")
         choices = data.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
@@ -109,18 +115,19 @@ class _Progress:
         return text
 
 
-def _usage(usage: Mapping[str, Any]) -> TokenUsage | None:
-    """The usage in an event, if it is one that can be."""
+def _usage(usage: Mapping[str, Any]) -> tuple[TokenUsage | None, bool]:
+    """The usage in an event, if it is one that can be, and whether it says how many tokens were cached."""
     details = usage.get("prompt_tokens_details")
-    cached = (details.get("cached_tokens") if isinstance(details, dict) else 0) or 0
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
     try:
-        return TokenUsage(
+        said = TokenUsage(
             input=usage.get("prompt_tokens"),
-            cached=cached,
+            cached=cached or 0,
             output=usage.get("completion_tokens"),
         )
     except ValidationError:
-        return None
+        return None, False
+    return said, cached is not None
 
 
 def stream(engine: PolarModel, backends: Mapping[str, Backend], request: Request) -> Generator[Chunk, None, None]:
@@ -307,7 +314,12 @@ class _Answer:
     def _made(self, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         request, progress, now = self._request, self._progress, time.perf_counter_ns()
         tokens, measured_by = self._tokens()
-        found = {MEASURED_TAG: measured_by, DISPUTED_TAG: progress.disputed, WORKER_TAG: self._worker}
+        found = {
+            MEASURED_TAG: measured_by,
+            DISPUTED_TAG: progress.disputed,
+            UNSTATED_TAG: None if measured_by == "upstream" and progress.cached_stated else "cached",
+            WORKER_TAG: self._worker,
+        }
         program, cost = request.program, self._engine.decoder.cost
         flops, visits, identity = FlopUsage(), VisitUsage(), 0
         if tokens.output:

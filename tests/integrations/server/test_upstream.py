@@ -219,8 +219,10 @@ def _head(status: int, kind: str, length: int | None = None) -> bytes:
     return f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{size}connection: close\r\n\r\n".encode()
 
 
-def _event(text: str, written: int | None = None, read: int = 4) -> bytes:
-    usage = None if written is None else {"prompt_tokens": read, "completion_tokens": written}
+def _event(text: str, written: int | None = None, read: int = 4, cached: int | None = None) -> bytes:
+    usage: dict[str, Any] | None = None if written is None else {"prompt_tokens": read, "completion_tokens": written}
+    if usage is not None and cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
     data = {"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": usage}
     return b"data: " + json.dumps(data, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n\n"
 
@@ -256,9 +258,32 @@ def test_an_upstream_that_breaks_off(
     assert (record.outcome, record.error) == ("error", "UpstreamError")
     counts = (15, "upstream") if counted else (10, "relay")
     assert (record.tokens.output, record.tags["polar.measured_by"]) == counts
+    assert (record.tokens.cached, record.tags["polar.unstated"]) == (0, "cached")
     assert record.flops.total == executed(served, record)
     assert there.bodies[0]["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
     assert there.bodies[0]["prompt"] == list(served.server.engine.prompt_tokens([{"role": "user", "content": "hi"}]))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("said", [(None, None), (None, 3), (3, 3), (0, 0)])
+def test_cached_tokens_that_an_upstream_does_not_state_count_as_run(
+    serve: Callable[..., Served],
+    scripted: Callable[[bytes], Scripted],
+    sink: RecordingSink,
+    said: tuple[int | None, int | None],
+    cut: bool,
+) -> None:
+    first, last = _event("A", 1, cached=said[0]), _event("", 1, cached=said[1])
+    there = scripted(_head(200, "text/event-stream") + first if cut else _stream(first, last))
+    served = serve(backends={"economy": [there.url]})
+    ask(served)
+    (record,) = sink.records
+    known = said[0] if cut else said[1]
+    assert (record.tokens.cached, record.tags.get("polar.unstated")) == (
+        known or 0,
+        "cached" if known is None else None,
+    )
+    assert record.flops.total == executed(served, record)
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
