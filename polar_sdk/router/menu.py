@@ -14,6 +14,7 @@ run, before any that only loses few. Knows no text and no money.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
@@ -131,8 +132,13 @@ class MenuRouter(LearnedRouter):
         """Outputs of prompts that are answered in text: no program runs that is for choices alone."""
         if self.facts.bridges == "all":
             return outputs
-        bridged = torch.tensor([bool(program.bridges) for program in self.programs[1:]], device=outputs.device)
-        return outputs.masked_fill(bridged, -torch.inf)
+        return outputs.masked_fill(self._bridged.to(outputs.device), -torch.inf)
+
+    @cached_property
+    def _bridged(self) -> Tensor:
+        """Whether each program after identity has bridges, (O,)."""
+        with torch.inference_mode(False):  # gradients may pass through what it masks
+            return torch.tensor([bool(program.bridges) for program in self.programs[1:]])
 
     def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
         """The cheapest program, at each prompt's length, whose quality is at least 1 − θ."""

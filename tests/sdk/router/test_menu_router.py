@@ -66,6 +66,9 @@ def test_programs_for_choices_are_for_requests_with_choices() -> None:
     assert engine.generate("which one?", choice=["yes", "no"]).usage.program == menu[1].text
     assert engine.generate("which one? yes or no?", max_tokens=2).usage.program == menu[2].text
     assert [record.usage.program for record in engine.generate_batch(["a", "b"], max_tokens=1)] == [menu[2].text] * 2
+    outputs = torch.zeros((3, 2), requires_grad=True)  # as in training, also once the router has served
+    (gradient,) = torch.autograd.grad(router.for_texts(outputs)[:, 1].sum(), outputs)
+    assert gradient.tolist() == [[0.0, 1.0]] * 3
     router = fixed_router(model, menu, [0.99, 0.95], default_theta=0.5)  # of bridges that were fitted to texts
     engine = PolarModel(model.loaded, router=router, sink=ListSink())
     assert engine.generate("which one? yes or no?", max_tokens=2).usage.program == menu[1].text
