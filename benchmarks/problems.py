@@ -28,9 +28,10 @@ _DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0}
 
 def spread(file: Path, limit: int) -> str:
     """At most so many lines of a file, at equal distances."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    with file.open(encoding="utf-8") as rows:  # by their ends alone: a text may hold other breaks of lines
+        lines = [row for row in rows if row.strip()]
     chosen = min(limit, len(lines))
-    return "\n".join(lines[number * len(lines) // chosen] for number in range(chosen))
+    return "".join(lines[number * len(lines) // chosen] for number in range(chosen))
 
 
 def in_percent(value: Interval) -> dict[str, Any]:

@@ -375,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-task", type=int, default=PER_TASK, help="texts of each task about passages not yet used")
     parser.add_argument("--comparisons", type=int, default=COMPARISONS, help="texts that compare two of them")
     parser.add_argument("--depth-facts", type=int, default=34, help="facts in those notes: 34 are some 1,000 tokens")
-    parser.add_argument("--distil", type=int, default=250, help="training steps of the fills, without labels")
+    parser.add_argument("--distil", type=int, default=900, help="training steps of the fills, without labels")
     parser.add_argument("--fill-rate", type=float, default=3e-4, help="learning rate of those steps")
     parser.add_argument("--free", type=int, default=FREE, help="test prompts that every tier also answers freely")
     parser.add_argument("--depth-prompts", type=int, default=24, help="prompts at each of five depths of long notes")

@@ -155,8 +155,9 @@ class NativeKernels(TorchKernels):
         self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
     ) -> Tensor:
         """Attention, native where the library takes the heads."""
-        run = native.attend_prompt if native.takes_heads(query.shape[-1]) else super().attend
-        return run(query, keys, values, kind, positions)
+        if torch.is_grad_enabled() or not native.takes_heads(query.shape[-1]):
+            return super().attend(query, keys, values, kind, positions)
+        return native.attend_prompt(query, keys, values, kind, positions)
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens

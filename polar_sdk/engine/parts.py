@@ -214,7 +214,7 @@ def choose_experts(x: Tensor, router: Tensor, count: int, *, normalise: bool) ->
     Returns:
         Scores in float32, which sum to 1 per token if `normalise`, and indices of the experts, (N, count) each.
     """
-    scores, chosen = F.linear(x, router).float().softmax(-1).topk(count, dim=-1)
+    scores, chosen = F.linear(x, router.to(x.dtype)).float().softmax(-1).topk(count, dim=-1)
     return (scores / scores.sum(-1, keepdim=True) if normalise else scores), chosen
 
 

@@ -57,7 +57,7 @@ def multiply(x: Tensor, product: Product) -> Tensor:
     """Multiply activations (M, K) by a matrix and add its bias; returns (M, N) in the dtype of `x`."""
     match product:
         case Plain():
-            return F.linear(x, product.weight, product.bias)
+            return _linear(x, product.weight, product.bias)
         case Int8():
             return _add(_int8(x, product), product.bias)
         case _:
@@ -129,11 +129,16 @@ def _in_panels(x: Tensor, product: InPanels) -> Tensor:
     """By the library, where there is one; else as a plain matrix, which gradients can pass."""
     if native.multiplies(x):
         return native.product(x, product.matrix(x.shape[1]))
-    return F.linear(x, product.unpack(x.shape[-1]), product.bias)
+    return _linear(x, product.unpack(x.shape[-1]), product.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the dtype of `x`, which is wider than the model's where maps are trained."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _int8(x: Tensor, product: Int8) -> Tensor:
-    if x.device.type != "cpu" or x.shape[0] >= _WIDE_INT8:
+    if x.device.type != "cpu" or x.shape[0] >= _WIDE_INT8 or torch.is_grad_enabled():
         return F.linear(x, product.weight.to(x.dtype)) * product.scale
     total: Tensor = torch.ops.aten._weight_int8pack_mm(x, product.weight, product.scale)
     return total

@@ -23,7 +23,7 @@ from polar_sdk.errors import DataError
 from polar_sdk.lab.checkpoint import run_key
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
-from polar_sdk.lab.fit.frontier import earned, undominated
+from polar_sdk.lab.fit.frontier import earned, near, undominated
 from polar_sdk.lab.fit.plan import SHARES, Plan, make_plan, measure_pace, workload_of
 from polar_sdk.lab.fit.prompts import prompts_of, text_of
 from polar_sdk.lab.fit.summary import figures, tiers_in_words
@@ -175,9 +175,8 @@ class _Work:
             kept = saved_router_path(self.model.fingerprint, self.model.dtype)
             return FitResult(self.folder, facts, kept if (kept / "router.json").is_file() else None)
         self.items = self.items[: facts.plan.prompts]
-        self.notes += facts.plan.notes
         tiers = self._possible()
-        fills = self._heal(facts.plan)
+        fills = self._fills(facts.plan, tiers)
         certified = self._chosen(undominated(self._matrix(fills.programs)), tiers)
         evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate({"test": self._of("test")})
         assert certified.certificate is not None
@@ -212,7 +211,7 @@ class _Work:
             raise DataError(f"{str(self.folder)!r} is not empty and holds no fit; give another folder.")
         pace = measure_pace(model, self.items, self.on_progress)
         plan = make_plan(model, workload_of(model, self.items), pace, self.hours, self.distil)
-        for name in ("fills", "menu", "static", "router"):
+        for name in ("closed", "fills", "menu", "static", "router"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         facts = FitFacts(
             key=key, plan_key=plan_key, model=model.name, fingerprint=model.fingerprint, dtype=model.dtype, plan=plan
@@ -264,24 +263,34 @@ class _Work:
             )
         return possible
 
-    def _heal(self, plan: Plan) -> MapSet:
-        """The fills of all cuts; choices are not fitted on, though fills serve them as well."""
-        out = self.folder / "fills"
+    def _fills(self, plan: Plan, tiers: dict[str, TierPromise]) -> MapSet:
+        """The fills of all cuts in closed form or, where there is time, trained ones of those that decide the tiers."""
+        cuts = ",".join([*map(str, plan.cuts), *([DEFAULT] if plan.seek else [])])
+        if not plan.distil:
+            return self._heal("fills", cuts)
+        if not (self.folder / "fills" / "maps.json").is_file():
+            deciding = near(self._matrix(self._heal("closed", cuts).programs), tiers.values())
+            cuts = ",".join("+".join(f"{first}-{last}" for first, last in program.fills) for program in deciding)
+        return self._heal("fills", cuts, distil=plan.distil, start=str(self.folder / "closed"))
+
+    def _heal(self, name: str, cuts: str, **options: Any) -> MapSet:
+        """The fills of some cuts in a folder; choices are not fitted on, though fills serve them as well."""
+        out = self.folder / name
         if (out / "maps.json").is_file():
             return self.model.use_maps(out)
         return heal(
             self.model,
             [item for item in self._of("train", "dev") if not isinstance(item, ChoiceItem)],
-            ",".join([*map(str, plan.cuts), *([DEFAULT] if plan.seek else [])]),
+            cuts,
             kind="fill",
             out=out,
             cache=self.cache,
             shares=SHARES,
             on_progress=self.on_progress,
-            distil=plan.distil,
             prompts=len(self.items),
             ridge=1e-4,
             seed=self.seed,
+            **options,
         )
 
     def _chosen(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:

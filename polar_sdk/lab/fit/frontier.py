@@ -1,4 +1,4 @@
-"""The frontier of measured programs: which of them none beats, and what a router that reads prompts earns beside them.
+"""The frontier of measured programs: which of them none beats, which decide what tiers save, and what a router earns.
 
 Knows what was measured, and no model.
 """
@@ -6,17 +6,22 @@ Knows what was measured, and no model.
 from __future__ import annotations
 
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from polar_sdk.lab.training.examples import losses
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.programs.program import Program
+    from polar_sdk.router.certificate import TierPromise
     from polar_sdk.router.learned import LearnedRouter
+
+_BEYOND: Final = 2
+"""Programs beyond the last that keeps a promise."""
 
 
 def earned(router: LearnedRouter, matrix: RewardMatrix) -> float:
@@ -47,6 +52,27 @@ def _mixed(points: Sequence[tuple[float, float]], spent: float) -> float:
         for low, loss in cheaper
         for high, more in costlier
     )
+
+
+def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]:
+    """The programs that decide what tiers with these promises save, from few to many FLOPs saved.
+
+    Of each promise the one that saves most of those that keep it, and the next few, which maps that are trained may
+    bring within it.
+    """
+    flops, strict = matrix.flops.double().sum(0), losses(matrix, "strict").mean(0)
+    ranked = sorted(range(1, len(matrix.programs)), key=lambda column: -float(flops[column]))
+    chosen: set[int] = set()
+    for promise in promises:
+        lost = losses(matrix, promise.loss).mean(0)
+        kept = [
+            place
+            for place, column in enumerate(ranked)
+            if lost[column] <= promise.alpha and (promise.strict is None or strict[column] <= promise.strict)
+        ]
+        last = max(kept, default=-1)
+        chosen.update(ranked[max(last, 0) : last + 1 + _BEYOND])
+    return [matrix.programs[column] for column in ranked if column in chosen]
 
 
 def undominated(matrix: RewardMatrix) -> RewardMatrix:

@@ -17,7 +17,6 @@ from polar_sdk.engine.scoring import score_questions
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.prompts import text_of
 from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
-from polar_sdk.lab.healing.method import TRAINABLE
 from polar_sdk.lab.items import ChoiceItem, Shares
 from polar_sdk.programs.program import TAIL, Program
 from polar_sdk.promises.losses import ANSWER_TOKENS
@@ -43,9 +42,13 @@ _MEASURED_ANSWER: Final = 16
 _RESERVE: Final = 0.8
 """Share of the hours that is planned; the rest is for what the measurement cannot know."""
 _DISTIL_STEPS: Final = 250
+_FEWEST_STEPS: Final = 50
 _DISTIL_TOKENS: Final = 2048
-_DISTIL_PASSES: Final = 4.0
-"""Duration of a training step, forward and backward, in passes of full depth over its tokens."""
+_DISTIL_PASSES: Final = 2.5
+"""Duration of a training step in passes of full depth over its tokens: one of them, at first, and a few programs that
+run little above their cuts, forward and backward."""
+_DISTIL_SHARE: Final = 0.35
+"""Share of the hours that is kept for training, where it is enough for a fifth of its steps."""
 _SEEK_SHARE: Final = 0.2
 """Share of the hours that a search for layers to spare may take."""
 _PASS_OF_FIT: Final = 1.15
@@ -87,8 +90,6 @@ class Plan(BaseModel, frozen=True):
     """Training steps of the maps after their closed form."""
     minutes: dict[str, float]
     """Expected time of each step."""
-    notes: tuple[str, ...] = ()
-    """Sentences on what is not possible here."""
 
     @property
     def lines(self) -> list[str]:
@@ -96,13 +97,12 @@ class Plan(BaseModel, frozen=True):
         parts = ", ".join(f"{name} {value:.0f} min" for name, value in self.minutes.items())
         layers = ", ".join(map(str, self.cuts))
         sparing = ", and others that run the layers which maps replace worst" if self.seek else ""
-        trained = f", then {self.distil} training steps" if self.distil else ""
+        trained = f", then {self.distil} training steps of those that decide what tiers save" if self.distil else ""
         return [
             f"{self.prompts:,} prompts of {self.tokens / self.prompts:.0f} tokens on average; maps that fill from "
             f"layer {layers} on{sparing}, in closed form{trained}.",
             f"About {sum(self.minutes.values()):.0f} minutes: {parts} (reads {self.pace.read:.0f} and writes "
             f"{self.pace.write:.0f} tokens/s here).",
-            *self.notes,
         ]
 
 
@@ -136,7 +136,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     """Plan a fit within the hours, with that many training steps or, where that is None, as many as they allow.
 
     Raises:
-        DataError: The model is too shallow, its weights are not ones that maps can be trained through, or prompts or
+        DataError: The model is too shallow, or prompts or
             hours are too few to fit a map.
     """
     cuts = cuts_of(model.depth)
@@ -144,10 +144,14 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         raise DataError(f"a model of {model.depth} layer has nothing to fill; polar fit needs at least 2 layers.")
     per_prompt = _seconds(model, workload.tokens, pace, cuts)
     seconds = hours * 3600 * _RESERVE
+    step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
+    kept = min(_DISTIL_STEPS * step, _DISTIL_SHARE * seconds) if distil is None else distil * step
     most = min(workload.prompts, _MAX_PROMPTS)
-    prompts = min(most, int(seconds / sum(per_prompt.values())))
+    prompts = min(most, int(max(0.0, seconds - kept) / sum(per_prompt.values())))
     needed = _MIN_TOKENS * model.decoder.family.hidden
     enough = int(needed / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
+    if distil is None and (prompts < enough or kept < _FEWEST_STEPS * step):
+        kept, prompts = 0.0, min(most, int(seconds / sum(per_prompt.values())))
     if prompts < enough:
         advice = (
             f"give more or longer prompts: there are {workload.prompts:,}"
@@ -160,28 +164,16 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         )
     left = seconds - prompts * sum(per_prompt.values())
     seeking = _seek_seconds(model, workload.tokens + ANSWER_TOKENS, prompts, pace)
-    seek = seeking <= min(left, _SEEK_SHARE * seconds)
+    seek = seeking <= min(left - kept, _SEEK_SHARE * seconds)
     left -= seeking if seek else 0.0
-    trains = model.dtype in TRAINABLE
-    if distil and not trains:
-        raise DataError(
-            f"maps cannot be trained through {model.dtype} weights; use distil=0, or load the model with "
-            "precision='bf16'."
-        )
-    step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
     if distil is None:
-        allowed = min(_DISTIL_STEPS, int(left / step)) if trains else 0
-        distil = allowed if allowed >= _DISTIL_STEPS // 5 else 0
+        allowed = min(_DISTIL_STEPS, int(left / step))
+        distil = allowed if allowed >= _FEWEST_STEPS else 0
     minutes = {name: prompts * value / 60 for name, value in per_prompt.items()}
     if seek:
         minutes["seeking"] = seeking / 60
     if distil:
         minutes["training"] = distil * step / 60
-    notes = (
-        []
-        if trains
-        else [f"The maps are not trained further: that needs weights in bf16, fp16 or fp32, not {model.dtype}."]
-    )
     return Plan(
         hours=hours,
         pace=pace,
@@ -191,7 +183,6 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         seek=seek,
         distil=distil,
         minutes=minutes,
-        notes=tuple(notes),
     )
 
 
@@ -202,7 +193,7 @@ def _seconds(model: PolarModel, length: float, pace: Pace, cuts: Sequence[int]) 
     return {
         "answers": length / pace.read + ANSWER_TOKENS / pace.write,
         "fitting": SHARES.train * tokens / pace.read * _PASS_OF_FIT,
-        "measuring": (1 - SHARES.train) * tokens / pace.read * (1 + 1.3 * above),
+        "measuring": (1 - SHARES.train + SHARES.dev) * tokens / pace.read * (1 + 1.3 * above),
     }
 
 

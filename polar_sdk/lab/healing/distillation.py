@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.native import has_tiles
+from polar_sdk.engine.native import has_tiles, pairs
 from polar_sdk.lab.checkpoint import Descent
 from polar_sdk.lab.healing.packs import layers, put
 from polar_sdk.lab.items import ChoiceItem
@@ -153,7 +153,7 @@ class MapLoss:
     """How far programs with maps are from full depth.
 
     Args:
-        decoder: A copy whose maps may be set; see `packs.trainable_copy`.
+        decoder: A copy whose maps may be set; see `packs.own_copy`.
         method: How maps of their kind are made.
         groups: Segments that are used together.
     """
@@ -170,8 +170,9 @@ class MapLoss:
         with torch.no_grad():
             for pack in packs:
                 start = self.start(pack)
+                full = self.full(start, _MEASURED)
                 for group in self._groups:
-                    totals[group] += float(self.of(pack, start, self._method.program(group), _MEASURED))
+                    totals[group] += float(self.of(pack, start, full, self._method.program(group)))
         return {group: total / len(packs) for group, total in totals.items()}
 
     @torch.no_grad()
@@ -187,22 +188,28 @@ class MapLoss:
         scores = None if choices is None else choice_scores(decoder.head(final), pack.targets, choices)
         return _Start(entries, final, choices, scores)
 
-    def of(self, pack: Pack, start: _Start, program: Program, step: int) -> Tensor:
-        """Loss of one program on one pack, with the maps that the decoder has."""
-        decoder = self._decoder
-        first = min(segment[0] for segment in program.bridges + program.fills)
-        entry = max(layer for layer in start.entries if layer <= first)
-        states = pack.run(decoder, start.entries[entry], program.steps[entry:])[pack.sources]
+    @torch.no_grad()
+    def full(self, start: _Start, step: int) -> tuple[Tensor, Predictions]:
+        """The sample of a step, (S,), and what full depth predicts there."""
         dice, predicted = random.Random(f"{self._method.options.seed} {step} shown"), len(start.final)
         shown = sorted(dice.sample(range(predicted), min(_SAMPLED_TOKENS, predicted)))
-        rows = torch.tensor(shown, device=decoder.device)
-        with torch.no_grad():
-            full = Predictions(decoder.head(start.final[rows]), start.final, start.scores)
+        rows = torch.tensor(shown, device=self._decoder.device)
+        return rows, Predictions(self._decoder.head(start.final[rows]), start.final, start.scores)
+
+    def of(self, pack: Pack, start: _Start, full: tuple[Tensor, Predictions], program: Program) -> Tensor:
+        """Loss of one program on one pack, with the maps that the decoder has."""
+        decoder, (rows, predicted) = self._decoder, full
+        first = min(segment[0] for segment in program.bridges + program.fills)
+        entry = max(layer for layer in start.entries if layer <= first)
+        # Without instructions for pairs of halves, torch multiplies them in up to 50 times the time of wider numbers.
+        wide = torch.is_grad_enabled() and not _halves_pay(decoder.device)
+        x = start.entries[entry].float() if wide else start.entries[entry]
+        states = pack.run(decoder, x, program.steps[entry:])[pack.sources]
         if not self._scored:
-            return loss_of(Predictions(decoder.head(states[rows]), states), full, None, self._weights)
+            return loss_of(Predictions(decoder.head(states[rows]), states), predicted, None, self._weights)
         logits = decoder.head(states)  # of all predicted tokens, which choices are scored by
         scores = None if start.choices is None else choice_scores(logits, pack.targets, start.choices)
-        return loss_of(Predictions(logits[rows], states, scores), full, start.choices, self._weights)
+        return loss_of(Predictions(logits[rows], states, scores), predicted, start.choices, self._weights)
 
 
 class MapTrainer:
@@ -253,17 +260,20 @@ class MapTrainer:
         index = self._pack_of(step)
         pack, start = self._packs[index], self._starts.get(index)
         device, total = self._decoder.device, 0.0
-        with torch.autocast(device.type, torch.bfloat16, enabled=_halves_pay(device)):
+        halves = _halves_pay(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=halves):
             if start is None:
                 start = self.loss.start(pack)
                 if start.bytes <= self._room:
                     self._room -= start.bytes
                     self._starts[index] = start
+            full = self.loss.full(start, step)
             programs = self._method.lessons(self._groups, step)
             for program in programs:  # one after another, so that one graph is held at a time
                 used = program.bridges + program.fills
-                put(self._decoder, {segment: self._maps[segment].like(self._values[segment]) for segment in used})
-                loss = self.loss.of(pack, start, program, step) / len(programs)
+                maps = {segment: self._maps[segment].like(self._values[segment]) for segment in used}
+                put(self._decoder, maps, None if halves else torch.float32)
+                loss = self.loss.of(pack, start, full, program) / len(programs)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         return total
@@ -280,4 +290,4 @@ def _halves_pay(device: torch.device) -> bool:
     """Whether products of bfloat16 take far less time there than those of float32; losses come out the same."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and has_tiles()
+    return device.type == "cpu" and (has_tiles() or pairs())

@@ -52,6 +52,8 @@ _KEEP_EVERY: Final = 60.0
 """Time between two of them. Unit: seconds."""
 _DRAWN_ON: Final = 4
 """Packs whose states say how hidden units are drawn."""
+LESSONS: Final = 3
+"""Maximum programs of a training step."""
 _MAX_HELD_OUT: Final = 100
 """Maximum prompts that are measured on."""
 CHOICE_PROMPTS: Final = 300
@@ -173,6 +175,11 @@ class FillMethod(Method):
     def program(self, group: Group) -> Program:
         """See `Method.program`."""
         return Program.filling(self.depth, group, self.options.tail)
+
+    def lessons(self, groups: Sequence[Group], step: int) -> list[Program]:
+        """The programs of a few groups, in turns: a step takes as long however many there are."""
+        count = min(LESSONS, len(groups))
+        return [self.program(groups[(step * count + place) % len(groups)]) for place in range(count)]
 
 
 def candidates(harms: Mapping[int, float], depth: int) -> list[list[Group]]:

@@ -18,7 +18,7 @@ from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.healing.bridges import BridgeMethod
 from polar_sdk.lab.healing.distillation import CHECKPOINT, MapTrainer
 from polar_sdk.lab.healing.fills import SUMS, FillMethod
-from polar_sdk.lab.healing.method import TRAIN_TOKENS, TRAINABLE, BridgeOptions, FillOptions, segments_of
+from polar_sdk.lab.healing.method import TRAIN_TOKENS, BridgeOptions, FillOptions, segments_of
 from polar_sdk.lab.healing.packs import make_packs, own_copy
 from polar_sdk.lab.items import (
     DEFAULT_SHARES,
@@ -108,13 +108,8 @@ class Healer:
         """Fit, train if there are steps to train, measure, and save if there is a folder."""
         method, options = self._method, self.options
         asked = method.groups(self.segments)
-        if options.distil and self.model.dtype not in TRAINABLE:
-            raise MapError(
-                f"{method.kind}s cannot be trained through {self.model.dtype} weights; "
-                f"load the model with precision='bf16' (the {method.kind}s serve in every precision), or use distil=0."
-            )
         items = self._usable(method)
-        decoder = own_copy(self.model.loaded.decoder, trainable=bool(options.distil))
+        decoder = own_copy(self.model.loaded.decoder)
         start = self._start()
         lots = method.lots(self._tasks(items, "train"), self._tasks(items, "dev"))
         if not lots.fitted:

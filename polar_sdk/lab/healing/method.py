@@ -37,8 +37,6 @@ FIT_TOKENS: Final = 4096
 """Maximum tokens of a pack that the closed form reads."""
 TRAIN_TOKENS: Final = 2048
 """Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
-TRAINABLE: Final = frozenset({"float32", "bfloat16", "float16"})
-"""Types of weights that maps can be trained through: others have no derivatives."""
 _SEGMENT: Final = re.compile(r"[\[(]?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?[\])]?")
 _SOFTENING: Final = 2.0
 """Temperature at which token distributions are compared where fills are trained."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polar_sdk.engine.kernels import TorchKernels
 from polar_sdk.engine.maps import Bridge, Fill
 from polar_sdk.engine.pack import PackedQuestions, packs, predictors
 from polar_sdk.errors import DeviceError
@@ -63,9 +62,9 @@ class Pack:
                 x = self.run(decoder, x, layers(layer, layer + 1))
 
 
-def put(decoder: Decoder, maps: Mapping[Segment, Map]) -> None:
-    """Have a copy of a decoder run these maps, and no others, in its own dtype."""
-    own = {segment: each.to(decoder.dtype, decoder.device) for segment, each in maps.items()}
+def put(decoder: Decoder, maps: Mapping[Segment, Map], dtype: torch.dtype | None = None) -> None:
+    """Have a copy of a decoder run these maps, and no others, in that dtype; None = its own."""
+    own = {segment: each.to(dtype or decoder.dtype, decoder.device) for segment, each in maps.items()}
     decoder.set_bridges({segment: each for segment, each in own.items() if isinstance(each, Bridge)})
     decoder.set_fills({segment: each for segment, each in own.items() if isinstance(each, Fill)})
 
@@ -88,17 +87,12 @@ def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack
     return packed
 
 
-def own_copy(decoder: Decoder, *, trainable: bool = False) -> Decoder:
+def own_copy(decoder: Decoder) -> Decoder:
     """A copy of a decoder that shares the weights and has maps of its own, so that unfinished ones serve no request.
-
-    A trainable one is run by the plain kernels, whose arithmetic has derivatives.
 
     Raises:
         DeviceError: Its layers are on several devices: states before and after a map are compared on one.
     """
     if len(decoder.placement.devices) > 1:
         raise DeviceError(f"maps are fitted on one device, not on {decoder.placement}; load the model on one device.")
-    own = copy.copy(decoder)
-    if trainable:
-        own.kernels = TorchKernels(decoder.family)
-    return own
+    return copy.copy(decoder)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.fit import fit_folder
+from polar_sdk.lab.fit.frontier import near
 from polar_sdk.lab.fit.plan import SHARES, Pace, Workload, cuts_of, make_plan
 from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.lab.items import PromptItem, item_id, split_of
+from polar_sdk.programs.program import Program
 from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.map_set import MapSet
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.lab.fit.fit import FitResult
     from polar_sdk.lab.items import Item
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
 
 PROMPTS = 240
 LOOSE = {"economy": TierPromise(0.9), "standard": TierPromise(0.6)}
@@ -203,12 +209,41 @@ def test_a_slower_machine_or_fewer_hours_get_fewer_prompts() -> None:
     assert all(sum(plan.minutes.values()) <= 60 * plan.hours for plan in plans)
 
 
-def test_maps_are_not_trained_through_weights_that_have_no_derivatives() -> None:
-    model = PolarModel.from_hf(tiny_llama(), tiny_tokenizer(), precision="int8", ledger=None)
-    workload, pace = Workload(prompts=5000, tokens=2000.0), Pace(read=800, write=800)
-    with pytest.raises(DataError, match="int8"):
-        make_plan(model, workload, pace, 1.0, distil=5)
-    assert make_plan(model, workload, pace, 1.0).distil == 0
+def test_time_is_kept_for_training_unless_it_is_too_little_to_train_in() -> None:
+    model, workload, pace = tiny_model(), Workload(prompts=50_000, tokens=2000.0), Pace(read=400, write=400)
+    trained = make_plan(model, workload, pace, 2.0)
+    untrained = make_plan(model, workload, pace, 2.0, distil=0)
+    assert trained.distil and trained.prompts < untrained.prompts
+    assert sum(trained.minutes.values()) <= 120
+    assert not make_plan(model, workload, pace, 0.2).distil
+    with pytest.raises(DataError, match="hours"):
+        make_plan(model, workload, pace, 0.2, distil=10_000)
+
+
+def test_the_maps_that_decide_what_tiers_save_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    made = fitted(tiny_fresh(), made_items(), distil=4)
+    closed, trained = (MapSet.load(made.folder / name) for name in ("closed", "fills"))
+    assert set(trained.maps) < set(closed.maps)
+    assert trained.facts.training["distil"] == 4
+
+
+def test_programs_near_the_edge_of_a_promise_decide(matrix: Callable[..., RewardMatrix]) -> None:
+    programs = [Program.identity(8), *(Program.filling(8, [(cut, 7)]) for cut in range(7, 0, -1))]
+    lost = torch.tensor([[place > edge for place in range(8)] for edge in (2, 4, 4, 7)])  # from some cut on
+    measured = replace(
+        matrix(len(lost)),
+        programs=tuple(programs),
+        agree=~lost,
+        share=torch.where(lost, 0.5, 1.0),
+        margin=torch.zeros(lost.shape),
+        right=~lost,
+        flops=torch.arange(8, 0, -1).repeat(len(lost), 1),
+    )
+    assert near(measured, [TierPromise(0.3)]) == programs[4:7]  # a quarter is lost from the third cut on
+    assert near(measured, [TierPromise(0.3, strict=0.1)]) == programs[2:5]
+    assert near(measured, [TierPromise(0.9), TierPromise(0.1)]) == [*programs[2:5], programs[7]]
+    assert near(measured, [TierPromise(0.0)]) == programs[2:5]
 
 
 def test_the_first_prompts_are_as_mixed_as_all() -> None:
