@@ -13,23 +13,26 @@ the packs begin with the first layer that a map stands for. Knows packs and tens
 from __future__ import annotations
 
 import random
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine.native import has_tiles, pairs
+from polar_sdk.engine.products import InPanels, Plain
 from polar_sdk.lab.checkpoint import Descent
 from polar_sdk.lab.healing.packs import layers, put
 from polar_sdk.lab.items import ChoiceItem
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.maps import Map
+    from polar_sdk.engine.types import Weights
     from polar_sdk.lab.checkpoint import Checkpoint
     from polar_sdk.lab.healing.method import Group, LossWeights, Method
     from polar_sdk.lab.healing.packs import Pack
@@ -112,7 +115,7 @@ def loss_of(ours: Predictions, full: Predictions, choices: ChoiceSlots | None, w
     """The loss of one pack under a program, a scalar, from its predictions and those of full depth."""
     heat = weights.temperature
     ours_log, full_log = (logits.float().div(heat).log_softmax(-1) for logits in (ours.logits, full.logits))
-    loss = heat**2 * (full_log.exp() * (full_log - ours_log)).sum(-1).mean()
+    loss = heat**2 * F.kl_div(ours_log, full_log, reduction="batchmean", log_target=True)
     if weights.hidden:
         states = full.states.float()
         loss = loss + weights.hidden * ((ours.states.float() - states).square().mean() / states.square().mean())
@@ -163,17 +166,24 @@ class MapLoss:
         self._weights = method.options.weights
         self._scored = bool(self._weights.choices or self._weights.labels)
 
-    def means(self, packs: Sequence[Pack], maps: Mapping[Segment, Map]) -> dict[Group, float]:
-        """Mean loss of each group over packs."""
-        put(self._decoder, maps)
-        totals = dict.fromkeys(self._groups, 0.0)
+    def means(
+        self,
+        packs: Sequence[Pack],
+        *candidates: Mapping[Segment, Map],
+        on_pack: Callable[[int, int], None] = lambda *_: None,
+    ) -> list[dict[Group, float]]:
+        """Mean loss of each group over packs, with each of some sets of maps."""
+        totals = [dict.fromkeys(self._groups, 0.0) for _ in candidates]
         with torch.no_grad():
-            for pack in packs:
+            for done, pack in enumerate(packs, 1):
                 start = self.start(pack)
                 full = self.full(start, _MEASURED)
-                for group in self._groups:
-                    totals[group] += float(self.of(pack, start, full, self._method.program(group)))
-        return {group: total / len(packs) for group, total in totals.items()}
+                for total, maps in zip(totals, candidates, strict=True):
+                    put(self._decoder, maps)
+                    for group in self._groups:
+                        total[group] += float(self.of(pack, start, full, self._method.program(group))) / len(packs)
+                on_pack(done, len(packs))
+        return totals
 
     @torch.no_grad()
     def start(self, pack: Pack) -> _Start:
@@ -206,10 +216,22 @@ class MapLoss:
         x = start.entries[entry].float() if wide else start.entries[entry]
         states = pack.run(decoder, x, program.steps[entry:])[pack.sources]
         if not self._scored:
-            return loss_of(Predictions(decoder.head(states[rows]), states), predicted, None, self._weights)
-        logits = decoder.head(states)  # of all predicted tokens, which choices are scored by
+            return loss_of(Predictions(self._logits(states[rows]), states), predicted, None, self._weights)
+        logits = self._logits(states)  # of all predicted tokens, which choices are scored by
         scores = None if start.choices is None else choice_scores(logits, pack.targets, start.choices)
         return loss_of(Predictions(logits[rows], states, scores), predicted, start.choices, self._weights)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._decoder.head(states)
+        return self._decoder.family.logits(states, self._ends)
+
+    @cached_property
+    def _ends(self) -> Weights:
+        """The decoder's ends with the head as numbers, which is large: it is not unpacked again for every program."""
+        ends, inputs = self._decoder.ends, self._decoder.family.hidden
+        head = ends["head"]
+        return {**ends, "head": Plain(head.unpack(inputs), head.bias)} if isinstance(head, InPanels) else ends
 
 
 class MapTrainer:

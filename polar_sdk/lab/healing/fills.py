@@ -54,7 +54,7 @@ _DRAWN_ON: Final = 4
 """Packs whose states say how hidden units are drawn."""
 LESSONS: Final = 3
 """Maximum programs of a training step."""
-_MAX_HELD_OUT: Final = 100
+_MAX_HELD_OUT: Final = 60
 """Maximum prompts that are measured on."""
 CHOICE_PROMPTS: Final = 300
 """Maximum prompts that layers are fitted on where what to fill is chosen by measuring, …"""
@@ -104,7 +104,7 @@ class FillMethod(Method):
             fills = fit_fills(
                 decoder, packs, segments_of(groups), plain, lambda done, total: on_progress(stage, done, total + 1)
             )
-            return MapLoss(decoder, self, groups).means(judged, fills)
+            return MapLoss(decoder, self, groups).means(judged, fills)[0]
 
         harms = losses([((layer, layer),) for layer in range(1, self.depth)], "layers to fill, one by one")
         rivals = candidates({group[0][0]: loss for group, loss in harms.items()}, self.depth)

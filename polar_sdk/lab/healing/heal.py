@@ -200,7 +200,10 @@ class Healer:
         trainer.descent.run(trainer.gradients, lambda done, total: self.on_progress(stage, done, total))
         trained = {segment: each.to(dtype, decoder.device) for segment, each in trainer.maps.items()}
         measured = make_packs(decoder, lots.held_out or lots.fitted, TRAIN_TOKENS)
-        before, after = trainer.loss.means(measured, fitted), trainer.loss.means(measured, trained)
+        stage = f"measuring {method.kind}s"
+        before, after = trainer.loss.means(
+            measured, fitted, trained, on_pack=lambda done, total: self.on_progress(stage, done, total)
+        )
         kept = {group: after[group] < before[group] for group in groups}
         if method.together:
             kept = dict.fromkeys(groups, sum(after.values()) < sum(before.values()))

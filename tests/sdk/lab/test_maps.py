@@ -437,8 +437,10 @@ def _used(text: str) -> tuple[tuple[int, int], ...]:
 def test_bridges_keep_training_together_and_fills_group_by_group(
     kind: Kind, model: PolarModel, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed, results = fit(model, kind), iter(((1.0, 1.0), (0.1, 1.2)))  # before training and after it
-    monkeypatch.setattr(MapLoss, "means", lambda self, *_: dict(zip(self._groups, next(results), strict=True)))
+    closed, results = fit(model, kind), ((1.0, 1.0), (0.1, 1.2))  # before training and after it
+    monkeypatch.setattr(
+        MapLoss, "means", lambda self, *_, **__: [dict(zip(self._groups, losses, strict=True)) for losses in results]
+    )
     made = fit(model, kind, distil=2)
     assert [row["kept"] for row in made.facts.training["held_out"]] == [True, kind is BRIDGES]
     lost = (4, 4 if kind is BRIDGES else 5)
