@@ -316,12 +316,12 @@ def _worker(tries: int, seed: int) -> None:
                     for _ in storm.model.stream(**options):
                         pass
             storm.judge(number)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # here, since those of the last try may still come
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     for _ in range(3):
         loop = partial(_insist, loop)
     loop()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     storm.settle()
     os.write(1, " ".join(map(str, vars(storm.score()).values())).encode() + b"\n")
 
