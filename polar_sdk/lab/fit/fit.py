@@ -1,10 +1,11 @@
 """Fit: from a model to a certified router of its own, which whoever loads the model gets from then on.
 
 The steps: measure the pace and plan; fit maps that fill a prompt's upper layers, of several cuts at once; measure the
-programs; keep those that none beats; train the router, and beside it one that runs the same program for every prompt;
-certify the better one; evaluate it on prompts that nothing has seen; register it. Every step keeps its work in a folder
-that belongs to the model, the prompts and the settings, so that the same call goes on where it stopped. Knows which
-steps there are; each is done by the lab.
+programs; where there is time, train the maps of those that decide what the tiers save, and measure those again; keep
+those that none beats; train the router, and beside it one that runs the same program for every prompt; certify the
+better one; evaluate it on prompts that nothing has seen; register it. Every step keeps its work in a folder that
+belongs to the model, the prompts and the settings, so that the same call goes on where it stopped. Knows which steps
+there are; each is done by the lab.
 """
 
 from __future__ import annotations
@@ -268,9 +269,8 @@ class _Work:
         cuts = ",".join([*map(str, plan.cuts), *([DEFAULT] if plan.seek else [])])
         if not plan.distil:
             return self._heal("fills", cuts)
-        if not (self.folder / "fills" / "maps.json").is_file():
-            deciding = near(self._matrix(self._heal("closed", cuts).programs), tiers.values())
-            cuts = ",".join("+".join(f"{first}-{last}" for first, last in program.fills) for program in deciding)
+        deciding = near(self._matrix(self._heal("closed", cuts).programs), tiers.values())
+        cuts = ",".join("+".join(f"{first}-{last}" for first, last in program.fills) for program in deciding)
         return self._heal("fills", cuts, distil=plan.distil, start=str(self.folder / "closed"))
 
     def _heal(self, name: str, cuts: str, **options: Any) -> MapSet:

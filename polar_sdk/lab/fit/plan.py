@@ -42,13 +42,15 @@ _MEASURED_ANSWER: Final = 16
 _RESERVE: Final = 0.8
 """Share of the hours that is planned; the rest is for what the measurement cannot know."""
 _DISTIL_STEPS: Final = 250
+"""Maximum training steps by default."""
 _FEWEST_STEPS: Final = 50
+"""Minimum training steps by default: fewer are not worth the prompts that they take the place of."""
 _DISTIL_TOKENS: Final = 2048
 _DISTIL_PASSES: Final = 2.5
 """Duration of a training step in passes of full depth over its tokens: one of them, at first, and a few programs that
 run little above their cuts, forward and backward."""
 _DISTIL_SHARE: Final = 0.35
-"""Share of the hours that is kept for training, where it is enough for a fifth of its steps."""
+"""Share of the hours that is kept for training, where it is enough."""
 _SEEK_SHARE: Final = 0.2
 """Share of the hours that a search for layers to spare may take."""
 _PASS_OF_FIT: Final = 1.15
@@ -136,8 +138,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     """Plan a fit within the hours, with that many training steps or, where that is None, as many as they allow.
 
     Raises:
-        DataError: The model is too shallow, or prompts or
-            hours are too few to fit a map.
+        DataError: The model is too shallow, or prompts or hours are too few to fit a map.
     """
     cuts = cuts_of(model.depth)
     if not cuts:
@@ -145,13 +146,13 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     per_prompt = _seconds(model, workload.tokens, pace, cuts)
     seconds = hours * 3600 * _RESERVE
     step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
-    kept = min(_DISTIL_STEPS * step, _DISTIL_SHARE * seconds) if distil is None else distil * step
+    training = min(_DISTIL_STEPS * step, _DISTIL_SHARE * seconds) if distil is None else distil * step
     most = min(workload.prompts, _MAX_PROMPTS)
-    prompts = min(most, int(max(0.0, seconds - kept) / sum(per_prompt.values())))
+    prompts = min(most, int(max(0.0, seconds - training) / sum(per_prompt.values())))
     needed = _MIN_TOKENS * model.decoder.family.hidden
     enough = int(needed / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
-    if distil is None and (prompts < enough or kept < _FEWEST_STEPS * step):
-        kept, prompts = 0.0, min(most, int(seconds / sum(per_prompt.values())))
+    if distil is None and (prompts < enough or training < _FEWEST_STEPS * step):
+        training, prompts = 0.0, min(most, int(seconds / sum(per_prompt.values())))
     if prompts < enough:
         advice = (
             f"give more or longer prompts: there are {workload.prompts:,}"
@@ -164,7 +165,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         )
     left = seconds - prompts * sum(per_prompt.values())
     seeking = _seek_seconds(model, workload.tokens + ANSWER_TOKENS, prompts, pace)
-    seek = seeking <= min(left - kept, _SEEK_SHARE * seconds)
+    seek = seeking <= min(left - training, _SEEK_SHARE * seconds)
     left -= seeking if seek else 0.0
     if distil is None:
         allowed = min(_DISTIL_STEPS, int(left / step))

@@ -4,10 +4,11 @@ The terms of the loss are means: the divergence of the token distributions; the 
 between the choices' scores, centred per question, since only differences between choices matter; and the cross-entropy
 on the right choice. The last is not distillation: it fits the maps to labels.
 
-The base model's weights get no gradient. Every random choice depends on the seed and the step alone, so that a run that
-was interrupted and resumed ends where an uninterrupted one does. Groups that share a segment train its map together.
-A pack's states at full depth are computed once and kept, as long as they fit in some memory, so that later passes over
-the packs begin with the first layer that a map stands for. Knows packs and tensors, no files.
+The base model's weights get no gradient. Full depth runs by the decoder's own kernels, as it serves, and what gradients
+pass by torch. Every random choice depends on the seed and the step alone, so that a run that was interrupted and
+resumed ends where an uninterrupted one does. Groups that share a segment train its map together. A pack's states at
+full depth are computed once and kept, as long as they fit in some memory, so that later passes over the packs begin
+with the first layer that a map stands for. Knows packs and tensors, no files.
 """
 
 from __future__ import annotations
@@ -165,6 +166,9 @@ class MapLoss:
         self._decoder, self._method, self._groups = decoder, method, tuple(groups)
         self._weights = method.options.weights
         self._scored = bool(self._weights.choices or self._weights.labels)
+        # Without instructions for pairs of halves, torch multiplies them in up to 50 times the time of wider numbers.
+        self.trains_in = decoder.dtype if _halves_pay(decoder.device) else torch.float32
+        """Dtype of the maps, and of the states that they read, where gradients pass."""
 
     def means(
         self,
@@ -211,9 +215,9 @@ class MapLoss:
         decoder, (rows, predicted) = self._decoder, full
         first = min(segment[0] for segment in program.bridges + program.fills)
         entry = max(layer for layer in start.entries if layer <= first)
-        # Without instructions for pairs of halves, torch multiplies them in up to 50 times the time of wider numbers.
-        wide = torch.is_grad_enabled() and not _halves_pay(decoder.device)
-        x = start.entries[entry].float() if wide else start.entries[entry]
+        x = start.entries[entry]
+        if torch.is_grad_enabled():
+            x = x.to(self.trains_in)
         states = pack.run(decoder, x, program.steps[entry:])[pack.sources]
         if not self._scored:
             return loss_of(Predictions(self._logits(states[rows]), states), predicted, None, self._weights)
@@ -282,8 +286,7 @@ class MapTrainer:
         index = self._pack_of(step)
         pack, start = self._packs[index], self._starts.get(index)
         device, total = self._decoder.device, 0.0
-        halves = _halves_pay(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=halves):
+        with torch.autocast(device.type, torch.bfloat16, enabled=_halves_pay(device)):
             if start is None:
                 start = self.loss.start(pack)
                 if start.bytes <= self._room:
@@ -294,7 +297,7 @@ class MapTrainer:
             for program in programs:  # one after another, so that one graph is held at a time
                 used = program.bridges + program.fills
                 maps = {segment: self._maps[segment].like(self._values[segment]) for segment in used}
-                put(self._decoder, maps, None if halves else torch.float32)
+                put(self._decoder, maps, self.loss.trains_in)
                 loss = self.loss.of(pack, start, full, program) / len(programs)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())

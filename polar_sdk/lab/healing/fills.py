@@ -52,7 +52,7 @@ _KEEP_EVERY: Final = 60.0
 """Time between two of them. Unit: seconds."""
 _DRAWN_ON: Final = 4
 """Packs whose states say how hidden units are drawn."""
-LESSONS: Final = 3
+_LESSONS: Final = 3
 """Maximum programs of a training step."""
 _MAX_HELD_OUT: Final = 60
 """Maximum prompts that are measured on."""
@@ -178,7 +178,7 @@ class FillMethod(Method):
 
     def lessons(self, groups: Sequence[Group], step: int) -> list[Program]:
         """The programs of a few groups, in turns: a step takes as long however many there are."""
-        count = min(LESSONS, len(groups))
+        count = min(_LESSONS, len(groups))
         return [self.program(groups[(step * count + place) % len(groups)]) for place in range(count)]
 
 

@@ -118,8 +118,9 @@ def test_a_folder_of_another_fit_is_not_touched(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("distil", [0, 4])
 def test_a_fit_that_is_killed_ends_where_an_undisturbed_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distil: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from polar_sdk.engine import scoring
 
@@ -147,7 +148,7 @@ def test_a_fit_that_is_killed_ends_where_an_undisturbed_one_does(
 
         while True:
             try:
-                return fitted(model, made_items(), on_progress=disturb), passes
+                return fitted(model, made_items(), distil=distil, on_progress=disturb), passes
             except KeyboardInterrupt:
                 continue
 

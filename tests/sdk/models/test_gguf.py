@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 
-from polar_sdk import Program
+from polar_sdk import PolarModel, Program, lab
 from polar_sdk.engine import native
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.panels import Blocks
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import DeviceError, ModelDamagedError, ModelError, UnsupportedArchitectureError
+from polar_sdk.lab.items import Item, PromptItem
 from polar_sdk.models.export import export
 from polar_sdk.models.gguf import GgufFile, WeightSource
 from polar_sdk.models.load import load_pretrained
@@ -113,6 +114,20 @@ def test_a_file_runs_as_it_is(arch: str, tied: bool, tmp_path: Path) -> None:
     got = _logits(loaded)
     assert (got - expected).norm() < 0.05 * expected.norm()
     assert not [file for file in loaded.path.iterdir() if file.suffix in {".safetensors", ".gguf"}]
+
+
+@_NATIVE
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("pays", [False, True])
+def test_maps_are_trained_through_the_weights_of_a_file(
+    pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polar_sdk.lab.healing.distillation._halves_pay", lambda _: pays)
+    model = PolarModel.from_pretrained(write(tmp_path / "mixed.gguf"), ledger=None)
+    items: list[Item] = [PromptItem(prompt=f"{place} c a b {place * 7} d e f " * 2) for place in range(30)]
+    made = lab.heal(model, items, "1", kind="fill", distil=12, tail=4, rate=1e-3, answer_tokens=6)
+    (row,) = made.facts.training["held_out"]
+    assert row["trained"] < row["closed_form"]
 
 
 @_NATIVE
