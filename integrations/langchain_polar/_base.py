@@ -72,10 +72,10 @@ class Caller:
         """Read the parts of a LangChain config.
 
         The metadata key `tenant` is the tenant; other short scalar values without control characters become tags under
-        their own key; LangChain's tags become one tag, `langchain_tags`, joined by commas.
+        their own short key; LangChain's tags become one tag, `langchain_tags`, joined by commas.
         """
         named = (metadata or {}).get("tenant")
-        tenant = str(named) if isinstance(named, _SCALAR) and named != "" else None  # the engine checks it
+        tenant = str(named) if isinstance(named, _SCALAR) else named  # the engine refuses what is no name
         labels = {key: str(value) for key, value in (metadata or {}).items() if _is_label(key, value)}
         labels.pop("tenant", None)
         if names := [tag for tag in tags or () if not tag.startswith(_FRAMEWORK_TAGS) and flaw_of_text(tag) is None]:
@@ -99,11 +99,12 @@ class Caller:
         )
 
 
-def _is_label(key: str, value: object) -> bool:
-    if key.startswith(_FRAMEWORK_KEYS) or flaw_of_name(key) is not None or not isinstance(value, _SCALAR):
+def _is_label(key: object, value: object) -> bool:
+    if not isinstance(key, str) or key.startswith(_FRAMEWORK_KEYS) or not isinstance(value, _SCALAR):
         return False
     text = str(value)
-    return len(text.strip()) > 0 and len(text) <= MAX_LABEL_LENGTH and flaw_of_text(text) is None
+    fits = all(part.strip() and len(part) <= MAX_LABEL_LENGTH for part in (key, text))
+    return fits and flaw_of_name(key) is None and flaw_of_text(text) is None
 
 
 def with_thread(config: RunnableConfig | None) -> RunnableConfig:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+    from langchain_core.runnables import RunnableConfig
 
     import polar_sdk
     from langchain_polar._base import Call
@@ -64,11 +65,11 @@ class PolarLLM(PolarBase, BaseLLM):
 
         def batch(self, inputs, config=None, **options):  # noqa: D102
             configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
-            return super().batch(inputs, configs, run_id=[one.get("run_id") for one in configs], **options)
+            return super().batch(inputs, configs, **_run_ids(configs), **options)
 
         async def abatch(self, inputs, config=None, **options):  # noqa: D102
             configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
-            return await super().abatch(inputs, configs, run_id=[one.get("run_id") for one in configs], **options)
+            return await super().abatch(inputs, configs, **_run_ids(configs), **options)
 
         def generate(  # noqa: D102
             self, prompts, stop=None, callbacks=None, *, tags=None, metadata=None, run_name=None, run_id=None, **options
@@ -204,6 +205,12 @@ class PolarLLM(PolarBase, BaseLLM):
             if run_manager is not None:
                 await run_manager.on_llm_new_token(piece.text, chunk=piece)
             yield piece
+
+
+def _run_ids(configs: Sequence[RunnableConfig]) -> dict[str, Any]:
+    """The run ids of a batch; none where LangChain divides it by `max_concurrency`, and comes back with each part."""
+    divided = bool(configs) and configs[0].get("max_concurrency") is not None
+    return {} if divided else {"run_id": [one.get("run_id") for one in configs]}
 
 
 def _result(call: Call, generations: Sequence[polar_sdk.Generation]) -> LLMResult:

@@ -182,13 +182,13 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As `chat`, without blocking the event loop."""
-        return cast("ChatResponse", await self._arun(*self._conversation(messages, kwargs)))
+        return cast("ChatResponse", await self._arun(*await self._aconversation(messages, kwargs)))
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As `stream_chat`, without blocking the event loop."""
 
         async def start() -> ChatResponseAsyncGen:
-            return await self._astream(*self._conversation(messages, kwargs))
+            return await self._astream(*await self._aconversation(messages, kwargs))
 
         return await areport_stream(llm_chat_callback(), start, self, messages, **kwargs)
 
@@ -265,6 +265,12 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
         said, options = to_roles(messages), self._options(call)
         form = form.written_as(self._engine().call_format)
         return form.teach(said), "chat", {**options, **form.options()}, FormResponder(form)
+
+    async def _aconversation(
+        self, messages: Sequence[ChatMessage], call: Mapping[str, Any]
+    ) -> tuple[Prompt, Template, dict[str, Any], Respond]:
+        """As `_conversation`, which may load weights, without blocking the event loop."""
+        return await asyncio.to_thread(self._conversation, messages, call)
 
     def _completion(
         self, prompt: str, formatted: bool, call: Mapping[str, Any]

@@ -180,6 +180,12 @@ class ModelSettings(BaseModel):
             raise ValueError(f"engine= has its own {clash[0]}: pass {clash[0]}= to the PolarModel instead.")
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy with settings of its own, which answers by the same engines, router and sink."""
+        memo = {} if memo is None else memo
+        memo |= {id(part): part for part in (self._engines, self.engine, self.router, self.sink)}
+        return super().__deepcopy__(memo)
+
     def __getstate__(self) -> dict[Any, Any]:
         """The settings, for a copy in another process, which loads the weights anew.
 

@@ -32,9 +32,9 @@ def test_a_tenant_is_refused_and_a_label_left_out_if_it_cannot_be_a_name(
     kind: Any, engine: PolarModel, sink: ListSink
 ) -> None:
     model = kind(engine=engine, max_tokens=1, cache=InMemoryCache())
-    labels = {"team": "a\x1b[2J", "\u202eteam": "b", "app": "shop"}
+    labels: dict[Any, str] = {"team": "a\x1b[2J", "\u202eteam": "b", "app": "shop", "k" * 201: "c", 7: "d"}
     for _ in ("computed", "cached"):
-        for tenant in (" acme", "acme\u00a0", "ac\u200bme", " ", "x" * 201):
+        for tenant in (" acme", "acme\u00a0", "ac\u200bme", " ", "x" * 201, ["acme"]):
             with pytest.raises(TagError, match="tenant"):
                 model.invoke("Hello", config={"metadata": {"tenant": tenant}})
             assert not sink.records
@@ -191,6 +191,15 @@ def test_threads_of_a_batch_stay_apart_and_metadata_wins(kind: Any, engine: Pola
     model.invoke("a")
     assert sink.records[-1].tags == {}
     assert model.batch([]) == []
+
+
+@BOTH
+async def test_a_batch_in_parts_keeps_each_run(kind: Any, engine: PolarModel, sink: ListSink) -> None:
+    model = kind(engine=engine, max_tokens=1)
+    configs: Any = [{"run_id": UUID(int=RUN.int + place), "max_concurrency": 2} for place in range(6)]
+    model.batch(["a", "b", "c"], configs[:3])
+    await model.abatch(["a", "b", "c"], configs[3:])
+    assert sorted(record.request_id for record in sink.records) == [str(config["run_id"]) for config in configs]
 
 
 async def test_the_thread_of_a_graph_is_on_the_record(sink: ListSink) -> None:

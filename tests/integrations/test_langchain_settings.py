@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,18 @@ def test_an_engine_brings_its_own_settings(kind: Any, engine: PolarModel) -> Non
         kind(engine=engine, model="some/model")
     with pytest.raises(ValueError, match="PolarModel"):
         kind(engine="tiny")
+
+
+@pytest.mark.parametrize("kind", [PolarLLM, ChatPolar, LlamaIndexLLM])
+def test_a_deep_copy_has_settings_of_its_own_and_the_same_engine_and_sink(
+    kind: Any, engine: PolarModel, sink: ListSink
+) -> None:
+    model = kind(engine=engine, max_tokens=1, usage_tags={"a": "b"})
+    again = copy.deepcopy(model)
+    again.usage_tags["a"] = "c"
+    for one in (model, again):
+        one.invoke("Hello") if hasattr(one, "invoke") else one.complete("Hello")
+    assert [record.tags for record in sink.records] == [{"a": "b"}, {"a": "c"}]
 
 
 @BOTH

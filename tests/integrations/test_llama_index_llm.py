@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.dispatcher import instrument_tags
 from pydantic import PrivateAttr
 
+import polar_sdk
 from llama_index_polar import PolarLLM
 from llama_index_polar._messages import to_roles
 from polar_sdk import ListSink
@@ -152,6 +154,21 @@ async def test_instrument_tags_reach_the_record(engine: PolarModel, sink: ListSi
     llm.complete("Hello")
     assert [record.tenant for record in sink.records] == ["acme", "acme", "object"]
     assert sink.records[0].tags == sink.records[1].tags == {"app": "shop", "team": "search"}
+
+
+@pytest.mark.parametrize("way", ["achat", "acomplete", "astream_chat", "astream_complete"])
+async def test_the_event_loop_runs_while_the_model_loads(
+    engine: PolarModel, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    threads = []
+
+    def load(*_: object, **__: object) -> PolarModel:
+        threads.append(threading.current_thread())
+        return engine
+
+    monkeypatch.setattr(polar_sdk.PolarModel, "from_pretrained", load)
+    await _ask(PolarLLM(max_tokens=1), way)
+    assert [thread is threading.current_thread() for thread in threads] == [False]
 
 
 @pytest.mark.parametrize("way", ["achat", "acomplete", "astream_chat", "astream_complete"])
