@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polar_billing.errors import MissingExtraError, OutputError, QueryError, StoreDamagedError
+from polar_billing.errors import MissingExtraError, QueryError, StoreDamagedError
 from polar_sdk.errors import PolarError
 from polar_sdk.show.lines import print_line
 
@@ -173,19 +173,16 @@ def write_file(path: Path, content: str) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file piece by piece, whole or not at all; or standard output if the path is `-`."""
+    """Write a file piece by piece, whole or not at all; or standard output if the path is `-`.
+
+    What was there stays until the new file is whole.
+    """
     if str(path) == "-":
         for piece in pieces:
             typer.echo(piece, nl=False)
         return
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            try:
-                file.writelines(pieces)
-            except BaseException:
-                if path.is_file():
-                    path.unlink()
-                raise
-    except OSError as error:
-        raise OutputError.of(path, error) from error
+    from polar_billing.exports.output import whole
+
+    with whole(path) as draft, draft.open("w", encoding="utf-8") as file:
+        file.writelines(pieces)
     print_line(f"Wrote {path}.", err=True)

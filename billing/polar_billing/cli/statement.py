@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polar_billing.cli import options as opt
-from polar_billing.errors import QueryError
+from polar_billing.errors import CurrencyMixError, QueryError
 from polar_sdk.show.lines import print_json, print_line
 from polar_sdk.show.progress import ProgressBars, through
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.statements.issue import CreditNote
     from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.statement import Statement
 
@@ -54,15 +55,29 @@ def statement(
     """
     if tenant is None and (trace is not None or csv is not None):
         raise QueryError("--trace and --csv are of one statement.", hint="Name its tenant with --tenant.")
+    period = (month, since, until, zone)
+    listing = month is None and since is None and until is None
+    if listing and (issue or book is not None or trace is not None or csv is not None):
+        raise QueryError(
+            "--issue, --book, --trace and --csv are of a period, and none is named.", hint="Add --month YYYY-MM."
+        )
+    opt.period_of(month, since, until, zone or "UTC")  # refuses what no tenant's calendar has
     with opt.open_ledger(ledger) as store:
         tenants = [tenant] if tenant is not None else _tenants(store)
-        if month is None and since is None and until is None:
+        if listing:
             _list(store, tenants, as_json)
             return
-        period = (month, since, until, zone)
         with ProgressBars(at_once=False) as show:
             each = through(show, "statements", tenants, len(tenants))
-            found = [_statement(store, one, period, issue, book) for one in each]
+            found = []
+            for one in each:
+                try:
+                    found.append(_statement(store, one, period, issue, book))
+                except CurrencyMixError:
+                    raise
+                except QueryError:  # a price book names it, and it has neither usage nor a plan yet
+                    if tenant is not None:
+                        raise
         if tenant is None:
             _show_all(found, as_json)
         elif trace is not None:
@@ -72,10 +87,10 @@ def statement(
 
 
 def _tenants(store: Ledger) -> list[str]:
-    """Every tenant that has usage or statements."""
-    from polar_billing.ledger.records import ALL_TENANTS, Selection
+    from polar_billing.statements.period import known_tenants
 
-    return sorted({usage.tenant for usage in store.usage_sums(Selection(ALL_TENANTS), hourly=False)})
+    with store.snapshot() as connection:
+        return list(known_tenants(connection))
 
 
 def _show_all(found: list[tuple[Statement, IssuedStatement | None]], as_json: bool) -> None:
@@ -117,11 +132,19 @@ def _document(document: Statement, issued: IssuedStatement | None) -> dict[str, 
 
 def _list(store: Ledger, tenants: list[str], as_json: bool) -> None:
     from polar_billing.reports.billing_tables import issued_view
-    from polar_billing.statements.issue import issued_statements
+    from polar_billing.statements.issue import credit_notes, issued_statements
 
-    issued = {tenant: issued_statements(store, tenant) for tenant in tenants}
+    issued = {
+        tenant: [(one, credit_notes(store, one)) for one in issued_statements(store, tenant)] for tenant in tenants
+    }
     if as_json:
-        print_json([one.statement.model_dump(mode="json") for each in issued.values() for one in each])
+        print_json(
+            [
+                {**one.statement.model_dump(mode="json"), "credit_notes": [_note_row(note) for note in notes]}
+                for each in issued.values()
+                for one, notes in each
+            ]
+        )
         return
     for tenant, statements in issued.items():
         if statements:
@@ -129,6 +152,11 @@ def _list(store: Ledger, tenants: list[str], as_json: bool) -> None:
     if not any(issued.values()):
         whose = f" of {tenants[0]}" if len(tenants) == 1 else ""
         print_line(f"No statement{whose} has been issued yet. For a draft, name a month: --month 2026-11.")
+
+
+def _note_row(note: CreditNote) -> dict[str, str]:
+    facts = {"reference": note.reference, "amount": f"{note.amount:f}", "reason": note.reason}
+    return {**facts, "issued_at": note.issued_at.isoformat()}
 
 
 def _show(document: Statement, issued: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
@@ -195,11 +223,11 @@ def reprice(
     The default period is this month.
     """
     from polar_billing.prices.book import PriceBook
+    from polar_billing.values.periods import Period, Window
 
     period = opt.period_of(month, since, until, zone)
     if month is None and since is None and until is None:
-        now = datetime.now(UTC)
-        period = opt.period_of(f"{now:%Y-%m}", None, None, zone)
+        period = Period.containing(datetime.now(UTC), Window.MONTH, zone)
     other = PriceBook.load(book)
     with opt.open_ledger(ledger) as store:
         import polar_billing

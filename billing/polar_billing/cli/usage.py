@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_billing.cli import options as opt
+from polar_billing.errors import QueryError
 from polar_sdk.errors import PolarError
 from polar_sdk.show.lines import print_json
 
@@ -64,6 +65,11 @@ def usage(
     By default it covers every tenant and all time.
     """
     selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, model, tag or [])
+    if requests and (by or prices or currency or csv):
+        raise QueryError(
+            "--by, --prices, --currency and --csv are of groups, and --requests lists single requests.",
+            hint="Leave them out, or --requests.",
+        )
     with opt.open_ledger(ledger) as store:
         if requests:
             _show_requests(store, selection, last, as_json)

@@ -7,20 +7,20 @@ the file cannot be written. Knows no ledger.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_billing.errors import MissingExtraError, OutputError
+from polar_billing.errors import MissingExtraError
 from polar_billing.exports.cloud_events import usage_facts
 from polar_billing.exports.focus import COLUMNS, COST_DECIMALS, NUMBERS, OWN_COLUMNS, TIMES
+from polar_billing.exports.output import whole
 from polar_billing.prices.rating import COMPUTE, UNIT_PRICE_SCALE
 from polar_billing.reports.csv import report_rows
 from polar_billing.values.money import STORED_SCALE, from_scaled, round_half_even, to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from decimal import Decimal
     from pathlib import Path
 
@@ -141,27 +141,13 @@ def _arrow() -> Any:
     return pyarrow
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Remove a file that was interrupted: with its end written, it would look whole."""
-    try:
-        yield
-    except BaseException:
-        if path.is_file():
-            path.unlink()
-        raise
-
-
 def _write(path: Path, types: Mapping[str, pyarrow.DataType], rows: Iterable[Row]) -> int:
     arrow = _arrow()
     schema = arrow.schema(list(types.items()))
     written, following = 0, iter(rows)
-    try:
-        with _whole(path), arrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-            while batch := list(islice(following, BATCH)):
-                columns = [arrow.array([row.get(name) for row in batch], kind) for name, kind in types.items()]
-                writer.write_batch(arrow.record_batch(columns, schema=schema))
-                written += len(batch)
-    except OSError as error:
-        raise OutputError.of(path, error) from error
+    with whole(path) as draft, arrow.parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+        while batch := list(islice(following, BATCH)):
+            columns = [arrow.array([row.get(name) for row in batch], kind) for name, kind in types.items()]
+            writer.write_batch(arrow.record_batch(columns, schema=schema))
+            written += len(batch)
     return written

@@ -249,8 +249,17 @@ def rate_of(book: PriceBook, tenant: str, tier: str | None, moment: datetime) ->
     """Find the rate of a use, or the reason that it is unrated."""
     entry = book.entry_at(moment, tenant)
     if entry is None:
-        return f"price book {book.id!r} has no price at {moment.isoformat(timespec='seconds')}"
+        return f"price book {book.id!r} has no price {_gap(book.entries_at(moment, tenant), moment)}"
     return rate_in(entry, tier, book)
+
+
+def _gap(entries: tuple[PriceEntry, ...], moment: datetime) -> str:
+    """The time around a moment in which no entry is in force, in words; uses within it share one reason."""
+    ended = [entry.effective_until for entry in entries if entry.effective_until and entry.effective_until <= moment]
+    coming = [entry.effective_from for entry in entries if entry.effective_from > moment]
+    since = [f"from {max(ended).isoformat()}"] if ended else []
+    until = [f"until {min(coming).isoformat()}"] if coming else []
+    return " ".join([*since, *until])
 
 
 def rate_in(entry: PriceEntry, tier: str | None, book: PriceBook) -> Rate | str:

@@ -12,7 +12,7 @@ from polar_billing.prices.plans import Banded
 from polar_billing.reports import text
 from polar_billing.reports.usage_tables import unrated_notes
 from polar_billing.statements.lines import USAGE_KINDS
-from polar_billing.values.money import plain
+from polar_billing.values.money import exact_difference, exact_sum, plain
 from polar_billing.values.periods import load_zone
 from polar_sdk.show.tables import add_labels, add_numbers, add_row, as_text, new_table
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.entries import PriceEntry
     from polar_billing.prices.plans import PeriodPrice, Terms
+    from polar_billing.statements.issue import CreditNote
     from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.period import Repriced
     from polar_billing.statements.statement import Statement, TierAgreement
@@ -65,11 +66,12 @@ def _rates(title: str, entries: tuple[PriceEntry, ...]) -> Table:
     table = new_table(title, ["from", "until"])
     add_numbers(table, "per CU", "per million\ninput", "per million\noutput", "per request")
     table.add_column("tiers", overflow="fold", min_width=15)
-    for entry in entries:
+    for entry, following in zip(entries, (*entries[1:], None), strict=True):
+        until = entry.effective_until or (following and following.effective_from)
         tiers = [f"{tier} × {plain(multiplier)}" for tier, multiplier in entry.tiers.items()]
         tiers += [] if entry.untiered is None else [f"{text.NO_TIER} × {plain(entry.untiered)}"]
         prices = (text.DASH if price is None else plain(price) for price in entry.components.values())
-        add_row(table, _moment(entry.effective_from), _moment(entry.effective_until), *prices, ", ".join(tiers))
+        add_row(table, _moment(entry.effective_from), _moment(until), *prices, ", ".join(tiers))
     return table
 
 
@@ -177,7 +179,7 @@ def statement_view(statement: Statement, issued: IssuedStatement | None) -> Rend
     add_row(table, "", "", "total", "", "", text.money(statement.total), style="bold")
     for use in statement.credits:
         left = f"{text.money(use.after)} left" + (f", {text.money(use.expired)} expired" if use.expired else "")
-        add_row(table, "", "", f"prepaid {use.id} ({left})", "", "", text.money(use.used.copy_negate()))
+        add_row(table, "", "", f"prepaid {use.id} ({left})", "", "", text.money(use.used.copy_negate() or use.used))
     if statement.credits:
         add_row(table, "", "", "due", "", "", text.money(statement.due), style="bold")
     facts = f"{statement.id} · price book {statement.price_book} {statement.price_book_hash[:12]}"
@@ -192,13 +194,15 @@ def _agreement(of_tier: tuple[str, TierAgreement]) -> str:
     return f"{tier}: {one.agreed:,} of {one.compared:,} audited answers agreed with full depth{share}"
 
 
-def issued_view(issued: Sequence[IssuedStatement], tenant: str) -> Table:
-    """A tenant's issued statements, one line each."""
+def issued_view(issued: Sequence[tuple[IssuedStatement, Sequence[CreditNote]]], tenant: str) -> Table:
+    """A tenant's issued statements, one line each; credit notes are off what is due, which below 0 is the tenant's."""
     table = new_table(f"Statements of {tenant}", ["statement", "period", "issued (UTC)"])
-    add_numbers(table, "total", "due")
-    for entry in issued:
+    add_numbers(table, "total", "credit notes", "due")
+    for entry, notes in issued:
         statement = entry.statement
-        amounts = (f"{text.money(amount)} {statement.currency}" for amount in (statement.total, statement.due))
+        credited = exact_sum((note.amount for note in notes), statement.decimals)
+        due = exact_difference(statement.due, credited, statement.decimals)
+        amounts = (f"{text.money(amount)} {statement.currency}" for amount in (statement.total, credited, due))
         add_row(table, statement.id, statement.period.label, f"{entry.issued_at:%Y-%m-%d %H:%M}", *amounts)
     return table
 

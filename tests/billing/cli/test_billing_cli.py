@@ -121,6 +121,8 @@ def test_single_requests_are_listed_latest_first(polar: Callable[..., Result]) -
     assert listed[0]["program"] == "0 1 4 5"
     assert listed[0]["flops"]["total"] > 0
     assert listed[0]["currency"] == "USD"
+    for option in (["--csv", "-"], ["--by", "day"], ["--currency", "USD"]):
+        assert isinstance(polar("usage", "--requests", *option).exception, QueryError)
 
 
 def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger, polar: Callable[..., Result]) -> None:

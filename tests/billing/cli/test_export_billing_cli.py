@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.errors import PeriodError
+from polar_billing.errors import OutputError, PeriodError
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 
@@ -58,11 +58,18 @@ def test_parquet_needs_a_file(
         assert (tmp_path / kind).read_bytes()[:4] == b"PAR1"
 
 
-def test_an_export_that_fails_leaves_no_file(polar: Callable[..., Result], ledger: Ledger, tmp_path: Path) -> None:
+def test_an_export_that_fails_leaves_what_was_there(
+    polar: Callable[..., Result], ledger: Ledger, tmp_path: Path
+) -> None:
     file = tmp_path / "events.jsonl"
-    result = polar("export-billing", "--ledger", ledger.location, "--format", "stripe", *NOVEMBER, "--out", str(file))
-    assert "'=cus' has no Stripe customer" in str(result.exception)
-    assert not file.exists()
+    words = ("export-billing", "--ledger", ledger.location, "--format", "stripe", *NOVEMBER, "--out", str(file))
+    assert "'=cus' has no Stripe customer" in str(polar(*words).exception)
+    assert list(tmp_path.glob("*.jsonl")) == []
+    file.write_text("of yesterday", encoding="utf-8")
+    assert "'=cus' has no Stripe customer" in str(polar(*words).exception)
+    assert file.read_text() == "of yesterday"
+    gone = polar(*words, "--tenant", "cus_1", "--out", str(tmp_path / "none" / "events.jsonl"))
+    assert isinstance(gone.exception, OutputError)
 
 
 def test_a_period_needs_both_ends(polar: Callable[..., Result], ledger: Ledger) -> None:

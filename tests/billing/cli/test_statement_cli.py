@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from decimal import Decimal
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import Result
 
-from polar_billing.errors import PriceBookError
+from polar_billing.errors import PriceBookError, QueryError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.statements.issue import issue_statement
@@ -82,6 +83,9 @@ def test_price_show_tells_everything_the_book_says(plans: Path, ok: Callable[...
     for text in ("up to 100000", "graduated", "p95 ≤ 2000 ms", "America/New_York", "Plan reserved, its own rates"):
         assert text in shown
     assert "No price book" in ok("price", "show")
+    later = "\n[[prices]]\neffective_from = 2027-05-01\nper_request = 1\ntiers = { exact = 1 }\n"
+    plans.write_text(TOML + later, encoding="utf-8")
+    assert re.search(r"2024-01-01 +2027-05-01 +0\.0004 ", ok("price", "show", str(plans)))
 
 
 def test_price_quote(plans: Path, ok: Callable[..., str]) -> None:
@@ -113,6 +117,22 @@ def test_a_statement_is_drafted_issued_listed_and_traced(ok: Callable[..., str])
 
 
 @pytest.mark.usefixtures("filled")
+def test_tenants_of_a_plan_are_billed_without_usage(plans: Path, ok: Callable[..., str]) -> None:
+    plans.write_text(f'{TOML}\n[[customers]]\ntenant = "later"\neffective_from = 2027-01-01\n', encoding="utf-8")
+    ok("price", "add", str(plans))
+    issued = json.loads(ok("statement", *MONTH, "--issue", "--json"))
+    assert [one["tenant"] for one in issued] == ["acme", "globex", "initech"]
+    assert issued[0]["total"] == "19.0000"
+    assert issued[0]["id"] in ok("statement")
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("options", [["--issue"], ["--trace", "1"], ["--csv", "-"], ["--book", "plans.toml"]])
+def test_what_is_of_a_period_needs_one(options: list[str], polar: Callable[..., Result]) -> None:
+    assert isinstance(polar("statement", "--tenant", "globex", *options).exception, QueryError)
+
+
+@pytest.mark.usefixtures("filled")
 def test_csv_rows_sum_to_what_is_due(ok: Callable[..., str]) -> None:
     statement = json.loads(ok("statement", "--tenant", "initech", *MONTH, "--json"))
     rows = list(csv.DictReader(io.StringIO(ok("statement", "--tenant", "initech", *MONTH, "--csv", "-"))))
@@ -126,6 +146,9 @@ def test_credit_note_and_reprice(plans: Path, ok: Callable[..., str]) -> None:
     issued = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--issue", "--json"))
     note = ("credit-note", issued["id"], "1.5", "--tenant", "globex", "--reason", "outage", "--reference", "7")
     assert f"1.5 off statement {issued['id']}" in ok(*note)
+    (listed,) = json.loads(ok("statement", "--tenant", "globex", "--json"))
+    assert [(one["reference"], one["amount"]) for one in listed["credit_notes"]] == [("7", "1.5")]
+    assert f" {Decimal(issued['due']) - Decimal('1.5'):,f} USD" in ok("statement", "--tenant", "globex")
     plans.write_text(TOML.replace("0.0004", "0.0008"), encoding="utf-8")
     rows = json.loads(ok("reprice", "--book", str(plans), *MONTH, "--json"))
     assert [row["tenant"] for row in rows] == ["globex", "initech"]

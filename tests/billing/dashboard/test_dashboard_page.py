@@ -229,7 +229,9 @@ def test_what_has_no_price_is_said_and_is_in_no_amount(ledger: Ledger) -> None:
     book = PriceBook.from_toml(f"{text}tiers = {{ standard = 1 }}")
     Meter(ledger, prices=book).emit(usage_record())
     page = html(ledger)
-    assert "1 request unrated , in no amount: price book 'later' has no price at 2026-11-15" in section(page, "charges")
+    assert "1 request unrated , in no amount: price book 'later' has no price until 2027-01-01" in section(
+        page, "charges"
+    )
     assert "nothing has a price" in words(page)
     assert "– completed Verify" in section(page, "requests")
 

@@ -119,7 +119,7 @@ def test_tiers_multiply_every_price(book: PriceBook) -> None:
         ({"tier": "gold"}, "price book 'polar-example' of 2024-01-01 has no price for tier 'gold'"),
         (
             {"started_at": datetime(2023, 12, 31, 23, tzinfo=UTC)},
-            "price book 'polar-example' has no price at 2023-12-31T23:00:00+00:00",
+            "price book 'polar-example' has no price until 2024-01-01T00:00:00+00:00",
         ),
     ],
 )
@@ -129,6 +129,15 @@ def test_use_without_a_price_is_unrated_never_free(book: PriceBook, changes: dic
     assert rating.cost is None
     assert cost_of(usage_record(**changes), book) == (None, reason)
     assert rating.lines == ()
+
+
+def test_uses_in_one_gap_share_a_reason() -> None:
+    rates: Any = {"per_request": Decimal(1), "tiers": {"standard": Decimal(1)}}
+    first = PriceEntry(effective_from=START, effective_until=START + timedelta(days=1), **rates)
+    book = book_of(first, PriceEntry(effective_from=START + timedelta(days=9), **rates))
+    days = [rate(usage_record("r", started_at=START + timedelta(days=day)), book).unrated for day in range(-2, 10)]
+    before, gap = f"until {START.isoformat()}", f"until {(START + timedelta(days=9)).isoformat()}"
+    assert [None if day is None else day[-len(gap) :] for day in days] == [before] * 2 + [None] + [gap] * 8 + [None]
 
 
 def test_a_program_named_by_hand_needs_a_price_of_its_own() -> None:

@@ -191,7 +191,7 @@ def test_a_month_without_a_price_says_so_and_charges_nothing(ledger: Ledger) -> 
     Meter(ledger, prices=book).emit(usage_record())
     report = build_report(ledger)
     html = report_html(report)
-    assert "has no price at 2026-11-15" in html
+    assert "has no price until 2027-01-01" in html
     assert report.figures.charge is None
     assert 'id="charges"' not in html
     assert Page(html).open == []
