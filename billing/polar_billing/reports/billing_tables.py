@@ -67,7 +67,7 @@ def _rates(title: str, entries: tuple[PriceEntry, ...]) -> Table:
     add_numbers(table, "per CU", "per million\ninput", "per million\noutput", "per request")
     table.add_column("tiers", overflow="fold", min_width=15)
     for entry, following in zip(entries, (*entries[1:], None), strict=True):
-        until = entry.effective_until or (following and following.effective_from)
+        until = entry.effective_until or (None if following is None else following.effective_from)
         tiers = [f"{tier} × {plain(multiplier)}" for tier, multiplier in entry.tiers.items()]
         tiers += [] if entry.untiered is None else [f"{text.NO_TIER} × {plain(entry.untiered)}"]
         prices = (text.DASH if price is None else plain(price) for price in entry.components.values())
