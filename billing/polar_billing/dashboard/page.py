@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from polar_billing.dashboard.service import Live
+    from polar_sdk.live import Look
+
 
 FRESH_S: Final = 0.4
 """Age at which a page is rendered again. Unit: seconds."""
@@ -71,7 +72,7 @@ class Dashboard:
         with self.ledger.snapshot():
             pass
 
-    def answer(self, path: str, live: Live | None = None) -> Answer:
+    def answer(self, path: str, live: Look | None = None) -> Answer:
         """Answer a `GET`.
 
         Args:
@@ -92,7 +93,7 @@ class Dashboard:
             return self._error(status, "The ledger cannot be read", str(error), base)
         return self._error(404, "There is no such page", "The operations page is one level up.", "")
 
-    def _operations(self, live: Live | None) -> bytes:
+    def _operations(self, live: Look | None) -> bytes:
         with self._looking:
             if self._page is None or time.monotonic() - self._page[0] >= FRESH_S:
                 view = self._looks.look(self.zone, live)

@@ -1,11 +1,11 @@
-"""A service at this moment: its engine, and whether all is well with its ledger and its spool. Knows no HTML."""
+"""Whether all is well with a ledger and its spool at this moment. Knows no HTML."""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import func, select
 
@@ -13,7 +13,6 @@ from polar_billing.ledger.schema import NO_TENANT, SCHEMA_VERSION, head_table, u
 from polar_billing.metering.spool import Spool, spool_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -26,78 +25,6 @@ _MAX_READ: Final = 8 * 2**20
 """A spool beyond this is not counted record by record. Unit: bytes."""
 _MOMENT_S: Final = 10.0
 """Records are stored within milliseconds, and are tried again every second where the ledger does not answer."""
-
-
-class Tier(Protocol):
-    """A tier that a router's certificate promises something about."""
-
-    @property
-    def name(self) -> str:
-        """Multiplier of the tier."""
-
-    @property
-    def promise(self) -> str:
-        """In words."""
-
-    @property
-    def saved(self) -> float:
-        """Mean share of full depth's FLOPs that it saved on the calibration prompts."""
-
-
-class Live(Protocol):
-    """A look at a running engine, as the server that runs it hands it over; see `polar_server.telemetry.live`."""
-
-    @property
-    def model(self) -> str:
-        """Id of the model."""
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Sampled tokens, over the last seconds; None before there is anything to compare with."""
-
-    @property
-    def running(self) -> int:
-        """Rows: requests with a place in the engine."""
-
-    @property
-    def places(self) -> int:
-        """Rows that run at most."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a place."""
-
-    @property
-    def pages_used(self) -> int:
-        """Pages of keys and values in use."""
-
-    @property
-    def pages(self) -> int:
-        """Pages of keys and values that there are."""
-
-    @property
-    def answers(self) -> int:
-        """Calls that are being answered."""
-
-    @property
-    def unrecorded(self) -> int:
-        """Requests that ended and whose record is not stored."""
-
-    @property
-    def draining(self) -> bool:
-        """Whether it ends, and takes no more requests."""
-
-    @property
-    def router(self) -> str:
-        """The router that chooses programs, in words."""
-
-    @property
-    def void(self) -> str | None:
-        """Reason that the router's certificate does not hold here; None where it does, or where there is none."""
-
-    @property
-    def tiers(self) -> Sequence[Tier]:
-        """The tiers of its certificate; empty where there is none."""
 
 
 @dataclass(frozen=True)

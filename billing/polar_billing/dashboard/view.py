@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
     from polar_billing.access.keys import ApiKey
     from polar_billing.budgets.offers import Standing
-    from polar_billing.dashboard.service import Live
     from polar_billing.ledger.audits import Watched
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import AllTenants, StoredUsage
     from polar_billing.prices.book import PriceBook
     from polar_billing.reports.drift import PromiseDrift, Saved
     from polar_billing.reports.summary import Summary
+    from polar_sdk.live import Look
 
 MAX_REQUESTS: Final = 100
 _LATELY: Final = timedelta(hours=1)
@@ -150,7 +150,7 @@ class View:
     """UTC."""
     ledger: str
     today: Period
-    live: Live | None
+    live: Look | None
     """None where the page's server runs no engine."""
     ended: Ended
     charges: Sequence[Summary]
@@ -191,7 +191,7 @@ class Looks:
         self._watched: dict[str, Watched] = {}
         self._week: tuple[datetime, Sequence[Saved] | None] | None = None
 
-    def look(self, zone: str, live: Live | None) -> View:
+    def look(self, zone: str, live: Look | None) -> View:
         """Ask everything; today is in the calendar of `zone`."""
         now = datetime.now(UTC) if self._clock is None else self._clock()
         today, lately = Period.containing(now, Window.DAY, zone), Period(now - _LATELY, None, zone)
@@ -217,7 +217,7 @@ class Looks:
                 spool=spool,
             )
 
-    def _saved_in_week(self, connection: Connection, now: datetime, live: Live | None) -> Sequence[Saved] | None:
+    def _saved_in_week(self, connection: Connection, now: datetime, live: Look | None) -> Sequence[Saved] | None:
         """Added up anew every few minutes, as it reads each request."""
         if self._week is None or not now - _WEEK_KEPT < self._week[0] <= now:
             week = Selection(ALL_TENANTS, Period(now - _WEEK, None))

@@ -8,7 +8,7 @@ Without a key it answers to names of this machine alone: a web site whose name w
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
+    from polar_sdk.live import Look
     from polar_server.access.keys import KeyGuard
 
 GROUP: Final = "polar_server.pages"
@@ -68,7 +69,7 @@ class PageAnswer(Protocol):
 class PageStore(Protocol):
     """The operations page; see `polar_billing.dashboard.page`. Takes as long as a database does."""
 
-    def answer(self, path: str, live: Any = ...) -> PageAnswer:
+    def answer(self, path: str, live: Look | None = ...) -> PageAnswer:
         """The answer to a `GET` below `/polar/`; `live` is a look at the engine, where there is one."""
 
     def check(self) -> None:
@@ -78,7 +79,7 @@ class PageStore(Protocol):
 class LiveSource(Protocol):
     """An engine that can be looked at."""
 
-    def look(self) -> Any:
+    def look(self) -> Look:
         """The engine at this moment."""
 
 

@@ -6,11 +6,11 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from html import unescape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -29,6 +29,7 @@ from polar_billing.reports.report import build_report
 from polar_billing.reports.text import unit_for
 from polar_billing.testing import audit, usage_record
 from polar_billing.values.periods import Period, Window
+from polar_sdk.live import Look, TierLook
 from polar_sdk.usage import Outcome
 from tests.billing.reports.test_report_html import Page
 from tests.billing.storing import unguarded
@@ -47,39 +48,30 @@ HOSTILE = [
 ]
 
 
-@dataclass(frozen=True)
-class Tier:
-    """A certified tier, as a server says it."""
-
-    name: str
-    promise: str
-    saved: float
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A look at an engine, as a server hands it over."""
-
-    model: str = "tiny"
-    tokens_per_second: float | None = 111.25
-    running: int = 3
-    places: int = 32
-    waiting: int = 5
-    pages_used: int = 12
-    pages: int = 96
-    answers: int = 8
-    unrecorded: int = 0
-    draining: bool = False
-    router: str = "menu 0123"
-    void: str | None = None
-    tiers: tuple[Tier, ...] = (Tier("economy", "at most <2 %> differ", 0.25),)
+ENGINE: Final = Look(
+    model="tiny",
+    tokens_per_second=111.25,
+    running=3,
+    places=32,
+    waiting=5,
+    pages_used=12,
+    pages=96,
+    answers=8,
+    unrecorded=0,
+    unusual=False,
+    unaudited=0,
+    draining=False,
+    router="menu 0123",
+    void=None,
+    tiers=(TierLook("economy", "at most <2 %> differ", 0.25),),
+)
 
 
 def dashboard(ledger: Ledger, **settings: Any) -> Dashboard:
     return Dashboard(ledger, clock=lambda: NOW, **settings)
 
 
-def html(ledger: Ledger, path: str = "", live: Engine | None = None) -> str:
+def html(ledger: Ledger, path: str = "", live: Look | None = None) -> str:
     """A page that must be there."""
     answer = dashboard(ledger).answer(path, live)
     assert answer.status == 200, answer.content
@@ -125,7 +117,10 @@ def busy(ledger: Ledger, tenants: list[str], count: int = 120) -> None:
 def test_promises_and_what_tiers_saved_this_week_are_shown(ledger: Ledger) -> None:
     assert "No promise was audited yet." in section(html(ledger), "audits")
     busy(ledger, ["acme", "globex"])
-    shown = section(html(ledger, live=Engine(tiers=(Tier("economy", "x", 0.25), Tier("standard", "y", 0.1)))), "audits")
+    shown = section(
+        html(ledger, live=replace(ENGINE, tiers=(TierLook("economy", "x", 0.25), TierLook("standard", "y", 0.1)))),
+        "audits",
+    )
     assert "acme 000000000000 in force" in shown
     assert "globex 000000000000 at risk" in shown
     assert shown.count("economy 25.0 %") == 2  # what standard would save as economy, for both kinds
@@ -133,7 +128,7 @@ def test_promises_and_what_tiers_saved_this_week_are_shown(ledger: Ledger) -> No
 
 def test_the_page_is_well_formed_and_needs_no_inline_style_or_script(ledger: Ledger) -> None:
     busy(ledger, ["acme", "globex"])
-    for page in (html(ledger), html(ledger, live=Engine()), html(ledger, "requests/1")):
+    for page in (html(ledger), html(ledger, live=ENGINE), html(ledger, "requests/1")):
         parsed = Page(page)
         assert parsed.open == []
         assert len(parsed.ids) == len(set(parsed.ids))
@@ -178,7 +173,7 @@ def test_the_figures_on_the_page_are_those_of_the_report(ledger: Ledger) -> None
 
 def test_names_are_shown_and_never_markup(ledger: Ledger) -> None:
     busy(ledger, HOSTILE)
-    page = html(ledger, live=replace(Engine(), model="<b>bold</b>", void="a\u202eb\u2066c"))
+    page = html(ledger, live=replace(ENGINE, model="<b>bold</b>", void="a\u202eb\u2066c"))
     parsed = Page(page)
     text = "".join(parsed.text)
     assert not parsed.tags & {"b", "i", "img"}
@@ -197,7 +192,7 @@ def test_names_are_shown_and_never_markup(ledger: Ledger) -> None:
 
 def test_a_hundred_requests_of_long_names_stay_below_150_kb(ledger: Ledger) -> None:
     busy(ledger, [f"{number:02d}{'x' * 198}" for number in range(60)], 200)
-    page = html(ledger, live=Engine())
+    page = html(ledger, live=ENGINE)
     assert page.count('class="verify"') == 100
     assert len(page.encode()) < 150_000
     assert f"The {MAX_TENANTS} tenants with the largest charge; the total is of all 60." in section(page, "charges")
@@ -250,17 +245,17 @@ def test_yesterday_is_not_today_and_a_zone_says_when_that_is(ledger: Ledger) -> 
 
 
 def test_what_the_engine_does_is_shown(ledger: Ledger) -> None:
-    page = html(ledger, live=Engine())
+    page = html(ledger, live=ENGINE)
     now, health = section(page, "now"), section(page, "health")
     for said in ("Serving tiny", "111.2", "3 of 32", "12.5 %", "12 of 96 pages"):
         assert said in now
     assert "holds for model" in health
     assert "economy +25.0 %" in health
     assert "at most <2 %> differ" in health
-    drained = html(ledger, live=replace(Engine(), draining=True, unrecorded=2, void="it moved"))
+    drained = html(ledger, live=replace(ENGINE, draining=True, unrecorded=2, void="it moved"))
     assert "Draining" in section(drained, "now")
     assert "void : it moved" in section(drained, "health")
-    assert "no tier is certified" in section(html(ledger, live=replace(Engine(), tiers=())), "health")
+    assert "no tier is certified" in section(html(ledger, live=replace(ENGINE, tiers=())), "health")
 
 
 def test_no_secret_is_on_the_page(ledger: Ledger) -> None:
