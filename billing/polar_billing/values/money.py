@@ -48,7 +48,7 @@ EXACT_SCALE: Final = 30
 STORED_MAX: Final = 2**63 - 1
 """The largest amount in the ledger. Unit: 10^-12 of the currency's major unit."""
 _MAX_SIZE: Final = 1_000
-"""Digits of an amount, before and after the point: far more than any sum has, and few enough to count at once."""
+"""Digits of an amount before the point: far more than any sum has, and few enough to count at once."""
 _EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 """Moves the decimal point of any amount without rounding."""
 
@@ -78,21 +78,13 @@ def to_scaled(value: Decimal | int, decimals: int) -> int:
         raise AmountError(f"amount {value} is not finite.", hint="Use a finite number.")
     if not number:
         return 0  # whatever its exponent
-    sign, digits, exponent = number.as_tuple()
-    assert isinstance(exponent, int)  # finite
-    if len(digits) > _MAX_SIZE or number.adjusted() > _MAX_SIZE:
+    if number.adjusted() > _MAX_SIZE:
         raise AmountError(f"amount {shown(str(number))} is too large to count.", hint="Use a smaller amount.")
-    if number.adjusted() < -decimals:
+    scaled = number.scaleb(decimals, _EXACT)
+    units = int(scaled)
+    if units != scaled:
         raise AmountError(f"amount {shown(str(number))} has more than {decimals} decimals.", hint="Round it first.")
-    magnitude = int("".join(map(str, digits)) or "0")
-    shift = exponent + decimals
-    if shift >= 0:
-        scaled = magnitude * int(10**shift)
-    else:
-        scaled, rest = divmod(magnitude, int(10**-shift))
-        if rest:
-            raise AmountError(f"amount {value} has more than {decimals} decimals.", hint="Round it first.")
-    return -scaled if sign else scaled
+    return units
 
 
 def read_amount(text: str | int | Decimal) -> Decimal:
@@ -133,12 +125,7 @@ def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
     Raises:
         AmountError: It is not finite, too fine or too large to be kept exactly.
     """
-    if value.is_finite() and not -_MAX_SIZE < value.adjusted() < _MAX_SIZE:
-        value = from_scaled(to_scaled(value, scale), scale)  # 0 of any exponent is 0; what else is so large is refused
-    scaled = value.scaleb(scale, _EXACT) if value.is_finite() else value
-    units = int(scaled) if scaled.is_finite() else None
-    if units is None or units != scaled:
-        units = to_scaled(value, scale)  # says what is wrong
+    units = to_scaled(value, scale)
     if abs(units) > STORED_MAX:
         limit = from_scaled(STORED_MAX, scale)
         raise AmountError(f"amount {value:f} is beyond the ledger's limit of {limit:f}.", hint="Split it.")
