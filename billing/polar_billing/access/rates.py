@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 from sqlalchemy import and_, delete, func, insert, or_, select
@@ -32,36 +32,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+    from polar_billing.access.keys import ApiKey
+
 LIFETIME: Final = timedelta(seconds=30)
 """After this time, answers that nobody renewed are of a process that is gone."""
 _MINUTE_NS: Final = 60 * 10**9
 _RETRY_S: Final = 1.0
 """When to ask again where too many answers run. Unit: seconds."""
 _MOVE: Final = ("requests_full_at = excluded.requests_full_at", "tokens_full_at = excluded.tokens_full_at")
-
-
-class LimitedKey(Protocol):
-    """An API key, as far as its limits go."""
-
-    @property
-    def key_id(self) -> str:
-        """The public part."""
-        ...
-
-    @property
-    def requests_per_minute(self) -> int | None:
-        """None = any number."""
-        ...
-
-    @property
-    def tokens_per_minute(self) -> int | None:
-        """None = any number."""
-        ...
-
-    @property
-    def parallel(self) -> int | None:
-        """Answers at a time; None = any number."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -114,14 +92,14 @@ class _Account:
     """Answers of this one."""
     buckets: dict[str, _Bucket] = field(default_factory=dict)
 
-    def use(self, key: LimitedKey) -> None:
+    def use(self, key: ApiKey) -> None:
         """Apply the limits of a key, which may have changed since the last call."""
         limits = {"requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
         for what, limit in limits.items():
             if limit is not None:
                 self.buckets.setdefault(what, _Bucket(limit, getattr(self, f"{what}_full_at"))).limit = limit
 
-    def verdict(self, key: LimitedKey, now: int) -> Verdict:
+    def verdict(self, key: ApiKey, now: int) -> Verdict:
         """Let a call in, or not."""
         self.use(key)
         refused, wait = None, 0.0
@@ -167,8 +145,8 @@ class Rates:
 
     def update(
         self,
-        asking: Sequence[LimitedKey],
-        used: Sequence[tuple[LimitedKey, int]] = (),
+        asking: Sequence[ApiKey],
+        used: Sequence[tuple[ApiKey, int]] = (),
         running: Mapping[str, int] | None = None,
     ) -> list[Verdict]:
         """Let calls in, in their order, and note what answers used and how many run.

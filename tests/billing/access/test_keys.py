@@ -6,14 +6,13 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import func, select, text
 
-from polar_billing.access.keys import ApiKeys
+from polar_billing.access.keys import ApiKey, ApiKeys
 from polar_billing.access.rates import LIFETIME, Rates
 from polar_billing.errors import AccessError, StoreLockedError
 from polar_billing.ledger.records import ALL_TENANTS
@@ -129,12 +128,9 @@ def test_a_bound_that_no_request_could_have_is_refused(ledger: Ledger, fields: d
 PROCESSES, TRIES = 4, 40
 
 
-@dataclass(frozen=True)
-class Key:
-    key_id: str = "abcd2345"
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    parallel: int | None = None
+def limited(key_id: str = "abcd2345", **limits: Any) -> ApiKey:
+    """A key with these limits."""
+    return ApiKey(key_id=key_id, tenant="acme", name="search", secret_hash="", not_before=NOON, **limits)
 
 
 @pytest.fixture
@@ -142,12 +138,12 @@ def replicas(store: Ledger, clock: Clock) -> list[Rates]:
     return [Rates(store, clock=clock) for _ in range(3)]
 
 
-def refused(rates: Rates, key: Key, **others: Any) -> str | None:
+def refused(rates: Rates, key: ApiKey, **others: Any) -> str | None:
     return rates.update([key], **others)[0].refused
 
 
 def test_requests_of_a_minute_are_shared_and_fill_evenly(replicas: list[Rates], clock: Clock) -> None:
-    key = Key(requests_per_minute=7)
+    key = limited(requests_per_minute=7)
     found = [refused(replicas[turn % 3], key) for turn in range(8)]
     assert found == [None] * 7 + ["requests"]
     wait = replicas[0].update([key])[0].wait_s
@@ -163,7 +159,7 @@ def test_requests_of_a_minute_are_shared_and_fill_evenly(replicas: list[Rates], 
 
 
 def test_calls_of_one_update_are_let_in_by_their_order(replicas: list[Rates]) -> None:
-    one, other = Key(requests_per_minute=2, parallel=9), Key("other234", parallel=1)
+    one, other = limited(requests_per_minute=2, parallel=9), limited("other234", parallel=1)
     verdicts = replicas[0].update([one, other, one, other, one])
     assert [verdict.refused for verdict in verdicts] == [None, None, None, "parallel", "requests"]
     assert [round(verdict.left["requests"][0], 6) for verdict in (verdicts[0], verdicts[2], verdicts[4])] == [1, 0, 0]
@@ -171,7 +167,7 @@ def test_calls_of_one_update_are_let_in_by_their_order(replicas: list[Rates]) ->
 
 
 def test_tokens_are_taken_afterwards_and_owed(replicas: list[Rates], clock: Clock) -> None:
-    key = Key(tokens_per_minute=100)
+    key = limited(tokens_per_minute=100)
     assert refused(replicas[0], key) is None
     replicas[0].update([], used=[(key, 90)])
     assert refused(replicas[1], key) is None, "10 are left"
@@ -185,14 +181,14 @@ def test_tokens_are_taken_afterwards_and_owed(replicas: list[Rates], clock: Cloc
 
 
 def test_a_limit_that_was_changed_holds_at_once(replicas: list[Rates]) -> None:
-    assert refused(replicas[0], Key(requests_per_minute=1)) is None
-    assert refused(replicas[1], Key(requests_per_minute=1)) == "requests"
-    assert refused(replicas[1], Key(requests_per_minute=1, tokens_per_minute=5)) == "requests"
-    assert refused(replicas[1], Key(tokens_per_minute=5)) is None
+    assert refused(replicas[0], limited(requests_per_minute=1)) is None
+    assert refused(replicas[1], limited(requests_per_minute=1)) == "requests"
+    assert refused(replicas[1], limited(requests_per_minute=1, tokens_per_minute=5)) == "requests"
+    assert refused(replicas[1], limited(tokens_per_minute=5)) is None
 
 
 def test_answers_at_a_time_over_replicas(replicas: list[Rates]) -> None:
-    key = Key(parallel=3)
+    key = limited(parallel=3)
     assert [refused(replicas[0], key), refused(replicas[0], key, running={key.key_id: 1})] == [None, None]
     assert [refused(replicas[1], key), refused(replicas[2], key)] == [None, "parallel"]
     replicas[0].update([], running={key.key_id: 1})
@@ -200,7 +196,7 @@ def test_answers_at_a_time_over_replicas(replicas: list[Rates]) -> None:
 
 
 def test_the_share_of_a_replica_that_is_gone_comes_back(replicas: list[Rates], clock: Clock, store: Ledger) -> None:
-    key = Key(parallel=2)
+    key = limited(parallel=2)
     assert [refused(replicas[0], key), refused(replicas[1], key)] == [None, None]
     for _ in range(8):
         clock.pass_by(LIFETIME.total_seconds() / 4)
@@ -216,7 +212,7 @@ def test_the_share_of_a_replica_that_is_gone_comes_back(replicas: list[Rates], c
 def test_nothing_is_taken_where_the_database_does_not_answer(
     replicas: list[Rates], store: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = Key(requests_per_minute=1, tokens_per_minute=10)
+    key = limited(requests_per_minute=1, tokens_per_minute=10)
 
     def locked(**_: bool) -> None:
         raise StoreLockedError("locked.")
@@ -229,7 +225,7 @@ def test_nothing_is_taken_where_the_database_does_not_answer(
 
 
 def test_a_clock_that_was_set_back_locks_nobody_out(replicas: list[Rates], clock: Clock) -> None:
-    key = Key(requests_per_minute=60)
+    key = limited(requests_per_minute=60)
     refused(replicas[0], key)
     clock.pass_by(-86_400)
     replicas[0].update([key])
@@ -240,10 +236,10 @@ def test_a_clock_that_was_set_back_locks_nobody_out(replicas: list[Rates], clock
 RACE = """
 import json, sys, time
 from polar_billing.access.rates import Rates
-from tests.billing.access.test_keys import Key
+from tests.billing.access.test_keys import limited
 url, tries, parallel = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "parallel"
 rates = Rates(url)
-key = Key(parallel=5) if parallel else Key(requests_per_minute=60)
+key = limited(parallel=5) if parallel else limited(requests_per_minute=60)
 running, most, found, begun, slowest = 0, [], [], time.time(), 0.0
 for _ in range(tries):
     at = time.perf_counter()
@@ -270,5 +266,5 @@ def test_processes_at_once_never_exceed_a_limit_and_refuse_nothing_that_is_there
         return
     seconds = max(one["ended"] for one in found) - min(one["begun"] for one in found)
     assert 60 <= let_in <= 60 + seconds
-    left = Rates(store).update([Key(requests_per_minute=60)])[0].left["requests"][0]
+    left = Rates(store).update([limited(requests_per_minute=60)])[0].left["requests"][0]
     assert left < 2 + seconds, "what was not let in was not there"
