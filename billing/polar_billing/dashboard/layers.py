@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sqlalchemy import Text, func, select, type_coerce
 
-from polar_billing.ledger.records import Selection, conditions
+from polar_billing.ledger.rollups import usage_of
 from polar_billing.ledger.schema import usage_table
 from polar_billing.prices.entries import tier_order
 from polar_billing.reports.depth import KINDS, LayerState, ProgramUse, read_layers
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Row
 
+    from polar_billing.ledger.records import Selection
     from polar_billing.reports.depth import Kind
 
 _NONE: Final = "[]"
@@ -71,7 +72,6 @@ def heat_of(connection: Connection, selection: Selection) -> list[Heat]:
     """The programs that some usage ran, by model and tier; the selection's tags are ignored."""
     usage = usage_table.c
     prefill, decode = (type_coerce(column, Text) for column in (usage.visits_prefill, usage.visits_decode))
-    period = selection.period
     query = (
         select(
             usage.model,
@@ -81,7 +81,7 @@ def heat_of(connection: Connection, selection: Selection) -> list[Heat]:
             func.max(func.nullif(prefill, _NONE)).label("prefill"),
             func.max(func.nullif(decode, _NONE)).label("decode"),
         )
-        .where(*conditions(selection, usage, usage.started_at, period.since, period.until))
+        .where(*usage_of(selection))
         .where((prefill != _NONE) | (decode != _NONE))
         .group_by(usage.model, usage.tier, usage.program)
     )

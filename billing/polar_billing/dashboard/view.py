@@ -21,8 +21,8 @@ from polar_billing.dashboard.charges import Books, Cost
 from polar_billing.dashboard.layers import Heat, heat_of
 from polar_billing.dashboard.service import LedgerHealth, SpoolHealth, ledger_health, spool_health
 from polar_billing.ledger.append import joined
-from polar_billing.ledger.records import ALL_TENANTS, Selection, conditions, from_row
-from polar_billing.ledger.rollups import read_sums
+from polar_billing.ledger.records import ALL_TENANTS, Selection, from_row
+from polar_billing.ledger.rollups import read_sums, usage_of
 from polar_billing.ledger.schema import usage_table
 from polar_billing.metering.spool import recover_abandoned
 from polar_billing.proof.receipts import ReceiptCheck, check_receipt, make_receipt
@@ -155,7 +155,6 @@ class View:
     ended: Ended
     charges: Sequence[Summary]
     """Today's charges, one summary per currency."""
-    lately: Period
     heat: Sequence[Heat]
     """Layers of the last hour."""
     requests: Sequence[StoredUsage]
@@ -205,7 +204,6 @@ class Looks:
                 live=live,
                 ended=_ended(connection, now),
                 charges=self._cost.of(connection, ALL_TENANTS, today),
-                lately=lately,
                 heat=heat_of(connection, Selection(ALL_TENANTS, lately)),
                 requests=latest_requests(connection, ALL_TENANTS, MAX_REQUESTS),
                 books=self._books,
@@ -232,7 +230,7 @@ def _ended(connection: Connection, now: datetime) -> Ended:
     """Count usage stored within the last minute, of that served within the last hour."""
     usage = usage_table.c
     sums: list[Any] = [func.count(), func.sum(usage.tokens_input), func.sum(usage.tokens_output)]
-    where = conditions(Selection(ALL_TENANTS), usage, usage.started_at, now - _LATELY, None)
+    where = usage_of(Selection(ALL_TENANTS, Period(now - _LATELY)))
     row = connection.execute(select(*sums).where(*where, usage.stored_at > now - _MINUTE)).one()
     return Ended(*(int(value or 0) for value in row))
 
@@ -240,7 +238,7 @@ def _ended(connection: Connection, now: datetime) -> Ended:
 def latest_requests(connection: Connection, tenant: str | AllTenants, count: int) -> list[StoredUsage]:
     """The latest requests by service time, the last first."""
     usage = usage_table.c
-    query = joined().where(*conditions(Selection(tenant), usage, usage.started_at, None, None))
+    query = joined().where(*usage_of(Selection(tenant)))
     query = query.order_by(usage.started_at.desc(), usage.seq.desc()).limit(count)
     return list(map(from_row, connection.execute(query)))
 
@@ -250,8 +248,7 @@ def receipt_of(connection: Connection, tenant: str | AllTenants, seq: int) -> Re
 
     None where there is no such request, or its tenant is another one.
     """
-    usage = usage_table.c
-    query = joined().where(usage.seq == seq, *conditions(Selection(tenant), usage, usage.started_at, None, None))
+    query = joined().where(usage_table.c.seq == seq, *usage_of(Selection(tenant)))
     row = connection.execute(query).first()
     if row is None:
         return None

@@ -38,8 +38,8 @@ from polar_billing.ledger.location import (
     translate,
 )
 from polar_billing.ledger.pending_writers import drain
-from polar_billing.ledger.records import conditions, from_row
-from polar_billing.ledger.rollups import raw_usage_query, read_sums
+from polar_billing.ledger.records import from_row
+from polar_billing.ledger.rollups import raw_usage_query, read_sums, usage_of
 from polar_billing.ledger.schema import (
     FIRST_VERSION,
     SCHEMA_VERSION,
@@ -226,13 +226,9 @@ class Ledger:
 
     def count(self, selection: Selection) -> int:
         """Number of the records that `read` gives, whatever their tags."""
-        drain(self.identity)
-        if not self._has_tables():
-            return 0
-        period, usage = selection.period, usage_table.c
-        chosen = conditions(selection, usage, usage.started_at, period.since, period.until)
+        query = select(func.count()).select_from(usage_table).where(*usage_of(selection))
         with self.snapshot() as connection:
-            return int(connection.execute(select(func.count()).select_from(usage_table).where(*chosen)).scalar_one())
+            return int(connection.execute(query).scalar_one())
 
     def read(
         self, selection: Selection, *, newest: int | None = None, as_stored: bool = False
@@ -247,8 +243,7 @@ class Ledger:
         drain(self.identity)
         if not self._has_tables():
             return
-        period, usage = selection.period, usage_table.c
-        query = joined().where(*conditions(selection, usage, usage.started_at, period.since, period.until))
+        query, usage = joined().where(*usage_of(selection)), usage_table.c
         order = (usage.seq,) if as_stored else (usage.started_at, usage.seq)
         query = query.order_by(*order) if newest is None else query.order_by(*(column.desc() for column in order))
         tags = dict(selection.tags)
@@ -271,14 +266,9 @@ class Ledger:
 
     def tag_values(self, selection: Selection, tag: str) -> Counter[str]:
         """Number of requests by the value of a tag; those without it are in no number."""
-        drain(self.identity)
-        if not self._has_tables():
-            return Counter()
-        period, usage = selection.period, usage_table.c
-        where = conditions(selection, usage, usage.started_at, period.since, period.until)
-        with_tag = type_coerce(usage.tags, Text).contains(f"{canonical_text(tag)}:", autoescape=True)
-        with self._database.reading() as connection:
-            found = connection.execute(select(usage.tags).where(*where, with_tag)).scalars().all()
+        with_tag = type_coerce(usage_table.c.tags, Text).contains(f"{canonical_text(tag)}:", autoescape=True)
+        with self.snapshot() as connection:
+            found = connection.execute(select(usage_table.c.tags).where(*usage_of(selection), with_tag)).scalars().all()
         wanted = selection.tags.items()
         return Counter(tags[tag] for tags in found if tag in tags and wanted <= tags.items())
 
@@ -301,10 +291,8 @@ class Ledger:
             hourly: Keep hours apart.
             rollups: False to add it all up from usage.
         """
-        drain(self.identity)
-        if self._has_tables():
-            with self._database.reading() as connection:
-                yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)
+        with self.snapshot() as connection:
+            yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)
 
     def price_books(self) -> dict[str, PriceBook]:
         """Every book that ever rated a record, by content hash."""

@@ -215,6 +215,12 @@ def usage_shares(connection: Connection, *conditions: ColumnElement[bool]) -> It
         yield from map(Share._make, rows)
 
 
+def usage_of(selection: Selection) -> list[ColumnElement[bool]]:
+    """The conditions of a selection in SQL, over usage; its tags are left to the caller."""
+    period = selection.period
+    return conditions(selection, usage_table.c, usage_table.c.started_at, period.since, period.until)
+
+
 def raw_usage_query(selection: Selection) -> Select[Any]:
     """The query of a selection, whose tags are ignored; its columns are those of `RawUsage`, in no order of rows."""
     names = {name: f"polar_{'receipt' if name in _RECEIPT_COLUMNS else 'usage'}.{name}" for name in RawUsage._fields}

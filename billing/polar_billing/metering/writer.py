@@ -38,6 +38,8 @@ _log: Final = logging.getLogger("polar_billing")
 _IDLE_S: Final = 2.0
 """A thread without work ends after this; the next record starts another."""
 _RETRY_S: Final = 1.0
+_CAPACITY: Final = 10_000
+"""Maximum number of waiting records; whoever hands over more waits for room."""
 
 
 @dataclass
@@ -76,13 +78,11 @@ class Writer:
 
     Args:
         ledger: The ledger to store in.
-        capacity: Maximum number of waiting records; whoever hands over more waits for room.
         gather_s: How long a commit waits for more records. Unit: seconds.
     """
 
-    def __init__(self, ledger: Ledger, *, capacity: int = 10_000, gather_s: float = 0.0) -> None:
+    def __init__(self, ledger: Ledger, *, gather_s: float = 0.0) -> None:
         self._ledger = ledger
-        self._capacity = capacity
         self._gather_s = gather_s
         self._folder: Path | None = spool_folder(ledger.url)
         self._start_anew()
@@ -130,7 +130,7 @@ class Writer:
         """
         self._restart_after_fork()
         with self._lock:
-            self._turn.wait_for(lambda: len(self._queue) < self._capacity)
+            self._turn.wait_for(lambda: len(self._queue) < _CAPACITY)
             safe = self._spool_entries(entries)
             tickets = [Ticket(entry, self._lock, self._turn, told, spooled=safe) for entry in entries]
             idle = not self._queue

@@ -15,8 +15,7 @@ from sqlalchemy import case, func, select
 from polar_billing.budgets.counters import tag_of
 from polar_billing.errors import QueryError
 from polar_billing.ledger.audits import watch
-from polar_billing.ledger.records import conditions
-from polar_billing.ledger.rollups import joined_sum, split_sum
+from polar_billing.ledger.rollups import joined_sum, split_sum, usage_of
 from polar_billing.ledger.schema import standing_table, usage_table
 from polar_billing.prices.entries import tier_order
 from polar_billing.reports import Part
@@ -140,10 +139,8 @@ def saved_by(
     usage, kind = usage_table.c, tag_of(connection, tag)
     length = case(*((usage.tokens_input <= most, most) for most in _LENGTHS))
     sums = (*split_sum(usage.flops_total), *split_sum(usage.identity_flops))
-    period = selection.period
-    where = conditions(selection, usage, usage.started_at, period.since, period.until)
     query = select(usage.tier, kind.label("kind"), length.label("length"), func.count(), *sums)
-    query = query.where(*where, usage.tier.is_not(None), usage.identity_flops > 0)
+    query = query.where(*usage_of(selection), usage.tier.is_not(None), usage.identity_flops > 0)
     found = []
     for tier, value, most, requests, *parts in connection.execute(query.group_by("tier", "kind", "length")):
         flops, identity = joined_sum(*parts[:2]), joined_sum(*parts[2:])

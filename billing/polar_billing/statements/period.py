@@ -18,7 +18,8 @@ from sqlalchemy import select
 
 from polar_billing.errors import CurrencyMixError, QueryError, StoreDamagedError
 from polar_billing.ledger.books import books_in_force
-from polar_billing.ledger.records import AllTenants, Selection, conditions
+from polar_billing.ledger.records import AllTenants, Selection
+from polar_billing.ledger.rollups import usage_of
 from polar_billing.ledger.schema import rollup_table, statement_table, usage_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, compute_statement, draft_statement
@@ -158,8 +159,8 @@ def reprice(
         PeriodError: The period has no beginning or no end.
         PriceBookError: It is not clear which book a tenant was charged by.
     """
-    usage = usage_table.c
-    query = select(usage.tenant).where(*conditions(Selection(tenant), usage, usage.started_at, *bounds(period)))
+    bounds(period)  # a statement needs both ends
+    query = select(usage_table.c.tenant).where(*usage_of(Selection(tenant, period)))
     with ledger.snapshot() as connection:
         names = sorted(connection.execute(query.distinct()).scalars())
         each = through(progress, "tenants", names, len(names))
