@@ -6,6 +6,6 @@
 * `recheck`                             compute an issued one again and name every difference; for `polar verify`
 * `credit_note`, `credit_notes`         take an amount off an issued one
 
-Inside, arrows point one way: `lines` → `bands`, `promises`, `charges` (pure rating over a period) → `period_usage`
+Inside, arrows point one way: `lines` → `bands`, `charges` (pure rating over a period) → `period_usage`
 (summed in the database) → `statement`, `issued` → `draft` → `issue`, `tracing`, `period`.
 """
