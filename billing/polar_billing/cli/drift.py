@@ -42,7 +42,7 @@ def drift(
     period = opt.period_of(None, since, until, zone)
     with opt.open_ledger(ledger) as store:
         from polar_billing.reports.drift import promises_of, saved_by
-        from polar_billing.reports.drift_tables import promises_view, saved_view
+        from polar_billing.reports.usage_tables import promises_view, saved_view
         from polar_billing.values.periods import Period
 
         if since is None and until is None:

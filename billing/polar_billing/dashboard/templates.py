@@ -10,26 +10,25 @@ from __future__ import annotations
 import hashlib
 from decimal import Decimal
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.dashboard.layers import heat_strips, legend, program_strip
 from polar_billing.reports import text
 from polar_billing.reports.depth import WORDS, layers_of_record
-from polar_billing.reports.drift_tables import length
-from polar_billing.reports.html import new_environment, read_template, ticks, tier_kind
+from polar_billing.reports.html import new_environment, read_template
 from polar_billing.reports.text import Amounts, unit_for
+from polar_billing.reports.usage_tables import length
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import load_zone
 from polar_sdk.show.lines import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from datetime import datetime
 
-    from polar_billing.budgets.offers import Standing
     from polar_billing.dashboard.view import Receipt, View
     from polar_billing.ledger.records import StoredUsage
-    from polar_billing.reports.summary import Figures, TierReport
+    from polar_billing.reports.summary import Figures
     from polar_billing.reports.text import Unit
     from polar_billing.values.periods import Period
     from polar_sdk.usage import UsageRecord
@@ -56,25 +55,6 @@ KINDS: Final = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg"
 """The files that go with the page, and what they are."""
 
 
-class Segment(NamedTuple):
-    """One coloured part of a bar."""
-
-    kind: str
-    """Key of its colour."""
-    start: str
-    """Unit: percent of the bar."""
-    width: str
-    """Unit: percent of the bar."""
-
-
-class Bar(NamedTuple):
-    """A bar, and its figures in words."""
-
-    label: str
-    segments: tuple[Segment, ...]
-    words: str
-
-
 class Templates:
     """Renders the page and what belongs to it."""
 
@@ -83,16 +63,12 @@ class Templates:
         self._environment.filters.update(_FILTERS)
         self._environment.globals.update(
             version=self.version,
-            meter=meter,
             strips=heat_strips,
             kind_legend=legend(),
             program_strip=program_strip,
-            budget_bar=budget_bar,
-            ticks=ticks,
             kind_words=WORDS,
             saved=_saved,
             saved_share=_saved_share,
-            largest=lambda tenants: sorted(tenants, key=lambda tenant: (-tenant.total, tenant.tenant))[:MAX_TENANTS],
             sections=list(SECTIONS.items()),
             max_tenants=MAX_TENANTS,
             max_keys=MAX_KEYS,
@@ -126,7 +102,6 @@ class Templates:
             base="",
             view=view,
             units=units,
-            bars={charges.currency: charge_bars(charges.tiers, units[charges.currency]) for charges in view.charges},
             # Those with the smallest share left.
             budgets=sorted(view.budgets, key=lambda one: one.left / max(one.budget.limit_count, 1))[:MAX_BUDGETS],
             # Those at risk first, and of the kinds those with the most requests.
@@ -157,48 +132,6 @@ class Templates:
     def error(self, title: str, message: str, base: str = "") -> str:
         """A page that says what is wrong."""
         return self._environment.get_template("error.html.jinja").render(base=base, title=title, message=message)
-
-
-def charge_bars(tiers: Sequence[TierReport], unit: Unit) -> tuple[Bar, ...]:
-    """Draw each tier's charge on the charge at full depth."""
-    known = [
-        (tier, charge, full)
-        for tier in tiers
-        if (charge := tier.figures.charge) is not None and (full := tier.figures.charge_full_depth) is not None
-    ]
-    longest = max((max(charge, full) for _, charge, full in known), default=None)
-    return tuple(
-        Bar(
-            text.tier_name(tier.tier),
-            (
-                Segment("depth", "0", _percent(full, longest)),
-                Segment(tier_kind(tier.tier), "0", _percent(charge, longest)),
-            ),
-            f"{unit.show(charge)} of {unit.show(full)} {unit.name}, "
-            f"{text.share(tier.figures.saved_share, signed=True)} compute saved",
-        )
-        for tier, charge, full in known
-    )
-
-
-def budget_bar(standing: Standing) -> tuple[Segment, ...]:
-    """Draw what is spent and held of a limit; longer than the limit where that was lowered."""
-    whole = max(standing.budget.limit_count, standing.spent + standing.held, 1)
-    spent, held = _share(standing.spent, whole), _share(standing.held, whole)
-    return Segment("spent", "0", spent), Segment("held", spent, held)
-
-
-def meter(part: int, whole: int) -> tuple[Segment, ...]:
-    """A part of a whole."""
-    return (Segment("used", "0", _share(min(part, whole), whole)),) if whole else ()
-
-
-def _percent(amount: Decimal, longest: Decimal | None) -> str:
-    return f"{float(amount / longest) * 100:.2f}" if longest and amount > 0 else "0"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole * 100:.2f}"
 
 
 def _cost(stored: StoredUsage, unit: Unit) -> str:

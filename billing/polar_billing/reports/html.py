@@ -9,8 +9,7 @@ page renders its own with the same environment. Needs the extra `report` (jinja2
 from __future__ import annotations
 
 from importlib import resources
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.errors import MissingExtraError
 from polar_billing.reports import text
@@ -25,55 +24,13 @@ if TYPE_CHECKING:
 
     from jinja2 import Environment
 
-    from polar_billing.reports.depth import DepthPanel
     from polar_billing.reports.report import Report
+    from polar_billing.reports.summary import TenantReport, TierReport
     from polar_billing.reports.text import Unit
 
 _HERE: Final = "polar_billing.reports"
 _TIERS: Final = ("economy", "standard", "premium", "exact")
 _MAX_TENANTS: Final = 40
-_WHOLE: Final = 100.0
-
-
-class Part(NamedTuple):
-    """One coloured part of a bar."""
-
-    kind: str
-    """Key of its colour."""
-    width: str
-    """Unit: percent of the longest bar."""
-    words: str
-
-
-class Bar(NamedTuple):
-    """One bar, with the figure that it shows."""
-
-    label: str
-    parts: tuple[Part, ...]
-    figure: str
-    behind: str = "0"
-    """Width of a pale bar behind it. Unit: percent."""
-
-
-class Group(NamedTuple):
-    """Bars that belong together."""
-
-    label: str
-    kind: str
-    bars: tuple[Bar, ...]
-
-
-class Column(NamedTuple):
-    """One layer of a depth chart."""
-
-    layer: int
-    prompt: str
-    """Height. Unit: percent of the layer that prompts visit most."""
-    answer: str
-    """Height. Unit: percent of the layer that answers visit most."""
-    filled: bool
-    """Whether most pieces of prompts were filled."""
-    words: str
 
 
 def report_html(report: Report) -> str:
@@ -85,19 +42,13 @@ def report_html(report: Report) -> str:
     amounts = Amounts.of(report)
     environment = new_environment(_HERE, "the HTML report")
     environment.filters.update(_filters(report, amounts))
-    charged = report.currency is not None and report.figures.charge is not None
-    panels = sorted((panel for tier in report.tiers for panel in tier.depth), key=lambda panel: panel.model)
+    panels = (panel for tier in report.tiers for panel in tier.depth)
     return environment.get_template("report.html.jinja").render(
         report=report,
         amounts=amounts,
         kinds=WORDS,
-        compute=_compute_by_tier(report),
-        charges=_charges_by_tier(report, amounts.charges) if charged else (),
-        tenants=_charges_by_tenant(report, amounts.charges) if charged else (),
-        depth=[
-            (model, [(panel, _columns(panel), ticks(len(panel.visits))) for panel in members])
-            for model, members in groupby(panels, key=lambda panel: panel.model)
-        ],
+        panels=sorted(panels, key=lambda panel: panel.model),
+        max_tenants=_MAX_TENANTS,
     )
 
 
@@ -132,6 +83,10 @@ def new_environment(package: str, what: str) -> Environment:
         tier_kind=tier_kind,
         outcomes=text.outcomes,
         fine_share=text.share_of_float,
+        percent=_percent,
+        longest=_longest,
+        largest=_largest,
+        ticks=_ticks,
     )
     return environment
 
@@ -175,106 +130,23 @@ def tier_kind(tier: str | None) -> str:
     return tier if tier in _TIERS else "other"
 
 
-def _charges_by_tier(report: Report, unit: Unit) -> tuple[Group, ...]:
-    """For each tier what was charged, beside full depth and per-token prices."""
-    tiers = [tier for tier in report.tiers if tier.figures.charge is not None]
-    rows = [
-        (tier, {"charged": f.charge, "full depth": f.charge_full_depth, "per token": f.charge_per_token})
-        for tier in tiers
-        if (f := tier.figures)
-    ]
-    longest = _longest(amount for _, amounts in rows for amount in amounts.values())
-    return tuple(
-        Group(
-            text.tier_name(tier.tier),
-            tier_kind(tier.tier),
-            tuple(
-                Bar(kind, (Part(kind.split()[-1], _percent(amount, longest), ""),), unit.show(amount))
-                for kind, amount in amounts.items()
-                if amount is not None
-            ),
-        )
-        for tier, amounts in rows
-    )
-
-
-def _compute_by_tier(report: Report) -> tuple[Bar, ...]:
-    """Executed compute of each tier, prompt, answer and router apart, before its full depth."""
-    tiers = [tier for tier in report.tiers if tier.figures.compute_units or tier.figures.compute_units_full_depth]
-    longest = _longest(
-        amount for tier in tiers for amount in (tier.figures.compute_units, tier.figures.compute_units_full_depth)
-    )
-    return tuple(
-        Bar(
-            text.tier_name(tier.tier),
-            tuple(
-                Part(kind, _percent(units, longest), f"{kind} {text.compute_units(units)} CU")
-                for kind, units in (
-                    ("prompt", tier.figures.compute_units_prompt),
-                    ("answer", tier.figures.compute_units_answer),
-                    ("router", tier.figures.compute_units_router),
-                )
-                if units
-            ),
-            f"{text.compute_units(tier.figures.compute_units)} CU, "
-            f"{text.share(tier.figures.saved_share, signed=True)} saved",
-            _percent(tier.figures.compute_units_full_depth, longest),
-        )
-        for tier in tiers
-    )
-
-
-def _charges_by_tenant(report: Report, unit: Unit) -> tuple[Bar, ...]:
-    """Charges by tenant, split by tier, the largest first."""
-    ranked = sorted(report.tenants, key=lambda tenant: (-tenant.total, tenant.tenant))[:_MAX_TENANTS]
-    longest = _longest(tenant.total for tenant in ranked)
-    return tuple(
-        Bar(
-            tenant.tenant,
-            tuple(
-                Part(
-                    tier_kind(tier.tier),
-                    _percent(tier.figures.charge, longest),
-                    f"{text.tier_name(tier.tier)} {unit.show(tier.figures.charge)}",
-                )
-                for tier in tenant.tiers
-                if tier.figures.charge
-            ),
-            unit.show(tenant.total),
-        )
-        for tenant in ranked
-    )
-
-
-def _columns(panel: DepthPanel) -> tuple[Column, ...]:
-    """The layers of a depth chart; prompts and answers each on a scale of their own."""
-    prompts, answers = panel.visits_prompt, panel.visits_decode
-    most_by_prompts, most_by_answers = max(prompts, default=0), max(answers, default=0)
-    return tuple(
-        Column(
-            layer,
-            _share(prompts[layer], most_by_prompts),
-            _share(answers[layer], most_by_answers),
-            2 * panel.visits_prefill_filled[layer] > prompts[layer] > 0,
-            f"layer {layer}: {prompts[layer]:,} visits by prompts, {answers[layer]:,} by answers",
-        )
-        for layer in range(len(prompts))
-    )
-
-
-def ticks(layers: int) -> Sequence[tuple[int, str]]:
+def _ticks(layers: int) -> Sequence[tuple[int, str]]:
     """Numbers under a strip of layers, and where they stand. Unit: percent of its width."""
     step = next((step for step in (1, 2, 5, 10, 20, 50) if layers <= 8 * step), 100)
-    return [(layer, _share(2 * layer + 1, 2 * layers)) for layer in range(0, layers, step)]
+    return [(layer, _percent(2 * layer + 1, 2 * layers)) for layer in range(0, layers, step)]
 
 
-def _longest(amounts: Iterable[Decimal | None]) -> Decimal | int:
-    return max((amount for amount in amounts if amount is not None), default=0)
+def _longest(tiers: Iterable[TierReport], *names: str) -> Decimal | int:
+    """The largest of some figures of tiers."""
+    figures = (getattr(tier.figures, name) for tier in tiers for name in names)
+    return max((figure for figure in figures if figure is not None), default=0)
 
 
-def _percent(amount: Decimal | None, longest: Decimal | int) -> str:
-    return "0" if not longest or amount is None or amount < 0 else f"{float(amount / longest) * _WHOLE:.2f}"
+def _largest(tenants: Iterable[TenantReport], most: int) -> list[TenantReport]:
+    """The tenants with the largest charge."""
+    return sorted(tenants, key=lambda tenant: (-tenant.total, tenant.tenant))[:most]
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole * _WHOLE:.2f}" if whole else "0"
+def _percent(part: Decimal | int | None, whole: Decimal | int) -> str:
+    """A length in a chart. Unit: percent of the whole."""
+    return "0" if not whole or part is None or part < 0 else f"{float(part / whole) * 100:.2f}"

@@ -1,6 +1,6 @@
-"""Usage and reports as tables in the terminal.
+"""Usage, reports, and promises beside their audits as tables in the terminal.
 
-The figures come from `query` and `report`; computes nothing.
+The figures come from `query`, `report` and `drift`; computes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from rich.console import Group
 from rich.text import Text
 
 from polar_billing.reports import text
-from polar_billing.reports.drift_tables import promises_view
 from polar_billing.reports.text import Amounts
 from polar_billing.reports.what_if_tables import energy_view, what_if_view
 from polar_billing.values.money import plain
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from polar_billing.ledger.records import StoredUsage
+    from polar_billing.reports.drift import PromiseDrift, Saved
     from polar_billing.reports.query import UsageRow
     from polar_billing.reports.report import Report
     from polar_billing.reports.summary import Figures, TenantReport
@@ -223,3 +223,43 @@ def unrated_notes(reasons: Iterable[tuple[str, int]]) -> list[Text]:
         as_text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
         for reason, requests in sorted(counts.items())
     ]
+
+
+def promises_view(promises: Sequence[PromiseDrift], *, history: bool = True) -> RenderableType:
+    """Promises one line each, and then each change of their states."""
+    table = new_table("Promises and their audits", ["tier", "promise", "state", "since (UTC)"])
+    add_numbers(table, "audits", "lost", "share lost", "promised", "evidence")
+    for one in promises:
+        interval = f"{text.share_of_float(one.low)} to {text.share_of_float(one.high)}"
+        figures = (text.count(one.audits), text.count(one.losses), interval, f"≤ {text.share_of_float(one.alpha)}")
+        style = "bold red" if one.state != "in force" else ""
+        since = f"{one.since:%Y-%m-%d %H:%M}"
+        add_row(table, one.tier, one.promise[:12], one.state, since, *figures, f"{one.evidence:.2f}", style=style)
+    return Group(table, Text(), _promise_history(promises)) if history else table
+
+
+def _promise_history(promises: Sequence[PromiseDrift]) -> Table:
+    table = new_table("How they came to stand there", ["tier", "promise", "since (UTC)", "state"])
+    add_labels(table, "by these audits")
+    changes = [(change, one) for one in promises for change in one.history]
+    for change, one in sorted(changes, key=lambda pair: (pair[0].since, pair[1].tier)):
+        add_row(table, one.tier, one.promise[:12], f"{change.since:%Y-%m-%d %H:%M}", change.state, change.reason)
+    return table
+
+
+def saved_view(saved: Sequence[Saved], tag: str, period: str) -> Table:
+    """Savings by tier, kind and length."""
+    table = new_table(
+        f"Saved against full depth by {tag} and length of prompts, {period}", ["tier", tag, "prompt tokens"]
+    )
+    add_numbers(table, "requests", "saved", "next tier", "would save")
+    for one in saved:
+        kind = text.DASH if one.kind is None else one.kind
+        figures = (text.count(one.requests), text.share(one.saved, signed=True))
+        add_row(table, one.tier, kind, length(one), *figures, one.next_tier or text.DASH, text.share(one.next_saved))
+    return table
+
+
+def length(saved: Saved) -> str:
+    """The length of prompts in words."""
+    return "longer" if saved.tokens_max is None else f"up to {saved.tokens_max:,}"
