@@ -1,20 +1,18 @@
 """An evaluation as rows of text, for the terminal and for HTML, and as one page that needs no other file.
 
-The page holds the verdict, tables, and the quality–compute frontier as SVG; it needs the extra `report` (jinja2,
-matplotlib) and is laid out by `page.html.jinja`. Knows how to draw, not how anything was measured.
+The page holds the verdict, tables, and the quality–compute frontier, which `page.html.jinja` draws; it needs the extra
+`report` (jinja2). Knows how to show, not how anything was measured.
 """
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any, Final
+import math
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_sdk.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from matplotlib.axes import Axes
 
     from polar_sdk.lab.evaluation.results import ClassResult, Comparison, Evaluation, SetResult, SystemResult
     from polar_sdk.lab.evaluation.text_answers import FreeFigures, TextFigures, TierTexts
@@ -164,19 +162,14 @@ def interval_text(value: Interval) -> str:
     return f"{value.value:.1%} [{value.low * 100:.0f}, {value.high * 100:.0f}]"
 
 
-_STYLE: Final[Any] = {"svg.fonttype": "none", "svg.hashsalt": "polar", "font.size": 9}
-_COLOURS: Final = {"identity": "#1c2733", "router": "#2f6f9f", "control": "#c08a2e", "oracle": "#8a8f98"}
-
-
 def require_report() -> None:
     """Check that a page can be drawn, before minutes are spent on measuring.
 
     Raises:
-        MissingExtraError: jinja2 or matplotlib is not installed.
+        MissingExtraError: jinja2 is not installed.
     """
     try:
         import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
             f"the page of an evaluation needs {error.name}, which is not installed.",
@@ -187,13 +180,11 @@ def require_report() -> None:
 def to_html(evaluation: Evaluation, lead: Sequence[str] = ()) -> str:
     """The page, with paragraphs at its top."""
     require_report()
-    from markupsafe import Markup
-
     return render_page(
         "evaluation/page.html.jinja",
         e=evaluation,
         lead=lead,
-        sets=[(result, Markup(_chart(result)), rows(result)) for result in evaluation.sets],
+        sets=[(result, _charts(result), rows(result)) for result in evaluation.sets],
         columns=COLUMNS,
         classes=class_rows(evaluation.classes),
         class_columns=CLASS_COLUMNS,
@@ -212,36 +203,45 @@ def render_page(template: str, **values: object) -> str:
     return pages.get_template(template).render(values)
 
 
-def _chart(result: SetResult) -> str:
-    """Agreement, and accuracy where it is known, over the share of FLOPs saved."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+class _Axis(NamedTuple):
+    """The range that an axis shows, and where its figures stand. Unit: percent."""
 
-    panels = ["agreement", *(["accuracy"] if result.labelled else [])]
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
-        for place, panel in enumerate(panels, 1):
-            _draw(figure.add_subplot(1, len(panels), place), result, panel)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    low: float
+    high: float
+    ticks: tuple[float, ...]
 
-
-def _draw(axes: Axes, result: SetResult, panel: str) -> None:
-    line = [(100 * point.flops_saved, getattr(point, panel)) for point in result.frontier]
-    axes.plot([x for x, _ in line], [100 * y for _, y in line], color=_COLOURS["router"], linewidth=1.2, zorder=1)
-    for system in result.systems:
-        height = _height(system, panel)
-        if height is not None:
-            x = 100 * system.flops_saved.total
-            axes.scatter([x], [100 * height], color=_COLOURS[system.role], s=22, zorder=2)
-            axes.annotate(system.name, (x, 100 * height), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("FLOPs saved, %")
-    axes.set_ylabel(f"{panel}, %")
-    axes.grid(visible=True, linewidth=0.4, color="#dfe4e8")
+    @classmethod
+    def over(cls, values: Sequence[float]) -> _Axis:
+        """An axis over some values, with at most seven round figures."""
+        low, high = min(values), max(values)
+        steps = (factor * 10**power for power in range(-3, 3) for factor in (1, 2, 5))
+        step = next((step for step in steps if high - low <= 5 * step), 500.0)
+        first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
+        return cls(first * step, last * step, tuple(round(tick * step, 3) for tick in range(first, last + 1)))
 
 
-def _height(system: SystemResult, panel: str) -> float | None:
-    interval = system.agreement if panel == "agreement" else system.accuracy
-    return None if interval is None else interval.value
+class _Chart(NamedTuple):
+    """Agreement or accuracy over the share of FLOPs saved. Unit: percent."""
+
+    panel: str
+    x: _Axis
+    y: _Axis
+    line: tuple[tuple[float, float], ...]
+    """The router along its dial."""
+    systems: tuple[tuple[float, float, SystemResult], ...]
+
+
+def _charts(result: SetResult) -> list[_Chart]:
+    """The quality–compute frontier: agreement, and accuracy where it is known."""
+    charts = []
+    for panel in ("agreement", "accuracy") if result.labelled else ("agreement",):
+        line = tuple((100 * point.flops_saved, 100 * getattr(point, panel)) for point in result.frontier)
+        systems = tuple(
+            (100 * system.flops_saved.total, 100 * interval.value, system)
+            for system in result.systems
+            if (interval := getattr(system, panel)) is not None
+        )
+        drawn = [*line, *(place[:2] for place in systems)]
+        x, y = (_Axis.over(values) for values in zip(*drawn, strict=True))
+        charts.append(_Chart(panel, x, y, line, systems))
+    return charts

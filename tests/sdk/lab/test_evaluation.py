@@ -322,6 +322,6 @@ def test_the_page_stands_alone_and_escapes(model: PolarModel, router: MenuRouter
 
 
 def test_a_page_without_its_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match="matplotlib"):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match="jinja2"):
         require_report()
