@@ -243,16 +243,15 @@ def split_of(item_id: str, shares: Shares = DEFAULT_SHARES, seed: int = 0) -> Sp
     return next(split for split, share in zip(reversed(SPLITS), reversed(shares), strict=True) if share > 0)
 
 
-def distinct_items(items: Sequence[Item], near: float = NEAR) -> list[Item]:
+def distinct_items(items: Sequence[Item]) -> list[Item]:
     """The items without exact and near duplicates, in their order.
 
     Items are compared as sets of words and of pairs of neighbouring words, after case, punctuation and spacing are
-    evened out; near duplicates are sets that overlap by at least `near` (Jaccard). Which of several copies stays
+    evened out; near duplicates are sets that overlap by at least `NEAR` (Jaccard). Which of several copies stays
     depends on their texts and not on their order.
 
     Args:
         items: At least one.
-        near: Overlap from which two items are near duplicates, above 0; 1 removes copies only.
 
     Raises:
         DataError: There is no item, or there are several and all are copies of one.
@@ -263,7 +262,7 @@ def distinct_items(items: Sequence[Item], near: float = NEAR) -> list[Item]:
     for item in items:  # of copies that differ in spelling or label, the one with the smallest text stays
         key = item_id(item)
         copies[key] = min(item, copies.get(key, item), key=lambda copy: copy.model_dump_json())
-    kept = set(_far_apart({key: _members(_question_text(item)) for key, item in copies.items()}, near))
+    kept = set(_far_apart({key: _members(_question_text(item)) for key, item in copies.items()}))
     if len(items) > 1 and len(kept) == 1:
         raise DataError(f"all {len(items)} prompts are copies of one; give different prompts.")
     return [copies[key] for key in dict.fromkeys(map(item_id, items)) if key in kept]
@@ -274,8 +273,8 @@ def _members(text: str) -> frozenset[str]:
     return frozenset(words) | {f"{first} {second}" for first, second in pairwise(words)}
 
 
-def _far_apart(sets: dict[str, frozenset[str]], near: float) -> Iterable[str]:
-    """Keys whose sets overlap less than `near` with every key kept before, keys in order of their hash.
+def _far_apart(sets: dict[str, frozenset[str]]) -> Iterable[str]:
+    """Keys whose sets overlap less than `NEAR` with every key kept before, keys in order of their hash.
 
     Exact, not sampled: sets that overlap so much share one of their rarest members, so only those are looked up.
     """
@@ -284,25 +283,25 @@ def _far_apart(sets: dict[str, frozenset[str]], near: float) -> Iterable[str]:
     for key in sorted(sets):
         members = sets[key]
         rarest = sorted(members, key=lambda member: (frequency[member], member))
-        # Sets with an overlap of `near` share at least that part of either, so they share at least one of these.
-        leading = rarest[: len(rarest) - math.ceil(near * len(rarest) - 1e-9) + 1]
+        # Sets with an overlap of `NEAR` share at least that part of either, so they share at least one of these.
+        leading = rarest[: len(rarest) - math.ceil(NEAR * len(rarest) - 1e-9) + 1]
         candidates = {other for member in leading for other in kept_by_member[member]}
         rarer = frozenset(rarest[: 2 * len(leading)])
-        if any(_are_near(members, rarer, sets[other], near) for other in candidates):
+        if any(_are_near(members, rarer, sets[other]) for other in candidates):
             continue
         for member in leading:
             kept_by_member[member].append(key)
         yield key
 
 
-def _are_near(members: frozenset[str], rarer: frozenset[str], other: frozenset[str], near: float) -> bool:
-    """Whether two sets overlap by at least `near`; `rarer` has those of the first that few sets have.
+def _are_near(members: frozenset[str], rarer: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether two sets overlap by at least `NEAR`; `rarer` has those of the first that few sets have.
 
     Most candidates share only what all texts of a kind share, which the few are enough to tell.
     """
     if not members or not other:
         return members == other
-    least = near * (len(members) + len(other)) / (1 + near) - 1e-9  # members that such sets share
+    least = NEAR * (len(members) + len(other)) / (1 + NEAR) - 1e-9  # members that such sets share
     if len(rarer & other) + len(members) - len(rarer) < least:
         return False
     return len(members & other) >= least

@@ -72,7 +72,6 @@ class LayerwiseTask:
         depth: Layers, D.
         free: Layers that the router decides about; the others execute.
         measure: Rewards of (row, program) pairs.
-        start: Program that training starts near, such as the menu's best; None = identity.
     """
 
     features: Tensor
@@ -81,7 +80,6 @@ class LayerwiseTask:
     depth: int
     free: Sequence[int]
     measure: Measure
-    start: Program | None = None
 
 
 def fit_layerwise(
@@ -126,7 +124,9 @@ class _Run:
         self.task, self.settings, self.seed, self.checkpoint = task, settings, seed, checkpoint
         features = task.features[list(task.train)]
         self.network = Network.fresh(features, HIDDEN, len(task.free) * len(ACTIONS), seed)
-        self.network.biases[-1].copy_(self._start().flatten())
+        chances = torch.full((len(task.free), len(ACTIONS)), (1 - settings.execute) / 2)
+        chances[:, EXECUTE] = settings.execute
+        self.network.biases[-1].copy_(chances.log().flatten())
         self.best = (-float("inf"), Network.of(self.network.tensors()))
         self.history: list[float] = []
         self.values = {str(place): tensor.requires_grad_() for place, tensor in enumerate(self.network.trainable)}
@@ -144,15 +144,6 @@ class _Run:
                 self.best = (utility, Network.of(self.network.tensors()))
             self._save()
         return (*self.best, self.history)
-
-    def _start(self) -> Tensor:
-        """Logits (L, 3) to start from: each layer most likely has the visits that it has in the start program."""
-        rest = (1 - self.settings.execute) / 2
-        chances = torch.full((len(self.task.free), len(ACTIONS)), rest)
-        visits = [1] * self.task.depth if self.task.start is None else self.task.start.visits(self.task.depth)
-        for row, layer in enumerate(self.task.free):
-            chances[row, min(visits[layer], 2)] = self.settings.execute
-        return chances.log()
 
     def _epoch(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)  # the same after a resume

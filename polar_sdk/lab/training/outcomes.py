@@ -22,7 +22,7 @@ from polar_sdk.show.progress import Progress, silent
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from polar_sdk.lab.items import Item, Split
+    from polar_sdk.lab.items import Item
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.model import PolarModel
@@ -191,22 +191,20 @@ class Bench:
         """Items as tasks; those that do not fit the context window are left out."""
         return make_tasks(self.model, items, self._store, on_progress=self.on_progress)
 
-    def matrix(
-        self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True, split: Split = "test"
-    ) -> RewardMatrix:
+    def matrix(self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True) -> RewardMatrix:
         """Measure each of the programs, identity first, on every task.
 
         With `labels`, answers in text are compared with the right ones; every program must write them for that, which
         is slow.
         """
         distinct = list(dict.fromkeys([Program.identity(self.model.depth), *programs]))
-        return self._matrix(tasks, distinct, labels=labels, split=split)
+        return self._matrix(tasks, distinct, labels=labels)
 
     def outcomes(self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True) -> Outcomes:
         """Outcomes on the tasks: of these programs now, of others when they are needed."""
 
         def block(rows: Sequence[int], others: Sequence[Program]) -> RewardMatrix:
-            return self._matrix([tasks[row] for row in rows], list(others), labels=labels, split="test")
+            return self._matrix([tasks[row] for row in rows], others, labels=labels)
 
         return Outcomes(self.matrix(tasks, programs, labels=labels), block)
 
@@ -240,14 +238,14 @@ class Bench:
             )
         ]
 
-    def _matrix(self, tasks: Sequence[Task], programs: list[Program], *, labels: bool, split: Split) -> RewardMatrix:
+    def _matrix(self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool) -> RewardMatrix:
         if not tasks:
             raise DataError("no prompt fits the model's context window; give shorter ones.")
         return measured_matrix(
             self._measurer,
             tasks,
             programs,
-            splits=[split] * len(tasks),
+            splits=["test"] * len(tasks),
             data=data_hash(task.item for task in tasks),
             write_tokens=64 if labels else None,
         )
