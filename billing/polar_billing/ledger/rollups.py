@@ -10,7 +10,6 @@ request by request, as the database holds it (`RawUsage`). Knows no prices and n
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from operator import add, itemgetter
@@ -91,44 +90,38 @@ class RawUsage(NamedTuple):
     decode_ns: int
 
 
-class Share(NamedTuple):
-    """One request's share of the sums, as the database holds it: `_USAGE_COLUMNS` and `_RECEIPT_COLUMNS`."""
+class Sum(NamedTuple):
+    """Requests that share everything a query can group by, and what they used."""
 
     tenant: str
-    source: str
-    started_at: int
     tier: str | None
     model: str
+    source: str
     outcome: str
-    visits_prefill: str
-    visits_decode: str
-    tokens_input: int
-    tokens_cached: int
-    tokens_output: int
-    flops: int
-    identity_flops: int
     price_book_hash: str
-    cost: int | None
     unrated: str | None
+    at: int
+    """A moment of service that stands for all of them, if the query asks for it. Unit: microseconds since 1970."""
+    quantities: list[int]
+    """Requests, then `ROLLUP_QUANTITIES`."""
 
     @property
     def key(self) -> RollupKey:
-        """The sum it belongs to, in the order of `ROLLUP_KEYS`."""
-        hour = self.started_at // _HOUR
+        """The sum by hour that it belongs to, in the order of `ROLLUP_KEYS`."""
         what = (self.tier or "", self.model, self.source, self.outcome)
-        return (self.tenant, hour, *what, self.price_book_hash, self.unrated or "")
+        return (self.tenant, self.at // _HOUR, *what, self.price_book_hash, self.unrated or "")
 
-    @property
-    def quantities(self) -> list[int]:
-        """One request, then its quantities in the order of `ROLLUP_QUANTITIES`."""
-        visits = visits_in(self.visits_prefill) + visits_in(self.visits_decode)
-        tokens = (self.tokens_input, self.tokens_cached, self.tokens_output)
-        return [1, *tokens, visits, self.flops, self.identity_flops, self.cost or 0]
+
+def _of_row(row: Iterable[Any]) -> Sum:
+    """One request as the database holds it, by `_USAGE_COLUMNS` and `_RECEIPT_COLUMNS`, as a sum of one."""
+    tenant, source, at, tier, model, outcome, prefill, decode, *tokens, flops, identity_flops, book, cost, unrated = row
+    quantities = [1, *tokens, visits_in(prefill) + visits_in(decode), flops, identity_flops, cost or 0]
+    return Sum(tenant, tier, model, source, outcome, book, unrated, at, quantities)
 
 
 def add_to_rollups(connection: Connection, rows: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> None:
     """Add newly stored rows of `polar_usage`, each with its row of `polar_receipt`, to the stored sums."""
-    sums = sum_up(Share(*_pick_usage(usage), *_pick_receipt(receipt)) for usage, receipt in rows)
+    sums = sum_up(_of_row((*_pick_usage(usage), *_pick_receipt(receipt))) for usage, receipt in rows)
     values = []
     for key in sorted(sums):  # in a fixed order, so that two writers cannot wait for each other's rows
         requests, *others = sums[key]
@@ -137,11 +130,11 @@ def add_to_rollups(connection: Connection, rows: Iterable[tuple[Sequence[Any], S
     upsert_rows(connection, rollup_table, values, _ADD)
 
 
-def sum_up(rows: Iterable[Share]) -> Sums:
+def sum_up(usage: Iterable[Sum]) -> Sums:
     """Add usage up by rollup key."""
     sums: Sums = {}
-    for row in rows:
-        _add(sums, row.key, row.quantities)
+    for part in usage:
+        _add(sums, part.key, part.quantities)
     return sums
 
 
@@ -206,13 +199,13 @@ def joined_sum(millions: Any, rest: Any) -> int:
     return int(millions or 0) * _MILLION + int(rest or 0)
 
 
-def usage_shares(connection: Connection, *conditions: ColumnElement[bool]) -> Iterator[Share]:
-    """Read the shares that usage and its receipts have in the sums."""
+def usage_shares(connection: Connection, *conditions: ColumnElement[bool]) -> Iterator[Sum]:
+    """Read usage and its receipts, each request as a sum of one."""
     names = {name: f"polar_usage.{name}" for name in _USAGE_COLUMNS}
     names |= {name: f"polar_receipt.{name}" for name in _RECEIPT_COLUMNS}
     query = _joined_usage(names).where(*conditions)
     with connection.execute(query, execution_options={"yield_per": 1_000}) as rows:
-        yield from map(Share._make, rows)
+        yield from map(_of_row, rows)
 
 
 def usage_of(selection: Selection) -> list[ColumnElement[bool]]:
@@ -241,23 +234,6 @@ SUM_DIMENSIONS: Final = frozenset({"tenant", "tier", "model", "source", "outcome
 """Dimensions by which sums by hour can be grouped."""
 
 _KEYS_WITHOUT_HOUR: Final = tuple(name for name in ROLLUP_KEYS if name != "hour")
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Requests that share everything a query can group by, and what they used."""
-
-    tenant: str
-    tier: str | None
-    model: str
-    source: str
-    outcome: str
-    price_book_hash: str
-    unrated: str | None
-    at: int
-    """A moment of service that stands for all of them, if the query asks for it. Unit: microseconds since 1970."""
-    quantities: list[int]
-    """Requests, then `ROLLUP_QUANTITIES`."""
 
 
 def sum_of(stored: StoredUsage) -> Sum:
@@ -301,10 +277,7 @@ def read_sums(connection: Connection, selection: Selection, *, hourly: bool, rol
 
 def _from_usage(connection: Connection, selection: Selection, since: int | None, until: int | None) -> Iterator[Sum]:
     served = type_coerce(usage_table.c.started_at, BigInteger)
-    for row in usage_shares(connection, *conditions(selection, usage_table.c, served, since, until)):
-        quantities, moment = row.quantities, row.started_at
-        what = (row.tenant, row.tier, row.model, row.source, row.outcome, row.price_book_hash, row.unrated)
-        yield Sum(*what, moment, quantities)
+    yield from usage_shares(connection, *conditions(selection, usage_table.c, served, since, until))
 
 
 def _from_rollups(
