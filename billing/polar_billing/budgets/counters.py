@@ -79,7 +79,9 @@ def computed(connection: Connection, windows: Sequence[tuple[Budget, Period]]) -
     for group, names in groups.items():
         only = names if len(names) <= _MAX_NAMES else None
         held = _totals(connection, _over_holds(group, only, "held"))
-        pruned = _totals(connection, _over_holds(group, only, "settled").where(~exists().where(*_same_request())))
+        pruned = _totals(
+            connection, _over_holds(group, only, "settled").where(~exists().where(same_request(usage_table.c)))
+        )
         sums[group] = pruned + _totals(connection, _over_usage(connection, group, only)), held
     standings = []
     for budget, period in windows:
@@ -103,7 +105,7 @@ def _over_usage(connection: Connection, group: _Group, names: set[str] | None) -
     compute = group.unit == COMPUTE_UNIT
     # An unrated request counts what was held for it, if it was settled.
     settled = select(func.max(type_coerce(hold_table.c.cost, BigInteger)))
-    settled = settled.where(*_same_request(), hold_table.c.state == "settled").correlate(usage_table)
+    settled = settled.where(same_request(usage_table.c), hold_table.c.state == "settled").correlate(usage_table)
     charged = func.coalesce(type_coerce(receipt.cost, BigInteger), settled.scalar_subquery())
     name = None if group.level is Level.TENANT else tag_of(connection, group.level)
     query = _sums(usage.flops_total if compute else charged, group.decimals, name, names)
@@ -115,10 +117,10 @@ def _over_usage(connection: Connection, group: _Group, names: set[str] | None) -
     return query
 
 
-def _same_request() -> list[ColumnElement[bool]]:
-    """True of a hold and the stored usage of its request."""
-    usage, hold = usage_table.c, hold_table.c
-    return [usage.tenant == hold.tenant, usage.source == hold.source, usage.request_id == hold.request_id]
+def same_request(columns: Any) -> ColumnElement[bool]:
+    """True of a hold and a row about its request, as usage is."""
+    hold = hold_table.c
+    return and_(columns.tenant == hold.tenant, columns.source == hold.source, columns.request_id == hold.request_id)
 
 
 def _sums(

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, and_, func, select, type_coerce
+from sqlalchemy import BigInteger, func, select, type_coerce
 
 from polar_billing.budgets.budget import Level
-from polar_billing.budgets.counters import computed, read_counters
+from polar_billing.budgets.counters import computed, read_counters, same_request
 from polar_billing.budgets.holds import in_force
 from polar_billing.ledger.books import read_books
 from polar_billing.ledger.schema import hold_table, prune_table, pruned_table, receipt_table, usage_table
@@ -22,7 +22,7 @@ from polar_billing.ledger.schema import hold_table, prune_table, pruned_table, r
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import ColumnElement, Connection, Row, Select
+    from sqlalchemy import Connection, Row, Select
 
     from polar_billing.budgets.offers import Standing
 
@@ -97,11 +97,6 @@ def wrong_holds(connection: Connection, tenant: str | None) -> Iterator[WrongHol
         yield WrongHold(seq, name, request_id, "is settled, and so is an earlier hold of the same request.")
 
 
-def _same_request(columns: Any) -> ColumnElement[bool]:
-    hold = hold_table.c
-    return and_(columns.tenant == hold.tenant, columns.source == hold.source, columns.request_id == hold.request_id)
-
-
 def _holds_with_usage() -> Select[Any]:
     """Holds with what is stored of their requests, numbers as the database holds them."""
     hold, usage, receipt, pruned = hold_table.c, usage_table.c, receipt_table.c, pruned_table.c
@@ -120,9 +115,9 @@ def _holds_with_usage() -> Select[Any]:
         .add_columns(usage.tags, usage.flops_total)
         .add_columns(receipt.price_book_hash.label("book"), pruned.price_book_hash.label("book_once"))
         .select_from(hold_table)
-        .outerjoin(usage_table, _same_request(usage))
+        .outerjoin(usage_table, same_request(usage))
         .outerjoin(receipt_table, receipt.usage_seq == usage.seq)
-        .outerjoin(pruned_table, _same_request(pruned))
+        .outerjoin(pruned_table, same_request(pruned))
     )
 
 

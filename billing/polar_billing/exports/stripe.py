@@ -112,8 +112,7 @@ class MeterEvents:
         if record.outcome in book.free_outcomes:
             return
         counts = {line.item.name: line.count for line in rating.lines}
-        plan = book.plan_at(record.started_at, record.tenant)
-        terms = None if plan is None else plan.terms_at(record.started_at)
+        _, terms = book.terms_at(record.started_at, record.tenant)
         used = Counts(1, charged_flops(record, book), record.tokens.input, record.tokens.output)
         for item in () if terms is None else terms.items:  # which the plan prices over the period
             counts[ITEMS[item.per].name] = used.by_item[item.per]

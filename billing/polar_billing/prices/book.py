@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
+    from polar_billing.prices.plans import Terms
+
 
 PRICE_BOOK_VARIABLE: Final = "POLAR_PRICE_BOOK"
 EXAMPLE_BOOK: Final = "example_prices.toml"
@@ -150,6 +152,13 @@ class PriceBook(Checked):
         """The plan a tenant is on at a moment; None for the plain rates."""
         customer = self.customer_at(moment, tenant)
         return None if customer is None or customer.plan is None else self.plans[customer.plan]
+
+    def terms_at(self, moment: datetime, tenant: str) -> tuple[str | None, Terms | None]:
+        """The name of the plan that a tenant is on at a moment, and its terms then; None where there are none."""
+        customer = self.customer_at(moment, tenant)
+        if customer is None or customer.plan is None:
+            return None, None
+        return customer.plan, self.plans[customer.plan].terms_at(moment)
 
     def customers_of(self, tenant: str) -> tuple[Customer, ...]:
         """Everything the book says of a tenant, by time."""

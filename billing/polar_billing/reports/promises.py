@@ -112,14 +112,11 @@ class PromiseWatch:
     def _promise(self, book: PriceBook, tenant: str, tier: str, moment: datetime) -> _Promise | None:
         if tier in self._named:
             return _Promise(tenant, tier, "named for this report", self._named[tier], None)
-        customer = book.customer_at(moment, tenant)
-        if customer is None or customer.plan is None:
-            return None
-        terms = book.plans[customer.plan].terms_at(moment)
+        plan, terms = book.terms_at(moment, tenant)
         promised = None if terms is None else terms.promises.get(tier)
         if promised is None or promised.latency_ms_p95_max is None:
             return None
-        source = f"plan {customer.plan} of {book.id}"
+        source = f"plan {plan} of {book.id}"
         return _Promise(tenant, tier, source, promised.latency_ms_p95_max, promised.credit_percent)
 
     def report(self, summary: Summary) -> tuple[PromiseReport, ...]:

@@ -143,7 +143,7 @@ def phases_of(book: PriceBook, tenant: str, period: Period) -> tuple[Phase, ...]
     cuts = [since, *(moment for moment in book.changes_of(tenant) if since < moment < until), until]
     stretches = [Stretch(begin, end, book.entry_at(begin, tenant)) for begin, end in pairwise(cuts)]
     phases = []
-    for (plan, terms), members in groupby(stretches, key=lambda stretch: _terms(book, tenant, stretch.since)):
+    for (plan, terms), members in groupby(stretches, key=lambda stretch: book.terms_at(stretch.since, tenant)):
         merged: list[Stretch] = []
         for stretch in members:  # changes of other plans cut nothing
             if merged and merged[-1].entry == stretch.entry:
@@ -152,10 +152,3 @@ def phases_of(book: PriceBook, tenant: str, period: Period) -> tuple[Phase, ...]
                 merged.append(stretch)
         phases.append(Phase(merged[0].since, merged[-1].until, plan, terms, tuple(merged)))
     return tuple(phases)
-
-
-def _terms(book: PriceBook, tenant: str, moment: datetime) -> tuple[str | None, Terms | None]:
-    customer = book.customer_at(moment, tenant)
-    if customer is None or customer.plan is None:
-        return None, None
-    return customer.plan, book.plans[customer.plan].terms_at(moment)
