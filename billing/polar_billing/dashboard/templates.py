@@ -12,7 +12,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_billing.dashboard.layers import heat_strips, legend, program_strip
+from polar_billing.dashboard.layers import SHAPES
 from polar_billing.reports import text
 from polar_billing.reports.depth import WORDS, layers_of_record
 from polar_billing.reports.html import new_environment, read_template
@@ -63,9 +63,7 @@ class Templates:
         self._environment.filters.update(_FILTERS)
         self._environment.globals.update(
             version=self.version,
-            strips=heat_strips,
-            kind_legend=legend(),
-            program_strip=program_strip,
+            shapes=SHAPES,
             kind_words=WORDS,
             saved=_saved,
             saved_share=_saved_share,
