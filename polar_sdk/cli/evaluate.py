@@ -210,7 +210,7 @@ def _show(evaluation: Evaluation) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, _WIDTH)
     return console
 

@@ -11,6 +11,7 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
@@ -92,11 +93,11 @@ def _show(maps: MapSet, out: Path) -> None:
     for record in maps.facts.segments:
         error = "–" if record.error is None else f"{record.error:.3f}"
         table.add_row(f"{record.first}-{record.last}", record.form, f"{record.flops_per_token:,}", error)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
-    console.print(f"made for: {'; '.join(program.text for program in maps.programs)}", markup=False, soft_wrap=True)
+    console.print(f"made for: {'; '.join(program.text for program in maps.programs)}", soft_wrap=True)
     for row in maps.facts.training.get("held_out", ()):
         losses = f"{row['closed_form']:.4f} before training, {row['trained']:.4f} after it"
         kept = "kept" if row["kept"] else "not kept"
-        console.print(f"{row['program']}: held-out loss {losses} ({kept})", markup=False, soft_wrap=True)
-    console.print(f"wrote {out} ({maps.bytes / 1e6:.2f} MB)", soft_wrap=True)
+        console.print(f"{row['program']}: held-out loss {losses} ({kept})", soft_wrap=True)
+    print_line(f"wrote {out} ({maps.bytes / 1e6:.2f} MB)")

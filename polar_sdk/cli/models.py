@@ -148,26 +148,21 @@ def _stored_row(manifest: Manifest) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
+    from polar_sdk.show.tables import add_labels, add_numbers, add_row, new_table, show
 
-    table = Table(
-        Column("model", overflow="fold"),
-        Column("size", justify="right", no_wrap=True),
-        Column("source", overflow="fold"),
-        "licence",
-        Column("fingerprint", no_wrap=True),
-        caption=str(models_folder()),
-    )
+    table = new_table(f"Models in {models_folder()}", ["model"])
+    add_numbers(table, "size")
+    add_labels(table, "source", "licence", "fingerprint")
     for row in rows:
-        table.add_row(
+        add_row(
+            table,
             f"{row['name']} (default)" if row["default"] else row["name"],
             _megabytes(row["bytes"]),
             row["source"],
             row["licence"] or "unknown",
             row["fingerprint"][:12] if row["cached"] else "not fetched",
         )
-    Console().print(table)
+    show(table)
 
 
 def _megabytes(size: int) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
@@ -69,7 +68,7 @@ def redteam(
     add_numbers(table, "promised", "ordinary", "without", *found.defences, "all", "fewer", "strict", "strict, all")
     for row in _rows(found):
         add_row(table, *row)
-    show(table, Console())
+    show(table)
     for tier in found.tiers:
         broke = ", ".join(f"{method} {count}" for method, count in tier.by_method.items()) or "none"
         print_line(f"{tier.tier}: without defences, of {found.attempts} attempts, by {broke}")

@@ -11,6 +11,7 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
+from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars, interruptible
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def _show(menu: Menu, out: Path, rewards: Path) -> None:
             f"{row.token_agreement:.1%}",
             "–" if row.accuracy is None else f"{row.accuracy:.1%}",
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     split = ", ".join(f"{count} {name}" for name, count in menu.prompts.items())
     console.print(f"{menu.tried} programs measured; prompts: {split}")
-    console.print(f"wrote {out} and {rewards}", soft_wrap=True)
+    print_line(f"wrote {out} and {rewards}")

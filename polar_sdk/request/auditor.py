@@ -159,7 +159,13 @@ class Auditor:
         request = job.request
         if self._novelty is not None and request.likeness is not None:
             with self._observing:
-                self.usualness = self._novelty.observe(request.likeness)
+                before, self.usualness = self.unusual, self._novelty.observe(request.likeness)
+                if self.unusual and not before:
+                    _log.warning(
+                        "prompts are unlike those that the router was calibrated on: its promises are not for them"
+                    )
+                elif before and not self.unusual:
+                    _log.warning("prompts are as in calibration again")
         promises, fallen = request.promises, FALLBACK_TAG in request.tags
         if not (promises or fallen) or job.finish not in ("stop", "length") or request.tenant == self.tenant:
             return

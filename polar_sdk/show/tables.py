@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -17,17 +17,25 @@ from polar_sdk.show.lines import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.table import Column
 
 
 LABEL_WIDTH: Final = 8
 """Minimum width of a column of texts. Unit: characters."""
+_PLAIN_WIDTH: Final = 200
 _MAX_WIDTH: Final = 1_000
 
 
-def show(view: RenderableType, console: Console) -> None:
-    """Print a view. On a narrow console texts fold; where it is too narrow for the digits, lines run over."""
+def show(view: RenderableType, console: Console | None = None) -> None:
+    """Print a view to a console: by default the terminal, or wide plain text where there is none.
+
+    On a narrow console texts fold; where it is too narrow for the digits, lines run over.
+    """
+    if console is None:
+        console = Console()
+        if not console.is_terminal or console.is_dumb_terminal:
+            console = Console(width=_PLAIN_WIDTH, no_color=True, force_terminal=False)
     console.width = max([console.width, *(_fold(table, console) for table in _tables(view))])
     console.print(view)
 

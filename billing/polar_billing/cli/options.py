@@ -157,14 +157,9 @@ def say_nothing_found(store: LedgerStore, selection: Selection) -> None:
 
 def show(view: Any) -> None:
     """Print a view to the terminal, or as plain text elsewhere."""
-    from rich.console import Console
+    from polar_sdk.show.tables import show as show_table
 
-    from polar_sdk.show.tables import show as show_on
-
-    console = Console()
-    if not console.is_terminal or console.is_dumb_terminal:
-        console = Console(width=200, no_color=True, force_terminal=False)
-    show_on(view, console)
+    show_table(view)
 
 
 def write_file(path: Path, content: str) -> None:

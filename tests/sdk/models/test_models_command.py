@@ -54,6 +54,14 @@ def test_fetch_of_a_file(gguf_file: Path, cache: Path) -> None:
     assert "freed" in call("remove", "Tiny.gguf")
 
 
+def test_a_path_is_shown_as_it_is_and_in_one_piece(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a folder [" / "bold] with a long name" / "Own.gguf"
+    file.parent.mkdir(parents=True)
+    shutil.copy(gguf_file, file)
+    call("fetch", str(file))
+    assert str(file) in call()
+
+
 @pytest.mark.parametrize("arguments", [("fetch", "no-such-model"), ("remove", "no-such-model")])
 def test_unknown_model_is_the_users_mistake(arguments: tuple[str, str], cache: Path) -> None:
     assert CliRunner().invoke(app, ["models", *arguments]).exit_code == 2

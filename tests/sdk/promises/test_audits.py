@@ -325,7 +325,9 @@ def ask(engine: PolarModel, length: int, times: int) -> list[str | None]:
     ]
 
 
-def test_unusual_prompts_fall_back_at_once_and_are_usual_again(certified: MenuRouter) -> None:
+def test_unusual_prompts_fall_back_at_once_and_are_usual_again(
+    certified: MenuRouter, caplog: pytest.LogCaptureFixture
+) -> None:
     engine, sink = audited_model(watching(certified), audit_share={"economy": 0.05})
     assert engine.auditor is not None
     assert set(ask(engine, 20, 60)) == {"economy"}
@@ -334,7 +336,9 @@ def test_unusual_prompts_fall_back_at_once_and_are_usual_again(certified: MenuRo
     assert flood[0] == "economy" and flood[-1] == "exact", "one prompt says nothing, a flood does"
     last = of_tenants(sink)[-1]
     assert (last.tags, last.program) == ({FALLBACK_TAG: "economy"}, "0-5")
+    assert len(caplog.records) == 1
     assert ask(engine, 20, 200)[-1] == "economy"
+    assert len(caplog.records) == 2, "the log says so once, and once that it is over"
 
 
 def asked_in_turn(engine: PolarModel, length: int, times: int) -> None:
