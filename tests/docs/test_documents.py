@@ -156,6 +156,22 @@ class TestShell:
         if words:  # raises where an option does not exist or an argument is missing; runs nothing
             command.make_context(" ".join(path), words)
 
+    def test_messages_and_pages_name_commands_that_exist(self) -> None:
+        sources = (
+            path for folder in ("polar_sdk", "billing", "integrations", "deploy") for path in (ROOT / folder).rglob("*")
+        )
+        texts = (
+            path.read_text(encoding="utf-8") for path in sources if path.suffix in {".py", ".jinja", ".js", ".yaml"}
+        )
+        for named in {
+            words for text in texts for words in re.findall(r"(?:`|<code>)polar ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", text)
+        }:
+            command = COMMANDS
+            for word in named.split():
+                if hasattr(command, "commands"):
+                    assert word in command.commands, f"there is no command polar {named}"
+                    command = command.commands[word]
+
     def test_make_targets_exist(self) -> None:
         targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
         for page in PAGES:
