@@ -23,7 +23,7 @@ _MAX_RECEIPT = 2**20
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("verify", epilog="Example: polar verify --ledger ledger.sqlite3")(verify)
-    app.command("receipt", epilog="Example: polar receipt 0193e1a2 --tenant acme")(receipt)
+    app.command("receipt", epilog="Example: polar receipt 01a21448-fc9b-79f1-b119-920a961c1e1e")(receipt)
     app.command("prune", epilog="Example: polar prune --before 2026-01-01")(prune)
     app.command("migrate", epilog="Example: polar migrate --ledger postgresql://polar@db/polar")(migrate)
 

@@ -27,7 +27,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("statement", epilog="Example: polar statement --tenant acme --month 2026-11 --issue")(statement)
     app.command(
-        "credit-note", epilog="Example: polar credit-note st-1f… 12.50 --tenant acme --reason outage --reference 7"
+        "credit-note",
+        epilog="Example: polar credit-note st-bed28afc5bc63c0d59496f63 5 --tenant acme --reason outage --reference 7",
     )(credit_note)
     app.command("reprice", epilog="Example: polar reprice --book other.toml --month 2026-11")(reprice)
 

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
         "usage",
         epilog="Example: polar usage --tenant acme --month 2026-11 --by day --by tier",
     )(usage)
-    app.command("explain", epilog="Example: polar explain 0193e1a2 --tenant acme")(explain)
+    app.command("explain", epilog="Example: polar explain 01a21448-fc9b-79f1-b119-920a961c1e1e")(explain)
 
 
 def usage(
