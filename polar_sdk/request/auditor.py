@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 import torch
 
@@ -69,9 +70,16 @@ _REST_SECONDS: Final = 2.0
 """The thread ends after this time without a chosen request."""
 _AGAIN_SECONDS: Final = 1.0
 """How often an audit is offered to a sink that cannot store it."""
-_ENDING: Final = threading.Event()
-"""Set when the process ends: nothing more is audited."""
-atexit.register(_ENDING.set)  # after that of the scheduler, and so called before it
+_CLOSE_SECONDS: Final = 5.0
+"""How long the end of the process waits for an audit that is under way: it is cancelled, and ends within a pass."""
+_LIVING: Final[WeakSet[Auditor]] = WeakSet()
+
+
+@atexit.register  # after that of the scheduler, and so called before it
+def _close_all() -> None:
+    """End the threads before the interpreter does: it would stop one inside torch, which aborts the process."""
+    for auditor in list(_LIVING):
+        auditor.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +147,8 @@ class Auditor:
         self._judges: int | None = None
         """The process that judges an answer now."""
         self._inbox: Inbox[None] = Inbox("polar-audit")
+        self._ending = threading.Event()
+        _LIVING.add(self)
 
     @property
     def unusual(self) -> bool:
@@ -209,13 +219,20 @@ class Auditor:
             return False
         return self.usualness is not Usualness.USUAL or any(self._doubtful(each.digest) for each in promises)
 
+    def close(self) -> None:
+        """Audit nothing more, and end the thread; waits a moment for an audit that is under way."""
+        self._ending.set()
+        if (thread := self._inbox.thread) is not None:
+            self._inbox.put(None, self._serve)  # it may rest
+            thread.join(_CLOSE_SECONDS)
+
     def _serve(self) -> None:
         with suppress(Empty):
             while True:
-                self._inbox.take(_REST_SECONDS)
+                self._inbox.take(0 if self._ending.is_set() else _REST_SECONDS)
                 while self._waiting:
                     case = self._waiting.popleft()
-                    if _ENDING.is_set() or case.process != os.getpid():  # a forked child has the parent's
+                    if self._ending.is_set() or case.process != os.getpid():  # a forked child has the parent's
                         continue
                     if time.monotonic() - case.since > WAIT_SECONDS:
                         self.dropped += 1
@@ -295,7 +312,7 @@ class Auditor:
             tags={AUDIT_TAG: case.request_id},
             request_id=request_id,
             id_is_new=True,
-            cancel=_ENDING,
+            cancel=self._ending,
             timeout=None,
             logits_hook=hook,
             grammar=case.choices,
@@ -307,12 +324,12 @@ class Auditor:
 
     def _store(self, audit: Audit) -> None:
         """Hand an audit to the sink, and again where that cannot store it now."""
-        while not _ENDING.is_set():
+        while not self._ending.is_set():
             try:
                 self._sink.audited(audit)
             except SinkError as error:
                 _log.warning("an audit is not stored yet (%s)", error)
-                _ENDING.wait(_AGAIN_SECONDS)
+                self._ending.wait(_AGAIN_SECONDS)
             else:
                 return
 

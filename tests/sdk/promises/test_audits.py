@@ -325,6 +325,17 @@ def ask(engine: PolarModel, length: int, times: int) -> list[str | None]:
     ]
 
 
+def test_a_closed_auditor_has_no_thread_that_the_end_of_the_process_could_stop_in_torch(certified: MenuRouter) -> None:
+    engine, _ = audited_model(certified)
+    assert set(ask(engine, 300, 20)) == {"economy"}
+    assert engine.auditor is not None
+    assert len(engine.auditor) > 0
+    before = {thread for thread in threading.enumerate() if thread.name == "polar-audit"}
+    engine.auditor.close()
+    assert len(before & {*threading.enumerate()}) < len(before)
+    assert not engine.auditor.judging
+
+
 def test_unusual_prompts_fall_back_at_once_and_are_usual_again(
     certified: MenuRouter, caplog: pytest.LogCaptureFixture
 ) -> None:
