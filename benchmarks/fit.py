@@ -11,6 +11,7 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import Recorder, arguments
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from polar_sdk.lab.fit.fit import FitResult
 
 HELD = ("choice of a text", "comparison")
+LETTERED = ("arc_easy", "arc_challenge", "openbookqa")
+"""Sets of questions with choices, which are shown under letters."""
 _OWN = 520
 """Prompts of the package's own."""
 _FITTED = 28
@@ -53,9 +56,10 @@ class _Sets:
             "abstracts": rows("abstracts.train"),
             "trivia": rows("trivia.train"),
             "sums": rows("gsm8k.train"),
+            **{name: rows(f"{name}.train") for name in LETTERED},
         }
         if not all(self._left.values()):
-            raise DataError("POLAR_DATA names no folder with passages, abstracts, trivia and gsm8k.")
+            raise DataError(f"POLAR_DATA names no folder with all of {', '.join(self._left)}.")
         for each in self._left.values():
             dice.shuffle(each)
         self.dice = dice
@@ -72,7 +76,7 @@ class _Sets:
 
 
 def kinds(sets: _Sets) -> Iterator[Row]:
-    """Questions about passages, summaries, extraction, facts and sums."""
+    """Questions about passages, summaries, extraction, facts, sums, and questions with lettered choices."""
     for _ in range(70):
         found = sets.take("passages", 5)
         asked = sets.dice.randrange(5)
@@ -93,6 +97,15 @@ def kinds(sets: _Sets) -> Iterator[Row]:
         yield {"prompt": f"{text}\n\n{asked_for}", "task": "extraction of numbers"}
     for name, kind in (("trivia", "facts"), ("sums", "sums")):
         yield from ({"prompt": row["question"], "task": kind} for row in sets.take(name, 90))
+    for name in LETTERED:
+        yield from ({"prompt": lettered(row), "task": f"letters, {name}"} for row in sets.take(name, 60))
+
+
+def lettered(row: Row) -> str:
+    """A question with choices, in the wording in which suites ask."""
+    shown = (f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False))
+    head = "The following are multiple choice questions (with answers) about science."
+    return "\n".join([f"{head}\n\n{row['question']}", *shown, "Answer:"])
 
 
 def tasks(sets: _Sets) -> Iterator[Row]:
