@@ -159,6 +159,18 @@ class MapSet:
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.partition(".")[0] in names}
         return MapSet(self.facts.model_copy(update={"segments": records}), tensors)
 
+    def over(self, other: MapSet) -> MapSet:
+        """The same set, with another one's maps and programs where it has none; both are stored alike."""
+        others = other.only(set(other.maps) - set(self.maps))
+        programs = dict.fromkeys(program.text for program in (*other.programs, *self.programs))
+        facts = self.facts.model_copy(
+            update={
+                "segments": (*others.facts.segments, *self.facts.segments),
+                "training": {**self.facts.training, "programs": list(programs)},
+            }
+        )
+        return MapSet(facts, {**others.tensors, **self.tensors})
+
     def check_model(self, name: str, fingerprint: str) -> None:
         """Refuse a model that these maps were not fitted on.
 

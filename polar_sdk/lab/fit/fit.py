@@ -212,7 +212,7 @@ class _Work:
             raise DataError(f"{str(self.folder)!r} is not empty and holds no fit; give another folder.")
         pace = measure_pace(model, self.items, self.on_progress)
         plan = make_plan(model, workload_of(model, self.items), pace, self.hours, self.distil)
-        for name in ("closed", "fills", "menu", "static", "router"):
+        for name in ("closed", "trained", "fills", "menu", "static", "router"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         facts = FitFacts(
             key=key, plan_key=plan_key, model=model.name, fingerprint=model.fingerprint, dtype=model.dtype, plan=plan
@@ -265,13 +265,15 @@ class _Work:
         return possible
 
     def _fills(self, plan: Plan, tiers: dict[str, TierPromise]) -> MapSet:
-        """The fills of all cuts in closed form or, where there is time, trained ones of those that decide the tiers."""
+        """The fills of all cuts in closed form; where there is time, trained ones of those that decide the tiers."""
         cuts = ",".join([*map(str, plan.cuts), *([DEFAULT] if plan.seek else [])])
         if not plan.distil:
             return self._heal("fills", cuts)
-        deciding = near(self._matrix(self._heal("closed", cuts).programs), tiers.values())
+        closed = self._heal("closed", cuts)
+        deciding = near(self._matrix(closed.programs), tiers.values())
         cuts = ",".join("+".join(f"{first}-{last}" for first, last in program.fills) for program in deciding)
-        return self._heal("fills", cuts, distil=plan.distil, start=str(self.folder / "closed"))
+        trained = self._heal("trained", cuts, distil=plan.distil, start=str(self.folder / "closed"))
+        return self.model.use_maps(trained.over(closed).save(self.folder / "fills"))
 
     def _heal(self, name: str, cuts: str, **options: Any) -> MapSet:
         """The fills of some cuts in a folder; choices are not fitted on, though fills serve them as well."""

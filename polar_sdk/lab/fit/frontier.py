@@ -57,8 +57,8 @@ def _mixed(points: Sequence[tuple[float, float]], spent: float) -> float:
 def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]:
     """The programs that decide what tiers with these promises save, from few to many FLOPs saved.
 
-    Of each promise the one that saves most of those that keep it, and the next few, which maps that are trained may
-    bring within it.
+    Of each promise the one that saves most of those that keep it here; the one before, since that may be luck; and the
+    next few, which maps that are trained may bring within it.
     """
     flops, strict = matrix.flops.double().sum(0), losses(matrix, "strict").mean(0)
     ranked = sorted(range(1, len(matrix.programs)), key=lambda column: -float(flops[column]))
@@ -71,7 +71,7 @@ def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]
             if lost[column] <= promise.alpha and (promise.strict is None or strict[column] <= promise.strict)
         ]
         last = max(kept, default=-1)
-        chosen.update(ranked[max(last, 0) : last + 1 + _BEYOND])
+        chosen.update(ranked[max(last - 1, 0) : last + 1 + _BEYOND])
     return [matrix.programs[column] for column in ranked if column in chosen]
 
 

@@ -224,9 +224,11 @@ def test_time_is_kept_for_training_unless_it_is_too_little_to_train_in() -> None
 def test_the_maps_that_decide_what_tiers_save_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
     made = fitted(tiny_fresh(), made_items(), distil=4)
-    closed, trained = (MapSet.load(made.folder / name) for name in ("closed", "fills"))
-    assert set(trained.maps) < set(closed.maps)
+    closed, trained, fills = (MapSet.load(made.folder / name) for name in ("closed", "trained", "fills"))
+    assert set(trained.maps) < set(closed.maps) == set(fills.maps)
     assert trained.facts.training["distil"] == 4
+    for segment, each in fills.maps.items():
+        assert each.digest == (trained if segment in trained.maps else closed).maps[segment].digest
 
 
 def test_programs_near_the_edge_of_a_promise_decide(matrix: Callable[..., RewardMatrix]) -> None:
@@ -241,10 +243,10 @@ def test_programs_near_the_edge_of_a_promise_decide(matrix: Callable[..., Reward
         right=~lost,
         flops=torch.arange(8, 0, -1).repeat(len(lost), 1),
     )
-    assert near(measured, [TierPromise(0.3)]) == programs[4:7]  # a quarter is lost from the third cut on
-    assert near(measured, [TierPromise(0.3, strict=0.1)]) == programs[2:5]
-    assert near(measured, [TierPromise(0.9), TierPromise(0.1)]) == [*programs[2:5], programs[7]]
-    assert near(measured, [TierPromise(0.0)]) == programs[2:5]
+    assert near(measured, [TierPromise(0.3)]) == programs[3:7]  # a quarter is lost from the third cut on
+    assert near(measured, [TierPromise(0.3, strict=0.1)]) == programs[1:5]
+    assert near(measured, [TierPromise(0.9), TierPromise(0.1)]) == [*programs[1:5], *programs[6:8]]
+    assert near(measured, [TierPromise(0.0)]) == programs[1:5]
 
 
 def test_the_first_prompts_are_as_mixed_as_all() -> None:
