@@ -89,9 +89,11 @@ def test_a_request_that_never_began_holds_for_one_lifetime(world: World) -> None
 
 def test_many_holds_are_renewed_in_one_statement(world: World) -> None:
     world.mine.set(Budget("acme", Decimal(10_000)))
-    names = [f"r{n:04}" for n in range(150)]
+    names = [f"r{n:04}" for n in range(600)]
     for name in names:
-        world.reserve(name)
+        world.mine.reserve(bound_of(name), BOOK, source="polar")
+    for name in names:  # only now, since the thread that renews them begins with the first
+        world.mine.watch(("acme", "polar", name), lambda error: world.lost.update(any=error))
     updates: list[str] = []
 
     @contextmanager
