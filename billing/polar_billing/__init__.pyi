@@ -26,6 +26,7 @@ from .errors import StoreNotFoundError as StoreNotFoundError
 from .errors import StoreReadOnlyError as StoreReadOnlyError
 from .errors import StoreUnavailableError as StoreUnavailableError
 from .errors import UnbalancedError as UnbalancedError
+from .errors import UnknownTenantError as UnknownTenantError
 from .errors import UpstreamAuditError as UpstreamAuditError
 from .ledger.books import add_book as add_book
 from .ledger.ledger import Ledger as Ledger

@@ -21,7 +21,8 @@ BillingError (PolarError)
 ├── AccessError (ValueError)               an API key that is unknown, or bound to what cannot be
 ├── PeriodError (ValueError)               a month, date or time zone that does not parse
 ├── QueryError (ValueError)                a question about usage that cannot be answered
-│   └── CurrencyMixError                   amounts of several currencies in one sum
+│   ├── CurrencyMixError                   amounts of several currencies in one sum
+│   └── UnknownTenantError                 a tenant with neither usage nor a plan
 ├── OutputError (OSError)                  a report cannot be written to its destination
 └── MissingExtraError (ImportError)        an optional dependency is not installed
 
@@ -148,6 +149,10 @@ class QueryError(BillingError, ValueError):
 
 class CurrencyMixError(QueryError):
     """Amounts of several currencies would have to be added."""
+
+
+class UnknownTenantError(QueryError):
+    """The ledger has no usage of a tenant, and no price book in force has it on a plan."""
 
 
 class OutputError(BillingError, OSError):

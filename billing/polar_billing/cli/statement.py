@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polar_billing.cli import options as opt
-from polar_billing.errors import CurrencyMixError, QueryError
+from polar_billing.errors import QueryError, UnknownTenantError
 from polar_sdk.show.lines import print_json, print_line
 from polar_sdk.show.progress import ProgressBars, through
 
@@ -74,9 +74,7 @@ def statement(
             for one in each:
                 try:
                     found.append(_statement(store, one, period, issue, book))
-                except CurrencyMixError:
-                    raise
-                except QueryError:  # a price book names it, and it has neither usage nor a plan yet
+                except UnknownTenantError:  # a price book names it, and that is all
                     if tenant is not None:
                         raise
         if tenant is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
-from polar_billing.errors import PriceBookError, QueryError
+from polar_billing.errors import PriceBookError, UnknownTenantError
 from polar_billing.ledger.books import books_in_force, read_book
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.revisions import past_changes
@@ -34,7 +34,7 @@ def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange
     that must be one book.
 
     Raises:
-        QueryError: The ledger knows nothing of the tenant.
+        UnknownTenantError: The ledger knows nothing of the tenant.
         PriceBookError: There are several, or the latest revision contradicts a receipt.
     """
     used = _used(connection, tenant, period, seqs)
@@ -48,7 +48,7 @@ def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange
     }
     ids = sorted({book.id for book, _ in used} | planned) or _last_charged_book(connection, tenant)
     if not ids:
-        raise QueryError(f"tenant {tenant!r} has no usage in the ledger and no plan.", hint="Check the name.")
+        raise UnknownTenantError(f"tenant {tenant!r} has no usage in the ledger and no plan.", hint="Check the name.")
     if len(ids) > 1:
         raise PriceBookError(
             f"price books {' and '.join(map(repr, ids))} have charged tenant {tenant!r} or have it on a plan.",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
-from polar_billing.errors import CurrencyMixError, QueryError, StoreDamagedError
+from polar_billing.errors import CurrencyMixError, StoreDamagedError, UnknownTenantError
 from polar_billing.ledger.books import books_in_force
 from polar_billing.ledger.records import AllTenants, Selection
 from polar_billing.ledger.rollups import usage_of
@@ -90,7 +90,7 @@ def statements_of_period(
     Raises:
         PeriodError: A period has no beginning or no end, or usage of it was pruned before a statement was issued.
         PriceBookError: It is not clear which book to charge a tenant by.
-        QueryError: The ledger knows nothing of the one tenant.
+        UnknownTenantError: The ledger knows nothing of the one tenant.
         StoreError: The ledger cannot be read.
     """
     if not isinstance(tenant, AllTenants):
@@ -105,7 +105,7 @@ def statements_of_period(
                 for one in _of_tenant(ledger, name, period_of(name), book)
                 if one.issued_at is not None or one.statement.requests or one.statement.lines
             )
-        except QueryError:  # it had neither usage nor a plan yet
+        except UnknownTenantError:
             continue
     return found
 
