@@ -11,7 +11,6 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
-from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import Recorder, arguments
@@ -23,6 +22,7 @@ from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.fit import PROMISES
 from polar_sdk.lab.fit.plan import SHARES
 from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.suites.letters import Mmlu, MmluProblem
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import least_prompts
 from polar_sdk.show.progress import ProgressBars
@@ -98,14 +98,8 @@ def kinds(sets: _Sets) -> Iterator[Row]:
     for name, kind in (("trivia", "facts"), ("sums", "sums")):
         yield from ({"prompt": row["question"], "task": kind} for row in sets.take(name, 90))
     for name in LETTERED:
-        yield from ({"prompt": lettered(row), "task": f"letters, {name}"} for row in sets.take(name, 60))
-
-
-def lettered(row: Row) -> str:
-    """A question with choices, in the wording in which suites ask."""
-    shown = (f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False))
-    head = "The following are multiple choice questions (with answers) about science."
-    return "\n".join([f"{head}\n\n{row['question']}", *shown, "Answer:"])
+        problems = (MmluProblem(subject="science", **row) for row in sets.take(name, 60))
+        yield from ({"prompt": Mmlu().ask(one, (), chat=True).text, "task": f"letters, {name}"} for one in problems)
 
 
 def tasks(sets: _Sets) -> Iterator[Row]:

@@ -160,7 +160,7 @@ class MapSet:
         return MapSet(self.facts.model_copy(update={"segments": records}), tensors)
 
     def over(self, other: MapSet) -> MapSet:
-        """The same set, with another one's maps and programs where it has none; both are stored alike."""
+        """This set with the maps and programs of another, for segments that it lacks; both have the same storage."""
         others = other.only(set(other.maps) - set(self.maps))
         programs = dict.fromkeys(program.text for program in (*other.programs, *self.programs))
         facts = self.facts.model_copy(
