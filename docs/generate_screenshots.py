@@ -21,7 +21,7 @@ from polar_billing.dashboard.page import Dashboard
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
-from polar_sdk.live import Look, TierLook
+from polar_sdk.engine_state import Look, TierLook
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from polar_sdk.live import Look
+    from polar_sdk.engine_state import Look
 
 
 FRESH_S: Final = 0.4

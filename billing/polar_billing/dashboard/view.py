@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.reports.drift import PromiseDrift, Saved
     from polar_billing.reports.summary import Summary
-    from polar_sdk.live import Look
+    from polar_sdk.engine_state import Look
 
 MAX_REQUESTS: Final = 100
 _LATELY: Final = timedelta(hours=1)

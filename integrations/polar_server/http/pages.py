@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from polar_sdk.live import Look
+    from polar_sdk.engine_state import Look
     from polar_server.access.keys import KeyGuard
 
 GROUP: Final = "polar_server.pages"

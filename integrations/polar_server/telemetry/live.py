@@ -6,7 +6,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.live import Look, TierLook
+from polar_sdk.engine_state import Look, TierLook
 from polar_sdk.router.learned import LearnedRouter
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from polar_billing.reports.report import build_report
 from polar_billing.reports.text import unit_for
 from polar_billing.testing import audit, usage_record
 from polar_billing.values.periods import Period, Window
-from polar_sdk.live import Look, TierLook
+from polar_sdk.engine_state import Look, TierLook
 from polar_sdk.usage import Outcome
 from tests.billing.reports.test_report_html import Page
 from tests.billing.storing import unguarded
