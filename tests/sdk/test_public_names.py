@@ -27,8 +27,8 @@ PUBLIC = {
         Line Meter MissingExtraError OutputError OverBudget Period PeriodError PriceBook PriceBookError
         QueryError Quote Rating RecordRefusedError Report Repriced SchemaVersionError Selection Statement
         StatementLine StoreDamagedError StoreError StoreFullError StoreLockedError StoreNotFoundError
-        StoreReadOnlyError StoreUnavailableError StoredUsage UnbalancedError UpstreamAuditError UsageRow Verification
-        Window
+        StoreReadOnlyError StoreUnavailableError StoredUsage UnbalancedError UnknownTenantError UpstreamAuditError
+        UsageRow Verification Window
         add_book balances build_report credit_note credit_notes draft_statement issue_statement
         issued_statements lines_of_usage open_meter post quote rate recheck report_csv report_html reprice
         usage_csv usage_of_line usage_rows verify_ledger
