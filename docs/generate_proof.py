@@ -19,7 +19,7 @@ _END: Final = "<!-- end -->\n"
 
 
 def page() -> str:
-    """The whole page, as Markdown, with its tables as the declarations have them."""
+    """The whole page, as Markdown, with the tables of the declarations."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
     return before + _BEGIN + "\n" + "\n".join(_tables()) + "\n" + _END + rest.partition(_END)[2]
 

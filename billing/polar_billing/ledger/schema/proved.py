@@ -95,11 +95,11 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         _declared(
             Proof.OUTSIDE,
             "seq tenant level name unit time_window",
-            "a counter of no budget counts for nothing, and one that is missing is computed again",
+            "a counter without a budget has no effect, and a missing one is recomputed",
         ),
     ),
     "polar_clock": (
-        _declared(Proof.OUTSIDE, "id boot ahead", "says when open holds expire, and they stand for nothing stored yet"),
+        _declared(Proof.OUTSIDE, "id boot ahead", "only says when open holds expire, which represent nothing stored"),
     ),
     "polar_statement": _chained(
         "number tenant since until currency id price_book_hash seq_until audits_until late issued_at document"
@@ -112,14 +112,14 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         _declared(
             Proof.OUTSIDE,
             "seq tenant key_hash fingerprint state answer claimed_at expires_at",
-            "a copy of an answer that was sent, for a day; what it cost is in the usage",
+            "a copy of a sent answer, kept for a day; its cost is in the usage",
         ),
     ),
     "polar_rate": (
-        _declared(Proof.OUTSIDE, "key_id requests_full_at tokens_full_at", "what was used of a minute, for a minute"),
+        _declared(Proof.OUTSIDE, "key_id requests_full_at tokens_full_at", "the usage of one minute, for a minute"),
     ),
     "polar_running": (
-        _declared(Proof.OUTSIDE, "key_id replica answers expires_at", "answers that run now, for half a minute"),
+        _declared(Proof.OUTSIDE, "key_id replica answers expires_at", "running answers, for half a minute"),
     ),
     "polar_credit_note": _chained("number tenant statement reference amount reason issued_at"),
     "polar_audit": _chained(
@@ -134,7 +134,7 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         _declared(
             Proof.OUTSIDE,
             "standing_seq sent attempts due_at answer",
-            "whether a webhook was told; what it was told is chained",
+            "whether a webhook was notified; the content of the alert is chained",
         ),
     ),
 }
@@ -143,16 +143,16 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
 ROWS_OUTSIDE: Final[dict[str, str]] = {
     "polar_schema": "a ledger of another schema version is refused before it is read",
     "polar_probe": "always empty, and never read",
-    "polar_hold": "a hold that is not settled stands for nothing stored; where one is missing, usage counts by itself",
-    "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
-    "polar_rate": "a key without its row has a whole minute's worth, once",
-    "polar_running": "answers that run are counted anew within a quarter of a minute",
-    "polar_monitor": "where one is missing, all audits of its promise are read",
+    "polar_hold": "an unsettled hold represents nothing stored; if a settled one is missing, its usage counts anyway",
+    "polar_reply": "a copy of a sent answer, which is deleted after a day anyway",
+    "polar_rate": "a key without its row gets a full minute's allowance, once",
+    "polar_running": "running answers are counted again within a quarter of a minute",
+    "polar_monitor": "if one is missing, all audits of its promise are read",
     "polar_alert": "an alert without its row is sent once more, within a day",
-    "polar_clock": "without its row the clock of the next hold starts anew",
-    "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
+    "polar_clock": "without its row, the clock restarts at the next hold",
+    "polar_budget_counter": "a missing counter is recomputed, and one without a budget has no effect",
 }
-"""Table → why a row that was deleted or added need not be found. In every other table it is."""
+"""Table → why a deleted or added row need not be found. In every other table it is found."""
 
 
 def columns_of(table: str, proof: Proof) -> frozenset[str]:
