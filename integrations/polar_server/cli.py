@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SERVER, _RAY, _AUDITS = "Server", "Ray", "Audits"
 Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)]
 Port = Annotated[
-    int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any that is free.", rich_help_panel=_SERVER)
+    int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any free port.", rich_help_panel=_SERVER)
 ]
 
 
@@ -40,21 +40,22 @@ def serve(
     lenient: Annotated[
         bool,
         typer.Option(
-            "--lenient", help="Let be what no API knows in a body, rather than refuse it.", rich_help_panel=_SERVER
+            "--lenient", help="Ignore unknown fields of a body instead of refusing them.", rich_help_panel=_SERVER
         ),
     ] = False,
     drain: Annotated[
-        float, typer.Option(min=0, help="Seconds that answers have to finish after SIGTERM.", rich_help_panel=_SERVER)
+        float,
+        typer.Option(min=0, help="Seconds that answers may take to finish after SIGTERM.", rich_help_panel=_SERVER),
     ] = 30.0,
     timeout: Annotated[
-        float | None, typer.Option(min=0.001, help="Max seconds of one answer.", rich_help_panel=_SERVER)
+        float | None, typer.Option(min=0.001, help="Maximum seconds of one answer.", rich_help_panel=_SERVER)
     ] = None,
     require_keys: Annotated[
         bool | None,
         typer.Option(
             "--require-keys/--no-require-keys",
-            help="Every call needs an API key (`polar key create`), or none does; always where --host is not this "
-            "machine. Default: calls that do not come straight from this machine need one.",
+            help="Whether every call needs an API key (`polar key create`), or none; always if --host is not this "
+            "machine. Default: calls that do not come directly from this machine need one.",
             show_default=False,
             rich_help_panel=_SERVER,
         ),
@@ -63,7 +64,7 @@ def serve(
         bool,
         typer.Option(
             "--otel",
-            help="Spans and metrics of OpenTelemetry; start it by `opentelemetry-instrument`.",
+            help="Emit OpenTelemetry spans and metrics; start the server with `opentelemetry-instrument`.",
             rich_help_panel=_SERVER,
         ),
     ] = False,
@@ -72,14 +73,14 @@ def serve(
         typer.Option(
             help="TIER=URL: another server with OpenAI's API runs this tier's program (`polar export`). Repeatable; "
             "several of one tier share its requests. URL#MODEL names the model there, POLAR_BACKEND_KEY the API key. "
-            "TIER=programs+URL: a vLLM with polar_vllm, which is sent each request's program.",
+            "TIER=programs+URL: a vLLM with polar_vllm, to which each request's program is sent.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
     embeddings: Annotated[
         str | None,
         typer.Option(
-            help="Folder of a model of sentence-transformers, for /v1/embeddings; needs the extra `embeddings`.",
+            help="Folder of a sentence-transformers model for /v1/embeddings; needs the extra `embeddings`.",
             metavar="FOLDER",
             rich_help_panel=_SERVER,
         ),
@@ -87,20 +88,20 @@ def serve(
     alert_url: Annotated[
         str | None,
         typer.Option(
-            help="Webhook, https or of this machine, that is told when a tier's promise is at risk.",
+            help="Webhook (https, or on this machine) that is notified when a tier's promise is at risk.",
             metavar="URL",
             rich_help_panel=_SERVER,
         ),
     ] = None,
     alert_secret: Annotated[
         str | None,
-        typer.Option(help="File of the secret that signs what it is told.", metavar="FILE", rich_help_panel=_SERVER),
+        typer.Option(help="File with the secret that signs alerts.", metavar="FILE", rich_help_panel=_SERVER),
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
             help="Serve on Ray, on the cluster that RAY_ADDRESS names or on this machine, with N replicas, such as 2, "
-            "or 1-4 to follow the load.",
+            "or 1-4 to scale with the load.",
             metavar="N",
             rich_help_panel=_RAY,
         ),
@@ -110,7 +111,8 @@ def serve(
     write_config: Annotated[
         Path | None,
         typer.Option(
-            help="Write what `serve deploy` and serveConfigV2 take, JSON; '-' prints it.", rich_help_panel=_RAY
+            help="Write the JSON configuration for `serve deploy` and serveConfigV2; '-' prints it.",
+            rich_help_panel=_RAY,
         ),
     ] = None,
     tenant: opt.Tenant = "default",
@@ -126,31 +128,32 @@ def serve(
     audit_share: Annotated[
         list[str] | None,
         typer.Option(
-            help="Share of answers of certified tiers that are audited at full depth in idle time, at your own cost: "
-            "such as 0.02, or TIER=SHARE, repeatable; default: 0.005 with a ledger.",
+            help="Share of certified tiers' answers to audit at full depth in idle time, at your own cost, such as "
+            "0.02, or TIER=SHARE, repeatable; default: 0.005 with a ledger.",
             rich_help_panel=_AUDITS,
         ),
     ] = None,
     audit_key: Annotated[
         Path | None,
         typer.Option(
-            help="File of the key that chooses them, the same for all replicas; default: audit.key in the data folder.",
+            help="File with the key that selects audits, the same on all replicas; default: audit.key in the data "
+            "folder.",
             rich_help_panel=_AUDITS,
         ),
     ] = None,
     audit_keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tenant whose audited prompts are kept on this machine for `polar recalibrate`, unencrypted; "
-            "repeatable; '*' = all; default: nobody's.",
+            help="Tenant whose audited prompts are kept on this machine, unencrypted, for `polar recalibrate`; "
+            "repeatable; '*' = all; default: none.",
             rich_help_panel=_AUDITS,
         ),
     ] = None,
     audit_keep_days: Annotated[
-        float, typer.Option(min=0.01, help="How long they are kept.", rich_help_panel=_AUDITS)
+        float, typer.Option(min=0.01, help="How many days prompts are kept.", rich_help_panel=_AUDITS)
     ] = 30.0,
 ) -> None:
-    """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
+    """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second SIGTERM does not."""
     key = None if audit_key is None else str(audit_key)
     lists = {"backend": backend, "name": name, "audit_share": audit_share, "audit_keep": audit_keep}
     asked = {**locals(), "audit_key": key, **{option: given or () for option, given in lists.items()}}
@@ -159,7 +162,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
     if ray is None and write_config is not None:
-        raise InvalidRequestError("--write-config goes with --ray; add it, with the number of replicas.")
+        raise InvalidRequestError("--write-config needs --ray; add it, with the number of replicas.")
     launch = Launch(**{option: asked[option] for option in Launch.options()})
     if ray is None:
         _serve_here(launch, port)
@@ -226,12 +229,12 @@ def dashboard(
         bool | None,
         typer.Option(
             "--require-keys/--no-require-keys",
-            help="Every look needs an API key with the scope dashboard, or none does; always where --host is not this "
-            "machine. Default: looks that do not come straight from this machine need one.",
+            help="Whether every visit needs an API key with the scope dashboard, or none; always if --host is not this "
+            "machine. Default: visits that do not come directly from this machine need one.",
             show_default=False,
         ),
     ] = None,
-    zone: Annotated[str, typer.Option(help="IANA time zone of today and of all times.", metavar="ZONE")] = "UTC",
+    zone: Annotated[str, typer.Option(help="IANA time zone of the page's dates and times.", metavar="ZONE")] = "UTC",
     ledger: opt.Ledger = None,
 ) -> None:
     """Show the operations page of a ledger in the browser; needs no server and no model, and changes nothing."""
@@ -246,8 +249,8 @@ def dashboard(
     rule, keys = key_rule(host, require_keys, "see this page"), find_access(ledger).keys
     if rule == "always" and not keys.any_active("dashboard"):
         raise InvalidRequestError(
-            "there is no API key with the scope dashboard, so nobody could see this page; see `polar key create` and "
-            "its --scope dashboard."
+            "there is no API key with the scope dashboard, so nobody could see this page; create one with "
+            "`polar key create` and --scope dashboard."
         )
     pages = find_pages(ledger, zone)
     pages.check()

@@ -30,8 +30,9 @@ def calibrate(
     tier: Annotated[
         list[str] | None,
         typer.Option(
-            help="tier=α; or tier=α:drops for the drop in accuracy, :harms for right answers turned wrong; and "
-            ":strict=α for texts that lose more than 5 % of their tokens, e.g. economy=0.1:strict=0.3."
+            help="Promise of a tier: tier=α for answers that differ, tier=α:drops for the drop in accuracy, :harms for "
+            "right answers turned wrong; :strict=α adds a promise on texts that lose more than 5 % of their tokens, "
+            "e.g. economy=0.1:strict=0.3. May be repeated."
         ),
     ] = None,
     delta: Annotated[
@@ -39,7 +40,7 @@ def calibrate(
     ] = 0.1,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the router's own.")] = None,
     resplits: Annotated[
-        int, typer.Option(min=0, help="Also certify on N random halves, and count the promises that break.")
+        int, typer.Option(min=0, help="Also certify on N random halves, and count the broken promises.")
     ] = 0,
     as_json: opt.AsJson = False,
     *,

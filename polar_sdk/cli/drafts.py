@@ -19,33 +19,33 @@ from polar_sdk.show.progress import ProgressBars, interruptible
 def drafts(
     data: Annotated[
         Path | None,
-        typer.Option(help="JSONL of {prompt} or {prompt, answer}; default: the model asks itself."),
+        typer.Option(help="JSONL of {prompt} or {prompt, answer}; default: the model writes its own questions."),
     ] = None,
     limit: opt.Limit = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=0, help="Questions that the model asks itself; default: 2000, or none with --data."),
+        typer.Option(min=0, help="Number of questions that the model writes; default: 2000, or none with --data."),
     ] = None,
-    answer_tokens: Annotated[int, typer.Option(min=4, help="Maximum tokens of an answer.")] = 96,
-    epochs: Annotated[int, typer.Option(min=1, help="How often each answer is seen in training.")] = 6,
+    answer_tokens: Annotated[int, typer.Option(min=4, help="Maximum number of tokens in an answer.")] = 96,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of passes over the answers in training.")] = 6,
     out: Annotated[Path | None, typer.Option(help="File of the head; default: your own for this model.")] = None,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
     *,
     load: opt.Load,
 ) -> None:
-    """Train a draft head: a network that guesses what a model says next, so that answers come sooner and stay the same.
+    """Train a draft head: a network that guesses the model's next tokens, so that the same answers take less time.
 
-    It serves all tenants, so give it no prompt of one that others may not learn from. After Ctrl-C the same command
-    goes on where it stopped.
+    It serves all tenants, so do not train it on confidential prompts. After Ctrl-C, the same command resumes where it
+    stopped.
     """
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
     from polar_sdk.models.draft_heads import saved_head_path
 
     if limit is not None and data is None:
         raise InvalidRequestError(
-            f"--limit {limit} is for the prompts of --data, and none are given; use --questions {limit} to have the "
-            "model ask itself so often."
+            f"--limit {limit} limits the prompts of --data, which is not given; use --questions {limit} to limit the "
+            "questions that the model writes."
         )
     items = opt.items_of(data, limit)  # before seconds are spent on loading the model
     engine = load()

@@ -33,7 +33,7 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Known problems: mmlu, arc, gsm8k or humaneval, of the file --data; formats or refusals ship."
+            help="Known problems: mmlu, arc, gsm8k or humaneval, from the file --data; built-in: formats and refusals."
         ),
     ] = None,
     data: Annotated[
@@ -55,25 +55,25 @@ def evaluate(
         list[str] | None,
         typer.Option("--program", "-p", help="With --suite: program by hand for all problems; repeatable."),
     ] = None,
-    shots: Annotated[int, typer.Option(min=0, help="With --suite: solved problems before each one.")] = 0,
+    shots: Annotated[int, typer.Option(min=0, help="With --suite: number of solved problems before each one.")] = 0,
     shots_from: Annotated[Path | None, typer.Option(help="With --suite: file of solved problems.")] = None,
     template: Annotated[
-        str, typer.Option(help="With --suite: auto, chat or raw: whether to ask through the model's chat template.")
+        str, typer.Option(help="With --suite: whether to use the model's chat template: auto, chat or raw.")
     ] = "auto",
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="With --suite: run code that the model writes, confined.")
+        bool, typer.Option("--run-code", help="With --suite: run code that the model writes, in a confined process.")
     ] = False,
-    timed: Annotated[int, typer.Option(min=0, help="Prompts to time at batch 1.")] = 8,
+    timed: Annotated[int, typer.Option(min=0, help="Number of prompts to time at batch 1.")] = 8,
     free: Annotated[
-        int, typer.Option(min=0, help="Prompts that every tier also answers freely, to compare the texts.")
+        int, typer.Option(min=0, help="Number of prompts that every tier also answers freely, to compare the texts.")
     ] = 0,
     seed: opt.Seed = None,
-    html: Annotated[Path | None, typer.Option(help="Write an HTML page, with the frontier plotted.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page with a plot of the frontier.")] = None,
     as_json: opt.AsJson = False,
     *,
     load: opt.Load,
 ) -> None:
-    """Measure a router on prompts that it has not seen, or with --suite every tier on known problems."""
+    """Measure a router on prompts that it has not seen or, with --suite, every tier on known problems."""
     from polar_sdk.lab.evaluation.rendering import require_report, to_html
 
     if html is not None:  # before minutes are spent on measuring
@@ -87,9 +87,7 @@ def evaluate(
         _evaluate_suite(asked, lambda: load(router=router), compute or [], theta or [], program or [], html, as_json)
         return
     if program or shots or shots_from or run_code:
-        raise InvalidRequestError(
-            "--program, --shots, --shots-from and --run-code are for a suite; name it with --suite."
-        )
+        raise InvalidRequestError("--program, --shots, --shots-from and --run-code need a suite; name it with --suite.")
     sets = {path.stem: lab.read_items(path, limit) for path in data} if data else opt.items_of(None, limit)
     engine = load(router=router)
     points = _points(engine.router, compute or [], theta or [])

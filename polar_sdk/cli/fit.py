@@ -25,7 +25,7 @@ def fit(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="JSONL of prompts like those that will be asked; repeatable; default: the package's own."),
+        typer.Option(help="JSONL of prompts like those you serve; repeatable; default: the package's own."),
     ] = None,
     hours: Annotated[float, typer.Option(min=0.01, max=1000, help="Time to plan for, on this machine.")] = 1.0,
     promise: Annotated[
@@ -34,11 +34,13 @@ def fit(
             help="What a tier promises, written as for polar lab calibrate, e.g. economy=0.1:strict=0.5; repeatable."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum prompts, whatever the hours allow.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of prompts, whatever the hours allow.")
+    ] = None,
     distil: Annotated[
         int | None, typer.Option(min=0, help="Training steps of the maps; default: as many as the hours allow.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the work; default: one in the cache.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Working folder; default: one in the cache.")] = None,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
     *,
@@ -46,7 +48,7 @@ def fit(
 ) -> None:
     """Fit maps, choose programs, train and certify a router, and register it for everyone who loads this model.
 
-    The plan is printed first. After Ctrl-C the same command goes on where it stopped.
+    The plan is printed first. After Ctrl-C, the same command resumes where it stopped.
     """
     from polar_sdk.lab.evaluation.rendering import require_report
 
@@ -81,6 +83,6 @@ def fit(
         print_line(sentence)
     print_line(f"wrote {made.folder / 'fit.html'}")
     if made.registered is None:
-        print_line("no router is registered: every tier would run full depth.")
+        print_line("no router is registered: every tier would run at full depth.")
     else:
         print_line(f"registered: whoever loads {model or engine.name} in {engine.dtype} gets these tiers from now on.")

@@ -32,15 +32,15 @@ def heal(
     fills: Annotated[
         str,
         typer.Option(
-            help="Fills instead of bridges: first layers of what is filled up to the last layer, e.g. 27,24,20; "
-            "18-21+23 fills layers 18 to 21 and those from 23 on in one program; default finds them by measuring."
+            help="Fills instead of bridges: first layers of fills that reach to the last layer, e.g. 27,24,20; "
+            "18-21+23 fills layers 18 to 21 and those from 23 on in one program; 'default' finds them by measuring."
         ),
     ] = "",
     data: opt.Data = None,
     limit: opt.Limit = None,
-    distil: Annotated[int, typer.Option(min=0, help="Training steps after the closed form.")] = 0,
+    distil: Annotated[int, typer.Option(min=0, help="Training steps after the fit in closed form.")] = 0,
     start: Annotated[
-        Path | None, typer.Option(help="Folder of bridges or fills to start from: those in it are not fitted again.")
+        Path | None, typer.Option(help="Folder of bridges or fills to start from; they are not fitted again.")
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -55,9 +55,9 @@ def heal(
     *,
     load: opt.Load,
 ) -> None:
-    """Fit cheap maps for layers: bridges cross a segment, fills write its keys and values for the prompt.
+    """Fit cheap maps that replace layers: bridges cross a segment, fills write its keys and values for the prompt.
 
-    The model's own weights are not changed. After Ctrl-C the same command goes on where it stopped.
+    The model's own weights are not changed. After Ctrl-C, the same command resumes where it stopped.
     """
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 

@@ -42,7 +42,7 @@ def fetch(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Fetch and check a model, so that it loads without a network from then on."""
+    """Fetch and check a model, so that it loads without a network afterwards."""
     source = resolve(name)
     local = obtain(source, revision, refresh=True)
     size = sum(path.stat().st_size for path in local.folder.rglob("*") if path.is_file())
@@ -60,7 +60,7 @@ def fetch(
 
 @app.command(epilog="Example: polar models kernels")
 def kernels() -> None:
-    """Build the native kernels into the installed package, where they did not come with it; needs a C++ compiler."""
+    """Build the native kernels into the installed package, if they are missing; needs a C++ compiler."""
     from polar_sdk.engine.native.build import build_missing, is_possible, missing
 
     if not is_possible():
@@ -84,7 +84,7 @@ def remove(
     name: Annotated[str, typer.Argument(help="Alias, or name of a `.gguf` file that was loaded.")],
     as_json: opt.AsJson = False,
 ) -> None:
-    """Remove a model from the cache; a `.gguf` file of your own stays."""
+    """Remove a model from the cache; your own `.gguf` files are not removed."""
     alias = find_alias(name)
     name = name if alias is None else alias.name
     freed = remove_stored(name)
@@ -96,12 +96,12 @@ def remove(
 def export(
     program: Annotated[str, typer.Option("--program", "-p", help="Layers to keep, each once, e.g. '0-20 25-29'.")],
     out: Annotated[Path, typer.Option(help="Folder to write; its parents are created.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that is stored there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is already stored there.")] = False,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
 ) -> None:
-    """Write the layers that a program visits as a model of its own, which transformers and other servers run."""
+    """Write the layers that a program visits as a separate model, which transformers and other servers can run."""
     chosen = Program.parse(program)  # before seconds are spent on loading
     engine = opt.load_model(model, device="cpu", precision="auto", policy=policy, no_ledger=True)
     folder = engine.export(chosen, out, force=force)

@@ -37,30 +37,30 @@ Compute = Annotated[
     ),
 ]
 ProgramText = Annotated[str | None, typer.Option("--program", "-p", help="Program by hand, e.g. '0-11 15x2 18-29'.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Max tokens of the answer.")]
-Temperature = Annotated[float, typer.Option(help="0 = greedy.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens in the answer.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this total probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from the N likeliest tokens; 0 = all.")]
-MinP = Annotated[float, typer.Option(help="Sample from tokens at least so likely beside the likeliest; 0 = all.")]
-Penalty = Annotated[float, typer.Option(help="Off the logits of tokens that are in the answer, -2 to 2.")]
-FrequencyPenalty = Annotated[float, typer.Option(help="The same for each time that they are there.")]
+MinP = Annotated[float, typer.Option(help="Minimum probability of a token, relative to the likeliest; 0 = all.")]
+Penalty = Annotated[float, typer.Option(help="Subtracted from the logits of tokens in the answer, -2 to 2.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same, once per occurrence.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Divides the logits of tokens in prompt or answer.")]
 StopRepeats = Annotated[
-    int | None, typer.Option(help="End an answer that says the same N times in a row; default: it goes on.")
+    int | None, typer.Option(help="End an answer that repeats the same text N times in a row; default: never.")
 ]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="The model cannot end its answer.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Keep the model from ending its answer.")]
+Seed = Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")]
 SpeculateMode = Annotated[
     str | None,
     typer.Option(
         "--speculate",
-        help="Draft tokens that followed before: off, auto (where it pays) or prompt; default: auto where the answer "
-        "is the same to the bit.",
+        help="Draft tokens: off, auto (where it pays) or prompt (wherever the prompt or answer repeats); default: auto "
+        "where the answer stays the same to the bit.",
         show_default=False,
     ),
 ]
 Tenant = Annotated[str, typer.Option(help="Who is billed.")]
-Tags = Annotated[list[str] | None, typer.Option("--tag", help="key=value, put on the usage record; may be repeated.")]
+Tags = Annotated[list[str] | None, typer.Option("--tag", help="Tag of the usage record, key=value; may be repeated.")]
 Ledger = Annotated[
     str | None, typer.Option(help="Ledger as a SQLAlchemy URL; default: POLAR_LEDGER or your data folder.")
 ]
@@ -101,10 +101,10 @@ class Chosen:
 def with_model(command: Callable[..., None]) -> Callable[..., None]:
     """Add to a command the options of a request and of the model that answers it.
 
-    Interrupted, it says whether what was executed is metered.
+    If it is interrupted, its message says whether what was executed is metered.
 
     Args:
-        command: Takes what they say as `chosen`; typer does not see that parameter.
+        command: Takes the values as `chosen`; typer does not see that parameter.
     """
     own = _parameters(command, without="chosen")
     arguments = {name: option for name, option in own.items() if option.default is inspect.Parameter.empty}
@@ -118,7 +118,7 @@ def with_model(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**{name: values[name] for name in own}, chosen=chosen)
         except KeyboardInterrupt:
-            metered = () if chosen.model["no_ledger"] else ("what was executed until then is in the ledger",)
+            metered = () if chosen.model["no_ledger"] else ("what was executed before that is in the ledger",)
             raise KeyboardInterrupt(*metered) from None
 
     return _described(run, command, {**arguments, **request, **own, **model})
@@ -135,8 +135,8 @@ def with_lab_model(command: Callable[..., None]) -> Callable[..., None]:
     """Add to a command the options of the model that it works on.
 
     Args:
-        command: Takes what loads the model as `load`; typer does not see that parameter. It may name the model itself,
-            as an argument.
+        command: Takes the loader as `load`; typer does not see that parameter. It may take the model itself as an
+            argument.
     """
     own, model = _parameters(command, without="load"), _parameters(_lab_model)
 
@@ -220,7 +220,7 @@ def load_model(
 
 
 def items_of(data: Path | None, limit: int | None) -> list[Item] | None:
-    """The first N items of a file, or of the package's own prompts where none is given; None = all of those.
+    """The first N items of a file, or of the package's own prompts if none is given; None = all of the latter.
 
     Raises:
         DataError: The file cannot be used.
@@ -232,7 +232,7 @@ def items_of(data: Path | None, limit: int | None) -> list[Item] | None:
 
 @contextmanager
 def _collecting_seldom() -> Iterator[None]:
-    """Look for garbage less often: what is imported to load a model is none, and to look takes a sixth of the time."""
+    """Collect garbage less often: the imports that load a model are not garbage, and collecting takes a sixth of it."""
     before = gc.get_threshold()
     gc.set_threshold(_SELDOM, *before[1:])
     try:

@@ -18,25 +18,23 @@ from polar_sdk.show.progress import ProgressBars, interruptible
 @opt.with_lab_model
 def recalibrate(
     router: Annotated[
-        Path | None, typer.Option(help="Folder of the router; default: the one in force for this model.")
+        Path | None, typer.Option(help="Folder of the router; default: the one that serves this model.")
     ] = None,
     delta: Annotated[
         float | None, typer.Option(min=0.001, max=0.5, help="Maximum probability that a promise is wrong.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to; default: that of your own router for this model.")
+        Path | None, typer.Option(help="Folder to write to; default: the one of your own router for this model.")
     ] = None,
-    forget: Annotated[
-        str | None, typer.Option(help="Tenant whose kept prompts are removed; then nothing else is done.")
-    ] = None,
+    forget: Annotated[str | None, typer.Option(help="Remove this tenant's kept prompts, and do nothing else.")] = None,
     as_json: opt.AsJson = False,
     *,
     load: opt.Load,
 ) -> None:
-    """Certify the tiers of a router anew, on prompts of audited requests that `polar serve` kept.
+    """Certify a router's tiers again, on prompts of audited requests that `polar serve` kept.
 
-    Tiers promise what they promised. A share of lost right answers becomes one of answers that differ, since nobody
-    said which answers are right. Servers take the new promises when they start again.
+    The tiers keep their promises, at new thresholds. A promise on right answers becomes one on answers that differ,
+    since the right answers are unknown. Servers use the new certificate after a restart.
     """
     from polar_sdk.request.kept import KeptPrompts, kept_path
     from polar_sdk.router.artifact import load_router, model_of
@@ -51,7 +49,7 @@ def recalibrate(
         return
     if not len(kept):
         raise DataError(
-            f"no audited prompt of model {engine.name!r} is kept; name tenants whose prompts may be, with "
+            f"no audited prompt of model {engine.name!r} is kept; name tenants whose prompts may be kept with "
             "`polar serve --audit-keep TENANT`, and wait for audits."
         )
     folders = (
@@ -68,7 +66,7 @@ def recalibrate(
     for name, promise in asked.items():
         if promise.loss == "harms":
             raise DataError(
-                f"tier {name!r} promises how many right answers turn wrong, which no kept prompt tells; use "
+                f"tier {name!r} has a promise on right answers turned wrong, which kept prompts cannot show; use "
                 "`polar lab calibrate` with answers."
             )
     tiers = {

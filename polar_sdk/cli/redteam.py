@@ -26,11 +26,13 @@ def redteam(
     data: Annotated[
         Path | None, typer.Option(help="JSONL of real prompts to start from; default: the package's own.")
     ] = None,
-    attempts: Annotated[int, typer.Option(min=1, max=100_000, help="Attempts on each of the two routers.")] = 500,
+    attempts: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Number of attempts, without defences and again with them.")
+    ] = 500,
     tries: Annotated[
-        int, typer.Option(min=1, max=24, help="Versions of a prompt that an attempt compares; each takes a second.")
+        int, typer.Option(min=1, max=24, help="Versions of a prompt per attempt; each takes a second.")
     ] = 2,
-    seeds: Annotated[int, typer.Option(min=4, help="Real prompts that are measured first.")] = 100,
+    seeds: Annotated[int, typer.Option(min=4, help="Number of real prompts to measure first.")] = 100,
     audits: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that are audited.")] = DEFAULT_SHARE,
     router: Annotated[Path | None, typer.Option(help="Folder of the router; default: the model's.")] = None,
     seed: opt.Seed = None,
@@ -38,9 +40,9 @@ def redteam(
     *,
     load: opt.Load,
 ) -> None:
-    """Search for prompts that look easy to the router and need depth, and count those that break a tier's promise.
+    """Search for prompts that look easy to the router but need depth, and count those that break a tier's promise.
 
-    Floors and margin are those of --policy. After Ctrl-C the same command goes on where it stopped.
+    Floors and margin are those of --policy. After Ctrl-C, the same command resumes where it stopped.
     """
     items = None if data is None else lab.read_items(data)
     model = load(router=router)
@@ -64,14 +66,14 @@ def redteam(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
-    table = new_table(f"{found.attempts} attempts: those that broke the promise", ["tier"])
+    table = new_table(f"Attempts that broke the promise, of {found.attempts}", ["tier"])
     add_numbers(table, "promised", "ordinary", "without", *found.defences, "all", "fewer", "strict", "strict, all")
     for row in _rows(found):
         add_row(table, *row)
     show(table)
     for tier in found.tiers:
         broke = ", ".join(f"{method} {count}" for method, count in tier.by_method.items()) or "none"
-        print_line(f"{tier.tier}: without defences, of {found.attempts} attempts, by {broke}")
+        print_line(f"{tier.tier}: without defences, of {found.attempts} attempts, by method: {broke}")
 
 
 def _rows(found: RedTeam) -> Iterator[tuple[str, ...]]:

@@ -27,21 +27,21 @@ _LEAVE = frozenset({"/exit", "/quit", "/bye"})
 @opt.with_model
 def run(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
-    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is generated.")] = False,
     as_json: opt.AsJson = False,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: the model continues the text.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Use no chat template: the model continues the text.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     schema: Annotated[
         Path | None,
         typer.Option(help="File with a JSON schema that the answer must match; needs the extra structured."),
     ] = None,
-    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole answer matches.")] = None,
-    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these texts; may be repeated.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole answer must match.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="Text that the answer may be; may be repeated.")] = None,
     request_id: Annotated[str | None, typer.Option(help="Idempotency key of the usage record.")] = None,
     *,
     chosen: opt.Chosen,
 ) -> None:
-    """Answer one prompt; the answer goes to standard output, what it cost to standard error."""
+    """Answer one prompt; the answer goes to standard output, its cost to standard error."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():  # before seconds are spent on loading
         raise EmptyPromptError(f"the prompt is empty ({len(text)} characters); give it some text.")

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @opt.with_lab_model
 def search(
-    out: Annotated[Path, typer.Option(help="Menu file to write; the rewards are written beside it.")],
+    out: Annotated[Path, typer.Option(help="Menu file to write; the rewards are written next to it.")],
     data: opt.Data = None,
     limit: opt.Limit = None,
     budgets: Annotated[str, typer.Option(help="FLOPs of the programs, as shares of full depth's.")] = "0.9,0.8,0.7,0.6",
     menu: Annotated[int, typer.Option(min=2, help="Maximum number of programs on the menu, full depth included.")] = 12,
     maps: opt.Maps = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts that programs are evolved on.")] = 128,
-    train: Annotated[int, typer.Option(min=1, help="Maximum train prompts that the menu is measured on.")] = 1000,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts to evolve programs on.")] = 128,
+    train: Annotated[int, typer.Option(min=1, help="Maximum number of train prompts to measure the menu on.")] = 1000,
     population: Annotated[int, typer.Option(min=1, help="Programs tried per generation and budget.")] = 12,
     generations: Annotated[int, typer.Option(min=0, help="Generations per budget, after the first.")] = 4,
     objective: Annotated[
-        Literal["identity", "labels"], typer.Option(help="Answer as full depth does, or prefer the right choice.")
+        Literal["identity", "labels"], typer.Option(help="Answer like full depth, or prefer the right choice.")
     ] = "identity",
     loops: Annotated[bool, typer.Option(help="Also try layers visited twice.")] = True,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of full depth's answers to prompts.")] = 24,

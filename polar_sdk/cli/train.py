@@ -29,15 +29,13 @@ def train(
     ] = "menu",
     features: Annotated[
         Literal["embedding", "ending"],
-        typer.Option(
-            help="Read the mean of all embeddings (embedding), or that and the mean of the last ones (ending)."
-        ),
+        typer.Option(help="Read the mean of all embeddings (embedding), or also the mean of the last ones (ending)."),
     ] = "ending",
     loss: Annotated[
         Literal["differs", "harms", "drops", "strict"],
         typer.Option(
-            help="What counts as lost: another answer; right turned wrong; that, less wrong turned right; or "
-            "5 % of the tokens."
+            help="What counts as lost: another answer (differs); right turned wrong (harms); the same minus wrong "
+            "turned right (drops); or 5 % of the tokens (strict)."
         ),
     ] = "differs",
     maps: opt.Maps = None,
@@ -51,7 +49,7 @@ def train(
     *,
     load: opt.Load,
 ) -> None:
-    """Train a router; after Ctrl-C the same command resumes from its checkpoints."""
+    """Train a router; after Ctrl-C, the same command resumes from its checkpoints."""
     from polar_sdk.router.store import saved_router_path
 
     tried = opt.numbers("--seeds", seeds, int, "0,1,2")

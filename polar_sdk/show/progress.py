@@ -173,7 +173,7 @@ def through(progress: Progress, stage: str, steps: Iterable[T], total: int) -> I
 
 
 @contextmanager
-def interruptible(kept: str = "the same command goes on where it stopped") -> Iterator[None]:
+def interruptible(kept: str = "the same command resumes where it stopped") -> Iterator[None]:
     """Say after Ctrl-C or SIGTERM what is not lost, and how to go on."""
     try:
         yield

@@ -54,12 +54,12 @@ def set_(
     key: _Key = None,
     over_budget: Annotated[
         str,
-        typer.Option(help="refuse, or shallower: serve a cheaper tier that fits.", metavar="ACTION"),
+        typer.Option(help="refuse, or shallower: serve by a cheaper tier that fits.", metavar="ACTION"),
     ] = "refuse",
     zone: Annotated[
         str | None,
         typer.Option(
-            help="IANA time zone of the windows; by default the tenant's in the price book, or else UTC.",
+            help="IANA time zone of the windows; by default the tenant's in the price book, otherwise UTC.",
             metavar="ZONE",
         ),
     ] = None,
@@ -101,7 +101,7 @@ def set_(
 
 @_budget.command("show", epilog="Example: polar budget show --tenant acme --json")
 def show_(tenant: opt.Tenant = None, as_json: opt.Json = False, csv: opt.Csv = None, ledger: opt.Ledger = None) -> None:
-    """Show what is spent, held and left of every budget, and when it resets."""
+    """Show what is spent, held and left in every budget, and when it resets."""
     with _open(ledger) as budgets:
         from polar_billing.reports.billing_tables import standing_row
 
@@ -129,12 +129,12 @@ def close(
 @_budget.command(epilog="Example: polar budget holds --tenant acme")
 def holds(
     tenant: opt.Tenant = None,
-    expire: Annotated[bool, typer.Option("--expire", help="First expire the holds that are due.")] = False,
+    expire: Annotated[bool, typer.Option("--expire", help="First expire holds that are due.")] = False,
     as_json: opt.Json = False,
     csv: opt.Csv = None,
     ledger: opt.Ledger = None,
 ) -> None:
-    """Show what is held for requests that are running."""
+    """Show what is held for running requests."""
     with _open(ledger) as budgets:
         from polar_billing.reports.billing_tables import hold_row
 
@@ -151,7 +151,7 @@ def recheck(
     as_json: opt.Json = False,
     ledger: opt.Ledger = None,
 ) -> None:
-    """Add up holds and usage again and show which counters and holds differ; exit code 1 if any does."""
+    """Recompute the counters from holds and usage, and show counters and holds that differ; exit code 1 if any does."""
     with _open(ledger) as budgets:
         from polar_billing.reports.billing_tables import standing_row
 
@@ -167,7 +167,7 @@ def recheck(
             for wrong in (*differences, *holds):
                 print_line(str(wrong))
             if not differences and not holds:
-                print_line("Every counter agrees with what holds and usage add up to.")
+                print_line("Every counter agrees with holds and usage.")
         if holds or (differences and not repair):
             raise typer.Exit(1)
 

@@ -31,13 +31,13 @@ def drift(
     until: opt.Until = None,
     zone: opt.Zone = "UTC",
     tier: opt.Tier = None,
-    by: Annotated[str, typer.Option(help="The tag that says of which kind a request is.", metavar="TAG")] = "kind",
+    by: Annotated[str, typer.Option(help="Tag that names the kind of a request.", metavar="TAG")] = "kind",
     as_json: opt.Json = False,
 ) -> None:
-    """Show whether audits speak against what tiers promise, and what tiers saved by kind and length.
+    """Show whether audits contradict what tiers promise, and what tiers saved by kind and length.
 
-    Promises: state, audits, the share of lost answers with its interval, and each change of the state. Savings are of
-    the last seven days unless a period is given.
+    For each promise: its state, audits, the share of lost answers with its interval, and each change of the state.
+    Savings are those of the last seven days unless a period is given.
     """
     period = opt.period_of(None, since, until, zone)
     with opt.open_ledger(ledger) as store:

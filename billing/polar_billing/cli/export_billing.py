@@ -54,7 +54,7 @@ def export_billing(
         Format,
         typer.Option(
             "--format",
-            help="focus (FOCUS 1.2 as CSV), focus-parquet, cloudevents (a JSON batch), stripe (meter events, one JSON "
+            help="focus (FOCUS 1.2 as CSV), focus-parquet, cloudevents (JSON batch), stripe (meter events, one JSON "
             "object a line), usage-parquet or report-parquet.",
             metavar="NAME",
         ),
@@ -66,20 +66,18 @@ def export_billing(
     until: opt.Until = None,
     zone: Annotated[
         str | None,
-        typer.Option(
-            help="IANA time zone of the dates; by default UTC, and for focus each customer's.", metavar="ZONE"
-        ),
+        typer.Option(help="IANA time zone of the dates; by default UTC, for focus each customer's.", metavar="ZONE"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The file to write; - is standard output.", metavar="FILE")] = _OUT,
     book: Annotated[
         Path | None,
         typer.Option(
-            help="For focus: draft by this price book instead of the one in force. For report-parquet: rate by it.",
+            help="Price book for drafts (focus) or for rating (report-parquet), instead of the one in force.",
             metavar="FILE",
         ),
     ] = None,
     currency: opt.Currency = None,
-    provider: Annotated[str, typer.Option(help="For focus: who serves and bills.", metavar="NAME")] = "PoLar",
+    provider: Annotated[str, typer.Option(help="For focus: name of the provider.", metavar="NAME")] = "PoLar",
     customers: Annotated[
         Path | None,
         typer.Option(help='For stripe: TOML lines like acme = "cus_…", one per tenant.', metavar="FILE"),
@@ -180,11 +178,11 @@ def _say_leftovers(events: MeterEvents) -> None:
 
     for left in events.leftovers():
         what = f"{plain(left.quantity)} CU of {left.tenant}, {left.meter}"
-        print_line(f"In {left.month}, {what}, are less than one unit and in no event.", err=True)
+        print_line(f"In {left.month}, {what}, are less than one unit and are in no event.", err=True)
     if events.unrated:
         print_line(f"warning: {events.unrated} requests without a price are in no event.", err=True)
     if events.oldest is not None and events.oldest < datetime.now(UTC) - timedelta(days=MAX_AGE_DAYS):
-        print_line(f"warning: Stripe refuses events older than {MAX_AGE_DAYS} days, and some are.", err=True)
+        print_line(f"warning: Stripe refuses events older than {MAX_AGE_DAYS} days, and some are older.", err=True)
 
 
 def _say_written(out: Path, rows: int) -> None:

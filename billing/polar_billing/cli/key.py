@@ -36,24 +36,27 @@ def register(app: typer.Typer) -> None:
 
 @_key.callback(epilog="Example: polar key list")
 def key() -> None:
-    """Say who may use a server, in whose name, and how much."""
+    """Manage API keys: who may use a server, which tenant pays, and how much is allowed."""
 
 
 @_key.command(epilog="Example: polar key create acme search-team --tier economy --rpm 60 --expires 90d")
 def create(
     tenant: Annotated[str, typer.Argument(help="Who is billed.", metavar="TENANT")],
-    name: Annotated[str, typer.Argument(help="What you call the key.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Name of the key.", metavar="NAME")],
     scope: Annotated[
-        list[str] | None, typer.Option(help="infer (the default), usage:read, metrics or dashboard.")
+        list[str] | None,
+        typer.Option(help="infer (the default), usage:read, metrics or dashboard; may be repeated."),
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only this model; may be repeated.")] = None,
     tier: Annotated[list[str] | None, typer.Option(help="Only this tier; may be repeated.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="key=value on every usage record; may be repeated.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Max tokens of an answer.")] = None,
-    rpm: Annotated[int | None, typer.Option(help="Max requests per minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(help="Max tokens per minute, prompt and answer.")] = None,
-    parallel: Annotated[int | None, typer.Option(help="Max answers at a time.")] = None,
-    expires: Annotated[str | None, typer.Option(help="How long it is good, e.g. 12h or 90d.")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="Tag of every usage record, key=value; may be repeated.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens in an answer.")] = None,
+    rpm: Annotated[int | None, typer.Option(help="Maximum requests per minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(help="Maximum tokens per minute, prompt and answer.")] = None,
+    parallel: Annotated[int | None, typer.Option(help="Maximum concurrent answers.")] = None,
+    expires: Annotated[str | None, typer.Option(help="How long the key is valid, e.g. 12h or 90d.")] = None,
     as_json: opt.Json = False,
     ledger: opt.Ledger = None,
 ) -> None:
@@ -78,7 +81,7 @@ def create(
 
 @_key.command("list", epilog="Example: polar key list --tenant acme --json")
 def list_(tenant: opt.Tenant = None, as_json: opt.Json = False, ledger: opt.Ledger = None) -> None:
-    """Show keys and what they may do; never a secret."""
+    """Show keys and what they allow; never a secret."""
     with _open(ledger) as keys:
         found = list(keys.all(opt.tenant_or_all(tenant)))
     rows = [_row(one) for one in found]
@@ -95,11 +98,11 @@ def list_(tenant: opt.Tenant = None, as_json: opt.Json = False, ledger: opt.Ledg
 @_key.command(epilog="Example: polar key rotate abcd2345 --overlap 24h")
 def rotate(
     key_id: _Id,
-    overlap: Annotated[str, typer.Option(help="How long the old key stays good, e.g. 0s or 24h.")] = "24h",
+    overlap: Annotated[str, typer.Option(help="How long the old key stays valid, e.g. 0s or 24h.")] = "24h",
     as_json: opt.Json = False,
     ledger: opt.Ledger = None,
 ) -> None:
-    """Create a key that may do the same, and let the old one expire."""
+    """Create a key with the same rights, and let the old one expire."""
     with _open(ledger) as keys:
         made, text = keys.rotate(key_id, _duration(overlap))
     _show_new(made, text, as_json=as_json)
@@ -107,7 +110,7 @@ def rotate(
 
 @_key.command(epilog="Example: polar key revoke abcd2345")
 def revoke(key_id: _Id, ledger: opt.Ledger = None) -> None:
-    """Take a key back; every server refuses it within 5 seconds."""
+    """Revoke a key; every server refuses it within 5 seconds."""
     with _open(ledger) as keys:
         revoked = keys.revoke(key_id)
     print_line(f"Key {revoked.key_id} ({revoked.name}) of tenant {revoked.tenant} is revoked.")
@@ -155,7 +158,7 @@ def _facts(found: ApiKey) -> dict[str, Any]:
 
 
 def _check_tiers(ledger: Ledger, tiers: Sequence[str]) -> None:
-    """Refuse tiers that no price book of the ledger has, and that are none of the usual ones.
+    """Refuse tiers that are neither in a price book of the ledger nor among the usual ones.
 
     Raises:
         AccessError: There is one.

@@ -38,8 +38,8 @@ def verify(
 ) -> None:
     """Prove that nothing in the ledger was changed, deleted, inserted or moved since it was written.
 
-    Needs nothing but the database. It cannot detect a ledger that was rewritten as a whole or rolled back to an earlier
-    state: for that, keep receipts, or the heads that this prints, elsewhere, and check them here.
+    Needs only the database. It cannot detect a ledger that was rewritten as a whole or rolled back to an earlier state:
+    for that, keep receipts, or the heads that this command prints, elsewhere, and compare them.
     """
     from polar_billing.proof.receipts import check_receipt
     from polar_billing.proof.verify import verify_in
@@ -55,7 +55,7 @@ def verify(
             print_line(f"{agrees}{but}.")
             return
         with (
-            interruptible("nothing was found so far, and nothing was changed; start again"),
+            interruptible("no error was found so far, and nothing was changed; start again"),
             ProgressBars(at_once=False) as show,
         ):
             verified = verify_in(connection, tenant, show)
@@ -76,7 +76,7 @@ def verify(
     if not verified.sound:
         more = len(verified.findings) - 1
         also = f" {more} more: --json lists them." if more else ""
-        raise LedgerUnsoundError(f"ledger {store.location!r} is not as it was written. {verified.findings[0]}{also}")
+        raise LedgerUnsoundError(f"ledger {store.location!r} was changed after it was written. {verified.findings[0]}{also}")
 
 
 def _read_receipt(path: Path) -> dict[str, object]:
@@ -94,10 +94,10 @@ def receipt(
     request: Annotated[str, typer.Argument(help="Id of the request.", metavar="REQUEST")],
     ledger: opt.Ledger = None,
     tenant: Annotated[
-        str | None, typer.Option(help="Whose, where several have such a request.", metavar="NAME")
+        str | None, typer.Option(help="Its tenant, if several have a request of this id.", metavar="NAME")
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="Service that stored it, where several have.", metavar="NAME")
+        str | None, typer.Option(help="The service that stored it, if several did.", metavar="NAME")
     ] = None,
 ) -> None:
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
@@ -126,7 +126,7 @@ def prune(
         typer.confirm(f"Delete the facts of every request served before {until.isoformat()}?", abort=True)
     with (
         opt.existing_ledger(ledger) as store,
-        interruptible("what was said to be pruned is; go on by the same command"),
+        interruptible("tenants printed above are pruned; run the same command to continue"),
     ):
         with store.snapshot() as connection:
             tenants = tenants_before(connection, until) if tenant is None else [tenant]
@@ -139,10 +139,10 @@ def prune(
 
 
 def migrate(ledger: opt.Ledger = None) -> None:
-    """Migrate a ledger of an earlier polar-llm version to this one's schema, in one transaction; back it up first."""
+    """Migrate a ledger of an earlier version to the current schema, in one transaction; back it up first."""
     from polar_billing.ledger.migrate import migrate as migrate_ledger
 
-    with opt.open_ledger(ledger, recover=False) as store, interruptible("the ledger is as it was; start again"):
+    with opt.open_ledger(ledger, recover=False) as store, interruptible("the ledger is unchanged; start again"):
         before, after = migrate_ledger(store)
         if before == after:
             print_line(f"The ledger {store.location} already has schema version {after}.")

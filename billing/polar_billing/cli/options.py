@@ -29,25 +29,25 @@ Tenant = Annotated[str | None, typer.Option(help="Only this tenant; by default e
 OneTenant = Annotated[str, typer.Option(help="The tenant.", metavar="NAME")]
 Month = Annotated[str | None, typer.Option(help="A calendar month, e.g. 2026-11.", metavar="YYYY-MM")]
 Since = Annotated[str | None, typer.Option(help="Start of the period: a date, or a date and time.", metavar="DATE")]
-Until = Annotated[str | None, typer.Option(help="End of the period, excluded.", metavar="DATE")]
+Until = Annotated[str | None, typer.Option(help="End of the period (exclusive).", metavar="DATE")]
 Zone = Annotated[str, typer.Option(help="IANA time zone of the dates.", metavar="ZONE")]
 Tier = Annotated[str | None, typer.Option(help="Only this tier.", metavar="NAME")]
 Prices = Annotated[
     Path | None,
-    typer.Option(help="Rate everything by this price book, not by the one on each receipt.", metavar="FILE"),
+    typer.Option(help="Rate everything by this price book instead of the one on each receipt.", metavar="FILE"),
 ]
 Book = Annotated[
     Path | None, typer.Option(help="Charge by this price book instead of the one in force.", metavar="FILE")
 ]
-Currency = Annotated[str | None, typer.Option(help="Only what was charged in this currency.", metavar="CODE")]
+Currency = Annotated[str | None, typer.Option(help="Only usage charged in this currency.", metavar="CODE")]
 FlopsPerJoule = Annotated[
-    str | None, typer.Option(help="Model energy: executed FLOPs that the device does per joule.", metavar="NUMBER")
+    str | None, typer.Option(help="To model energy: FLOPs that the device executes per joule.", metavar="NUMBER")
 ]
-EnergySource = Annotated[str | None, typer.Option(help="Where --flops-per-joule comes from, in words.", metavar="TEXT")]
+EnergySource = Annotated[str | None, typer.Option(help="Source of --flops-per-joule, in words.", metavar="TEXT")]
 GridIntensity = Annotated[
-    str | None, typer.Option(help="Carbon of the grid, in grams of CO2e per kWh.", metavar="NUMBER")
+    str | None, typer.Option(help="Carbon intensity of the grid, in grams of CO2e per kWh.", metavar="NUMBER")
 ]
-GridSource = Annotated[str | None, typer.Option(help="Where --grid-intensity comes from, in words.", metavar="TEXT")]
+GridSource = Annotated[str | None, typer.Option(help="Source of --grid-intensity, in words.", metavar="TEXT")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 Csv = Annotated[Path | None, typer.Option(help="Write CSV to this file; - is standard output.", metavar="FILE")]
 
@@ -56,7 +56,7 @@ Csv = Annotated[Path | None, typer.Option(help="Write CSV to this file; - is sta
 def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerStore]:
     """Open the ledger; if its database library is missing, the error says which extra installs it.
 
-    Unless told not to `recover`, first store what ended processes left in their spools, and warn of what still waits.
+    With `recover`, first store what ended processes left in their spools, and warn about what still waits.
     """
     try:
         from polar_billing.ledger.ledger import Ledger
@@ -73,7 +73,7 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerS
 
 @contextmanager
 def _meaningful(location: str) -> Iterator[None]:
-    """Turn errors by values that were changed past this package into one clear line: they may raise anything."""
+    """Turn errors caused by values that others changed into one clear line: such values may raise anything."""
     try:
         yield
     except (PolarError, UnicodeEncodeError):  # the latter by an argument
@@ -141,7 +141,7 @@ def book_of(prices: Path | None) -> PriceBook | None:
 
 
 def say_nothing_found(store: LedgerStore, selection: Selection) -> None:
-    """Say that there is no usage, and under which conditions."""
+    """Print that there is no usage, and under which conditions."""
     from polar_billing.ledger.records import ALL_TENANTS, Selection
 
     if next(store.read(Selection(ALL_TENANTS), newest=1), None) is None:

@@ -43,7 +43,7 @@ def add(
     file: _File,
     for_all: Annotated[
         bool,
-        typer.Option("--for-all", help="Also charge the tenants that no book names, instead of the book so far."),
+        typer.Option("--for-all", help="Also charge the tenants that no book names, instead of the previous book."),
     ] = False,
     ledger: opt.Ledger = None,
 ) -> None:
@@ -115,7 +115,7 @@ def diff(
             [{"path": change.path, "old": change.old, "new": change.new, "past": past} for change, past in compared]
         )
     elif not compared:
-        print_line("The two price books say the same.")
+        print_line("The two price books are the same.")
     else:
         for change, past in compared:
             print_line(f"{change}{'   (past: refused)' if past else ''}")
@@ -136,7 +136,7 @@ def quote(
     ledger: opt.Ledger = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Quote the maximum price of a request before it runs; within these bounds it never costs more."""
+    """Quote the maximum price of a request before it runs; within the given limits it never costs more."""
     from polar_billing.prices.quote import quote as quote_request
     from polar_billing.values.periods import Period
 

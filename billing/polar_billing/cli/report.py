@@ -41,31 +41,31 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.", metavar="FILE")] = None,
     what_if: Annotated[
         list[Path] | None,
-        typer.Option(help="What would this price book have brought? May be repeated.", metavar="FILE"),
+        typer.Option(help="Also show charges under this price book; may be repeated.", metavar="FILE"),
     ] = None,
     mix: Annotated[
         list[str] | None,
         typer.Option(
-            help="What would this mix of tiers have brought, in percent of the requests? May be repeated.",
+            help="Also show charges for this mix of tiers, in percent of the requests; may be repeated.",
             metavar="TIER=PERCENT,…",
         ),
     ] = None,
     mix_from: Annotated[
         Path | None,
         typer.Option(
-            help="What tiers save, from `polar evaluate --json`; by default from the router's certificate.",
+            help="Savings of the tiers, from `polar evaluate --json`; by default from the router's certificate.",
             metavar="FILE",
         ),
     ] = None,
     promise: Annotated[
         list[str] | None,
         typer.Option(
-            help="Promised p95 latency of a tier, instead of what the price book promises; may be repeated.",
+            help="Promised p95 latency of a tier, instead of the price book's promise; may be repeated.",
             metavar="TIER=MS",
         ),
     ] = None,
     device_hour: Annotated[
-        str | None, typer.Option(help="What a device costs per hour, in the report's currency.", metavar="AMOUNT")
+        str | None, typer.Option(help="Cost of a device per hour, in the report's currency.", metavar="AMOUNT")
     ] = None,
     tokens_per_second: Annotated[
         str | None,
@@ -81,8 +81,8 @@ def report(
 ) -> None:
     """Report usage and charges by tenant and tier, compared with full depth and per-token pricing.
 
-    By default it covers every tenant and all time. The later options ask what would have been under other prices or
-    tiers, and what the hardware costs; each answer says what it assumes.
+    By default, it covers every tenant and all time. --what-if and later options show what other prices or tiers would
+    have charged, and what hardware and energy cost; each figure states its assumptions.
     """
     selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, None, [])
     with opt.open_ledger(ledger) as store:
@@ -135,7 +135,7 @@ def certified(fingerprint: str) -> Savings | None:
 
 
 def energy(
-    log: Annotated[Path, typer.Argument(help="The log, to which lines are appended.", metavar="FILE")],
+    log: Annotated[Path, typer.Argument(help="Log file; lines are appended.", metavar="FILE")],
     every: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds between two lines.", metavar="SECONDS")] = 10,
     for_: Annotated[
         float | None,
@@ -144,7 +144,7 @@ def energy(
 ) -> None:
     """Log the energy that this machine uses while it serves, from its own counters (RAPL, NVML).
 
-    `polar report --energy-log FILE` shares it out by executed FLOPs.
+    `polar report --energy-log FILE` distributes it by executed FLOPs.
     """
     from polar_billing.metering.energy import energy_counters, record_energy
 

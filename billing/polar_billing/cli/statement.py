@@ -43,9 +43,11 @@ def statement(
         str | None,
         typer.Option(help="IANA time zone of the period; by default the customer's, or UTC.", metavar="ZONE"),
     ] = None,
-    issue: Annotated[bool, typer.Option("--issue", help="Issue it: store, chain and book it, once.")] = False,
+    issue: Annotated[
+        bool, typer.Option("--issue", help="Issue the statement: store, chain and book it, once.")
+    ] = False,
     book: opt.Book = None,
-    trace: Annotated[int | None, typer.Option(help="List the usage that this line charges.", metavar="LINE")] = None,
+    trace: Annotated[int | None, typer.Option(help="List the usage records of this line.", metavar="LINE")] = None,
     as_json: opt.Json = False,
     csv: opt.Csv = None,
 ) -> None:
@@ -55,7 +57,7 @@ def statement(
     correction on the next one.
     """
     if tenant is None and (trace is not None or csv is not None):
-        raise QueryError("--trace and --csv are of one statement.", hint="Name its tenant with --tenant.")
+        raise QueryError("--trace and --csv need a single statement.", hint="Name its tenant with --tenant.")
     period = (month, since, until, zone)
     listing = month is None and since is None and until is None
     if listing and (issue or book is not None or trace is not None or csv is not None):
@@ -108,7 +110,7 @@ def _statement(
     issue: bool,
     book: Path | None,
 ) -> tuple[Statement, IssuedStatement | None]:
-    """The statement, and the same as the ledger holds it if it was issued."""
+    """The statement, and its issued form in the ledger if there is one."""
     import polar_billing
     from polar_billing.statements.books import zone_of
 
@@ -190,13 +192,13 @@ def _trace(store: Ledger, issued: IssuedStatement | None, number: int, as_json: 
 
 def credit_note(
     statement_id: Annotated[str, typer.Argument(help="The statement's id.", metavar="STATEMENT")],
-    amount: Annotated[str, typer.Argument(help="Amount to take off, in the statement's currency.", metavar="AMOUNT")],
+    amount: Annotated[str, typer.Argument(help="Amount to credit, in the statement's currency.", metavar="AMOUNT")],
     tenant: opt.OneTenant,
-    reason: Annotated[str, typer.Option(help="Why, in words.", metavar="TEXT")],
+    reason: Annotated[str, typer.Option(help="Reason, in words.", metavar="TEXT")],
     reference: Annotated[str, typer.Option(help="Your own reference; repeating it has no effect.", metavar="TEXT")],
     ledger: opt.Ledger = None,
 ) -> None:
-    """Take an amount off an issued statement, which itself does not change."""
+    """Credit an amount on an issued statement, which itself does not change."""
     import polar_billing
     from polar_billing.values.money import read_amount
 
@@ -217,7 +219,7 @@ def reprice(
     as_json: opt.Json = False,
     csv: opt.Csv = None,
 ) -> None:
-    """Show what each tenant's usage would come to under another price book, and the difference.
+    """Show what each tenant's usage would cost under another price book, and the difference.
 
     The default period is this month.
     """

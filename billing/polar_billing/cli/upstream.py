@@ -30,16 +30,18 @@ def audit_upstream(
     urls: Annotated[
         list[str],
         typer.Argument(
-            help="Each vLLM that runs programs; POLAR_BACKEND_KEY is the API key.", metavar="URL...", show_default=False
+            help="URL of each vLLM that runs programs; POLAR_BACKEND_KEY is the API key.",
+            metavar="URL...",
+            show_default=False,
         ),
     ],
     ledger: opt.Ledger = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Hold the work that workers of vLLM have executed against what the ledger billed for their answers.
+    """Compare the work that vLLM workers executed with what the ledger billed for their answers.
 
-    Executed is what records need, and what was replayed, rejected, unread, late or not sent. Fails where that does not
-    add up to the token. Counts begin when a vLLM starts; ask while it answers nobody.
+    Executed work must equal what records needed plus what was replayed, rejected, unread, late or not sent, to the
+    token; otherwise the command fails. Counts begin when a vLLM starts; run this while it is idle.
     """
     counts = {url: _counts(url) for url in urls}
     with opt.existing_ledger(ledger) as store:
@@ -71,9 +73,9 @@ def _counts(url: str) -> WorkerCounts:
     except HTTPError as error:
         error.close()
         hint = "Set POLAR_BACKEND_KEY." if error.code in {401, 403} else "Start it with VLLM_PLUGINS=polar."
-        raise QueryError(f"{url} answered with status {error.code} and no counts.", hint=hint) from error
+        raise QueryError(f"{url} answered with status {error.code} instead of counts.", hint=hint) from error
     except (URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         why = getattr(reason, "strerror", None) or reason
-        raise QueryError(f"{url} cannot be asked ({why}).", hint="Check the URL.") from error
+        raise QueryError(f"{url} cannot be reached ({why}).", hint="Check the URL.") from error
     return WorkerCounts.parse(text, url)

@@ -62,13 +62,13 @@ def usage(
 ) -> None:
     """Show who used what: requests, tokens, layer visits, compute units and cost.
 
-    By default it covers every tenant and all time.
+    By default, it covers every tenant and all time.
     """
     selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, model, tag or [])
     if requests and (by or prices or currency or csv):
         raise QueryError(
-            "--by, --prices, --currency and --csv are of groups, and --requests lists single requests.",
-            hint="Leave them out, or --requests.",
+            "--requests lists single requests, and cannot be combined with --by, --prices, --currency or --csv.",
+            hint="Leave out either.",
         )
     with opt.open_ledger(ledger) as store:
         if requests:
@@ -121,25 +121,25 @@ def explain(
     ],
     ledger: opt.Ledger = None,
     tenant: Annotated[
-        str | None, typer.Option(help="Whose, where several have such a request.", metavar="NAME")
+        str | None, typer.Option(help="Its tenant, if several have a request of this id.", metavar="NAME")
     ] = None,
     source: Annotated[str | None, typer.Option(help="Meter that stored the request.", metavar="NAME")] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of the model, if the name in the record does not lead to it.", metavar="NAME"
+            help="Folder or hub id of the model, if it is not found by the name in the record.", metavar="NAME"
         ),
     ] = None,
     router: Annotated[
         Path | None,
-        typer.Option(help="Folder of the router whose bridges and fills the program uses.", metavar="FOLDER"),
+        typer.Option(help="Folder of the router with the program's bridges and fills.", metavar="FOLDER"),
     ] = None,
     records: Annotated[int, typer.Option(min=0, help="Number of usage records of a line to list.")] = 20,
     as_json: opt.Json = False,
 ) -> None:
     """Explain an amount: line → usage records; request → layers → FLOPs as products → price → receipt and chain.
 
-    The FLOPs of a request are taken apart if its model is on this host; nothing is fetched, and no weights are loaded.
+    The FLOPs of a request are itemized if its model is on this host; nothing is fetched, and no weights are loaded.
     """
     with opt.existing_ledger(ledger) as store:
         from polar_billing.reports.explanation import explain_line, explain_request, is_line_id
@@ -154,7 +154,7 @@ def explain(
 
 
 def _costs(model: str | None, router: Path | None) -> Callable[[UsageRecord], CostModel | str]:
-    """Find the sizes of a record's model; a named model that cannot be used is an error, any other a reason."""
+    """Find the sizes of a record's model; if a named model cannot be used, that is an error, else a reason."""
 
     def find(record: UsageRecord) -> CostModel | str:
         try:

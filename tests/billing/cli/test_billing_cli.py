@@ -315,7 +315,7 @@ def test_a_changed_ledger_names_the_first_bad_number(served: Ledger, polar: Call
     change(served, "UPDATE polar_usage SET tokens_output = tokens_output + 1 WHERE request_id = 'b'")
     result = polar("verify")
     assert isinstance(result.exception, LedgerUnsoundError)
-    assert "is not as it was written" in str(result.exception)
+    assert "was changed after it was written" in str(result.exception)
     verified = polar("verify", "--json")
     assert isinstance(verified.exception, LedgerUnsoundError)
     findings = json.loads(verified.output)["findings"]

@@ -65,7 +65,7 @@ def test_price_add_puts_a_book_in_force_once_and_refuses_to_change_the_past(
 ) -> None:
     assert "is in force now" in ok("price", "add", str(plans))
     assert "was in force already" in ok("price", "add", str(plans))
-    assert "The two price books say the same." in ok("price", "diff", str(plans))
+    assert "The two price books are the same." in ok("price", "diff", str(plans))
     plans.write_text(TOML.replace("flat_fee = 19 ", "flat_fee = 29 "), encoding="utf-8")
     shown = ok("price", "diff", str(plans))
     assert "plans.starter.terms[2024-01-01T00:00:00+00:00].flat_fee: 19 → 29   (past: refused)" in shown
