@@ -95,13 +95,13 @@ def api_error(error: BaseException) -> ApiError:
     for kind, status, code, param, headers in _KNOWN:
         if isinstance(error, kind):
             return ApiError(str(error), status=status, code=code, param=param, headers=headers)
-    return ApiError("the server failed; its log says why.", status=500, code="internal_error")
+    return ApiError("the server failed; see its log.", status=500, code="internal_error")
 
 
 def shutting_down() -> ApiError:
     """The server takes no more requests, or ended this one."""
     return ApiError(
-        "the server is shutting down; ask another one, or again in a moment.",
+        "the server is shutting down; try another one, or again in a moment.",
         status=503,
         code="shutting_down",
         headers={"retry-after": "1"},

@@ -46,7 +46,9 @@ class Fills:
         maps: dict[Segment, Fill] = {}
         for each in sets:
             if both := maps.keys() & each.fills.keys():
-                raise ValueError(f"two maps fill layers {min(both)[0]} to {min(both)[1]}; name one folder of them.")
+                raise ValueError(
+                    f"two maps fill layers {min(both)[0]} to {min(both)[1]}; name only one of their folders."
+                )
             maps |= each.fills
         return cls(maps, hash_fills(maps), models.pop())
 

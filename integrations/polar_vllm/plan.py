@@ -69,7 +69,7 @@ def program_of(text: str, depth: int, segments: Set[Segment]) -> Program:
     if tuple(step.first for step in program) != tuple(range(depth)) or not all(step.plain for step in program):
         raise UnsupportedProgramError(
             f"program {text!r} does not visit each of the layers 0 to {depth - 1} once, in order; vLLM runs programs "
-            "that fill layers. Serve one that skips or loops by `polar export`, on a server of its own."
+            "that fill layers. To serve one that skips or loops, use `polar export`, on a server of its own."
         )
     if missing := [segment for segment in program.fills if segment not in segments]:
         known = ", ".join(f"({first}-{last})" for first, last in sorted(segments)) or "none"

@@ -55,7 +55,7 @@ def check_registered() -> None:
     if not vllm.__version__.startswith(VERSION):
         raise ValueError(f"polar_vllm is made for vLLM {VERSION}*, and this is {vllm.__version__}; install that one.")
     if not hasattr(InputProcessor, KEY):
-        raise ValueError(f"VLLM_PLUGINS leaves {KEY!r} out, by which requests are checked and cached; name it there.")
+        raise ValueError(f"VLLM_PLUGINS leaves {KEY!r} out, which checks and caches requests; name it there.")
 
 
 def _tell_ends() -> None:

@@ -84,7 +84,7 @@ class Settings:
         assert self.fills is not None, "or no program had been read"
         if (digest := extra.get(DIGEST_KEY, self.fills.digest)) != self.fills.digest:
             raise ValueError(
-                f"vllm_xargs: {DIGEST_KEY} is {digest!r}, but this server fills by {self.fills.digest[:12]}…; ask for "
+                f"vllm_xargs: {DIGEST_KEY} is {digest!r}, but this server fills by {self.fills.digest[:12]}…; request "
                 "its digests again."
             )
         if program.tail and params.prompt_logprobs is not None:
@@ -103,7 +103,7 @@ class Settings:
             ValueError: It says which option is in the way, or that the maps are another model's.
         """
         if self.fills is None:
-            raise ValueError(f"--worker-cls {WORKER} wants fills: --additional-config {EXAMPLE}.")
+            raise ValueError(f"--worker-cls {WORKER} needs fills: --additional-config {EXAMPLE}.")
         parallel, speculative = config.parallel_config, config.speculative_config
         obstacles = {
             f"architecture {' '.join(config.model_config.architectures)}": not ARCHITECTURES.issuperset(

@@ -81,7 +81,9 @@ class Passes:
         assert settings.fills is not None, "checked"
         layers = runner.model.model.layers
         if any(layer.self_attn.attn.sliding_window is not None for layer in layers):
-            raise ValueError("polar_vllm does not run a model with a sliding window; serve it by another --worker-cls.")
+            raise ValueError(
+                "polar_vllm does not run a model with a sliding window; serve it with another --worker-cls."
+            )
         attention = layers[0].self_attn
         heads, dim = attention.total_num_kv_heads, attention.head_dim
         settings.fills.check(len(layers), attention.hidden_size, heads, dim)

@@ -63,7 +63,7 @@ def heal(
 
     if bool(segments) == bool(fills):
         raise InvalidRequestError(
-            "give --segments for bridges, e.g. 12-15,17-20, or --fills, e.g. 27,24,20: one of the two."
+            "give --segments for bridges, e.g. 12-15,17-20, or --fills, e.g. 27,24,20, but not both."
         )
     kind: MapKind = "bridge" if segments else "fill"
     options: dict[str, Any] = {

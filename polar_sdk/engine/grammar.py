@@ -449,7 +449,7 @@ def _unsupported(reason: str) -> GrammarError:
     reason = _SOURCE.sub("", reason)
     return GrammarError(
         f"this schema, regular expression or grammar is not supported: {' '.join(reason.split())[:400].rstrip('.')}.",
-        hint="Remove or reword that part; what must hold beyond it is to be checked on the answer.",
+        hint="Remove or rewrite that part, and check the answer yourself.",
     )
 
 

@@ -181,7 +181,7 @@ def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except OSError as error:
         raise CacheMemoryError(
-            f"The system refuses {size / 2**20:.0f} MiB for keys and values: {error.strerror}.",
+            f"the system refuses {size / 2**20:.0f} MiB for keys and values: {error.strerror}.",
             hint="Load the model with a smaller kv_memory, in bytes.",
         ) from error
     ask_for_large_pages(memory)

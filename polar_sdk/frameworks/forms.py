@@ -131,7 +131,7 @@ def _read_format(value: Any) -> tuple[Mapping[str, Any] | None, bool]:
     if kind == "json_object":
         schema = value.get("schema") or _ANY_OBJECT
         if not isinstance(schema, Mapping):
-            raise InvalidRequestError(f"response_format['schema']={str(schema)[:80]!r} is no JSON schema; pass one.")
+            raise InvalidRequestError(f"response_format['schema']={str(schema)[:80]!r} is not a JSON schema; pass one.")
         return schema, False
     if kind == "json_schema":
         inner = value.get("json_schema")

@@ -109,7 +109,7 @@ class DraftHeadFile(NamedTuple):
             raise DraftHeadError(
                 f"the draft head was made for model {facts.model} ({facts.fingerprint[:12]}…), but this model is "
                 f"{fingerprint[:12]}….",
-                hint="Make one for it with `polar lab drafts`.",
+                hint="Train one for it with `polar lab drafts`.",
             )
         if self.tensors["scale"].shape[0] != decoder.family.hidden:
             raise DraftHeadError(
@@ -168,8 +168,8 @@ def read_facts(path: Path) -> DraftHeadFacts:
         raise _damaged(path, str(error)) from error
     if isinstance(known, dict) and known.get("format") == _TABLE:
         raise DraftHeadError(
-            f"{str(path)!r} is a draft table of an earlier version, which nothing reads any more.",
-            hint="Train a draft head in its place with `polar lab drafts`, or remove it to use the shipped one.",
+            f"{str(path)!r} is a draft table of an earlier version, which is no longer supported.",
+            hint="Train a draft head instead with `polar lab drafts`, or remove it to use the shipped one.",
         )
     if isinstance(known, dict) and known.get("format") != _FORMAT:
         raise _damaged(path, f"its format is {known.get('format')!r}, not {_FORMAT!r}")

@@ -76,7 +76,7 @@ class _Header:
     def skip(self, length: int) -> None:
         """Pass so many bytes, which must be there."""
         if self.at + length > len(self.data):
-            raise struct.error("a value ends after the header")
+            raise struct.error("a value extends beyond the header")
         self.at += length
 
     def skip_texts(self, count: int) -> None:
@@ -168,7 +168,7 @@ class GgufFile:
 
     def _read(self, header: _Header) -> Iterator[Entry]:
         if header.data[:4] != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not start with GGUF")
         header.at = 4
         version = header.number("I")
         if version not in _VERSIONS:
@@ -181,7 +181,7 @@ class GgufFile:
         with_weights = len({name.split(".")[1] for name, *_ in described if name.startswith("blk.")})
         layers = self.value(f"{self.value('general.architecture')}.block_count")
         if isinstance(layers, int) and layers > with_weights:  # before a network of so many is built
-            raise ValueError(f"it counts {layers} layers, and its weights are those of {with_weights}")
+            raise ValueError(f"it states {layers} layers, but its weights are those of {with_weights}")
         alignment = int(self.value("general.alignment") or 32)
         begin = -(-header.at // alignment) * alignment
         for name, kind, shape, offset in described:
@@ -205,7 +205,7 @@ class GgufFile:
             raise ValueError(f"tensor {name!r} of type {known.name} has shape {shape}")
         size *= prod(shape) // block
         if start + size > self._stamp[0]:
-            raise ValueError(f"tensor {name!r} ends after the file, which has {self._stamp[0]} bytes")
+            raise ValueError(f"tensor {name!r} extends beyond the file, which has {self._stamp[0]} bytes")
         return Entry(name, known.name, shape, start, size)
 
     def value(self, name: str) -> Any:

@@ -77,7 +77,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]
         raise DeviceError(f"precision {name!r} is unknown; choose from: auto, {', '.join(PRECISIONS)}, {AS_FILE}.")
     if precision == AS_FILE and not runs_blocks(device):
         raise DeviceError(
-            f"precision {AS_FILE!r} is not available on {str(device)!r} here; it runs by the native library on a CPU.",
+            f"precision {AS_FILE!r} is not available on {str(device)!r} here; it needs the native library on a CPU.",
             hint="Choose bf16, int8 or int4, or see `polar models kernels`.",
         )
     if precision == "int4" and device.type != "cpu":
@@ -279,7 +279,7 @@ def _balanced(network: PreTrainedModel, family: Family, precision: str, dtype: t
         sizes = ", ".join(f"{size / 2**30:.1f} GiB on {where}" for where, size in free.items())
         needed = _size(network.parameters(), precision, dtype) / 2**30
         raise DeviceError(
-            f"the model needs {needed:.1f} GiB in {precision}; free are {sizes}.",
+            f"the model needs {needed:.1f} GiB in {precision}; {sizes} are free.",
             hint="Choose a lower precision, such as int8, or a smaller model.",
         )
     return {name: _device(name, device) for name, device in devices.items()}

@@ -241,7 +241,7 @@ def check_folder(folder: Path, hint: str = "Copy or fetch the model again.") -> 
     stored = _check_headers(weights, hint)
     if layers > stored:
         raise ModelDamagedError(
-            f"{str(folder / 'config.json')!r} is wrong: it has {layers} layers, and the weights are those of {stored}.",
+            f"{str(folder / 'config.json')!r} is wrong: it has {layers} layers, but the weights are those of {stored}.",
             hint=hint,
         )
     return tuple(weights)

@@ -40,7 +40,8 @@ class Topic(_Frozen):
     def _has_examples(self) -> Self:
         if len(self.examples) < FEWEST_EXAMPLES:
             raise ValueError(
-                f"a topic is known by its examples, and there are {len(self.examples)}; give at least {FEWEST_EXAMPLES}"
+                f"a topic is recognised by its examples, but there are only {len(self.examples)}; give at "
+                f"least {FEWEST_EXAMPLES}"
             )
         return self
 
@@ -68,7 +69,9 @@ class Floor(_Frozen):
         if self.floor not in TIERS:
             raise ValueError(f"floor {self.name!r} names the tier {self.floor!r}; use one of {', '.join(TIERS)}")
         if not any(getattr(self, condition) for condition in _CONDITIONS):
-            raise ValueError(f"floor {self.name!r} is for no request; name {', '.join(_CONDITIONS[:-1])} or a topic")
+            raise ValueError(
+                f"floor {self.name!r} applies to no request; name {', '.join(_CONDITIONS[:-1])} or a topic"
+            )
         return self
 
     def allows(self, tier: str) -> bool:

@@ -172,10 +172,10 @@ class Auditor:
                 before, self.usualness = self.unusual, self._novelty.observe(request.likeness)
                 if self.unusual and not before:
                     _log.warning(
-                        "prompts are unlike those that the router was calibrated on: its promises are not for them"
+                        "prompts are unlike those that the router was calibrated on, so its promises do not cover them"
                     )
                 elif before and not self.unusual:
-                    _log.warning("prompts are as in calibration again")
+                    _log.warning("prompts resemble those of the calibration again")
         promises, fallen = request.promises, FALLBACK_TAG in request.tags
         if not (promises or fallen) or job.finish not in ("stop", "length") or request.tenant == self.tenant:
             return
@@ -328,7 +328,7 @@ class Auditor:
             try:
                 self._sink.audited(audit)
             except SinkError as error:
-                _log.warning("an audit is not stored yet (%s)", error)
+                _log.warning("an audit is not yet stored (%s)", error)
                 self._ending.wait(_AGAIN_SECONDS)
             else:
                 return

@@ -221,7 +221,7 @@ def _refuse_unfollowed(part: Any, place: str = "") -> None:
         elif key in _UNFOLLOWED and value is not False:
             where = f"field {place!r}" if place else "the schema"
             raise GrammarError(
-                f"{where} has {key}, which no grammar can enforce; remove it, and check the answer.",
+                f"{where} has {key}, which no grammar can enforce; remove it, and check the answer yourself.",
             )
         elif key not in _VALUES:
             _refuse_unfollowed(value, place)

@@ -164,14 +164,14 @@ class PromptEncoder:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
             raise InvalidRequestError(f"tools={shown(tools)} is not a list of tools; pass one.")
         if not all(isinstance(tool, Mapping) for tool in tools):
-            raise InvalidRequestError("tools= has something that is not a mapping; pass tools in OpenAI's form.")
+            raise InvalidRequestError("tools= contains an entry that is not a mapping; pass tools in OpenAI's form.")
         if self.calls is None:
-            raise InvalidRequestError("this model's chat template shows no tools; describe them in a message.")
+            raise InvalidRequestError("this model's chat template does not support tools; describe them in a message.")
         return list(tools)
 
     def _chat(self, messages: Any, template: Template, tools: list[Any] | None) -> list[int]:
         if isinstance(messages, str) or not isinstance(messages, Sequence):
-            raise InvalidRequestError("tools= go with messages; pass a list of them.")
+            raise InvalidRequestError("tools= needs a list of messages as the prompt; pass one.")
         if template == "raw":
             raise InvalidRequestError("template 'raw' takes a text, not messages; render them first.")
         for index, message in enumerate(messages):

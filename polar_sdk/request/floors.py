@@ -137,7 +137,7 @@ def _gate(floor: Floor, encoder: PromptEncoder, texts: Texts) -> TopicGate:
     gate = TopicGate.of(texts, about, unlike)
     if gate.found < _LEAST_FOUND:
         raise PolicyError(
-            f"the topic of floor {floor.name!r} is not told from other prompts: of its {len(about)} examples, only "
-            f"{gate.found:.0%} are recognised by the others; give more of them, and more alike."
+            f"the topic of floor {floor.name!r} cannot be distinguished from other prompts: of its {len(about)} "
+            f"examples, only {gate.found:.0%} are recognised by the others; give more of them, and more similar ones."
         )
     return gate

@@ -219,7 +219,9 @@ class RequestMaker:
         if not isinstance(ignores, bool):
             raise InvalidRequestError(f"ignore_eos={shown(ignores)} is neither True nor False.")
         if ignores and any(options.get(name) is not None for name in CONSTRAINTS):
-            raise InvalidRequestError("ignore_eos=True goes with no schema, regex, choice or grammar; leave it out.")
+            raise InvalidRequestError(
+                "ignore_eos=True cannot be combined with schema, regex, choice or grammar; leave it out."
+            )
         return Steering(
             bias=check_biases(options.get("logit_bias"), self.encoder.vocabulary),
             presence=check_number("presence_penalty", options.get("presence_penalty", 0.0), -2, 2),

@@ -218,7 +218,7 @@ def override(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
     if not isinstance(own, Mapping):
         raise InvalidRequestError(f"each= contains {own!r}; pass one mapping of options per prompt.")
     for name in sorted(_BATCH_OPTIONS & set(own)):
-        raise InvalidRequestError(f"{name} ends the whole batch, so each= cannot contain it; pass it beside each=.")
+        raise InvalidRequestError(f"{name} ends the whole batch, so each= cannot contain it; pass it outside of each=.")
     merged: RequestOptions = {**shared, **own}
     shared_tags, own_tags = shared.get("tags"), own.get("tags")
     if shared_tags is not None and own_tags is not None:

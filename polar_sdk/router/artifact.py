@@ -143,7 +143,7 @@ def _read_json(source: Path) -> _File:
     if not path.is_file():
         raise RouterError(
             f"there is no router in folder {str(source)!r} ({_JSON} is missing).",
-            hint="Train one with `polar lab train --out FOLDER`, or pass the folder of one.",
+            hint="Train one with `polar lab train --out FOLDER`, or pass the folder of a router.",
         )
     return read_document(path, _File, lambda reason: _damaged(source, _JSON, reason))
 

@@ -130,7 +130,7 @@ def wilson(k: int, n: int) -> Interval:
         ValueError: n is 0.
     """
     if n < 1:
-        raise ValueError("a share of nothing has no interval; n must be at least 1.")
+        raise ValueError("n is 0; an interval needs n of at least 1.")
     share, z2 = k / n, _Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * sqrt(share * (1 - share) / n + z2 / (4 * n * n))

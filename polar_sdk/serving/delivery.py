@@ -110,6 +110,6 @@ class Delivery:
 def asked_by_engine() -> InvalidRequestError:
     """The error of a hook that waits for the model which waits for the hook."""
     return InvalidRequestError(
-        "a logits_hook asked the model that was running it, which would have waited for itself.",
-        hint="Ask before the request starts or after it ends, or ask another model.",
+        "a logits_hook called the model that was running it, which would wait for itself forever.",
+        hint="Call it before the request starts or after it ends, or call another model.",
     )

@@ -66,7 +66,7 @@ class Accounts:
             rows = usage_rows(self.ledger, Selection(tenant, period), by=by, currency=currency)
         except CurrencyMixError as error:  # its hint is for the command line
             raise QueryError(
-                "this usage was charged in several currencies, which cannot be added; name one."
+                "this usage was charged in several currencies, which cannot be added; choose one."
             ) from error
         if len(rows) > MAX_ROWS:
             raise QueryError(

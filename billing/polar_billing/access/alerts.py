@@ -96,7 +96,7 @@ class Webhook(NamedTuple):
         if not (named and (parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host)))):
             raise AccessError(
                 f"webhook {shown(url)} is neither https nor http on this machine.",
-                hint="Use https://HOST/PATH without user, password and fragment; http goes to 127.0.0.1 alone.",
+                hint="Use https://HOST/PATH without user, password and fragment; http is allowed only to 127.0.0.1.",
             )
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
@@ -231,7 +231,7 @@ class Alerts:
                 notice.attempts += 1
                 notice.due_s = time.monotonic() + min(2**notice.attempts, _LONGEST_WAIT_S)
                 if problem is not None:
-                    _log.warning("the webhook did not take a notice about prompts: %s", problem)
+                    _log.warning("the webhook did not accept a notice about prompts: %s", problem)
                 if problem is None or notice.attempts >= _ATTEMPTS:
                     self._notices.remove(notice)
         return taken
@@ -255,7 +255,7 @@ class Alerts:
 
     def _note(self, seq: int, problem: str | None) -> None:
         if problem is not None:
-            _log.warning("the webhook did not take alert %d: %s", seq, problem)
+            _log.warning("the webhook did not accept alert %d: %s", seq, problem)
         alert = alert_table.c
         with self._ledger.transaction(after_usage=False) as connection:
             of_change = alert.standing_seq == seq

@@ -88,7 +88,7 @@ class ApiKey:
             raise AccessError(f"scope {unknown[0]!r} is unknown; use {', '.join(SCOPES)}.")
         for listed in (*self.models, *self.tiers):
             if not _NAME.fullmatch(listed):
-                raise AccessError(f"{listed[:40]!r} names no model or tier; a name has no blanks.")
+                raise AccessError(f"{listed[:40]!r} is not a valid name of a model or tier; a name has no blanks.")
         for limit in _LIMITS:
             value = getattr(self, limit)
             if value is not None and not 1 <= value < 2**31:

@@ -168,7 +168,7 @@ class Replies:
             with self._writing, self.ledger.transaction() as connection:
                 connection.execute(delete(reply_table).where(*_of(claim)))
         except BillingError as error:
-            _log.warning("a claim could not be given up now (%s); it expires within %s", error, self.lifetime)
+            _log.warning("a claim could not be released now (%s); it expires within %s", error, self.lifetime)
 
     def renew(self) -> None:
         """Renew the claims of this process now, and keep the answers that wait; a thread does so as long as needed."""

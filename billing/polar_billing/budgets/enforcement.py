@@ -300,7 +300,7 @@ class Budgets:
             self._leases.lose(lease, error)
             return
         if isinstance(granted, Refusal):
-            self._leases.lose(lease, granted.error("its hold expired, and what it held was given away: "))
+            self._leases.lose(lease, granted.error("its hold expired, and its reservation was given to others: "))
         elif granted.seq is None:
             self._leases.discard(lease)
         else:

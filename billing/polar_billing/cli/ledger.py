@@ -76,7 +76,9 @@ def verify(
     if not verified.sound:
         more = len(verified.findings) - 1
         also = f" {more} more: --json lists them." if more else ""
-        raise LedgerUnsoundError(f"ledger {store.location!r} was changed after it was written. {verified.findings[0]}{also}")
+        raise LedgerUnsoundError(
+            f"ledger {store.location!r} was changed after it was written. {verified.findings[0]}{also}"
+        )
 
 
 def _read_receipt(path: Path) -> dict[str, object]:

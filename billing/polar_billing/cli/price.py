@@ -68,7 +68,7 @@ def add(
             whom = f"the {named:,} tenant(s) it names" if named else "nobody, as it names no tenant"
             print_line(f"It charges {whom}; {others.id} charges all others; --for-all changes that.")
         if file_named := os.environ.get(PRICE_BOOK_VARIABLE):
-            print_line(f"Meters here charge by {file_named} all the same, as {PRICE_BOOK_VARIABLE} says.")
+            print_line(f"Meters here still charge by {file_named}, because {PRICE_BOOK_VARIABLE} is set.")
 
 
 def show_book(

@@ -62,7 +62,7 @@ def statement(
     listing = month is None and since is None and until is None
     if listing and (issue or book is not None or trace is not None or csv is not None):
         raise QueryError(
-            "--issue, --book, --trace and --csv are of a period, and none is named.", hint="Add --month YYYY-MM."
+            "--issue, --book, --trace and --csv need a period, and none is given.", hint="Add --month YYYY-MM."
         )
     opt.period_of(month, since, until, zone or "UTC")  # refuses what no tenant's calendar has
     with opt.open_ledger(ledger) as store:

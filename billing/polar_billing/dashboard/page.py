@@ -107,7 +107,7 @@ class Dashboard:
             with self._checking, self.ledger.snapshot() as connection:
                 found = receipt_of(connection, ALL_TENANTS, seq)
         if found is None:
-            return self._error(404, "There is no such request", "The ledger has none of this number.", "../")
+            return self._error(404, "There is no such request", "The ledger has no request with this number.", "../")
         return Answer(200, _HTML, self._templates.receipt(found, self.zone).encode())
 
     def _error(self, status: int, title: str, message: str, base: str) -> Answer:

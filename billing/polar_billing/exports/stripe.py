@@ -212,8 +212,8 @@ def read_customers(path: Path | None) -> dict[str, str]:
     for tenant, customer in customers.items():
         if not isinstance(customer, str) or not _CUSTOMER.fullmatch(customer):
             raise QueryError(
-                f"file {str(path)!r} of --customers: {reading.shown(tenant)} = {reading.shown(str(customer))} is no "
-                "Stripe customer.",
+                f"file {str(path)!r} of --customers: {reading.shown(tenant)} = {reading.shown(str(customer))} is not "
+                "a Stripe customer.",
                 hint='Write it like acme = "cus_NciAYcXfLnqBoz".',
             )
     return customers

@@ -364,7 +364,7 @@ class Ledger:
         """Raise if there is nothing yet, for callers that would otherwise prove an empty ledger sound."""
         if not self._has_tables():
             raise StoreNotFoundError(
-                f"ledger {self.location!r} holds nothing yet.", hint="Name another one with --ledger or POLAR_LEDGER."
+                f"ledger {self.location!r} is empty.", hint="Name another one with --ledger or POLAR_LEDGER."
             )
 
     def _has_tables(self) -> bool:

@@ -135,7 +135,7 @@ def resolve(ledger: str | None = None) -> URL:
         return URL.create("sqlite+pysqlite", database=str(default_file()))
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise LedgerUrlError(
-            f"ledger {text[:60]!r} is not a path or URL in UTF-8.", hint="Name it with characters that UTF-8 has."
+            f"ledger {text[:60]!r} is not a path or URL in UTF-8.", hint="Use a name that is valid UTF-8."
         )
     if "://" not in text:
         return URL.create("sqlite+pysqlite", database=str(_true_path(Path(text))))
@@ -205,7 +205,7 @@ def translate(error: BaseException | None, url: URL) -> StoreError:
     else:
         known = None
     if known is None:
-        return StoreError(f"ledger {name} failed ({_first_line(error)}).", hint="Nothing was stored in part.")
+        return StoreError(f"ledger {name} failed ({_first_line(error)}).", hint="Nothing was stored partially.")
     kind, what, hint = known
     return kind(f"ledger {name} {what}", hint=hint)
 

@@ -174,7 +174,7 @@ def read_energy_log(path: Path) -> list[Interval]:
         if later.since < earlier.until:
             raise QueryError(
                 f"energy log {str(path)!r} has two intervals over {later.since.isoformat()}.",
-                hint="Keep the logs of machines, and of recordings at the same time, in files of their own.",
+                hint="Use a separate file for each machine, and for each of several recordings at the same time.",
             )
     return intervals
 

@@ -232,7 +232,7 @@ class Meter(UsageSink):
             except StoreError:
                 raise
             except OSError as error:
-                raise StoreError(f"what a request has used cannot be noted in the spool ({error.strerror}).") from error
+                raise StoreError(f"the usage of a request cannot be marked in the spool ({error.strerror}).") from error
 
     def receipt(self, record: UsageRecord) -> dict[str, Any]:
         """The receipt that `emit` would give a record now; nothing is stored.

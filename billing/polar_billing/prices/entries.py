@@ -114,7 +114,7 @@ class PriceEntry(Checked):
         if self.effective_until is not None and self.effective_until <= self.effective_from:
             raise ValueError(f"effective_until ({self.effective_until}) is not after {self.effective_from}")
         if not any(price is not None for price in self.components.values()):
-            raise ValueError(f"prices nothing; give at least one of {', '.join(self.components)}")
+            raise ValueError(f"has no price; give at least one of {', '.join(self.components)}")
         if not self.tiers and self.untiered is None:
             raise ValueError("names no tier; give at least one under `tiers`")
         return self

@@ -82,7 +82,7 @@ def quote(
     """
     for name, count in (("flops_bound", flops_bound), ("tokens_input", tokens_input), ("tokens_output", tokens_output)):
         if count < 0:
-            raise AmountError(f"{name} ({count}) is negative.", hint="Give the maximum the request can use.")
+            raise AmountError(f"{name} ({count}) is negative.", hint="Give the maximum that the request can use.")
     counts = Counts(1, flops_bound, tokens_input, tokens_output)
     changes = [] if until is None else [moment for moment in book.changes_of(tenant) if at < moment <= until]
     highest, most = Rating(book.currency), -1

@@ -81,7 +81,7 @@ def find_request(
         by = "" if source is None else f" from source {source!r}"
         raise QueryError(
             f"no request {shown(request_id)}{of}{by} is in the ledger.",
-            hint="`polar usage --requests` lists requests, and lines are named like st-…/1.",
+            hint="`polar usage --requests` lists requests, and statement lines are named like st-…/1.",
         )
     if len(found) > 1:
         tenants, sources = (sorted(names) for names in map(set, zip(*found, strict=True)))
@@ -184,7 +184,7 @@ def _name(receipt: Mapping[str, Any], field: str) -> str:
     value = receipt.get(field)
     if not isinstance(value, str) or not can_be_stored(value):
         raise QueryError(
-            f"{field} of the receipt is {_shown(value)}, which names nothing.",
+            f"{field} of the receipt is {_shown(value)}, which matches nothing.",
             hint="Use the output of `polar receipt`.",
         )
     return value

@@ -135,7 +135,9 @@ def saved_by(
         QueryError: No tag can have that name.
     """
     if flaw_of_name(tag) or not tag or set(tag) & set('"\\'):
-        raise QueryError(f"{shown(tag)} is not the name of a tag.", hint="Name the tag that says the kind, like kind.")
+        raise QueryError(
+            f"{shown(tag)} is not the name of a tag.", hint="Name the tag that holds the kind, such as kind."
+        )
     usage, kind = usage_table.c, tag_of(connection, tag)
     length = case(*((usage.tokens_input <= most, most) for most in _LENGTHS))
     sums = (*split_sum(usage.flops_total), *split_sum(usage.identity_flops))

@@ -131,7 +131,7 @@ def read_energy(
         QueryError: A number is out of range, a figure lacks its source, or there is nothing to use it on.
     """
     if flops_per_joule is not None and log is not None:
-        raise QueryError("--flops-per-joule and --energy-log were both given.", hint="Give one: model, or measure.")
+        raise QueryError("--flops-per-joule and --energy-log were both given.", hint="Give only one of them.")
     _together("--flops-per-joule", flops_per_joule, "--energy-source", source)
     _together("--grid-intensity", grid, "--grid-source", grid_source)
     if flops_per_joule is None and log is None:
@@ -156,7 +156,7 @@ def read_energy(
 def _together(option: str, value: str | None, source_option: str, source: str | None) -> None:
     if (value is None) != (source is None or not source.strip()):
         raise QueryError(
-            f"{option} and {source_option} belong together: a figure of energy says where it comes from.",
+            f"{option} and {source_option} belong together: every figure needs its source.",
             hint=f'Give both, e.g. {source_option} "measured on this machine, 2026-11".',
         )
 
@@ -177,7 +177,7 @@ def energy_report(basis: EnergyBasis, summary: Summary, period: Period) -> Energ
     else:
         total, covered = _measured(basis.intervals, period.since, period.until)
         if not covered:
-            raise QueryError(f"{basis.source} has nothing of {period.label}.", hint="Name a log of that time.")
+            raise QueryError(f"{basis.source} has nothing of {period.label}.", hint="Name a log of that period.")
         seconds = quotient(covered // timedelta(microseconds=1), 10**3, 3)
     carbon = basis.carbon_ug(total)
 

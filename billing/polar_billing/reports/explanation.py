@@ -272,7 +272,7 @@ def _issued_line(connection: Connection, name: str, tenant: str | None) -> tuple
     if issued is None:
         raise QueryError(
             f"no statement {shown(statement_id)} is issued{'' if tenant is None else f' to tenant {tenant!r}'}.",
-            hint="A draft has no lines yet that stay; `polar statement --tenant NAME` lists issued ones.",
+            hint="A draft's lines can still change; `polar statement --tenant NAME` lists issued ones.",
         )
     lines = issued.statement.lines
     number = int(match[2]) if match else 0

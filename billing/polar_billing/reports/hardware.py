@@ -149,7 +149,8 @@ def hardware_report(hardware: Hardware, busy: BusyTime, summary: Summary) -> Har
         device_ns = busy.ns
         if not device_ns or not tokens:
             raise QueryError(
-                "this usage has no recorded times to take a throughput from.", hint="State it: --tokens-per-second 40."
+                "this usage has no recorded times to compute a throughput from.",
+                hint="State it: --tokens-per-second 40.",
             )
     price = to_scaled(hardware.per_device_hour, STORED_SCALE)
 

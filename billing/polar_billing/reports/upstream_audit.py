@@ -67,13 +67,13 @@ class WorkerCounts(BaseModel):
         for name, worker, kind, value in _SAMPLE.findall(text):
             key = "running" if name == "requests_running" else kind
             if found.setdefault("worker", worker) != worker or key in found:
-                raise QueryError(f"{where} has counts of several workers.", hint="Name each of them by its own URL.")
+                raise QueryError(f"{where} has counts of several workers.", hint="Give each worker's own URL.")
             found[key] = int(value)
         wanted = {name: found[name] for name in cls.model_fields if name in found}
         if missing := cls.model_fields.keys() - wanted.keys():
             raise QueryError(
                 f"{where} has no count of {sorted(missing)[0]!r}, so it is not a vLLM that runs programs.",
-                hint="Start it with polar_vllm, as docs/serving.md says.",
+                hint="Start it with polar_vllm, as described in docs/serving.md.",
             )
         return cls.model_validate(wanted)
 

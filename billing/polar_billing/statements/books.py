@@ -51,7 +51,7 @@ def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange
         raise UnknownTenantError(f"tenant {tenant!r} has no usage in the ledger and no plan.", hint="Check the name.")
     if len(ids) > 1:
         raise PriceBookError(
-            f"price books {' and '.join(map(repr, ids))} have charged tenant {tenant!r} or have it on a plan.",
+            f"price books {' and '.join(map(repr, ids))} have charged tenant {tenant!r} or list it as a customer.",
             hint="Name the one to charge everything by with --book FILE.",
         )
     book = in_force[ids[0]]

@@ -77,7 +77,7 @@ def issue_statement(
     moment = now or datetime.now(UTC)
     if (until := bounds(period)[1]) > moment:
         raise PeriodError(
-            f"period {period.label} ends at {until.isoformat()}, which is still to come.",
+            f"period {period.label} ends at {until.isoformat()}, which is in the future.",
             hint="Issue it once the period is over; until then make a draft.",
         )
     while True:
@@ -219,11 +219,11 @@ def credit_notes(ledger: Ledger, issued: IssuedStatement) -> list[CreditNote]:
 def _check_amount(amount: Decimal, issued: IssuedStatement, earlier: list[CreditNote]) -> None:
     statement = issued.statement
     if to_scaled(amount, statement.decimals) <= 0:
-        raise AmountError(f"a credit note of {amount} takes nothing off.", hint="Give a positive amount.")
+        raise AmountError(f"a credit note of {amount} credits nothing.", hint="Give a positive amount.")
     taken = exact_sum((amount, *(note.amount for note in earlier)), statement.decimals)
     if taken > statement.total:
         raise AmountError(
-            f"credit notes of {taken} {statement.currency} exceed statement {statement.id!r}, which came to "
+            f"credit notes of {taken} {statement.currency} exceed statement {statement.id!r}, whose total is "
             f"{statement.total}.",
             hint="Give at most what is left of it.",
         )

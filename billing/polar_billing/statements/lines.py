@@ -131,7 +131,7 @@ def bounds(period: Period) -> tuple[datetime, datetime]:
     """
     if period.since is None or period.until is None:
         raise PeriodError(
-            f"a statement cannot be over {period.label}: its period needs both ends.",
+            f"a statement cannot cover {period.label}: its period needs a start and an end.",
             hint="Give a month, or --since and --until.",
         )
     return period.since, period.until

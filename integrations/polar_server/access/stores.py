@@ -205,7 +205,7 @@ def find_access(url: str | None) -> Access:
     if stores is not None:
         return Access(*stores)
     raise MissingExtraError(
-        "API keys need a store, and none is installed.",
+        "API keys need a ledger, and none is installed.",
         hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
     )
 

@@ -126,7 +126,7 @@ class Launch:
                 ) from None
         if "" in shares and len(shares) > 1:
             raise InvalidRequestError(
-                "--audit-share names one share of all tiers and others; name one, or one by tier."
+                "--audit-share gives a share for all tiers and others by tier; give one for all, or one per tier."
             )
         return shares.get("", shares or None)
 
@@ -141,7 +141,7 @@ class Launch:
             raise InvalidRequestError("--alert-url and --alert-secret go together; add the other one.")
         if self.no_ledger:
             if self.alert_url is not None:
-                raise InvalidRequestError("promises are watched in the ledger; leave out --no-ledger, or --alert-url.")
+                raise InvalidRequestError("alerts need a ledger; leave out --no-ledger, or --alert-url.")
             if rule == "always":
                 raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
             return {"require_keys": rule}

@@ -100,7 +100,7 @@ class Embeddings:
         embedder = server.settings.embeddings
         if embedder is None:
             raise ApiError(
-                "this server embeds no texts; start it with --embeddings FOLDER, which needs the extra "
+                "this server has no embedding model; start it with --embeddings FOLDER, which needs the extra "
                 '`pip install "polar-llm[embeddings]"`.',
                 status=404,
                 code="not_found",

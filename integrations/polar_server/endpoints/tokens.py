@@ -92,7 +92,7 @@ class Tokenize:
         engine = self._server.engine
         window = engine.context_window
         if (least := engine.more_tokens_than(prompt, window)) is not None:
-            raise ContextWindowError(f"there are at least {least:,} tokens; at most {window:,} can be asked for.")
+            raise ContextWindowError(f"there are at least {least:,} tokens; at most {window:,} are allowed.")
         if not isinstance(prompt, str):
             ids = engine.prompt_tokens(prompt, tools=tools)
         elif body.add_special_tokens:

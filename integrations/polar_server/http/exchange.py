@@ -133,13 +133,15 @@ async def _content(exchange: Exchange, receive: Receive, max_bytes: int) -> byte
         why = "a body is read with the header content-type: application/json only; send it."
         raise ApiError(why, status=415, code="unsupported_media_type")
     if exchange.headers.get("content-encoding", "identity") != "identity":
-        raise ApiError("compressed bodies are not read; send it as it is.", status=415, code="unsupported_encoding")
+        raise ApiError(
+            "compressed bodies are not supported; send the body uncompressed.", status=415, code="unsupported_encoding"
+        )
     declared = exchange.headers.get("content-length", "")
     if declared and "transfer-encoding" in exchange.headers:  # a proxy may have read the other of the two
         why = "Content-Length and Transfer-Encoding contradict each other; send one of them."
         raise ApiError(why, code="invalid_length", headers={"connection": "close"})
     too_large = ApiError(
-        f"the body is larger than the {max_bytes:,} bytes that are read; send less.",
+        f"the body is larger than the {max_bytes:,} bytes that are accepted; send less.",
         status=413,
         code="request_too_large",
     )

@@ -151,9 +151,9 @@ async def unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = request.url.path[:200], request.method[:20]
     if error.status_code == 404:
-        found = ApiError(f"there is no {path!r}; GET /openapi.json lists what there is.", status=404, code="not_found")
+        found = ApiError(f"there is no {path!r}; GET /openapi.json lists all paths.", status=404, code="not_found")
     elif error.status_code == 405:
-        found = ApiError(f"{path!r} does not take {method}.", status=405, code="method_not_allowed")
+        found = ApiError(f"{path!r} does not accept {method}.", status=405, code="method_not_allowed")
     else:
         found = ApiError(str(error.detail), status=error.status_code)
     return JSONResponse(found.body, found.status, error.headers)

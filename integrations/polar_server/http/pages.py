@@ -146,7 +146,7 @@ class _Pages:
         exchange = Exchange.of(scope)
         if exchange.key is None and LOCAL_HOST.fullmatch(exchange.headers.get("host", "")) is None:
             raise ApiError(
-                "without a key this page answers to 127.0.0.1 and localhost alone; create one with the scope "
+                "without a key, this page is only at 127.0.0.1 and localhost; create one with the scope "
                 "dashboard to reach it by another name.",
                 status=403,
                 code="host_not_allowed",

@@ -71,8 +71,8 @@ class Telemetry:
         trace, _ = _opentelemetry()
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             raise InvalidRequestError(
-                "--otel: no OpenTelemetry SDK is configured, so that spans and metrics would go nowhere. Start the "
-                "server by `opentelemetry-instrument polar serve --otel`, with OTEL_EXPORTER_OTLP_ENDPOINT set."
+                "--otel: no OpenTelemetry SDK is configured, so spans and metrics would be lost. Start the "
+                "server with `opentelemetry-instrument polar serve --otel`, with OTEL_EXPORTER_OTLP_ENDPOINT set."
             )
         return cls()
 

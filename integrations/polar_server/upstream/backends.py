@@ -67,10 +67,10 @@ class Place:
         there = self.client.digests(self.base)
         for name, own in wanted.items():
             if (other := there.get(name)) != own:
-                what = f"runs {name} {str(other)[:12]}…" if other else "says nothing of programs"
+                what = f"runs {name} {str(other)[:12]}…" if other else "runs no programs"
                 raise UpstreamError(
-                    f"{self.base} {what}, not {name} {own[:12]}… as this server; start it with the same files, as "
-                    "docs/serving.md says."
+                    f"{self.base} {what}, not {name} {own[:12]}… like this server; start it with the same files, as "
+                    "described in docs/serving.md."
                 )
         return str(there.get("worker"))
 

@@ -65,8 +65,8 @@ class Tiers:
         sends = {url != each for url, each in zip(urls, bare, strict=True)}
         if len(sends) > 1:
             raise InvalidRequestError(
-                f"--backend {tier}=…: some URLs stand after {PROGRAMS!r} and some do not; a tier has upstreams of one "
-                "kind."
+                f"--backend {tier}=…: some URLs start with {PROGRAMS!r} and some do not; a tier's upstreams must "
+                "be of one kind."
             )
         program, digests = None, None
         if True in sends:

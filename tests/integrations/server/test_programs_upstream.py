@@ -151,7 +151,7 @@ def test_it_does_not_start_before_a_server_with_other_files(
     serve: Callable[..., Served], filling: PolarModel, upstream: Upstream, sink: RecordingSink, other: dict[str, str]
 ) -> None:
     own = upstream.digests
-    for digests, part in (({**own, **other}, next(iter(other.values()))[:12]), ({}, "nothing of programs")):
+    for digests, part in (({**own, **other}, next(iter(other.values()))[:12]), ({}, "runs no programs")):
         upstream.digests = digests
         with pytest.raises(UpstreamError, match=part) as raised:
             served(serve, filling, sink, economy=f"programs+{upstream.url}")

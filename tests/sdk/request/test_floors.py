@@ -255,7 +255,7 @@ def test_a_rule_that_cannot_be_is_one_clear_line(
 def test_rules_that_do_not_go_together() -> None:
     with pytest.raises(PolicyError, match="two floors"):
         floored({"name": "a", "floor": "exact", "tools": True}, {"name": "a", "floor": "exact", "tenants": ["x"]})
-    with pytest.raises(PolicyError, match="not told from other prompts"):
+    with pytest.raises(PolicyError, match="cannot be distinguished from other prompts"):
         floored({"floor": "exact", "topic": {"examples": ordinary_prompts()[:600:100]}})
 
 
