@@ -1,7 +1,7 @@
 """`PolarModel`: the local LLM class. Routes a prompt, runs its program, records what was executed.
 
-A thin object over shared weights: it adds a policy, a router, a sink and defaults, in all of which two objects over the
-same weights may differ. Knows no framework and no money.
+A thin object over shared weights: it adds a policy, a router, a sink and defaults, which may differ between objects
+over the same weights. Knows no framework and no money.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 _QUEUED: Final = 128
-"""Greedy answers that wait for the engine at once."""
+"""Number of greedy answers that are queued at once."""
 
 
 class PolarModel:
@@ -64,9 +64,9 @@ class PolarModel:
     Safe to use from several threads: requests share the weights and nothing else.
 
     Attributes:
-        policy: Bounds of programs, and the programs of the tiers.
-        router: Chooses programs for requests that name none; a learned one serves the tiers too. None = the policy's
-            tiers.
+        policy: Limits of programs, and the programs of the tiers.
+        router: Chooses programs for requests that name none; a learned router also serves the tiers. None = the
+            policy's tiers.
         sink: Where usage records go.
     """
 
@@ -113,14 +113,14 @@ class PolarModel:
         floors = FloorRules.made(self.policy.floors, self.tiers, self._encoder, loaded.decoder)
         self._maker = replace(self._maker, router=self.router, floors=floors)
         self.auditor = self._begin_audits(audit_share, audits or Audits())
-        """Audits answers of certified tiers; None where none are audited."""
+        """Audits answers of certified tiers; None if none are audited."""
 
     @classmethod
     def from_pretrained(cls, model: str | Path | None = None, **options: Unpack[ModelOptions]) -> Self:
         """Load a model; weights already in this process are shared, not loaded again.
 
         Args:
-            model: Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model.
+            model: Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, otherwise the default model.
             **options: See `ModelOptions`.
 
         Raises:
@@ -135,24 +135,24 @@ class PolarModel:
     def from_hf(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Unpack[ModelOptions]
     ) -> Self:
-        """Take a transformers model and tokenizer that are already in memory; the model is not changed.
+        """Use a transformers model and tokenizer that are already in memory; the model is not changed.
 
         Args:
-            model: On its device, or whole layers on several, in its dtype.
+            model: On its device, or with whole layers on several, in its dtype.
             tokenizer: The model's own.
-            **options: See `ModelOptions`; of how weights are loaded only `kv_memory` and `precision`, which
-                is `int8` or `int4` to hold the matrices in integers, else as they are.
+            **options: See `ModelOptions`; of the loading options only `kv_memory` and `precision`, which may be `int8`
+                or `int4` to hold the matrices in integers; by default they are unchanged.
 
         Raises:
             UnsupportedArchitectureError: The engine has no family for it.
             DeviceError: A layer is on several devices, or a device has no kernel for this precision.
-            ModelDamagedError: A weight is nan or infinite.
+            ModelDamagedError: A weight is NaN or infinite.
         """
         loading, own = split_loading(options)
         return cls(adopt(model, tokenizer, **loading), **own)
 
     def _begin_audits(self, share: float | Mapping[str, float] | None, audits: Audits) -> Auditor | None:
-        """The auditor of answers, where a promise can be tested; from now on requests heed what is found."""
+        """The auditor of answers, if a promise can be tested; from now on requests respect its findings."""
         router, loaded = self.router, self._loaded
         if not isinstance(router, LearnedRouter) or router.certificate is None or not router.audited:
             return None
@@ -187,7 +187,7 @@ class PolarModel:
 
     @property
     def name(self) -> str:
-        """The name the model was loaded by."""
+        """The name under which the model was loaded."""
         return self._loaded.name
 
     @property
@@ -202,12 +202,12 @@ class PolarModel:
 
     @property
     def tags(self) -> Mapping[str, str]:
-        """Tags of every request, to which a request may add."""
+        """Tags of every request; a request may add more."""
         return self._maker.tags
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """The tiers that a request may name: those certified for the router, or else the policy's; always `exact`."""
+        """The tiers that a request may name: those certified for the router, otherwise the policy's; always `exact`."""
         named: Iterable[str] = self.policy.tiers
         if isinstance(self.router, LearnedRouter):
             named = () if self.router.certificate is None else self.router.certificate.tiers
@@ -220,12 +220,12 @@ class PolarModel:
 
     @property
     def context_window(self) -> int:
-        """Max tokens of prompt and answer together."""
+        """Maximum number of tokens of prompt and answer together."""
         return self._loaded.decoder.context_window
 
     @property
     def device(self) -> str:
-        """Torch device of the weights; with a device map, all of them: `cuda:0+cuda:1`."""
+        """Torch device of the weights; with a device map, all devices: `cuda:0+cuda:1`."""
         return str(self._loaded.decoder.placement)
 
     @property
@@ -235,7 +235,7 @@ class PolarModel:
 
     @property
     def scheduler(self) -> Scheduler:
-        """Runs the requests of all objects over these weights; set its `limits` to bound what it takes on."""
+        """Runs the requests of all objects over these weights; set its `limits` to bound them."""
         return self._loaded.scheduler
 
     @property
@@ -250,11 +250,11 @@ class PolarModel:
 
     @property
     def call_format(self) -> CallFormat | None:
-        """How the model's chat template writes calls of tools; None where it has no tools."""
+        """How the model's chat template writes tool calls; None if it does not support tools."""
         return self._encoder.calls
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain text, no template, no special tokens."""
+        """Token ids of a plain text, without template and special tokens."""
         return self._encoder.plain(text)
 
     def count_tokens(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> int:
@@ -262,7 +262,7 @@ class PolarModel:
         return len(self._encoder.encode(prompt, tools=tools))
 
     def more_tokens_than(self, prompt: Prompt, window: int) -> int | None:
-        """A number of tokens that a prompt far longer than a window has at least; None of any other."""
+        """Lower bound of the tokens of a prompt that is far longer than a window; None for any other prompt."""
         return self._encoder.more_than(prompt, window)
 
     def prompt_tokens(
@@ -282,7 +282,7 @@ class PolarModel:
         return self._loaded.decoder.cost.request(chosen, prompt, output)
 
     def request(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
-        """A prompt and its options, checked, as the engine would run them; only the router runs.
+        """A checked prompt with its options, as the engine would run them; only the router runs.
 
         Raises:
             InvalidRequestError: Or a subclass.
@@ -291,7 +291,7 @@ class PolarModel:
         return self._maker.make(prompt, options)
 
     def floor_of(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Floor | None:
-        """The floor of the policy that applies to a request; None where none does.
+        """The floor of the policy that applies to a request; None if none does.
 
         Raises:
             InvalidRequestError: Or a subclass.
@@ -334,9 +334,9 @@ class PolarModel:
 
         Args:
             prompts: Texts or message lists.
-            each: Options of each prompt alone, such as tenant, tags or compute; they override the shared ones.
+            each: Options of each prompt, such as tenant, tags or compute; they override the shared ones.
             **options: Shared options. `timeout`, `cancel` and an error in a `logits_hook` end the batch; rows that have
-                finished by then are recorded as finished.
+                finished by then are recorded as completed.
         """
         requests = self._maker.make_batch(prompts, each, options)
         return answer(self._loaded, requests, self.sink, self.policy.loop_guard, self._on_answer)
@@ -344,7 +344,8 @@ class PolarModel:
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Chunk, None, None]:
         """Answer one prompt token by token; closing the generator stops compute and records what ran.
 
-        The request is checked at once, not at the first `next()`. At most two tokens are computed ahead of the reader.
+        The request is checked immediately, not at the first `next()`. At most two tokens are computed ahead of the
+        reader.
         """
         request = self._maker.make(prompt, options)
         return stream(self._loaded, request, self.sink, self.policy.loop_guard, self._on_answer)
@@ -376,7 +377,7 @@ class PolarModel:
     def score(
         self, prompt: str, continuations: Sequence[str], *, program: Program | str | None = None
     ) -> tuple[float, ...]:
-        """As `score_batch`, for one prompt and one program; many at once are faster."""
+        """Like `score_batch`, for one prompt and one program; many at once are faster."""
         return self.score_batch([(prompt, continuations)], [program])[0][0]
 
     def score_batch(
@@ -384,16 +385,16 @@ class PolarModel:
     ) -> list[list[tuple[float, ...]]]:
         """Log-likelihoods of continuations of many prompts under many programs, in nats, summed over tokens.
 
-        A diagnostic for choosing programs: not metered, no tiers. Questions run packed; a prompt runs once however many
-        continuations it has, and visits that programs share at their start run once.
+        A diagnostic for choosing programs: not metered, no tiers. Questions run packed; a prompt runs once for all its
+        continuations, and visits that programs share at their start run once.
 
         Args:
             questions: (prompt, continuations) pairs of plain texts, no template applied; each continuation has at
                 least one token.
-            programs: What runs; None = identity.
+            programs: The programs to run; None = identity.
 
         Returns:
-            For each program, for each question, one log-likelihood per continuation, in the orders given.
+            For each program and each question, one log-likelihood per continuation, in the given order.
 
         Raises:
             InvalidRequestError: Or a subclass: a prompt or continuation is empty, or together they are too long.
@@ -433,20 +434,20 @@ class PolarModel:
         *,
         template: Template = "auto",
     ) -> Tensor | list[Tensor]:
-        """Hidden states of prompts after the first layers, which alone run, before any final norm. Not metered.
+        """Hidden states of prompts after the first layers, before any final norm. Only these layers run. Not metered.
 
         Args:
             prompts: Texts or message lists, B of them.
-            layer: Number of the program's steps that run, 0 to D under identity; 0 = the embeddings of the input.
+            layer: Number of the program's steps to run, 0 to D under identity; 0 = the embeddings of the input.
             pool: `mean` over the tokens of a prompt, its `last` token, or `none`.
-            program: Whose steps run; None = identity.
-            template: As in `RequestOptions`.
+            program: The program whose steps run; None = identity.
+            template: See `RequestOptions`.
 
         Returns:
             Float32 on the model's first device: (B, E) pooled, or with `none` one tensor (T, E) per prompt of T tokens.
 
         Raises:
-            InvalidRequestError: Or a subclass: an empty prompt, one longer than the context window, no such pool.
+            InvalidRequestError: Or a subclass: an empty prompt, one longer than the context window, an unknown pool.
             ProgramError: No such layer, or the program cannot or may not run.
         """
         decoder, chosen = self._loaded.decoder, self._program(program)
@@ -461,9 +462,9 @@ class PolarModel:
         router: Router | None = None,
         stop: Sequence[str] = (),
     ) -> list[tuple[int, ...]]:
-        """Token ids of greedy answers, for calibration: as `router` chooses, or by `program` or identity. Unmetered.
+        """Token ids of greedy answers, for calibration, with `router`, `program` or identity. Not metered.
 
-        Any number of prompts: they are queued some at a time. Texts in `stop` end an answer, and are part of its ids.
+        Any number of prompts; they are queued in groups. Texts in `stop` end an answer, and are part of its ids.
         """
         depth = self._loaded.decoder.depth
         chosen = router or fixed_router(program or Program.identity(depth), depth)
@@ -475,9 +476,9 @@ class PolarModel:
         return [done.token_ids for part in parts for done in answer(self._loaded, part, NullSink())]
 
     def use_maps(self, maps: MapSet | str | Path) -> MapSet:
-        """Add bridges or fills, or those in a folder that `polar lab heal` wrote, to those that the weights have.
+        """Add bridges or fills, or those in a folder that `polar lab heal` wrote, to those of the weights.
 
-        They belong to the weights, which all objects of one model in this process share: load them before requests run.
+        They belong to the weights, which all objects of one model in this process share: add them before requests run.
 
         Raises:
             MapModelError: They were fitted for another model.
@@ -489,16 +490,16 @@ class PolarModel:
         return chosen
 
     def export(self, program: Program | str, folder: str | Path, *, force: bool = False) -> Path:
-        """Write a program as a model of its own, a Hugging Face folder for other servers; returns the folder.
+        """Write a program as a separate model, a Hugging Face folder for other servers; return the folder.
 
         Args:
             program: Visits each layer at most once, without bridges or damping.
-            folder: Where to write it; it appears whole or not at all.
-            force: Replace a model that is stored there already.
+            folder: Folder to write; it appears complete or not at all.
+            force: Replace a model that is already stored there.
 
         Raises:
-            ProgramError: The program may not run, or no plain model computes what it does (`ExportError`).
-            FolderError: The folder cannot be written, or holds something already (`FolderExistsError`).
+            ProgramError: The program may not run, or no plain model can compute it (`ExportError`).
+            FolderError: The folder cannot be written, or already contains something (`FolderExistsError`).
         """
         chosen = Program.of(program)
         self.policy.check(chosen, self._loaded.decoder.cost)

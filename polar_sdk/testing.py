@@ -51,9 +51,9 @@ def tiny_model(
         layers: Depth, D.
         seed: For the random weights.
         context_window: Maximum number of tokens of prompt and answer together.
-        chat_template: Of the tokenizer; None = a plain one. Turns end with `<|end|>`.
-        special: Texts of special tokens that the tokenizer has besides its own.
-        ledger: As in `PolarModel`, but metering is off by default.
+        chat_template: Template of the tokenizer; None = a plain one. Turns end with `<|end|>`.
+        special: Texts of further special tokens of the tokenizer.
+        ledger: See `PolarModel`, but metering is off by default.
         **settings: Further settings of `PolarModel`; the policy is `tiny_policy` by default.
     """
     policy = settings.pop("policy", None) or tiny_policy(layers)
@@ -65,13 +65,13 @@ def tiny_model(
 
 
 def scripted_model(reply: Callable[[Prompt], str], **settings: Any) -> PolarModel:
-    """A tiny model that answers `reply(prompt)`: the engine runs, and a logits hook makes it say so.
+    """A tiny model that answers `reply(prompt)`: the engine runs, and a logits hook forces the answer.
 
-    Where a schema or grammar forbids the next token of the reply, the answer goes on as the random weights have it.
+    If a schema or grammar forbids the next token of the reply, the answer continues as the random weights choose.
 
     Args:
-        reply: From a prompt, a text or messages with `role` and `content`, to the answer.
-        **settings: As in `tiny_model`.
+        reply: Maps a prompt (a text, or messages with `role` and `content`) to the answer.
+        **settings: See `tiny_model`.
     """
     model = tiny_model(**settings)
     fields = {name: getattr(model._maker, name) for name in RequestMaker.__dataclass_fields__}
@@ -97,9 +97,9 @@ class _ScriptedMaker(RequestMaker):
 def random_fill(
     decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, rank: int | None = None, units: int = 0
 ) -> Fill:
-    """A random map that fills a segment, to give to `decoder.set_fills`; it writes what no layer would.
+    """A random map that fills a segment, for `decoder.set_fills`; it writes what no layer would.
 
-    It carries states over the segment, unless that ends with the model's last layer.
+    It carries states over the segment, unless the segment ends with the model's last layer.
 
     Args:
         decoder: Of the model that it is for.
@@ -127,7 +127,7 @@ def random_fill(
 
 
 def random_draft_head(width: int, tokens: Sequence[int], *, units: int = 32, seed: int = 0) -> dict[str, Tensor]:
-    """The tensors of a random draft head, to give to `decoder.set_draft_head`.
+    """The tensors of a random draft head, for `decoder.set_draft_head`.
 
     Args:
         width: Of the model's states, E.

@@ -1,4 +1,4 @@
-"""The one meeting point of engine and billing: the usage record, the bound that precedes it, and the sink for both.
+"""The interface between engine and billing: the usage record, the bound that precedes it, and the sink for both.
 
 Facts only: no prices, no torch, no framework. Old records can therefore be rated again under another price book. A
 record counts only work that was actually executed; a cancelled or failed request is counted up to the last layer it
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from polar_sdk.promises.audit import Audit, PromiseStanding
 
 SCHEMA_VERSION: Final = 3
-"""Version of the fields of a record; it rises whenever one is added or means something else."""
+"""Version of the fields of a record; it rises whenever one is added or changes its meaning."""
 FLOPS_FORMULA = "torch-1"
 """Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as
 `torch.utils.flop_counter.FlopCounterMode` counts them (attention as the full rectangle queries × keys)."""
@@ -47,23 +47,23 @@ FLOPS_PER_COMPUTE_UNIT = 10**12
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 UPSTREAM: Final = "upstream"
-"""Device of what another server computed."""
+"""Device of requests that another server computed."""
 WORKER_TAG: Final = "polar.worker"
-"""Tag of a usage record of a request that a vLLM with programs computed: which run of it, by an id of its own."""
+"""Tag of records of requests that a vLLM with programs computed: the id of that vLLM's run."""
 DISPUTED_TAG: Final = "polar.disputed"
-"""Tag of records of which somebody else computed, and claimed what cannot be: the kind of the claim."""
+"""Tag of records of requests for which another server reported impossible figures: the kind of figure."""
 UNSTATED_TAG: Final = "polar.unstated"
-"""Tag of records of which somebody else computed, and did not say all: `cached` where it is not known how many tokens
-of the prompt were cached. None count as cached, so that the FLOPs of the prompt are the most that can have run."""
+"""Tag of records of requests for which another server did not report everything: `cached` if the number of cached
+prompt tokens is unknown. None are then counted as cached, so the FLOPs of the prompt are an upper bound."""
 FALLBACK_TAG: Final = "polar.fallback_from"
-"""Tag of records of requests that were served by a safer tier, because audits put the promise of theirs at risk: the
-tier requested, or the tolerance."""
+"""Tag of records of requests served by a safer tier because audits put their own tier's promise at risk: the tier or
+tolerance requested."""
 AUDIT_TAG: Final = "polar.audit_of"
-"""Tag of records of audits, which are the provider's own: id of the request whose answer is audited."""
+"""Tag of records of audits, which belong to the provider: id of the request whose answer is audited."""
 STOPPED_TAG: Final = "polar.stopped_by"
 """Tag of records of answers that an option ended: `repeats`."""
 AS_STORED: Final = {"as_stored": True}
-"""Validation context for records that were accepted before, whatever their names."""
+"""Validation context for records that were accepted earlier, whatever their names."""
 _CONTROL: Final = {
     "Cc": "control character",
     "Cf": "control character",
@@ -74,7 +74,7 @@ _CONTROL: Final = {
 """By Unicode category: control, format, line separator, paragraph separator, surrogate."""
 Receipt = Mapping[str, Any]
 """Answer of a sink, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
-unread; it may be empty where the sink prices nothing."""
+unread; it may be empty if the sink has no prices."""
 
 
 def _check_name(name: str, info: ValidationInfo) -> str:
@@ -96,7 +96,7 @@ def _flawless(text: str, flaw: str | None) -> str:
 
 
 Identifier = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_name)]
-"""The name of a tenant or a request, as it is: two names that differ are never charged as one."""
+"""The name of a tenant or a request, unchanged: two names that differ are never charged as one."""
 Tags = Annotated[Mapping[str, str], AfterValidator(_check_tags)]
 
 
@@ -124,9 +124,9 @@ class TokenUsage(_Facts):
     output: NonNegative = 0
     """Tokens sampled, the end-of-text token and tokens hidden by a stop string included."""
     drafted: NonNegative = 0
-    """Tokens that were guessed by a draft head or run before it was known whether they belong to the answer."""
+    """Tokens that a draft head guessed, or that ran before it was known whether they belong to the answer."""
     accepted: NonNegative = 0
-    """Those of them that did, and so spared the answer a pass; included in `drafted`."""
+    """Drafted tokens that belong to the answer, each of which saved a pass; included in `drafted`."""
 
     @model_validator(mode="after")
     def _parts_are_no_more_than_the_whole(self) -> Self:
@@ -140,15 +140,15 @@ class TokenUsage(_Facts):
 class VisitUsage(_Facts):
     """Executed layer visits, one number per layer of the model (index = layer). Unit: visits.
 
-    A visit is one execution of one layer for this request, however many tokens it carries: a prefill in one piece
-    counts one, and every pass that decodes counts one, whether it brings one token or, with drafts, several, per time
-    the program visits the layer. Where a layer runs for some tokens of a piece and is filled for the others, the piece
-    counts in `prefill` and in `prefill_filled`.
+    A visit is one execution of one layer for this request, for any number of tokens: each time the program visits the
+    layer, a prefill in one piece counts one, and every decode pass counts one, whether it yields one token or, with
+    drafts, several. If a layer runs for some tokens of a piece and is filled for the others, the piece counts both in
+    `prefill` and in `prefill_filled`.
     """
 
     prefill: tuple[NonNegative, ...] = ()
     prefill_filled: tuple[NonNegative, ...] = ()
-    """Pieces of the prompt for which a map wrote the layer's keys and values; empty where it did for no layer."""
+    """Pieces of the prompt for which a map wrote the layer's keys and values; empty if no layer was filled."""
     decode: tuple[NonNegative, ...] = ()
 
     @property
@@ -160,7 +160,7 @@ class VisitUsage(_Facts):
 class FlopUsage(_Facts):
     """Executed FLOPs by part. Unit: FLOPs; one multiply-accumulate is 2.
 
-    The parts are what the answer needed: what runs where nothing is drafted. What was executed beyond that is `drafts`.
+    The parts are what the answer needed, that is, what runs without drafts. What was executed beyond that is `drafts`.
     """
 
     embed: NonNegative = 0
@@ -173,7 +173,7 @@ class FlopUsage(_Facts):
     total: NonNegative = 0
     """FLOPs that the answer needed: the sum of the five parts above."""
     drafts: NonNegative = 0
-    """Executed for drafted tokens that the answer did not keep, for their company and to guess them; not in `total`."""
+    """Executed for drafted tokens that were not kept, by wider passes and by guessing; not in `total`."""
 
     @property
     def executed(self) -> int:
@@ -216,7 +216,7 @@ class UsageRecord(_Facts):
     """Router kind: identity, static, …"""
     router_version: Name
     tier: Name | None = None
-    """The tier requested (economy, standard, premium, exact); None where a program was named by hand."""
+    """The tier requested (economy, standard, premium, exact); None if a program was named by hand."""
     program: str
     """Canonical text of the program, e.g. `0-11 15x2 18-29`; empty for a cached answer."""
     outcome: Outcome
@@ -260,9 +260,9 @@ class UsageRecord(_Facts):
 
     @property
     def flops_saved(self) -> int:
-        """FLOPs saved against full depth; negative where loops or the router cost more. Unit: FLOPs.
+        """FLOPs saved against full depth; negative if loops or the router cost more. Unit: FLOPs.
 
-        Both sides are without drafts: those that were accepted save time, not FLOPs.
+        Both sides are without drafts: accepted drafts save time, not FLOPs.
         """
         return self.identity_flops - self.flops.total
 
@@ -271,11 +271,11 @@ class Offer(_Facts):
     """One program that a request may be served with, and the maximum it can use."""
 
     tier: Name | None = None
-    """The tier it stands for; None where a program or a router was named instead."""
+    """The tier it is for; None if a program or a router was named instead."""
     program: str
     """Canonical text of the program."""
     flops_bound: NonNegative
-    """FLOPs if the answer is as long as it may be, those of the router included. Unit: FLOPs."""
+    """FLOPs of an answer of maximum length, router included. Unit: FLOPs."""
     drafts_bound: NonNegative = 0
     """FLOPs that drafts may execute beyond that. Unit: FLOPs."""
 
@@ -304,10 +304,10 @@ class UsageBound(_Facts):
 
 
 class UsageSink(ABC):
-    """Takes usage records: a meter, a log file, a list in a test.
+    """Receives usage records: a meter, a log file, a list in a test.
 
     Implementations must be thread-safe. For each request the engine calls `reserve` before it computes, `watch` when it
-    begins, and then exactly once either `emit`, however the request ends, or `release` if it never began.
+    starts, and then exactly once either `emit`, however the request ends, or `release` if it never started.
     """
 
     def check(self) -> None:  # noqa: B027  (a sink without preconditions need not override it)
@@ -337,8 +337,8 @@ class UsageSink(ABC):
         """The maximum price of each offer, before anything runs; by default, there are no prices.
 
         Returns:
-            For each offer `cost` (exact decimal as text; None where it would be unrated, and `unrated` says why),
-            `currency` and `price_book`, or None where the sink prices nothing.
+            For each offer `cost` (exact decimal as text; None if it would be unrated, and `unrated` says why),
+            `currency` and `price_book`, or None if the sink has no prices.
 
         Raises:
             SinkError: The prices cannot be read now.
@@ -346,10 +346,10 @@ class UsageSink(ABC):
         return (None,) * len(bound.offers)
 
     def release(self, tenant: str, request_id: str) -> None:  # noqa: B027
-        """Release what `reserve` held for a request that never began; without a hold, do nothing.
+        """Release what `reserve` held for a request that never started; without a hold, do nothing.
 
         Raises:
-            SinkError: The store cannot do so now; the hold then ends when it expires.
+            SinkError: The store cannot do so now; the hold then expires.
         """
 
     def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:  # noqa: B027
@@ -358,31 +358,31 @@ class UsageSink(ABC):
         Args:
             tenant: Whose request.
             request_id: The request.
-            end: Ends it with an error, if what was held is lost all the same; its record follows. To be called at most
-                once, from any thread; it returns at once.
+            end: Ends it with an error, if the hold is lost nevertheless; its record follows. To be called at most once,
+                from any thread; it returns at once.
         """
 
     @property
     def wants_marks(self) -> bool:
-        """Whether `mark` does something; else nobody makes marks for it."""
+        """Whether `mark` does something; otherwise it is not called."""
         return False
 
     def mark(self, record: UsageRecord) -> None:  # noqa: B027
-        """Note what a request that still runs has used so far; by default, do nothing.
+        """Note what a running request has used so far; by default, do nothing.
 
-        A long answer is marked as it goes on, so that its work is not forgotten if the process is killed. What a mark
-        says has been executed, and is a part of what the next one and the record in `emit` say; each supersedes those
-        before it. No mark of a request comes after its record. Called by a thread of its own.
+        A long answer is marked repeatedly, so that its work is billed even if the process is killed. A mark states only
+        what has been executed, and is included in the next mark and in the record of `emit`; each supersedes the
+        earlier ones. No mark of a request comes after its record. Called by a separate thread.
 
         Args:
-            record: As `emit` would get it, if the request were cancelled now.
+            record: The record that `emit` would get if the request were cancelled now.
 
         Raises:
-            SinkError: It cannot be noted now; the mark before holds.
+            SinkError: It cannot be noted now; the previous mark stays valid.
         """
 
     def receipt(self, record: UsageRecord) -> Receipt | None:
-        """The receipt that `emit` would return now; stores nothing. None, the default, where only `emit` knows.
+        """The receipt that `emit` would return now; stores nothing. None, the default, if only `emit` knows it.
 
         Raises:
             SinkError: The prices cannot be read now.
@@ -394,7 +394,7 @@ class UsageSink(ABC):
         """Store one record durably, exactly once per (tenant, request_id).
 
         Returns:
-            A receipt for the caller, or None if the sink prices nothing.
+            A receipt for the caller, or None if the sink has no prices.
 
         Raises:
             SinkError: The record could not be stored.
@@ -402,7 +402,7 @@ class UsageSink(ABC):
 
     @property
     def keeps_audits(self) -> bool:
-        """Whether audits outlive this process; else a model audits only where it is asked to."""
+        """Whether audits outlive this process; otherwise a model audits only if it is asked to."""
         return False
 
     @property
@@ -413,16 +413,16 @@ class UsageSink(ABC):
     def audited(self, audit: Audit) -> None:  # noqa: B027
         """Store one audit durably, exactly once per `audit_id`; by default, do nothing.
 
-        Called by a thread of its own, after the usage record that paid for the audit.
+        Called by a separate thread, after the usage record that paid for the audit.
 
         Raises:
-            SinkError: It could not be stored; it is offered again.
+            SinkError: It could not be stored; it is passed again later.
         """
 
     def standings(self) -> Mapping[str, PromiseStanding]:
-        """Where audited promises stand, by digest of the promise; by default, none was audited.
+        """The state of audited promises, by digest of the promise; by default, none was audited.
 
-        Called about once a second by a thread of its own, never on the path of a request.
+        Called about once a second by a separate thread, never on the path of a request.
 
         Raises:
             SinkError: They cannot be read now.
@@ -434,7 +434,7 @@ class UsageSink(ABC):
 
 
 class ForwardingSink(UsageSink):
-    """Passes every call on to another sink; a base for those that only want to see some of them.
+    """Passes every call on to another sink; a base class for sinks that only observe some calls.
 
     Args:
         inner: The sink that stores.
@@ -528,14 +528,14 @@ class ListSink(UsageSink):
         self._standings.audited(audit)
 
     def standings(self) -> Mapping[str, PromiseStanding]:
-        """By the audits in the list."""
+        """The state by the audits in the list."""
         return self._standings.current()
 
 
 def flaw_of_name(name: str) -> str | None:
-    """The flaw that makes a text unfit to name a tenant, a tag or a request, in words; None if nothing does.
+    """The flaw, in words, that makes a text unfit to name a tenant, a tag or a request; None if there is none.
 
-    A name that only looks like another one would be charged apart from it, or be mistaken for it.
+    A name that only looks like another would be charged separately from it, or be mistaken for it.
     """
     if name != name.strip():
         return "begins or ends with white space"

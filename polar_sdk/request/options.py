@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageSink
 
 Message = Mapping[str, Any]
-"""One chat message: `role` (system, user, assistant) and `content`; what else it has is for the chat template."""
+"""One chat message: `role` (system, user, assistant) and `content`; other keys are passed to the chat template."""
 Prompt = str | Sequence[Message] | Sequence[int]
 Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
 MAX_BIASES = 1_000
 MAX_STOPS = 256
-"""The engine's thread looks for each of them after every token."""
+"""The engine's thread searches for each of them after every token."""
 MAX_STOP_LENGTH = 1_000
 """Unit: characters."""
 _MAX_NAME = 200
@@ -50,12 +50,12 @@ class Audits:
     """How answers of certified tiers are audited; their share is `audit_share`.
 
     Attributes:
-        key: File of the key that chooses requests; None = `audit.key` in the user's data folder, made when needed.
+        key: File with the key that selects requests; None = `audit.key` in the user's data folder, made when needed.
         tenant: The provider's own tenant, which pays.
         keep: Tenants whose audited prompts are kept for `polar recalibrate`; `*` = all, none by default.
         keep_days: How long they are kept. Unit: days.
-        unusual: What follows where prompts are found unlike those of the calibration: `exact` serves full depth until
-            they are as usual again, `audit` audits more of them and goes on.
+        unusual: What happens if prompts are found unlike those of the calibration: `exact` serves full depth until
+            they are usual again, `audit` only audits more of them.
     """
 
     key: str | Path | None = None
@@ -84,101 +84,100 @@ class ModelOptions(LoadOptions, total=False):
     maps: str | Path | Sequence[str | Path]
     """Folder of bridges or fills that `polar lab heal` wrote, or several."""
     ledger: str | None
-    """`"auto"`, the default, a ledger URL, or None to meter nothing."""
+    """`"auto"` (the default), a ledger URL, or None to turn metering off."""
     sink: UsageSink | None
-    """Takes usage records, instead of a ledger."""
+    """Receives usage records instead of a ledger."""
     tenant: str
     """Tenant of requests that name none."""
     tags: Mapping[str, str] | None
     """Tags of every request."""
     audit_share: float | Mapping[str, float] | None
-    """Share of requests that are audited, one or by tier; None = 0.005 with a ledger, else 0."""
+    """Share of requests that are audited, one for all tiers or by tier; None = 0.005 with a ledger, otherwise 0."""
     audits: Audits | None
-    """How else they are audited."""
+    """Further settings of audits."""
     speculate: Speculate | None
-    """`auto`, `prompt` or `off`: whether requests that do not say so draft tokens. None, the default: as `auto` where
-    the answer is the same to the bit, else `off`."""
+    """`auto`, `prompt` or `off`: the default of requests for drafting tokens. None, the default: `auto` if the answer
+    stays the same to the bit, otherwise `off`."""
 
 
 class RequestOptions(TypedDict, total=False):
-    """Keyword options of `PolarModel.generate` and the like."""
+    """Keyword options of `PolarModel.generate` and similar methods."""
 
     template: Template
-    """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
-    `raw`: the text as it is, special tokens in it recognised; only the beginning token is added, where the tokenizer
-    does so by default and the text has none. In `auto` and `chat`, special tokens in a text or message stay text."""
+    """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: the model must have one;
+    `raw`: the text is used unchanged, and special tokens in it are recognised; only the beginning-of-text token is
+    added, if the tokenizer does so by default and the text has none. With `auto` and `chat`, special tokens in a text
+    or message stay plain text."""
     tools: Sequence[Mapping[str, Any]] | None
-    """Functions that the chat template shows to the model, in OpenAI's form; it must have a place for them. Messages
-    may have `tool_calls` then, and the role `tool`. What the answer is like is for `grammar` to say."""
+    """Functions that the chat template shows to the model, in OpenAI's form; the template must support tools. Messages
+    may then have `tool_calls`, and the role `tool`. Tools do not restrict the answer; use `grammar` for that."""
     compute: str | float | None
     """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05: the
     largest share of answers that may differ from identity's. None = the default tier."""
     program: Program | str | None
-    """A program by hand; wins over `compute` and over the router."""
+    """A program by hand; takes precedence over `compute` and the router."""
     max_tokens: int | None
-    """Max tokens of the answer; None = 256, or what the context window leaves."""
+    """Maximum number of tokens in the answer; None = 256, or what the context window leaves."""
     temperature: float
     top_p: float
     top_k: int
     min_p: float
-    """Sample from tokens that are at least so likely beside the likeliest; 0 = all."""
+    """Minimum probability of a token, relative to the likeliest; 0 = all."""
     seed: int | None
     stop: str | Sequence[str] | None
     """Texts that end the answer; they are not part of it."""
     stop_repeats: int | None
-    """End an answer whose last tokens are one part of at most 64 tokens, so many times in a row, 16 tokens at least:
-    small models that choose greedily may go round for ever. The record then has the tag `polar.stopped_by` = `repeats`.
-    From 2 on; None = never."""
+    """End an answer whose last tokens are the same part of at most 64 tokens N times in a row, and at least 16 tokens:
+    small models that choose greedily may repeat themselves forever. The record then has the tag `polar.stopped_by` =
+    `repeats`. N is 2 or more; None = never."""
     ignore_eos: bool
-    """The model cannot end its answer. Not with what an answer must match."""
+    """Keep the model from ending its answer. Cannot be combined with schema, regex, choice or grammar."""
     presence_penalty: float
-    """Taken off the logit of each token that is in the answer, -2 to 2."""
+    """Subtracted from the logit of each token that is in the answer, -2 to 2."""
     frequency_penalty: float
-    """Taken off for each time that it is there, -2 to 2."""
+    """Subtracted once per occurrence in the answer, -2 to 2."""
     repetition_penalty: float
-    """Logits of tokens in prompt or answer are divided by it, or multiplied where negative, 0.01 to 100; 1 = as they
-    are."""
+    """Logits of tokens in prompt or answer are divided by it, or multiplied if negative, 0.01 to 100; 1 = unchanged."""
     logit_bias: Mapping[int, float] | None
-    """Numbers that are added to the logits of tokens, by their ids, -100 to 100 each."""
+    """Numbers added to the logits of tokens, by token id, -100 to 100 each."""
     logits_hook: LogitsHook | None
     """Called before each token is chosen, greedily or not: (ids sampled so far, float32 logits (V,)) → logits (V,).
     It blocks all rows and must not call the model; an error in it ends this request only."""
     schema: Schema | None
-    """JSON schema that the answer matches: a mapping, JSON text, or a class such as a pydantic model; `{}` = any JSON,
-    `{"type": "object"}` = any JSON object. This and the next three need the extra `structured`; pass one of them.
-    The model does not see it: say in the prompt what to write."""
+    """JSON schema that the answer must match: a mapping, JSON text, or a class such as a pydantic model; `{}` = any
+    JSON, `{"type": "object"}` = any JSON object. This and the next three need the extra `structured`; pass only one of
+    them. The model does not see it: say in the prompt what to write."""
     regex: str | None
-    """Regular expression that the whole answer matches, in Rust's syntax: no look-around, no back-references."""
+    """Regular expression that the whole answer must match, in Rust's syntax: no look-around, no back-references."""
     choice: Sequence[str] | None
-    """The answer is one of these texts."""
+    """Texts of which the answer must be one."""
     grammar: str | None
-    """Grammar that the answer matches: Lark, as llguidance reads it, where `%json {…}` is a JSON schema; or llama.cpp's
-    GBNF."""
+    """Grammar that the answer must match: Lark, as llguidance reads it, where `%json {…}` is a JSON schema; or
+    llama.cpp's GBNF."""
     fit_max_tokens: bool
     """When an answer with a schema, regular expression, choice or grammar comes near `max_tokens`, allow only tokens
-    after which it can still end in time, so that texts and lists end early rather than in the middle. True unless
-    turned off; then such an answer may be cut off."""
+    after which it can still end in time, so that texts and lists end early instead of being cut off. Default: True."""
     speculate: Speculate | None
-    """Draft tokens that followed before where the last ones stood, and run them together with the one sampled last:
-    `auto` where that pays, also from earlier answers to the tenant, `prompt` wherever something in prompt or answer
-    matches, `off` never. The answer is the same. None = what the model object says."""
+    """Draft tokens and run them together with the one sampled last: `auto` where that pays, also from earlier answers
+    to the tenant; `prompt` wherever the last tokens occurred before in prompt or answer; `off` never. The answer is the
+    same. None = the default of the model object."""
     logprobs: int | None
     """Report the log-probability of each sampled token and of the N likeliest ones, N from 0 to 20, by the logits after
     the hook and the grammar and before temperature, top-k and top-p; None = report none."""
     prompt_logprobs: int | None
-    """Report the same of the prompt's own tokens, all but the first. The head runs for each of them, and no start of
-    the prompt is taken from an earlier request. Not with a program that fills layers for the prompt."""
+    """Report the same for the prompt's own tokens, all but the first. The head runs for each of them, and no prefix is
+    reused from an earlier request. Cannot be combined with a program that fills layers for the prompt."""
     tenant: str | None
-    """Tenant to bill. Names of tenants, tags and requests have no white space around them and no control characters."""
+    """Tenant to bill. Names of tenants, tags and requests have no surrounding whitespace and no control characters."""
     tags: Mapping[str, str] | None
-    """They override the tags of the model object, name by name."""
+    """Tags of the record; they override the tags of the model object, name by name."""
     request_id: str | None
-    """Idempotency key of the usage record. The meter refuses one that was used before, before compute. None = a new
+    """Idempotency key of the usage record. The meter refuses one that was already used, before compute. None = a new
     UUIDv7."""
     cancel: Cancel | None
     """Set it from any thread: the request ends within one pass."""
     timeout: float | None
-    """Max time from the creation of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
+    """Maximum time from the creation of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
 
 
 def split_loading(options: ModelOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -227,9 +226,9 @@ def override(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
 
 
 def check_name(what: str, value: str) -> str:
-    """A tenant, a request id or the name of a tag: short text, not blank, without white space around it.
+    """A tenant, a request id or the name of a tag: short text, not blank, without surrounding whitespace.
 
-    It is taken as it is or refused, never changed: two names that differ are never charged as one.
+    It is accepted unchanged or refused: two names that differ are never charged as one.
     """
     _check_text(what, value)
     if not value.strip() or len(value) > _MAX_NAME:
