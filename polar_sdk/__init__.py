@@ -1,4 +1,4 @@
-"""PoLar: run an open-weights LLM by a program over its layers, and record the compute that was really executed.
+"""PoLar: run an open-weights LLM by a program over its layers, and record the compute that was actually executed.
 
 The public names are in `__init__.pyi` and load on first use: `import polar_sdk` alone imports neither torch nor
 transformers.

@@ -71,8 +71,8 @@ class PolarError(Exception):
     """Base of every PoLar error.
 
     Attributes:
-        hint: What the user can do about it, or None where the message says everything.
-        retryable: True where the same call may succeed later without a change.
+        hint: What the user can do about it, or None if the message says everything.
+        retryable: True if the same call may succeed later without a change.
         exit_code: What the command `polar` exits with: 2 for the caller's mistake, 3 over a budget, 1 otherwise.
     """
 
@@ -127,7 +127,7 @@ class CacheMemoryError(InvalidRequestError, MemoryError):
 
 
 class QueueFullError(PolarError):
-    """Too many requests are waiting; try again when some are done."""
+    """Too many requests are waiting; try again when some have finished."""
 
     retryable = True
 
@@ -136,7 +136,7 @@ class IncompleteAnswerError(PolarError, ValueError):
     """An answer ended before what its schema or grammar requires: by `max_tokens`, a stop string or a cancellation.
 
     Attributes:
-        text: What there is of the answer.
+        text: The answer so far.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, text: str = "") -> None:
@@ -163,12 +163,12 @@ class BudgetExceededError(PolarError):
     """A request was refused before any compute, because a budget has no room for it.
 
     Attributes:
-        level: Whose budget it is: tenant, project, user or key.
+        level: Level of the budget: tenant, project, user or key.
         name: Name of the project, user or key; on the tenant's own level, of the tenant.
         limit: The budget, exact decimal as text. Unit: `unit`.
         spent: What was used so far in the budget's window, exact decimal as text. Unit: `unit`.
-        remaining: What is neither spent nor held, exact decimal as text; negative where more was spent. Unit: `unit`.
-        needed: What the cheapest offer could have used at most, exact decimal as text. Unit: `unit`.
+        remaining: What is neither spent nor held, exact decimal as text; negative if more was spent. Unit: `unit`.
+        needed: The maximum that the cheapest offer could have used, exact decimal as text. Unit: `unit`.
         unit: A currency's code, or `CU`.
         resets_at: When the budget's next window begins, in its own time zone.
     """
@@ -326,7 +326,7 @@ class DeviceError(ModelError):
 
 
 class LogitsError(ModelError):
-    """The model computed logits by which no token can be chosen: nan or infinity. Other requests go on."""
+    """The model computed logits from which no token can be chosen: NaN or infinity. Other requests continue."""
 
 
 class FolderError(PolarError, OSError):
@@ -334,7 +334,7 @@ class FolderError(PolarError, OSError):
 
 
 class FolderExistsError(FolderError, FileExistsError):
-    """Something is stored already where a model folder is to be written."""
+    """Something is already stored where a model folder is to be written."""
 
     exit_code = 2
 
@@ -358,7 +358,7 @@ class MissingExtraError(PolarError, ImportError):
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name most similar to `name`, or None where none is similar.
+    """The known name most similar to `name`, or None if none is similar.
 
     Args:
         name: The unknown name.
@@ -370,7 +370,7 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """How a message about an unknown name ends: with the nearest known one, or else with all of them."""
+    """The end of a message about an unknown name: the nearest known name, or otherwise all of them."""
     names = sorted(known)
     near = nearest(name, names)
     return f"did you mean {near!r}?" if near else f"choose from: {', '.join(names)}."

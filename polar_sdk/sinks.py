@@ -1,7 +1,7 @@
 """Find the sink that usage records go to, without knowing what stores them.
 
 A package that can store records registers a factory under the entry-point group `polar_sdk.sinks`; `polar_billing`
-registers `default`. A factory takes a ledger URL, or None for the place it chooses itself.
+registers `default`. A factory takes a ledger URL, or None for its default place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEDGER_VARIABLE: Final = "POLAR_LEDGER"
 _REMEMBERED: Final = 1_000
 """Lines of a log that are known again."""
 AUTO_LEDGER: Final = "auto"
-"""The ledger named by `POLAR_LEDGER`, or else a file in the user's data folder."""
+"""The ledger named by `POLAR_LEDGER`, otherwise a file in the user's data folder."""
 
 
 def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -> UsageSink:
@@ -40,7 +40,7 @@ def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -
 
     Args:
         ledger: `"auto"`, a URL for the registered meter, or None to turn metering off.
-        sink: If given, it is used as it is, and `ledger` is ignored.
+        sink: If given, it is used, and `ledger` is ignored.
 
     Returns:
         The sink; the caller owns it only if it was passed in.
@@ -79,7 +79,7 @@ def _registered_factory(find: Callable[..., EntryPoints]) -> Callable[[str | Non
 class JsonlSink(UsageSink):
     """Appends one JSON object per request to a text file.
 
-    For logs and for hosts without a database. A record that is emitted again, as after Ctrl-C in `emit`, is not written
+    For logs and for hosts without a database. A record emitted again, such as after Ctrl-C in `emit`, is not written
     again; a request id that is used again is.
     """
 

@@ -54,7 +54,7 @@ MAX_LABEL_LENGTH: Final = 200
 
 @dataclass(frozen=True)
 class Caller:
-    """The one a request is for; where a field is None or empty, the model object decides."""
+    """The caller of a request; if a field is None or empty, the model object's value applies."""
 
     tenant: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -216,12 +216,12 @@ class PolarBase(ModelSettings):
     streaming: bool | None = None
     """True = `invoke` streams, so that callbacks see tokens; None = only `stream` does."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
-    """Ignored: the model runs here. Accepted so that code written for a hosted model runs unchanged."""
+    """Ignored: the model runs locally. Accepted so that code written for a hosted model runs unchanged."""
     max_retries: int | None = Field(default=None, exclude=True, repr=False)
     """Ignored: no network is involved, so the same request would fail the same way."""
 
     n: int = 1
-    """Number of answers to one prompt, each with a seed one higher than the last, each metered. Per call."""
+    """Number of answers to one prompt, each metered, each with a seed one higher than the last. Per call."""
 
     per_call: ClassVar[frozenset[str]] = ModelSettings.per_call - {"stop"} | {"model", "n"}
     """`stop` is a parameter of its own."""
@@ -235,7 +235,7 @@ class PolarBase(ModelSettings):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """All that an answer depends on: LangChain's caches and traces tell models apart by it."""
+        """All that an answer depends on; LangChain's caches and traces distinguish models by it."""
         return {
             "model": self.model_name,
             "model_fingerprint": None if self.engine is None else self.engine.fingerprint,
@@ -257,13 +257,13 @@ class PolarBase(ModelSettings):
         return params
 
     def with_retry(self, *, retry_if_exception_type: Any = MAY_PASS, **options: Any) -> Runnable[Any, Any]:
-        """As LangChain's, but unless you say otherwise only what may pass by itself is tried again.
+        """Like LangChain's, but by default it retries only errors that may be temporary.
 
         An exhausted budget, a prompt that is too long or a wrong option fails the same way each time.
 
         Args:
             retry_if_exception_type: Classes of errors, or in later versions of LangChain a function of one.
-            **options: LangChain's others, such as `stop_after_attempt`.
+            **options: LangChain's other options, such as `stop_after_attempt`.
         """
         retried: Runnable[Any, Any] = super().with_retry(  # type: ignore[misc]
             retry_if_exception_type=retry_if_exception_type, **options

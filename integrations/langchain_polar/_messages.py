@@ -1,6 +1,6 @@
 """Between LangChain and the engine: messages to the roles of a chat template, answers to messages and their metadata.
 
-Text only: a block that is neither text nor a trace of tool use is refused, never dropped in silence. Tokens go to
+Text only: a block that is neither text nor a trace of tool use is refused, never silently dropped. Tokens go to
 `usage_metadata` as integers only, since a float there breaks LangChain's own usage counter; money and compute go to the
 response metadata. Knows no model.
 """

@@ -97,7 +97,7 @@ _CURRENCY: Final = "USD"
 
 
 class PolarTracer(LangChainTracer):
-    """A `LangChainTracer` that adds `total_cost` to the usage of PoLar runs; other runs are traced as always.
+    """A `LangChainTracer` that adds `total_cost` to the usage of PoLar runs; other runs are traced as usual.
 
     Example:
         >>> chain.invoke("…", config={"callbacks": [PolarTracer()]})  # doctest: +SKIP

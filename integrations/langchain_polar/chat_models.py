@@ -111,9 +111,9 @@ class ChatPolar(PolarBase, BaseChatModel):
 
         Args:
             tools: Functions, LangChain tools, pydantic classes, TypedDicts, or schemas in OpenAI's form.
-            tool_choice: `auto` or None = the model decides, by the first character of its answer; `any`, `required` or
+            tool_choice: `auto` or None = the model decides by the beginning of its answer; `any`, `required` or
                 True = it calls one; a tool's name = it calls that one; `none` or False = it calls none.
-            parallel_tool_calls: Whether one answer may contain several calls. Off unless you say True: a small model
+            parallel_tool_calls: Whether one answer may contain several calls. Off by default: a small model
                 repeats its first call.
             strict: Without effect: arguments always match their schema.
             **kwargs: Options of a call, such as `response_format` or `max_tokens`.
@@ -290,7 +290,7 @@ class ChatPolar(PolarBase, BaseChatModel):
 
 
 def _count(engine: PolarModel, roles: Roles, tools: Sequence[Mapping[str, Any]] | None = None) -> int:
-    """Input tokens of messages; 0 where there is no text, which cannot be asked."""
+    """Input tokens of messages; 0 if there is no text."""
     if not any(role["content"].strip() or role.get("tool_calls") for role in roles):
         return 0
     try:

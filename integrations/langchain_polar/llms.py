@@ -42,7 +42,7 @@ class PolarLLM(PolarBase, BaseLLM):
     """
 
     template: Literal["auto", "chat", "raw"] = "auto"
-    """`auto`: the prompt becomes a user's message if the model has a chat template; `raw`: it is completed as it is,
+    """`auto`: the prompt becomes a user message if the model has a chat template; `raw`: it is completed unchanged,
     special tokens in it recognised. Per call."""
 
     per_call: ClassVar[frozenset[str]] = PolarBase.per_call | {"template"}
@@ -89,11 +89,11 @@ class PolarLLM(PolarBase, BaseLLM):
             return await asyncio.to_thread(bound._settle_hits, result, callers, who)
 
     def _bind(self, options: Mapping[str, Any]) -> tuple[PolarLLM, dict[str, Any]]:
-        """A copy with the options that change the answer as settings, and the options that only say who asks."""
+        """A copy with the options that change the answer as settings, and the options that only name the caller."""
         return self._with_options(options), {name: options[name] for name in CALLER_OPTIONS if name in options}
 
     def _settle_hits(self, result: LLMResult, callers: Sequence[Caller], options: Mapping[str, Any]) -> LLMResult:
-        """Give every generation that this call did not compute a record and a price of its own."""
+        """Give every generation that this call did not compute its own record and price."""
         computed = set((result.llm_output or {}).get("request_ids", ()))
         rows = result.generations
         for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""A PoLar model for LlamaIndex: `PolarLLM` completes and chats, runs here and is metered.
+"""A PoLar model for LlamaIndex: `PolarLLM` completes and chats, runs locally and is metered.
 
 The public names are in `__init__.pyi` and load on first use, so that `import llama_index_polar` imports neither
 LlamaIndex nor torch.

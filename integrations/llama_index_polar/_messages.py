@@ -85,7 +85,7 @@ def _block(block: object, position: int) -> str:
 
 
 def completion_response(text: str, delta: str | None, generation: Generation | None) -> CompletionResponse:
-    """A whole or partial completion; `raw` is set where the answer is finished."""
+    """A whole or partial completion; `raw` is set once the answer is finished."""
     return CompletionResponse(text=text, delta=delta, raw=_raw(generation))
 
 
@@ -101,7 +101,7 @@ class FormResponder:
         self._read = 0
 
     def __call__(self, text: str, delta: str | None, generation: Generation | None) -> ChatResponse:
-        """A whole or partial answer; `raw` is set where it is finished.
+        """A whole or partial answer; `raw` is set once it is finished.
 
         Raises:
             IncompleteAnswerError: A call was cut off.

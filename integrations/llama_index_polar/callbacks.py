@@ -28,7 +28,7 @@ __all__ = ["CallCosts", "CostTotals", "PolarCall", "get_polar_cost_callback"]
 
 
 class _Listener(BaseEventHandler):
-    """Tells the open blocks of a context what a call cost; events of other models and of wrappers say nothing."""
+    """Tells the open blocks of a context what a call cost; ignores events of other models and of wrappers."""
 
     @classmethod
     def class_name(cls) -> str:

@@ -66,7 +66,7 @@ class PolarSettings(ModelSettings):
     """
 
     max_tokens: int = 256
-    """Max tokens of the answer; LlamaIndex keeps this much of the context window free. Per call."""
+    """Maximum number of tokens in the answer; LlamaIndex keeps this much of the context window free. Per call."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +142,7 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Complete a prompt; it becomes a user's message if the model has a chat template."""
+        """Complete a prompt; it becomes a user message if the model has a chat template."""
         return cast("CompletionResponse", self._run(*self._completion(prompt, formatted, kwargs)))
 
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -168,11 +168,11 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """As `complete`, without blocking the event loop."""
+        """Like `complete`, without blocking the event loop."""
         return cast("CompletionResponse", await self._arun(*self._completion(prompt, formatted, kwargs)))
 
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        """As `stream_complete`, without blocking the event loop."""
+        """Like `stream_complete`, without blocking the event loop."""
 
         async def start() -> CompletionResponseAsyncGen:
             return await self._astream(*self._completion(prompt, formatted, kwargs))
@@ -181,11 +181,11 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """As `chat`, without blocking the event loop."""
+        """Like `chat`, without blocking the event loop."""
         return cast("ChatResponse", await self._arun(*await self._aconversation(messages, kwargs)))
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """As `stream_chat`, without blocking the event loop."""
+        """Like `stream_chat`, without blocking the event loop."""
 
         async def start() -> ChatResponseAsyncGen:
             return await self._astream(*await self._aconversation(messages, kwargs))

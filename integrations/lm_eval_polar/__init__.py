@@ -1,6 +1,6 @@
 """PoLar models for lm-evaluation-harness: `import lm_eval_polar` registers the model `polar`.
 
-The harness finds models that are imported, and looks for no plug-ins; so `python -m lm_eval_polar` is its command with
+The harness only knows models that were imported, and has no plug-ins; so `python -m lm_eval_polar` is its command with
 this model among its own.
 """
 

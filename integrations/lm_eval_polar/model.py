@@ -1,7 +1,7 @@
 """`PolarLM`: what lm-evaluation-harness asks of a model, answered by a program of layers.
 
 Texts become tokens as in the harness's own Hugging Face class, so that full depth has its scores. A context is routed
-as the prompt of a request is, and its program runs all that follows. Nothing is metered; FLOPs are counted by the
+like the prompt of a request, and its program runs everything that follows. Nothing is metered; FLOPs are counted by the
 formula, and `get_model_info` puts them into the harness's results.
 """
 
@@ -54,15 +54,15 @@ class PolarLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     Args:
         pretrained: Alias, hub id, folder, `.gguf` file, or a `PolarModel`; None = the default model.
         compute: Tier or tolerance; `exact` = full depth; None = the model's default tier.
-        program: A program by hand, instead.
+        program: A program by hand instead.
         router: Folder of a router for the model.
         policy: Policy file for the model.
         maps: Folder of bridges or fills that the program uses.
         precision: As in `PolarModel.from_pretrained`.
-        device: As there; None = chosen.
+        device: As there; None = automatic.
         max_length: Maximum tokens of context and what follows; None = the model's context window.
-        max_gen_toks: Maximum tokens of an answer where the task does not say.
-        add_bos_token: Whether texts begin with the beginning token; None = as the tokenizer has it.
+        max_gen_toks: Maximum tokens of an answer if the task does not set it.
+        add_bos_token: Whether texts start with the beginning-of-text token; None = the tokenizer's default.
         batch_size: Ignored, as is `max_batch_size`: the engine packs by number of tokens.
         max_batch_size: Ignored.
     """

@@ -48,7 +48,7 @@ def build(settings: Settings) -> Starlette:
     seconds to finish; all of them are recorded.
 
     Args:
-        settings: The model, and what to allow.
+        settings: The model, and what is allowed.
     """
     server = Server(settings)
 

@@ -47,7 +47,7 @@ NOT_ENFORCED: Final[Mapping[KeyRule, str]] = {
     "never": "No call needs an API key, also through a proxy; without one, no key's tenant, tiers, rates or scopes are "
     "enforced.",
 }
-"""The line about it when a server starts, where some calls need no key."""
+"""The line printed at the start of a server of which some calls need no key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +56,24 @@ class Settings:
 
     Attributes:
         engine: The model to serve, with its policy, router and sink.
-        name: Id of the model at `/v1/models`, or several; None = the name it was loaded by.
-        max_body: Longest request body that is read. Unit: bytes.
+        name: Id of the model at `/v1/models`, or several; None = the name under which it was loaded.
+        max_body: Maximum size of a request body. Unit: bytes.
         max_choices: Maximum number of answers of one call: `n` times its prompts.
-        timeout: Longest time of one answer; None = any. Unit: seconds.
+        timeout: Maximum time of one answer; None = unlimited. Unit: seconds.
         usage_always: Send `usage` at the end of every stream, asked for or not.
-        lenient: Let fields be that the API does not know, and count them, rather than refuse them.
-        drain: How long a server that is told to stop lets answers run. Unit: seconds.
+        lenient: Ignore and count fields that the API does not know, instead of refusing them.
+        drain: How long answers may still run when the server is told to stop. Unit: seconds.
         keys: Where API keys are kept; None = there are none, and no key is valid.
-        require_keys: The calls that need one; None = all where keys are kept, and else none. A call without a key is
+        require_keys: The calls that need one; None = all if keys are kept, otherwise none. A call without a key is
             made in the engine's own name.
         replies: Where answers to repeated requests are kept; None = in this process.
         rates: Where the use of keys' limits is kept; None = in this process.
-        accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
-        alerts: What tells a webhook of promises at risk; None = nothing does.
+        accounts: What tenants may see of their own usage; None = nothing, as without a ledger.
+        alerts: Notifies a webhook of promises at risk; None = no alerts.
         pages: The operations page; None = there is none.
         backends: URLs of other servers, by the tier that they compute; see `polar_server.upstream`.
         backend_key: API key for them.
-        embeddings: Embeds texts; None = nothing does.
+        embeddings: Embeds texts; None = no embeddings.
         telemetry: Where spans and metrics of OpenTelemetry go; None = there are none.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """

@@ -33,9 +33,9 @@ else:
 
 
 CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
-"""Options of a call that say who asks; they do not change the answer."""
+"""Options of a call that name the caller; they do not change the answer."""
 _CONSTRAINTS: Final = ("json_schema", "regex", "choice", "grammar")
-"""Settings of which one at most says what an answer must match."""
+"""Settings for what an answer must match; at most one may be set."""
 _PER_CALL: Final = (
     *("compute", "program", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "timeout"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_repeats", "ignore_eos"),
@@ -56,51 +56,51 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
     model: str | None = None
-    """Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model."""
+    """Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, otherwise the default model."""
     compute: str | float | None = None
     """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05; None =
     the default tier. Per call."""
     program: Program | str | None = None
     """A program by hand, e.g. `0-11 18-29`; overrides `compute`. Per call."""
     temperature: float = 0.0
-    """0 = greedy. Per call."""
+    """Sampling temperature; 0 is greedy. Per call."""
     top_p: float = 1.0
     """Sample from the likeliest tokens up to this total probability. Per call."""
     top_k: int = 0
     """Sample from this number of likeliest tokens; 0 = all. Per call."""
     min_p: float = 0.0
-    """Sample from tokens that are at least so likely beside the likeliest; 0 = all. Per call."""
+    """Minimum probability of a token, relative to the likeliest; 0 = all. Per call."""
     presence_penalty: float = 0.0
-    """Taken off the logit of each token that is in the answer, -2 to 2. Per call."""
+    """Subtracted from the logit of each token in the answer, -2 to 2. Per call."""
     frequency_penalty: float = 0.0
-    """Taken off for each time that it is there, -2 to 2. Per call."""
+    """Subtracted once per occurrence in the answer, -2 to 2. Per call."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens in prompt or answer; 1 = leave them as they are. Per call."""
+    """Divides the logits of tokens in prompt or answer; 1 = unchanged. Per call."""
     logit_bias: dict[int, float] | None = None
-    """Numbers that are added to the logits of tokens, by their ids, -100 to 100. Per call."""
+    """Numbers added to the logits of tokens, by token id, -100 to 100. Per call."""
     stop_repeats: int | None = None
-    """End an answer that says the same so many times in a row; `stopped_by` then says so. Per call."""
+    """End an answer that repeats the same text N times in a row; `stopped_by` then says so. Per call."""
     ignore_eos: bool = False
-    """The model cannot end its answer. Per call."""
+    """Keep the model from ending its answer. Per call."""
     logprobs: bool | int | None = None
-    """Report the log-probability of each token of the answer, with so many alternatives; True = with none. Per call."""
+    """Report the log-probability of each answer token, with N alternatives; True = without. Per call."""
     max_tokens: int | None = None
-    """Max tokens of the answer; None = 256, or what the context window leaves. Per call."""
+    """Maximum number of tokens in the answer; None = 256, or what the context window leaves. Per call."""
     stop: list[str] = Field(default_factory=list)
     """Texts that end the answer and are not part of it. Per call."""
     seed: int | None = None
-    """Makes sampling repeatable. Per call."""
+    """Seed that makes sampling repeatable. Per call."""
     timeout: float | None = None
-    """Max time of one answer; then it stops and raises `RequestTimeoutError`. Unit: seconds. Per call."""
+    """Maximum time of one answer; then it stops and raises `RequestTimeoutError`. Unit: seconds. Per call."""
     json_schema: Any = None
     """JSON schema that the answer matches: a mapping, JSON text, or a class such as a pydantic model. This and the next
     three need the extra `structured`; the model does not see them. Per call."""
     regex: str | None = None
-    """Regular expression that the whole answer matches. Per call."""
+    """Regular expression that the whole answer must match. Per call."""
     choice: list[str] | None = None
-    """The answer is one of these texts. Per call."""
+    """Texts of which the answer must be one. Per call."""
     grammar: str | None = None
-    """Lark grammar that the answer matches. Per call."""
+    """Lark grammar that the answer must match. Per call."""
     fit_max_tokens: bool = True
     """Steer an answer that must match something to an end within `max_tokens`. Per call."""
     speculate: Literal["auto", "off", "prompt"] | None = None
@@ -111,17 +111,17 @@ class ModelSettings(BaseModel):
     usage_tags: dict[str, str] = Field(default_factory=dict)
     """Tags on usage records; those of a call override them. Per call."""
     ledger: str | None = AUTO_LEDGER
-    """`"auto"`, a ledger URL, or None to meter nothing."""
+    """`"auto"`, a ledger URL, or None to turn metering off."""
     sink: UsageSink | None = Field(default=None, exclude=True, repr=False)
-    """Takes usage records in place of a ledger."""
+    """Receives usage records instead of a ledger."""
     tracing: bool = False
     """Set usage and cost of each answer on OpenTelemetry's current span; needs the extra `tracing`."""
     policy: Policy | str | Path | None = None
     """Policy or policy file; None = the one shipped for the model."""
     router: Router | str | Path | None = None
-    """Router, or the folder of one; None = the one shipped for the model, where its certificate holds here."""
+    """Router, or the folder of one; None = the one shipped for the model, if its certificate holds here."""
     audit_share: float | dict[str, float] | None = None
-    """Share of answers of certified tiers that are audited, one or by tier; None = 0.005 with a ledger, else 0."""
+    """Share of certified tiers' answers to audit, one or by tier; None = 0.005 with a ledger, otherwise 0."""
     # How the weights are loaded: `polar_sdk.models.load.LoadOptions` says what each field means.
     revision: str | None = None
     device: str = "auto"
@@ -129,7 +129,7 @@ class ModelSettings(BaseModel):
     precision: str = "auto"
     kv_memory: int | None = None
     engine: Engine | None = Field(default=None, exclude=True, repr=False)
-    """A `PolarModel` to use as it is: one that you have set up, or `polar_sdk.testing.tiny_model()`."""
+    """A `PolarModel` to use: one that you have set up, or `polar_sdk.testing.tiny_model()`."""
 
     _engines: dict[str | None, Engine] = PrivateAttr(default_factory=dict)
     """Engines by the model's name; copies of the object share them."""
@@ -181,7 +181,7 @@ class ModelSettings(BaseModel):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy with settings of its own, which answers by the same engines, router and sink."""
+        """A copy with separate settings, which uses the same engines, router and sink."""
         memo = {} if memo is None else memo
         memo |= {id(part): part for part in (self._engines, self.engine, self.router, self.sink)}
         return super().__deepcopy__(memo)
@@ -267,7 +267,7 @@ class ModelSettings(BaseModel):
 
 
 def _renamed(values: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
-    """Settings by our names, where they have those of other model classes.
+    """Settings under our names, translated from those of other model classes.
 
     Raises:
         TypeError: One is there under two names, or is not ours; the message says what to use.

@@ -17,7 +17,7 @@ MODEL_VARIABLE: Final = "POLAR_MODEL"
 DEFAULT_ALIAS: Final = "smollm2-135m-instruct"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_NAME: Final = 200
-"""Max length of a model name in a usage record. Unit: characters."""
+"""Maximum length of a model name in a usage record. Unit: characters."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Part:
 
     @property
     def requirement(self) -> str:
-        """The requirement that pip is given."""
+        """The requirement passed to pip."""
         return f"{self.distribution}=={self.version}"
 
     @property
@@ -68,7 +68,7 @@ class Alias:
 
     @property
     def origin(self) -> str:
-        """Where the file comes from, in few words."""
+        """The source of the file, in a few words."""
         others = len(self.parts) - 1
         return self.parts[0].requirement + (f" and {others} more" if others else "")
 
@@ -196,7 +196,7 @@ ALIASES: Final = (
 
 
 def resolve(model: str | Path | None = None) -> Source:
-    """Say what `model` means. An alias comes first: a folder of that name is `./name`, or a `Path`.
+    """Find what `model` means. Aliases come first: a folder of the same name is `./name`, or a `Path`.
 
     Args:
         model: Alias, folder, `.gguf` file or hub id; None = `POLAR_MODEL`, or else the default alias.
@@ -223,7 +223,7 @@ def resolve(model: str | Path | None = None) -> Source:
 
 
 def find_alias(name: str) -> Alias | None:
-    """The alias of that name, case ignored; None where there is none."""
+    """The alias of that name, case ignored; None if there is none."""
     folded = name.casefold()
     return next((alias for alias in ALIASES if folded in (alias.name, *alias.also)), None)
 

@@ -1,6 +1,6 @@
-"""A model in memory: loaded once per process from its files, or taken over from transformers.
+"""A model in memory: loaded once per process from its files, or taken from transformers.
 
-Everybody who asks for the same files, device and precision gets the same decoder, and weights stay until `clear_cache`.
+The same files, device and precision give the same decoder, and weights stay until `clear_cache`.
 Knows no router, no request and no usage; importing it imports no torch.
 """
 
@@ -72,7 +72,7 @@ class LoadOptions(TypedDict, total=False):
     """`auto`, the default, or `bf16`, `fp16`, `fp32`, `int8`, `int4`, or `gguf`: as a quantized GGUF file has its
     weights, which is what `auto` means on a CPU for a `.gguf` file, and for an alias that is not the default model."""
     kv_memory: int | None
-    """Max bytes for keys and values of all requests together; None = half of the memory that is free when the model
+    """Maximum bytes for keys and values of all requests together; None = half of the memory that is free when the model
     is first loaded."""
 
 
@@ -83,7 +83,7 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
     files have changed since; objects made before keep what they have.
 
     Args:
-        model: Alias, folder, `.gguf` file or hub id; None = `POLAR_MODEL`, or else the default model.
+        model: Alias, folder, `.gguf` file or hub id; None = `POLAR_MODEL`, otherwise the default model.
         **options: See `LoadOptions`.
 
     Returns:
@@ -135,13 +135,13 @@ def adopt(
     Args:
         model: On its device, or whole layers on several, in its dtype.
         tokenizer: The model's own.
-        precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
-        kv_memory: As in `LoadOptions`.
+        precision: `int8` or `int4` to hold the matrices in integers; None = unchanged.
+        kv_memory: See `LoadOptions`.
 
     Raises:
         UnsupportedArchitectureError: The engine has no family for it.
         DeviceError: A layer is on several devices or not in memory, or a device has no kernel for this precision.
-        ModelDamagedError: A weight is nan or infinite.
+        ModelDamagedError: A weight is NaN or infinite.
     """
     from polar_sdk.engine.families import find_family
 
@@ -161,7 +161,7 @@ def adopt(
 
 
 def clear_cache() -> None:
-    """Forget the loaded models; their memory is freed when nobody else holds them."""
+    """Drop the loaded models; their memory is freed when nothing else holds them."""
     with LOADING_LOCK:
         _loaded.clear()
 
@@ -308,7 +308,7 @@ def _in_memory(
 def _read_tokenizer(folder: Path, weights: tuple[Path, ...]) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder.
 
-    That of a GGUF file was written whole by `convert`. Its own class would take it apart and make it again, in three
+    That of a GGUF file was written complete by `convert`. Its own class would take it apart and rebuild it, in three
     times the time.
     """
     import transformers

@@ -48,7 +48,7 @@ class LayerCost:
     keys_values: int = 0
 
     def flops(self, queries: int, keys: int, leaving: int = 0) -> int:
-        """FLOPs of one visit with that many new tokens over that many keys (all new tokens included).
+        """FLOPs of one visit with N new tokens over M keys (all new tokens included).
 
         `leaving` further tokens leave their keys and values, and nothing else.
         """
@@ -79,7 +79,7 @@ class Piece(NamedTuple):
     prompt: int
     """Number of tokens of the row's prompt; those from this position on belong to the answer."""
     wanted: int
-    """From this position on, logits or states are wanted of the tokens; `end` = of none."""
+    """From this position on, logits or states of the tokens are needed; `end` = of none."""
 
     @property
     def chunk(self) -> Piece:
@@ -212,7 +212,7 @@ class CostModel:
         return sum(share.flops for piece in pieces(prompt, cached, scored) for share in self.shares(program, piece))
 
     def decode(self, program: Program, prompt: int, steps: int) -> int:
-        """FLOPs of the layers for that many decode steps after the prompt.
+        """FLOPs of the layers for N decode steps after the prompt.
 
         Step i (from 1) runs one query over prompt + i keys; the sum over the steps has a closed form.
         """

@@ -34,7 +34,7 @@ class Topic(_Frozen):
 
     examples: tuple[Text, ...]
     unlike: tuple[Text, ...] = ()
-    """Requests that look alike and are not about it."""
+    """Requests that look similar but are not about it."""
 
     @model_validator(mode="after")
     def _has_examples(self) -> Self:
@@ -61,7 +61,7 @@ class Floor(_Frozen):
     system: tuple[Text, ...] = ()
     """Texts that a system message contains, whatever their case and spacing."""
     tools: bool = False
-    """Whether it is for requests that offer tools."""
+    """Whether the rule is only for requests that offer tools."""
     topic: Topic | None = None
 
     @model_validator(mode="after")
@@ -97,5 +97,5 @@ class Floor(_Frozen):
 
 
 def strictest(floors: Iterable[Floor]) -> Floor | None:
-    """The highest of some floors, the first of equals; None of none."""
+    """The highest of some floors, the first of equals; None if there are none."""
     return max(floors, key=lambda floor: TIERS.index(floor.floor), default=None)

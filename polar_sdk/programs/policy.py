@@ -1,4 +1,4 @@
-"""The policy: what bounds a program and its loops, the programs that the tiers of one model stand for, and floors.
+"""The policy: limits of programs and loops, the programs of one model's tiers, and floors.
 
 A policy is a JSON or TOML file; the one for the default model ships in `polar_sdk/shipped/policies/`. It chooses
 nothing itself; the router does. Knows programs and costs, not weights.
@@ -40,7 +40,7 @@ class _Frozen(BaseModel):
 class LoopGuard:
     """Bounds on what an extra visit does to the hidden state.
 
-    A layer was trained to be visited once. Fed its own output, it may blow the state up or turn it away. The guard
+    A layer was trained to be visited once. Fed its own output, it may enlarge or turn the state too much. The guard
     checks each extra visit at the row's last token, and on a breach restores the state before it. The loop then stays
     off for the rest of the request, so that no later step misses the keys of a visit that was left out.
 
@@ -74,7 +74,7 @@ class Tier(_Frozen):
 
 
 class Policy(_Frozen):
-    """Bounds of the router, and the programs of the tiers."""
+    """Limits of the router, and the programs of the tiers."""
 
     model: str | None = None
     """Name of the model it was made for; None = any."""
@@ -140,7 +140,7 @@ class Policy(_Frozen):
         return not self.tiers and bool(self.floors or self.margin)
 
     def over(self, other: Policy) -> Policy:
-        """Another policy with everything that this one says in its place."""
+        """Another policy with everything that this one states put in its place."""
         return other.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
 
     @classmethod

@@ -46,8 +46,8 @@ _LAST_LAYER = 9999
 MAX_STEPS = 4096
 """Maximum length of a program: a guard against typing errors such as `0-29x999`, far above any real depth."""
 TAIL = 16
-"""Last tokens of a prompt that run where the laboratory fills layers, mostly its question: that takes a tenth to a
-third off the divergence of long prompts, for 3 % of what is saved on them. Unit: tokens."""
+"""Last tokens of a prompt, mostly its question, that run where the laboratory fills layers: this takes a tenth to a
+third off the divergence of long prompts, for 3 % of the savings on them. Unit: tokens."""
 
 
 class Step(NamedTuple):
@@ -151,7 +151,7 @@ class Program:
 
     @classmethod
     def looping(cls, depth: int, visits: Mapping[int, int]) -> Self:
-        """Identity with each layer in `visits` visited that many times in a row.
+        """Identity with each layer in `visits` visited the given number of times in a row.
 
         Raises:
             ProgramDepthError: A key names a layer outside 0 … depth − 1.
@@ -196,7 +196,7 @@ class Program:
 
     @classmethod
     def of(cls, value: Program | str | Iterable[int]) -> Program:
-        """The program of a program, its text form, or a sequence of layer indices.
+        """A program from a program, its text form, or a sequence of layer indices.
 
         Raises:
             ProgramSyntaxError: It is none of these.
@@ -234,7 +234,7 @@ class Program:
 
     @property
     def tail(self) -> int:
-        """The largest number of last prompt tokens that run a filled visit; 0 where none is filled."""
+        """The largest number of last prompt tokens that run a filled visit; 0 if none is filled."""
         return max(step.fill for step in self.steps)
 
     @property
@@ -257,7 +257,7 @@ class Program:
         return tuple(layer for layer, count in enumerate(self.visits(depth)) if count == 0)
 
     def is_identity(self, depth: int) -> bool:
-        """True where every layer runs once, in order."""
+        """True if every layer runs once, in order."""
         return self.steps == tuple(Step(layer, layer) for layer in range(depth))
 
     def check_depth(self, depth: int) -> None:

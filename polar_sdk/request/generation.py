@@ -39,13 +39,13 @@ class Generation:
         token_ids: Every sampled token, including the end-of-text token and those of a stop string.
         finish_reason: `stop` (end of text or stop string), `length` or `cancelled`.
         usage: What was executed.
-        receipt: What the sink answered, such as the cost; None where it prices nothing.
+        receipt: What the sink answered, such as the cost; None if it has no prices.
         logprobs: One per token of `token_ids`, by the logits after the hook and the grammar and before temperature,
-            top-k and top-p; None where the request asks for none.
+            top-k and top-p; None if the request asks for none.
         complete: Whether the text as a whole matches the schema, regular expression, choice or grammar of the request;
-            false where the answer was cut off. None where the request has none.
+            false if the answer was cut off. None if the request has none.
         prompt_ids: The tokens of the prompt, chat template included.
-        prompt_logprobs: One per token of the prompt after the first; None where the request asks for none.
+        prompt_logprobs: One per token of the prompt after the first; None if the request asks for none.
     """
 
     text: str
@@ -103,10 +103,10 @@ def answer(
     """Answer requests; their rows run together, and with those of other callers.
 
     Args:
-        model: What answers.
-        requests: What was asked.
-        sink: Takes their records.
-        guard: What watches loops.
+        model: The model that answers.
+        requests: The requests.
+        sink: Receives their records.
+        guard: Guard of loops.
         on_answer: Called with every job that has finished and is recorded.
 
     Raises:

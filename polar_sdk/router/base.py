@@ -24,7 +24,7 @@ class Route(NamedTuple):
     flops: int = 0
     """FLOPs that the router itself executed."""
     likeness: Likeness | None = None
-    """How like the prompt is to those that the router knows; None where it reads none."""
+    """How similar the prompt is to those that the router knows; None if it reads none."""
 
 
 class Router(ABC):
@@ -41,7 +41,7 @@ class Router(ABC):
 
 
 class StaticRouter(Router):
-    """One program, named by hand or of a policy."""
+    """One program, named by hand or by a policy."""
 
     kind: ClassVar[str] = "static"
 

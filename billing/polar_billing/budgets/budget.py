@@ -39,7 +39,7 @@ class Level(StrEnum):
 
 
 class OverBudget(StrEnum):
-    """The treatment of a request that the budget has no room for."""
+    """What happens to a request for which the budget has no room."""
 
     REFUSE = "refuse"
     SHALLOWER = "shallower"
@@ -98,7 +98,7 @@ class Budget:
         _check_name(self.level, self.name)
 
     def check_names(self) -> None:
-        """Check what no request can be named, as requests do. Ledgers may hold older budgets with such names.
+        """Refuse names that no request can have. Ledgers may hold older budgets with such names.
 
         Raises:
             BudgetError: A name begins or ends with white space or contains a control character.

@@ -123,14 +123,14 @@ class Ledger:
     def store(
         self, entries: Sequence[Entry], settle: Settle, *, told: Container[int] = ()
     ) -> list[StoredUsage | BillingError]:
-        """Store many records with their receipts; one that cannot be stored keeps no other out.
+        """Store many records with their receipts; one that cannot be stored does not affect the others.
 
         A record whose request id another one has taken is stored, and charged, under a new id.
 
         Args:
             entries: The records.
             settle: As for `append_many`.
-            told: Indices of those whose callers wait, and are told of a conflict instead.
+            told: Indices of those whose callers wait, and are informed of a conflict instead.
 
         Returns:
             For each entry what is stored, or why it is not: a conflict, or content that the database does not take.
@@ -194,7 +194,7 @@ class Ledger:
         """A write transaction on the ledger, durable when the block has ended; for `post` and similar functions.
 
         Args:
-            after_usage: False where nobody minds that usage of this process is on its way: it is not waited for.
+            after_usage: False if usage of this process that is not yet stored need not be waited for.
             patience_s: How long to wait for other processes that write a SQLite file; None for `BUSY_TIMEOUT_MS`.
                 Unit: seconds.
 
@@ -377,7 +377,7 @@ class Ledger:
             return self._version(connection) is not None
 
     def _prepare(self) -> None:
-        """Create the tables on first use, once, however many threads and processes begin together."""
+        """Create the tables on first use, once, even if many threads and processes start together."""
         if self._is_prepared():
             return
         with self._preparing:

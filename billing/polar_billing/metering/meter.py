@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 
 SPOOL_LIMIT: Final = 100_000
-"""Records that may wait in the spool before `check` refuses requests."""
+"""Number of records that may wait in the spool before `check` refuses requests."""
 GATHER_S: Final = 0.005
 """How long a commit that nobody waits for waits for more records, and for the answer to be sent. Unit: seconds."""
 _CHECK_EVERY_S: Final = 1.0
@@ -79,14 +79,14 @@ class Meter(UsageSink):
 
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        prices: A price book or its file, read once, at first use; None for the file of `POLAR_PRICE_BOOK`, or else
-            the books in force in the ledger, or else the example book (see `polar_billing.prices.in_force`).
-        source: Who meters, one name for all replicas of a service; request ids are unique per (tenant, source). None
-            for the name in `POLAR_SOURCE`, or else `polar`.
+        prices: A price book or its file, read once, at first use; None for the file of `POLAR_PRICE_BOOK`, otherwise
+            the books in force in the ledger, otherwise the example book (see `polar_billing.prices.in_force`).
+        source: Name of the service, the same for all its replicas; request ids are unique per (tenant, source). None
+            for the name in `POLAR_SOURCE`, otherwise `polar`.
         durability: What has happened when `emit` returns; see the top of this module.
         spool_limit: Records that may wait in the spool, while the ledger does not answer, before `check` refuses
             requests; 0 to refuse them at once.
-        marks: Whether answers that run are marked in the spool; False to lose those of a process that is killed.
+        marks: Whether running answers are marked in the spool; False to lose those of a killed process.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Meter(UsageSink):
         )
 
     def release(self, tenant: str, request_id: str) -> None:
-        """Give back what is held for a request that never began, its id included."""
+        """Release what is held for a request that never started, its id included."""
         self._ids.give_up(tenant, request_id)
         self._budgets.release(tenant, request_id, source=self.source)
 
@@ -221,10 +221,10 @@ class Meter(UsageSink):
         return self._marks and self._writer.has_spool
 
     def mark(self, record: UsageRecord) -> None:
-        """Note what a request that still runs has used, in a line of the spool; see `spool_file.InterimUsage`.
+        """Note what a running request has used, in a line of the spool; see `spool_file.InterimUsage`.
 
         Raises:
-            StoreError: The spool cannot be written; the mark before holds.
+            StoreError: The spool cannot be written; the previous mark stays valid.
         """
         if self.wants_marks:
             try:
@@ -297,10 +297,10 @@ class Meter(UsageSink):
 
         If the ledger does not answer, or is locked, it waits in the spool, flushed to the disk, as records do. One that
         is refused, since its id has other content or its promise other figures, is logged and kept in the spool's
-        `rejected.jsonl`: offering it again would help nobody.
+        `rejected.jsonl`: passing it again would not help.
 
         Raises:
-            StoreError: It could not be stored; offer it again.
+            StoreError: It could not be stored; pass it again.
         """
         try:
             answers = self._audits.store([audit])
@@ -315,7 +315,7 @@ class Meter(UsageSink):
             self._writer.reject_audits([audit], self.source, answers)
 
     def standings(self) -> dict[str, PromiseStanding]:
-        """Where the ledger's promises stand, by digest: as stored when this is called, whoever audited.
+        """The state of the ledger's promises, by digest: as stored when this is called, whoever audited.
 
         Raises:
             StoreError: The ledger cannot be read now.
@@ -374,7 +374,7 @@ class Meter(UsageSink):
         return self._writer.status()
 
     def close(self) -> None:
-        """Store what is on its way and release the ledger's connections; using the meter again opens new ones."""
+        """Store what is pending and release the ledger's connections; using the meter again opens new ones."""
         self._writer.close()
         self._budgets.stop()
         self.ledger.close()
@@ -389,7 +389,7 @@ class Meter(UsageSink):
 class _RequestIds:
     """Ids of callers that this process serves or served last. Safe in several threads and after a fork.
 
-    What it has forgotten, or what another process serves, is for the ledger to say.
+    The ledger knows what this has forgotten, and what other processes serve.
     """
 
     def __init__(self) -> None:
@@ -418,7 +418,7 @@ class _RequestIds:
             self._serving.add(request)
 
     def give_up(self, tenant: str, request_id: str) -> None:
-        """Forget the claim of a request that never began."""
+        """Drop the claim of a request that never started."""
         with self._lock:
             self._serving.discard((tenant, request_id))
 
@@ -474,7 +474,7 @@ def open_meter(url: str | None = None) -> UsageSink:
     Its `durability` is `spool`; see the top of this module for what that promises. `POLAR_MARKS=off` turns marks off.
 
     Args:
-        url: As for `Meter`.
+        url: See `Meter`.
 
     Raises:
         LedgerUrlError: The URL names no supported store.

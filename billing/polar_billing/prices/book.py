@@ -62,7 +62,7 @@ class PriceBook(Checked):
     free_outcomes: frozenset[Outcome] = frozenset()
     """Outcomes that are metered but charged at 0, for example `error`."""
     charge_drafts: Annotated[bool, Field(strict=True)] = False
-    """Whether compute units include what was executed for drafted tokens that answers did not keep. By default they are
+    """Whether compute units include work on drafted tokens that were not kept. By default, they are
     what the answers needed, as without drafts."""
     prices: Annotated[tuple[PriceEntry, ...], Field(min_length=1)]
     """In order of `effective_from`, whatever the order in the file."""
@@ -245,7 +245,7 @@ class PriceBook(Checked):
             raise PriceBookError(f"a stored price book: {_problems(error)}", hint="Run `polar verify`.") from error
 
     def check_rates(self, name: str | None = None) -> None:
-        """Refuse rates by which no use could be charged. Books that are in force already are not asked again.
+        """Refuse rates by which no use could be charged. Books already in force are not checked again.
 
         Args:
             name: What stands for the book in messages; None for its id.

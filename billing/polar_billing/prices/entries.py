@@ -96,7 +96,7 @@ class PriceEntry(Checked):
 
     effective_from: Moment
     effective_until: Moment | None = None
-    """End of these prices, itself excluded; without it they hold until the next entry begins."""
+    """End of these prices (exclusive); without it they hold until the next entry begins."""
     per_compute_unit: Price | None = None
     """Currency units per CU (10^12 executed FLOPs)."""
     per_million_input_tokens: Price | None = None
@@ -104,7 +104,7 @@ class PriceEntry(Checked):
     per_million_output_tokens: Price | None = None
     per_request: Price | None = None
     tiers: dict[str, Multiplier]
-    """Tier name → what every price of this entry is multiplied by for it."""
+    """Tier name → multiplier of every price in this entry."""
     untiered: Multiplier | None = None
     """The same for a request whose program was named by hand; without it such a request is unrated."""
     token_reference: TokenPrices | None = None

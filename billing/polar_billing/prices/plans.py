@@ -110,12 +110,12 @@ class Promise(Checked):
     latency_ms_p95_max: Annotated[int, Field(strict=True, gt=0)] | None = None
     """95th percentile (nearest rank) of completed requests: queue, prefill and decode. Unit: milliseconds."""
     agreement_min: Share | None = None
-    """Share of audited answers that are as at full depth, by the weights of their audits."""
+    """Share of audited answers that agree with full depth, by the weights of their audits."""
     agreement_loss: Literal["differs", "strict"] = "differs"
     """The audits that it is settled from: those that lose a text that keeps fewer than three quarters of its tokens
     (`differs`) or fewer than 95 % of them (`strict`)."""
     audits_min: Annotated[int, Field(strict=True, gt=0, le=1_000_000)] = 100
-    """Audits that it takes to settle it; fewer say neither that it was kept nor that it was missed."""
+    """Audits needed to settle it; with fewer it counts neither as kept nor as missed."""
     credit_percent: Percent
     """Share of the tier's discounted charges; given once, whether one or both were missed."""
 
@@ -133,9 +133,9 @@ class Terms(Checked):
     flat_fee: Amount | None = None
     """Currency units per period; pro rata for a part of a period."""
     minimum: Amount | None = None
-    """Amount that usage is topped up to, after the discount; pro rata for a part of a period."""
+    """Amount that usage is raised to, after the discount; pro rata for a part of a period."""
     discount_percent: Percent | None = None
-    """Off every usage charge; not off the fee or the minimum."""
+    """Taken off every usage charge; not off the fee or the minimum."""
     items: tuple[PeriodPrice, ...] = ()
     """Items priced over the period; they replace the book's rate for that item on statements."""
     promises: dict[str, Promise] = Field(default_factory=dict)
@@ -201,9 +201,9 @@ class Credit(Checked):
     effective_from: Moment
     """It pays statements whose period ends later than this."""
     expires_at: Moment | None = None
-    """It pays no statement whose period begins at this moment or later."""
+    """It pays no statement whose period begins at or after this time."""
     priority: Annotated[int, Field(strict=True, ge=0, le=1_000)] = 100
-    """Lower is used first; then what expires first."""
+    """Lower numbers are used first, then credits that expire first."""
 
     @model_validator(mode="after")
     def _lasts(self) -> Self:

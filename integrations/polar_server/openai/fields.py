@@ -1,7 +1,7 @@
 """Kinds of fields in request bodies, for pydantic models, and refusals that name a field.
 
 The model of a body is both its check and its schema in the OpenAPI document, so the document cannot promise what the
-server refuses. A field that no model knows is reported, never dropped in silence. Knows no endpoint.
+server refuses. A field that no model knows is reported, never silently dropped. Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -203,13 +203,13 @@ def read(content: Mapping[str, Any], model: type[B], *, lenient: bool) -> tuple[
     Args:
         content: The fields.
         model: Of the body.
-        lenient: Let fields be that the model does not know.
+        lenient: Ignore fields that the model does not know.
 
     Returns:
-        The body, and the number of fields that were let be.
+        The body, and the number of ignored fields.
 
     Raises:
-        ApiError: A field holds what it may not, is missing, is there twice or unknown.
+        ApiError: A field has a wrong value, is missing, is given twice or is unknown.
     """
     given, unknown, spelt = _renamed(content, model)
     try:
@@ -266,7 +266,7 @@ def _named(content: Mapping[str, Any], model: type[Body]) -> Iterator[tuple[str,
 
 
 def _unknown(names: list[str], model: type[Body]) -> ApiError:
-    """The refusal of fields that nobody knows, with the nearest that is known."""
+    """The refusal of unknown fields, with the nearest known one."""
     served = {*model.model_fields, *(name for name, own in HTTP_NAMES.items() if own in model.model_fields)}
     near = nearest(names[0], sorted(served))
     listed = ", ".join(name[:64] for name in names[:_SHOWN])

@@ -28,7 +28,7 @@ _LOGPROBS: Final = "message.output_text.logprobs"
 _PARTS: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _STORED: Final = "item_reference"
 _INCLUDED: Final = (_LOGPROBS, "reasoning.encrypted_content")
-"""Values of `include`; the second is accepted, though there is no reasoning."""
+"""Values of `include`; the second is accepted, although there is no reasoning."""
 _Text = Annotated[str, Text()]
 
 
