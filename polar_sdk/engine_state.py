@@ -1,4 +1,4 @@
-"""The state of a running engine, as the server that runs it hands it to whoever shows it.
+"""The state of a running engine, passed from the server that runs it to what displays it.
 
 Knows neither the engine nor a page.
 """

@@ -42,7 +42,7 @@ PolarError
 │   ├── ModelDamagedError                 a checksum or a tensor is wrong
 │   ├── UnsupportedArchitectureError
 │   ├── DeviceError                       device, dtype or precision not available here
-│   └── LogitsError                       the model computed nan or infinity for a request, which it ends
+│   └── LogitsError                       the model computed NaN or infinity for a request, which ends
 ├── FolderError (OSError)                 a model folder cannot be written: no space, no permission
 │   └── FolderExistsError (FileExistsError)  something is stored there already
 ├── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
@@ -50,9 +50,9 @@ PolarError
 ├── SandboxError (OSError)                code of a model cannot be run safely on this machine
 └── MissingExtraError (ImportError)       an optional dependency is not installed
 
-A message names the value, the limit and the fix on one line; `hint` repeats the fix alone, for programs that show it
-apart. Where a name is unknown, `did_you_mean` says which one may have been meant. Knows nothing of torch, of frameworks
-or of money.
+A message names the value, the limit and the fix on one line; `hint` repeats only the fix, for programs that show it
+separately. For an unknown name, `did_you_mean` suggests the one that may have been meant. Knows nothing of torch, of
+frameworks or of money.
 """
 
 from __future__ import annotations

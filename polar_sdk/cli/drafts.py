@@ -1,4 +1,4 @@
-"""`polar lab drafts`: a draft head trained on a model's own answers, by which its next answers come sooner."""
+"""`polar lab drafts`: a draft head trained on a model's own answers, so that its next answers take less time."""
 
 from __future__ import annotations
 

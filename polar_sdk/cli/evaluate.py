@@ -1,4 +1,4 @@
-"""`polar evaluate`: a router beside identity and controls, or tiers on a suite; as a table, JSON and an HTML page."""
+"""`polar evaluate`: a router against identity and controls, or tiers on a suite; as a table, JSON and an HTML page."""
 
 from __future__ import annotations
 

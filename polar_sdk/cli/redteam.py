@@ -1,4 +1,4 @@
-"""`polar redteam`: attempts to have a tier change an answer that it promises to keep, without and with defences."""
+"""`polar redteam`: attempts to make a tier break its promise, without and with defences."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ kernel, or through plain products where a soft cap forbids it or, for many token
 where they are faster.
 
 Importing this also registers the CPU form of torch's kernel with `FlopCounterMode`. torch has formulas for the CUDA
-forms only, so on a CPU it would count attention as nothing; now it counts the same on both, as the meter does.
+forms only, so on a CPU it would count attention as zero; now it counts the same on both, like the meter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The frozen weights of one model, ready to run layer by layer: embed, project, finish, head.
 
-Takes the weights over from a Hugging Face model, layer by layer, in the requested precision. Knows tokens, layers and
-single steps; what runs in which order over whose history is up to those who run the steps.
+Takes the weights from a Hugging Face model, layer by layer, in the requested precision. Knows tokens, layers and single
+steps, but not in which order and over whose history they run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A draft head: a small network that guesses what a model says next, token by token. No training here.
 
-It reads the state of the token that ran last and the token that was sampled after it, and makes a state of its own, by
-which it guesses a token; that state and that token give the next one, and so on (Zhang et al. 2024, "Recurrent
-Drafter", arXiv:2403.09919). It has no history of its own, so nothing has to be kept for it between passes. It guesses
-only tokens that are frequent in the model's answers, by the rows of the model's own head. Knows tensors; no request.
+It reads the state of the last token that ran and the token sampled after it, and computes its own state, from which it
+guesses a token; that state and that token give the next one, and so on (Zhang et al. 2024, "Recurrent Drafter",
+arXiv:2403.09919). It has no history, so nothing has to be kept for it between passes. It guesses only tokens that are
+frequent in the model's answers, with the rows of the model's own head. Knows tensors; no request.
 
 It comes in two forms: `DraftHead` runs by torch's operations and can be trained, `NativeDraftHead` runs in the native
 library.

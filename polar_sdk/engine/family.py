@@ -1,8 +1,8 @@
 """The arithmetic of one architecture: pure functions over the weights of a layer. Knows no cache, no rows, no programs.
 
-A family is written once, in plain torch, which is the reference and runs everywhere. What its layers are made of it
-says as data besides (`plan`), by which the native library runs them whole. Tokens of all rows are packed one after
-another, (N, E), without padding.
+A family is written once, in plain torch, which is the reference and runs everywhere. It also describes its layers as
+data (`plan`), from which the native library runs them whole. Tokens of all rows are packed one after another, (N, E),
+without padding.
 """
 
 from __future__ import annotations

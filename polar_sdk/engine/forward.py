@@ -1,10 +1,10 @@
 """One pass of packed rows through their programs: prefill and decode are the same code.
 
 Each step runs once for all rows that need it next (`layout.schedule`): gather their tokens, run, scatter back. Rows
-never touch each other's keys, values or counts. Of a prompt, tokens whose states nobody reads any more leave their keys
-and values and stop, and a filled segment's map writes those of the tokens that do not run it, all its layers at once.
-Where a row has few tokens that run, and the kernels can do it, a layer runs as one call over the pages, and so does a
-pass all of whose turns are such visits. Knows rows and programs, not requests or text.
+never touch each other's keys, values or counts. Prompt tokens whose states are no longer needed write their keys and
+values and stop, and a filled segment's map writes those of the tokens that do not run it, for all its layers at once.
+If only a few tokens of a row run, and the kernels support it, a layer runs as one call over the pages, and so does a
+pass that consists of such visits only. Knows rows and programs, not requests or text.
 """
 
 from __future__ import annotations

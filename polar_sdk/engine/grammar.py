@@ -1,10 +1,9 @@
-"""Grammars: which tokens may come next, and how an answer that runs out of tokens is brought to its end.
+"""Grammars: which tokens may come next, and how an answer that runs out of tokens is steered to its end.
 
-A grammar is compiled once per tokenizer and tenant, so that no tenant can tell by the time whether another one used it;
-every row that follows it has a state of its own, which moves with
-each sampled token and depends on nothing else, so that a row whose prompt runs again continues where it was. The masks
-are llguidance's, some ten microseconds per token, so they are computed where they are needed and not ahead. Knows token
-ids and logits; no JSON and no requests.
+A grammar is compiled once per tokenizer and tenant, so that no tenant can tell by timing whether another one used it.
+Every row that follows it has its own state, which changes with each sampled token and depends on nothing else, so that
+a row whose prompt runs again continues where it was. The masks are llguidance's and take some ten microseconds per
+token, so they are computed when needed and not ahead. Knows token ids and logits; no JSON and no requests.
 """
 
 from __future__ import annotations

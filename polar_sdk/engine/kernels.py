@@ -1,6 +1,6 @@
-"""Kernels: what runs the layers of a decoder. By torch, by torch with the library's products, or by the library whole.
+"""Kernels: what runs the layers of a decoder: torch, torch with the library's products, or the library alone.
 
-Callers use the protocol and never learn which implementation runs. Knows weights and activations only.
+Callers use the protocol and do not know which implementation runs. Knows weights and activations only.
 """
 
 from __future__ import annotations

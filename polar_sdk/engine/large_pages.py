@@ -1,8 +1,8 @@
 """Weights in memory of large pages.
 
-Every token reads all weights, and the processor looks up where each page of them lies. In pages of 2 MiB instead of
-4 KiB, two cores read a third more in the same time (`benchmarks/LOG.md`). Linux gives them to memory that asks for
-them; elsewhere, and where it has none left, nothing changes. What weights leave behind on their way here is given back.
+Every token reads all weights, and the processor has to translate the address of each of their pages. With pages of 2
+MiB instead of 4 KiB, two cores read a third more in the same time (`benchmarks/LOG.md`). Linux provides them to memory
+that requests them; elsewhere, and if none are left, nothing changes. Memory that weights occupied before is freed.
 """
 
 from __future__ import annotations

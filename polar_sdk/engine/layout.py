@@ -1,9 +1,9 @@
 """The layout of one pass: in which turns rows share layers, and where each packed token has its row, position and page.
 
-Rows with different programs share the layers of a pass in *turns*. Who takes part in which turn depends on the programs
-alone: that is a *plan*, kept from pass to pass. What depends on the pass is built once, for all turns together, so that
-a turn needs little work that grows with the number of rows. Of a prompt, not every token runs every layer: which do,
-`cost.Piece` says, and turns with the same tokens share what is known of them. Pure: indices in, indices out.
+Rows with different programs share the layers of a pass in *turns*. Which rows take part in which turn depends only on
+the programs: that is a *plan*, kept from pass to pass. What depends on the pass is built once, for all turns together,
+so that a turn does little work that grows with the number of rows. Not every token of a prompt runs every layer:
+`cost.Piece` states which do, and turns with the same tokens share their layout. Pure: indices in, indices out.
 """
 
 from __future__ import annotations

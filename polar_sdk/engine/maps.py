@@ -1,4 +1,4 @@
-"""Maps that stand for layers: bridges and fills. Knows tensors and FLOPs; the lab fits them.
+"""Maps that replace layers: bridges and fills. Knows tensors and FLOPs; the lab fits them.
 
 A *bridge* carries the hidden state over a segment of layers. The state of the first position of a sequence is large and
 nearly the same for every prompt. It would distort the map fitted to the others, so that position gets a constant.

@@ -1,7 +1,7 @@
 """A pack of questions: prompts with several continuations each, laid out to run together without padding.
 
-A prompt's tokens run once however many continuations it has: each continuation attends to the prompt's keys and values
-and to its own. Nothing is kept in pages, and gradients pass. Knows steps, no programs and no policy.
+A prompt's tokens run once for all its continuations: each continuation attends to the prompt's keys and values and to
+its own. Nothing is kept in pages, and gradients flow. Knows steps, no programs and no policy.
 """
 
 from __future__ import annotations

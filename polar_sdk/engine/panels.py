@@ -1,7 +1,7 @@
 """Matrices in panels: the order in which the native library reads them, which takes no more memory.
 
-A panel holds some outputs for all inputs, so that a product reads it from memory in order, once. What runs without the
-library unpacks a matrix for each product. Sides that do not fit are filled up with zeros.
+A panel holds some outputs for all inputs, so that a product reads it from memory in order, once. Without the library, a
+matrix is unpacked for each product. Sides that do not fit are padded with zeros.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pieces that families are made of: kinds of attention, norms, rotations, feed-forwards and mixtures of experts.
 
-Pure functions of tensors, and of configurations. Which experts a token goes to depends on values, and what it does not
-go to is not executed. Knows no family.
+Pure functions of tensors and configurations. The experts of a token depend on values, and the other experts are not
+executed for it. Knows no family.
 """
 
 from __future__ import annotations

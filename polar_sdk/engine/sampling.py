@@ -1,8 +1,8 @@
 """Choose the next token from logits: first what a request may do to its own logits, then greedy or random sampling.
 
-A hook may change the logits of a row, and the log-probabilities that result may be read; both come before temperature,
-top-k and top-p, which mean what they do to Hugging Face's logits warpers. Every row has a generator of its own, so that
-a seed gives the same answer alone and in a batch. Knows logits and token ids, no text and no requests.
+A hook may change the logits of a row, and the resulting log-probabilities may be read; both happen before temperature,
+top-k and top-p, which mean the same as for Hugging Face's logits warpers. Every row has its own generator, so that a
+seed gives the same answer alone and in a batch. Knows logits and token ids, no text and no requests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How the tokens so far change the next one, by a request's options: biases, penalties, forbidden ends, repetition.
+"""How the tokens so far influence the next one, by a request's options: biases, penalties, forbidden ends, repetition.
 
-Penalties mean what they mean to OpenAI (`presence`, `frequency`: of the answer) and to Hugging Face and vLLM
+Penalties mean the same as for OpenAI (`presence`, `frequency`: of the answer) and for Hugging Face and vLLM
 (`repetition`: of prompt and answer). Knows token ids and logits.
 """
 

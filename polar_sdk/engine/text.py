@@ -1,8 +1,8 @@
-"""Turn token ids into text piece by piece, and stop at stop strings, wherever the borders of tokens fall.
+"""Turn token ids into text piece by piece, and stop at stop strings, also where they cross the borders of tokens.
 
 Text that could still become part of a stop string, or of a character of several bytes, is held back until that is
-decided; a stop string itself is never emitted. Where several match, the one that begins first cuts, so the result does
-not depend on the pieces in which the text arrived. Knows a tokenizer's `decode`, and nothing of models.
+decided; a stop string itself is never emitted. If several match, the one that begins first ends the text, so the result
+does not depend on the pieces in which the text arrived. Knows a tokenizer's `decode`, and nothing of models.
 """
 
 from __future__ import annotations

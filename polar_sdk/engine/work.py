@@ -1,7 +1,7 @@
 """The work of a row: executed visits and FLOPs.
 
-The forward pass reports what has run: a whole pass, or each finished step of a pass that was interrupted, so that a
-request is counted up to its last finished layer. Knows costs and counts; no prices and no requests.
+The forward pass reports what has run: a whole pass, or each finished step of an interrupted pass, so that a request is
+counted up to its last finished layer. Knows costs and counts; no prices and no requests.
 """
 
 from __future__ import annotations

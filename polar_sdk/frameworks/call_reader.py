@@ -1,4 +1,4 @@
-"""Reads answers that may be calls of tools, whole or in pieces. Knows no framework."""
+"""Reads answers that may be tool calls, whole or in pieces. Knows no framework."""
 
 from __future__ import annotations
 

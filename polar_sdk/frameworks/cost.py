@@ -1,4 +1,4 @@
-"""The cost of answers: what the model classes of frameworks report of one, and sums by model, tier, tenant and tag.
+"""The cost of answers: what frameworks' model classes report for one, and sums by model, tier, tenant and tag.
 
 Knows no framework.
 """

@@ -1,7 +1,7 @@
-"""The form of an answer: free text, calls of tools, JSON by a schema, or either of the last two.
+"""The form of an answer: free text, tool calls, JSON by a schema, or either of the last two.
 
-Frameworks say it in OpenAI's words, `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`; the engine
-takes a schema or a grammar, and the prompt says what to write. Knows no framework.
+Frameworks use OpenAI's `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`; the engine takes a schema
+or a grammar, and the prompt says what to write. Knows no framework.
 """
 
 from __future__ import annotations

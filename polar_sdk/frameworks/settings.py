@@ -1,4 +1,4 @@
-"""Settings that the model classes of frameworks share, of a model that loads on first use.
+"""Settings that frameworks' model classes share, for a model that loads on first use.
 
 Frameworks construct model objects freely, so constructing one loads nothing and imports no torch; weights come from the
 engine's process-wide cache. Knows no framework.

@@ -1,9 +1,9 @@
-"""Usage and cost in OpenTelemetry, by the extra `tracing`: attributes of spans, and metrics.
+"""Usage and cost in OpenTelemetry, with the extra `tracing`: attributes of spans, and metrics.
 
 Names and units are those of OpenTelemetry's GenAI conventions (`gen_ai.*`, in development), of OpenInference (`llm.*`)
-and our own (`polar.*`) for what they lack. Nothing of OpenTelemetry is imported unless it is asked for. A span that
-sees several answers, such as that of an HTTP request around an agent, has their sums, the names of the last, and one
-event per answer. Metrics are sums for dashboards, and go to a meter provider of the application; what is owed is in the
+and our own (`polar.*`) for what they lack. Nothing of OpenTelemetry is imported unless it is asked for. A span with
+several answers, such as that of an HTTP request around an agent, has their sums, the names of the last, and one event
+per answer. Metrics are sums for dashboards, and go to the application's meter provider; the exact amounts are in the
 ledger. Knows no framework.
 """
 

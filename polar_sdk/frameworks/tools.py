@@ -1,10 +1,10 @@
 """Tools and schemas: what the prompt says of them, and the grammar of the answer.
 
-Where a model's chat template has tools, the template shows them, and calls and results are written as it writes them
-(`polar_sdk.request.call_format`). For all other models the prompt shows functions as signatures, which small models
+If a model's chat template supports tools, the template shows them, and calls and results are written as it writes them
+(`polar_sdk.request.call_format`). For all other models, the prompt shows functions as signatures, which small models
 follow better than JSON schemas, and a call is one line of JSON, `{"name": …, "arguments": {…}}`. The grammar makes
-every call valid. Where the model may choose, the beginning of its answer decides: what begins as calls do is calls,
-and anything else is text, which may end in calls where those begin with a token of their own. Knows no framework.
+every call valid. If the model may choose, the beginning of its answer decides: an answer that begins like a call is
+calls, and anything else is text, which may end in calls if those begin with a special token. Knows no framework.
 """
 
 from __future__ import annotations

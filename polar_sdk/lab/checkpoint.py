@@ -1,4 +1,4 @@
-"""Training that survives an interruption: checkpoints in a folder, and gradient descent that goes on from one.
+"""Training that survives an interruption: checkpoints in a folder, and gradient descent that resumes from one.
 
 A checkpoint is a safetensors file, no pickle. A run is named by a hash of its settings and data; files that another run
 left in the folder are ignored.

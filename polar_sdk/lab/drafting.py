@@ -1,10 +1,11 @@
-"""Training a draft head on what a model says, so that its next answers are drafted from the first one on.
+"""Training a draft head on a model's own answers.
 
-The model asks itself: what it writes after the start of a user's message is what it was trained to be asked (Xu et al.
-2024, "Magpie", arXiv:2406.08464), so a head needs no data. Questions may be given as well, or instead. Those of its own
-are sampled with seeds and answers are greedy, at full depth. Both are kept in the cache of rewards, and the head in
-checkpoints, so that what was interrupted goes on where it stopped. The loss is the cross-entropy of the tokens that the
-model said, one guess after another, each from the state that the one before it left.
+The model writes its own questions: what it writes after the start of a user message resembles the questions it was
+trained on (Xu et al. 2024, "Magpie", arXiv:2406.08464), so a head needs no data. Questions may be given as well, or
+instead. The model's own questions are sampled with seeds, and answers are greedy, at full depth. Both are kept in the
+cache of rewards, and the head in checkpoints, so that an interrupted run resumes where it stopped. The loss is the
+cross-entropy of the tokens that the model said, one guess after another, each from the state that the one before it
+left.
 """
 
 from __future__ import annotations

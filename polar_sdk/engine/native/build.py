@@ -1,8 +1,8 @@
 """Compiles the kernels to a library that depends on neither Python nor torch.
 
-A library serves every processor with the instruction sets that it is for, and every version of torch. The build of
-this package runs this, before anything else is installed (`hatch_build.py`), so that it needs the standard library
-alone. `polar models kernels` builds what is missing into an installed package.
+A library works on every processor with its instruction sets, and with every version of torch. The build of this package
+runs this before anything else is installed (`hatch_build.py`), so it needs only the standard library.
+`polar models kernels` builds what is missing into an installed package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers that the native library runs whole: what `PolarLayer` of `kernels.h` says of one, and calls with tensors."""
+"""Layers that the native library runs whole: the contents of a `PolarLayer` of `kernels.h`, and calls with tensors."""
 
 from __future__ import annotations
 

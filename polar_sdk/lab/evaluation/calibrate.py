@@ -1,10 +1,10 @@
 """Calibration: count what a router loses along its dial on unseen prompts, and certify tiers on the counts.
 
-`resplit` tests such promises: it calibrates on one random half of the prompts and looks at the other half, many times.
-The other half is a sample too: its share of lost prompts is above the truth as often as below. So two things are
-counted: promises that the other half breaks, and promises that all prompts together break.
+`resplit` tests such promises: it calibrates on one random half of the prompts and tests on the other half, many times.
+The other half is also a sample: its share of lost prompts is above the true share as often as below. So two numbers are
+counted: promises that break on the other half, and promises that break on all prompts together.
 
-Pure but for the outcomes it is given. `router/certificate.py` knows how a promise follows from the counts.
+Pure, apart from the outcomes passed in. `router/certificate.py` knows how a promise follows from the counts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The controls of an evaluation: what a router must be better than, at the same cost, to be worth having.
 
-Programs in, programs out: shuffled, random and static systems of equal cost, and the oracle. Only
-the oracle looks at outcomes.
+Programs in, programs out: shuffled, random and static systems of equal cost, and the oracle. Only the oracle uses
+outcomes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Evaluation: a router beside identity, beside controls of equal cost, and beside the oracle, on the same prompts.
+"""Evaluation: a router against identity, controls of equal cost, and the oracle, on the same prompts.
 
-Pure but for the outcomes it is given, which may measure. `evaluate_set` says which systems there are;
-`evaluate_classes` looks at the router alone, within one class of prompts after another. Renders nothing.
+Pure, apart from the outcomes passed in, which may measure. `evaluate_set` defines the systems; `evaluate_classes`
+evaluates only the router, within one class of prompts after another. Renders nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Findings of an evaluation, as data and in words: whether routing per prompt earns anything, and what to run if not.
+"""Findings of an evaluation, as data and in words: whether routing per prompt gains anything, and what to run if not.
 
 Shares are fractions of 1; an interval is a value with the ends of its 95 % confidence interval. Saves as JSON; measures
 and draws nothing.

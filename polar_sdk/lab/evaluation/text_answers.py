@@ -1,9 +1,9 @@
 """Effect of a router on answers in text, by tier: tokens kept, teacher-forced, and answers written freely.
 
-*Kept* are tokens of identity's answer that the tier's program would choose too, given what stands before them. The
-noise floor beside it is identity's own: its answer was written token by token, and scored again in one pass. A sample
-of the prompts may be answered freely besides: one other token changes all that follows, so that these figures say what
-a reader sees.
+*Kept* are tokens of identity's answer that the tier's program would also choose, given the tokens before them. The
+noise floor is the same for identity itself: its answer was written token by token, and scored again in one pass. A
+sample of the prompts may also be answered freely: one different token changes all that follows, so these figures show
+what a reader sees.
 """
 
 from __future__ import annotations

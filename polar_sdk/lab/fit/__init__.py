@@ -1,1 +1,1 @@
-"""From a model to a certified router of its own in one run: plan, prompts, fills, menu, promises, page."""
+"""From a model to its own certified router in one run: plan, prompts, fills, menu, promises, page."""

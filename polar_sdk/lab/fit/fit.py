@@ -1,11 +1,10 @@
-"""Fit: from a model to a certified router of its own, which whoever loads the model gets from then on.
+"""Fit: from a model to its own certified router, which is used whenever the model is loaded from then on.
 
 The steps: measure the pace and plan; fit maps that fill a prompt's upper layers, of several cuts at once; measure the
-programs; where there is time, train the maps of those that decide what the tiers save, and measure those again; keep
-those that none beats; train the router, and beside it one that runs the same program for every prompt; certify the
-better one; evaluate it on prompts that nothing has seen; register it. Every step keeps its work in a folder that
-belongs to the model, the prompts and the settings, so that the same call goes on where it stopped. Knows which steps
-there are; each is done by the lab.
+programs; if there is time, train the maps of those that decide what the tiers save, and measure those again; keep those
+that no other beats; train the router, and one that runs the same program for every prompt; certify the better of the
+two; evaluate it on unseen prompts; register it. Every step keeps its work in a folder that belongs to the model, the
+prompts and the settings, so that the same call resumes where it stopped. Knows the steps; each is done by the lab.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ def fit(
 ) -> FitResult:
     """Make a certified router for a model, and register it for whoever loads the model from now on.
 
-    What was interrupted goes on where it stopped; what is finished is returned as it is.
+    An interrupted fit resumes where it stopped; a finished one is returned unchanged.
 
     Args:
         model: The model, in the precision that it is to serve in.

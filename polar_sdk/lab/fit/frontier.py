@@ -1,6 +1,6 @@
-"""The frontier of measured programs: which of them none beats, which decide what tiers save, and what a router earns.
+"""The frontier of measured programs: which ones no other beats, which decide what tiers save, and what a router gains.
 
-Knows what was measured, and no model.
+Knows measurements, no model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The plan of a fit: how many prompts, which cuts and how much training the given hours allow.
 
-It follows from what a minute's measurement says of the model on this machine, from the model's depth and from what the
-prompts are like. Nothing is tuned to a family. Knows no files.
+It follows from a minute's measurement of the model on this machine, from the model's depth and from the prompts.
+Nothing is tuned to a family. Knows no files.
 """
 
 from __future__ import annotations

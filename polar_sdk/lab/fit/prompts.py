@@ -1,7 +1,7 @@
-"""The prompts of a fit: the caller's own, or the package's by kind and length, dealt evenly over both.
+"""The prompts of a fit: the caller's own, or the package's, distributed evenly over kinds and lengths.
 
-Where the caller gives none, tasks of chains are made from the grammar of `synthetic`, and from the prompts that come
-with the package. Knows no model.
+If the caller gives none, tasks of chains are made from the grammar of `synthetic` and from the package's prompts. Knows
+no model.
 """
 
 from __future__ import annotations

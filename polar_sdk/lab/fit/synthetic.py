@@ -1,8 +1,8 @@
 """Long prompts made from a grammar: notes with a question, passages with a question, messages to summarise.
 
-They are made up, so that no model can know the answers by heart, and each seed gives others; 32 of each kind are among
-the prompts that come with the package (`shipped/prompts.jsonl`). In notes the asked fact stands at a known depth, so
-that one can see where in a long prompt a program stops finding it. Knows no model.
+They are made up, so that no model can know the answers, and each seed gives different ones; 32 of each kind are among
+the prompts that come with the package (`shipped/prompts.jsonl`). In notes, the fact in question is at a known depth,
+which shows where in a long prompt a program stops finding it. Knows no model.
 """
 
 from __future__ import annotations
