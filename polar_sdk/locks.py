@@ -1,4 +1,4 @@
-"""Locks that nobody holds in a forked child: a fork copies a lock that another thread holds, and not that thread.
+"""Locks that are free in a forked child: a fork copies a lock that another thread holds, but not that thread.
 
 Knows only the standard library.
 """

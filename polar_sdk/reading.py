@@ -1,10 +1,10 @@
-"""The one front of every reader of JSON, TOML and decimal text: parsed within limits, or refused with a reason.
+"""The common entry of every reader of JSON, TOML and decimal text: parsed within limits, or refused with a reason.
 
-Files come from strangers. Python's parsers end a text that nests without end by RecursionError and read no integer of
-more than 4,300 digits; what they do not bound is limited here: bytes and dotted keys before they parse, the depth of
-what they made after it, so that whoever walks it may recurse. What is beyond a limit or does not parse raises
-`Unreadable`, whose text says what was found and what the limit is, without a full stop; a reader turns it into its own
-error, which names the file and the fix.
+Files are untrusted. Python's parsers end deeply nested text with a RecursionError and read no integer of more than
+4,300 digits; what they do not bound is limited here: bytes and dotted keys before they parse, the depth of the result
+afterwards, so that callers may recurse over it. What exceeds a limit or does not parse raises `Unreadable`, whose text
+says what was found and what the limit is, without a full stop; each reader turns it into its own error, which names the
+file and the fix.
 
 Knows no file of the project, and at run time only the standard library.
 """

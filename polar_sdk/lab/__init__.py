@@ -1,4 +1,4 @@
-"""The laboratory: functions that take a model, to heal, search, train, calibrate and evaluate it.
+"""The laboratory: functions that heal, search, train, calibrate and evaluate a model.
 
 Serving never imports it. The public names are in `__init__.pyi` and load on first use.
 """

@@ -1,4 +1,4 @@
-"""Items: what the laboratory measures on, read from JSONL, hashed, freed of duplicates and dealt to splits.
+"""Items: what the laboratory measures on, read from JSONL, hashed, without duplicates, and assigned to splits.
 
 A data file has one JSON object per line, in one of these forms; other keys are ignored, and equal items count once:
 
@@ -7,8 +7,8 @@ A data file has one JSON object per line, in one of these forms; other keys are 
 - `{"prompt": …}`: label-free; the model's own answer at full depth is the reference. With `tokens` beside it, as in a
   file of kept prompts, these ids are what the model reads.
 
-A text under the key `passage` stands before the question or prompt, with an empty line between them. A text under the
-key `task` or `kind` names the class of an item: calibration and evaluation look at each class on its own.
+A text under the key `passage` is put before the question or prompt, with an empty line between them. A text under the
+key `task` or `kind` names the class of an item: calibration and evaluation look at each class separately.
 
 Duplicates, exact and near, are removed before anything is split, so that no test question was trained on. The split of
 an item depends on its text alone: it stays where it is when a file is shuffled or grows. Knows no model.

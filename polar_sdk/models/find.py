@@ -1,8 +1,8 @@
 """From what a name means to a local folder that can be loaded, with its fingerprint.
 
-A hub model comes from the local hub cache, and from the network only if that lacks it. A cached model is used as it is,
-without asking whether the hub has a newer one: a host without a network works, and a service does not change under its
-users. `polar models fetch org/name` asks. Only safetensors weights are fetched, and none are read into memory here.
+A hub model comes from the local hub cache, and from the network only if that lacks it. A cached model is used without
+asking whether the hub has a newer one: a host without a network works, and a service does not change under its users.
+`polar models fetch org/name` asks the hub. Only safetensors weights are fetched, and none are read into memory here.
 Does not know how a model is loaded.
 """
 

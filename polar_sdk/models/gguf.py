@@ -1,4 +1,4 @@
-"""GGUF files: what is in one, and its weights for a network, as they are stored there or as numbers.
+"""GGUF files: their contents, and their weights for a network, as stored or as numbers.
 
 The header is read here, since the reader of the `gguf` package makes an array of every token and takes several times as
 long as loading; that package's names of tensors and its decoding are used, and transformers' names of weights. Nothing

@@ -1,15 +1,15 @@
 """The network of a model folder as transformers builds it, with weights that are read when they are first used.
 
-The weights of a GGUF file are not in it: its parameters have no numbers, and say where these come from (`source`).
-Where `outline.py` knows the network of such a file, it is not built by transformers at all.
+The weights of a GGUF file are not in it: its parameters have no numbers, but state where these come from (`source`). If
+`outline.py` knows the network of such a file, transformers does not build it at all.
 
 transformers finds every weight's place by its own rules, older names and fused experts included. It is given tensors in
 the dtype that the files have, so that it copies nothing; whoever runs the model casts layer by layer, with `bringer`,
 which refuses weights that are not finite.
 
-Every layer has a mapping of its own, because the pages of a mapping count as memory of the process until all tensors in
-it are gone: whoever copies the weights of a layer and drops them has dropped its part of the file too. Knows files,
-names and values of weights, no architecture.
+Every layer has its own mapping, because the pages of a mapping count as memory of the process until all tensors in it
+are gone: after copying and dropping the weights of a layer, its part of the file is dropped too. Knows files, names and
+values of weights, no architecture.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The network of a GGUF file as an outline: the names and sizes of its weights, without transformers' class.
 
-Importing a model's class takes longer than packing 1 GB of weights, and 0.14 GB of memory; all that a decoder takes of
-it are names, sizes and angles. They are known here for the architectures that most files have, and are those of the
-class; other networks are built by `network.py`. Knows no values of weights.
+Importing a model's class takes longer than packing 1 GB of weights, and 0.14 GB of memory; a decoder needs only names,
+sizes and angles from it. These are known here for the most common architectures, and equal those of the class; other
+networks are built by `network.py`. Knows no values of weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The devices and the precision that a model runs in: one device, or a device map for its layers.
 
-Device and precision follow from the caller's words and the hardware. A map names devices for ranges of layers
-(`{"0-14": "cuda:0", "15-29": "cuda:1"}`), or for modules as Hugging Face does (`{"model.embed_tokens": 0,
-"model.layers.0": 0, …}`), or is made from the memory that is free. A layer is never split. Reads no weights.
+Device and precision follow from the caller's settings and the hardware. A map names devices for ranges of layers
+(`{"0-14": "cuda:0", "15-29": "cuda:1"}`), or for modules as Hugging Face does
+(`{"model.embed_tokens": 0, "model.layers.0": 0, …}`), or is made from the memory that is free. A layer is never split.
+Reads no weights.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Model folders: those of GGUF files in the cache, and whether a folder, theirs or any, can be loaded.
+"""Model folders: those of GGUF files in the cache, and whether these or other folders can be loaded.
 
-What a GGUF file says beside its weights is converted in a work folder and moved into place whole: what is stored under
-`models/` is complete, whatever was interrupted. The weights are read from the file: a user's own stays where it is. A
-folder is judged by its `config.json` and the headers of its weight files; no weights are read.
-Pickled weights (`.bin`) are not accepted: reading them can run code. Does not know how a GGUF file is fetched.
+Everything in a GGUF file but its weights is converted in a work folder and moved into place as a whole, so what is
+stored under `models/` is complete even after an interruption. The weights are read from the file: a user's own file is
+not moved. A folder is judged by its `config.json` and the headers of its weight files; no weights are read. Pickled
+weights (`.bin`) are not accepted: reading them can run code. Does not know how a GGUF file is fetched.
 """
 
 from __future__ import annotations

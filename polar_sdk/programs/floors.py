@@ -1,8 +1,8 @@
-"""Floors: rules that say for which requests at least a certain tier runs, whatever their callers ask for.
+"""Floors: rules that set the lowest tier for certain requests, whatever their callers ask for.
 
-A rule names tenants, API keys, tags, system prompts, the use of tools or a topic. Where all that it names holds of a
-request, no tier below its floor serves it, no program by hand that a tier from the floor up does not run, and no
-cheaper offer of a budget. Knows what a rule says, not how a request is read (`request.floors`) or a topic recognised
+A rule names tenants, API keys, tags, system prompts, the use of tools or a topic. If a request matches all that the
+rule names, no tier below the floor serves it, no program by hand that no tier from the floor up runs, and no cheaper
+offer of a budget. Knows the content of a rule, not how a request is read (`request.floors`) or a topic recognised
 (`router.topic`).
 """
 

@@ -1,6 +1,6 @@
-"""An audit: one answer of a tier compared with full depth, as a fact; and where the promise that it tested stands.
+"""An audit: one answer of a tier compared with full depth, as a fact; and the state of the promise that it tested.
 
-Facts only: what was judged, of which promise, and what that cost. Knows no prompt, no store and no money.
+Facts only: what was compared, for which promise, and what that cost. Knows no prompt, no store and no money.
 """
 
 from __future__ import annotations

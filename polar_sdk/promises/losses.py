@@ -1,7 +1,7 @@
 """When an answer in text counts as lost: one rule for calibration and for audits.
 
-The reference is identity's own greedy answer. A program keeps the tokens of it that it would choose too, given what
-stands before them (teacher-forced).
+The reference is identity's own greedy answer. A program keeps those tokens of it that it would also choose, given the
+tokens before them (teacher-forced).
 """
 
 from __future__ import annotations

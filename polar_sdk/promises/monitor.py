@@ -1,17 +1,17 @@
 """The monitor of a promise: does the share of lost answers still stay within what was promised?
 
 It reads audits in order and bets against the promise. For each audit, a bet on a larger share multiplies its stake by a
-factor whose mean is at most 1 while the promise holds, so that the total stake is a supermartingale: it ever reaches
-1 / δ with a probability of at most δ, at whatever times it is looked at (Ville). Stakes are divided among a few larger
-shares and among all audits at which bets may begin, since a bet that runs through a long good phase has lost its stake
-when the promise breaks. What is kept back for later beginnings stays in the total. The share of requests that are
-audited may change with all that was seen before, as long as whether one is chosen does not depend on its own answer.
+factor whose mean is at most 1 while the promise holds, so that the total stake is a supermartingale: the probability
+that it ever reaches 1 / δ is at most δ, whenever anybody looks (Ville). Stakes are divided among a few larger shares
+and among all audits at which bets may begin, since a bet that runs through a long good phase has lost its stake when
+the promise breaks. What is kept back for later bets stays in the total. The share of requests that are audited may
+depend on everything seen before, as long as the choice of a request does not depend on its own answer.
 
-Beside the stakes goes a doubt, which decides nothing: the likelihood ratio of twice the promised share to that share
-itself, over the audits since it was last at its least (CUSUM). While it is high, a closer look is worth its cost.
+In addition there is a doubt, which decides nothing: the likelihood ratio of twice the promised share to that share
+itself, over the audits since its last minimum (CUSUM). While it is high, a closer look is worth its cost.
 
 All stakes are integers that are rounded down, so that every machine computes the same state from the same audits, and
-rounding never speaks against the promise. Knows no prompts, requests or times. Standard library only.
+rounding never counts against the promise. Knows no prompts, requests or times. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Whether prompts are still like those that a promise was calibrated on, by what the router reads of them: no audits.
+"""Whether prompts are still like those that a promise was calibrated on, by what the router reads, without audits.
 
-Calibration counts how many of its prompts are nearest to each centre of the router's, how many are of each range of
-lengths, and how many are far from all centres. From each count follows a share of prompts that the true one hardly
-exceeds. A detector then bets, for each of these regions, that more prompts fall into it, as `monitor` bets on losses:
-the mean of all stakes is a supermartingale while prompts are like those of the calibration. Regions that become rare
-are not bet on: then others become frequent.
+Calibration counts how many of its prompts are nearest to each of the router's centres, how many are in each range of
+lengths, and how many are far from all centres. Each count gives an upper limit for the true share of such prompts. A
+detector then bets, for each of these regions, that more prompts fall into it, as `monitor` bets on losses: the mean of
+all stakes is a supermartingale while prompts are like those of the calibration. Regions that become rare are not bet
+on, because others then become frequent.
 
-Knows no prompts and no requests, only where they fall. Standard library only.
+Knows no prompts and no requests, only the regions in which they fall. Standard library only.
 """
 
 from __future__ import annotations

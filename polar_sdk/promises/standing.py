@@ -1,4 +1,4 @@
-"""Where promises stand by the audits of one process: for sinks without a ledger. Knows no store."""
+"""The state of promises by the audits of one process, for sinks without a ledger. Knows no store."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The way of a request: options and checks, prompt to tokens, admission, the answer and its usage record."""
+"""The pipeline of a request: options and checks, prompt to tokens, admission, the answer and its usage record."""

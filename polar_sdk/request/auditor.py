@@ -1,12 +1,12 @@
-"""Audits: a share of answered requests is judged by full depth, while the engine has nothing else to do.
+"""Audits: a share of answered requests is compared with full depth, while the engine has nothing else to do.
 
-What is judged is the loss that the certificate counts: identity answers the prompt greedily, and of the tokens of that
-answer the program that served the request keeps those that it would choose too. Where the served answer was greedy and
-is identity's own so far, what its program chose is known; beyond that it runs once more, along identity's answer. Both
-runs decode token by token, in the same way, and are requests of the provider's own tenant with usage records of their
-own. Prompts are held in memory until their audit has run, and for an hour at most.
+An audit measures the loss that the certificate counts: identity answers the prompt greedily, and the program that
+served the request keeps those tokens of that answer that it would also choose. As long as the served answer was greedy
+and equals identity's, the program's choices are known; beyond that, it runs again along identity's answer. Both runs
+decode token by token, in the same way, and are requests of the provider's own tenant with their own usage records.
+Prompts are held in memory until their audit has run, for an hour at most.
 
-Knows requests and the sink; which promises there are is said by the router, and what follows from audits by the sink.
+Knows requests and the sink; the router knows the promises, and the sink what follows from audits.
 """
 
 from __future__ import annotations

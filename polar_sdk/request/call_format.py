@@ -1,8 +1,8 @@
-"""How a model's chat template writes calls of tools, read off what it writes for a call that nobody made.
+"""How a model's chat template writes tool calls, read from what it writes for an invented call.
 
-Whoever trained a model on calls wrote them by its template, so the template knows their form: around the name and the
-arguments, between several calls, and after the last. Reading it from there needs no list of families. Where a template
-has no tools, or writes calls in a form that is none of these, there is none. Knows a tokenizer; no grammars.
+A model was trained on calls written by its template, so the template knows their form: the text around the name and the
+arguments, between several calls, and after the last. Reading it from there needs no list of families. If a template
+does not support tools, or writes calls in another form, there is no format. Knows a tokenizer; no grammars.
 """
 
 from __future__ import annotations

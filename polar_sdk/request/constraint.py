@@ -1,8 +1,8 @@
 """Constraints of an answer: a JSON schema, a regular expression, one of several texts, or a grammar.
 
-Turns what a caller asks for into the text of a grammar, or refuses it before anything runs. JSON is written as Python's
-`json.dumps` does, on one line, with a space after commas and colons: so most models write it, and no tokens are spent
-on white space. Knows no tokens.
+Turns what a caller asks for into the text of a grammar, or refuses it before anything runs. JSON is written like
+Python's `json.dumps`, on one line, with a space after commas and colons: most models write it this way, and no tokens
+are spent on whitespace. Knows no tokens.
 """
 
 from __future__ import annotations

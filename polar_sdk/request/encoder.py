@@ -2,8 +2,9 @@
 
 Knows a tokenizer and its template; neither requests nor models.
 
-A template writes special tokens around messages. The same characters inside a message are text, or else whoever writes
-a message could end it and begin a system turn. Only prompts that contain such characters take the longer path below.
+A template writes special tokens around messages. The same characters inside a message are plain text; otherwise the
+author of a message could end it and begin a system turn. Only prompts that contain such characters take the longer path
+below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The floor that applies to a request, by what the request is: its tenant, tags and prompt.
+"""The floor that applies to a request, by its tenant, tags and prompt.
 
 Knows how a prompt is read; what a rule says is in `programs.floors`, and how it is enforced in `maker`.
 """

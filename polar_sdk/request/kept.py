@@ -1,7 +1,7 @@
-"""Prompts of audited requests that are kept for a new calibration: off unless a provider names tenants, for a time.
+"""Prompts of audited requests, kept for some time for a new calibration; off unless a provider names tenants.
 
-One JSON line per prompt, in a file that its owner alone may read, not encrypted. What is older than the time stated is
-removed whenever the file is opened or added to, and what a tenant no longer allows when it says so. Knows no model.
+One JSON line per prompt, in an unencrypted file that only its owner may read. Prompts older than the given time are
+removed whenever the file is opened or added to, and a tenant's prompts when it forbids keeping them. Knows no model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The usage record of a job, and its marks.
 
-While a long answer runs, its sink is told what it has used, in case the process is killed. The engine's thread notes
-how far a job has come, and goes on; another thread makes the record of that and hands it to the sink. If the sink is
-slow, only the last one waits. Knows no store.
+While a long answer runs, its sink is informed of what it has used, in case the process is killed. The engine's thread
+only notes the progress of a job; another thread makes the record and passes it to the sink. If the sink is slow, only
+the latest mark waits. Knows no store.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Usage records: exactly one per request, however it ends, and whoever ends it.
+"""Usage records: exactly one per request, however the request ends.
 
-What runs to its end is recorded in its caller's thread. What ends early, by an error, Ctrl-C, a cancelled task or a
-stream that is closed or dropped, is left to the thread `polar-record`, which waits for the engine's last pass and
-stores the record; who leaves the request waits for that, for a few seconds at most. So neither a further signal nor a
-lock that the caller holds keeps a record from being stored: it may be a garbage collection in the middle of a sink that
-ends the request. Where signals cut off all that a call does at its end, the thread finds within moments that the call
-is gone: a finaliser would not do, since a signal may cut that off as well, and nobody hears of it. What is lost
-nevertheless, as in a process that is killed, is bounded by the request's marks.
+A request that runs to its end is recorded in its caller's thread. One that ends early, by an error, Ctrl-C, a cancelled
+task or a stream that is closed or dropped, is left to the thread `polar-record`, which waits for the engine's last pass
+and stores the record; the caller waits for that, for a few seconds at most. So neither a further signal nor a lock that
+the caller holds prevents a record: a garbage collection in the middle of a sink may be what ends the request. If
+signals interrupt everything that a call does at its end, the thread notices within moments that the call is gone; a
+finaliser would not suffice, since a signal may interrupt that as well, unnoticed. What is lost nevertheless, such as in
+a killed process, is bounded by the request's marks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores and hidden states of texts, for choosing programs and for what routers read: from texts to tokens and checks.
+"""Scores and hidden states of texts, for choosing programs and for routers: from texts to tokens, with checks.
 
 The engine computes (`polar_sdk.engine.scoring`); nothing here is routed, admitted or metered.
 """

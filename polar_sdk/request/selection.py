@@ -1,7 +1,7 @@
 """Which requests are audited: by a keyed hash of tenant and request id, so that nobody without the key can tell.
 
-Replicas with one key choose the same requests. The key is 32 random bytes in a file that its owner alone may read, made
-when it is first needed. Knows no request's content.
+Replicas with the same key choose the same requests. The key is 32 random bytes in a file that only its owner may read,
+made when it is first needed. Does not know the content of requests.
 """
 
 from __future__ import annotations

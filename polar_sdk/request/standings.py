@@ -1,8 +1,8 @@
-"""Where promises stand by the ledger, for the path of a request: at most a second old, and read by another thread.
+"""The state of promises by the ledger, for the path of a request: at most a second old, and read by another thread.
 
-The thread reads while requests come, and rests when none has for a while; the first request after that waits for it, a
-fifth of a second at most. Where the sink gives no answer, what it said last holds for a minute, and after that no
-promise does. Knows no certificate and no store.
+The thread reads while requests come, and ends when none has for a while; the first request after that waits for it, a
+fifth of a second at most. If the sink does not answer, its last answer holds for a minute, and after that no promise
+holds. Knows no certificate and no store.
 """
 
 from __future__ import annotations

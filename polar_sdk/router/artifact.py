@@ -1,7 +1,7 @@
 """A router on disk: a folder with `router.safetensors` (weights) and `router.json` (everything else). No pickle.
 
 `router.json` holds kind, programs, base model, training record, certificate, and the hashes of weights and programs, so
-that an altered or missing file is detected before it serves. Bridges are stored beside them in a folder of their own.
+that an altered or missing file is detected before it serves. Bridges are stored in a separate folder next to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The certificate: what was counted when a router was calibrated, for what exactly, and which promises follow.
+"""The certificate: what a router's calibration counted, for exactly what, and which promises follow.
 
 A router has one dial, its looseness θ: 0 always runs identity, more allows cheaper programs. Calibration counts the
 lost prompts at each θ of a fixed sequence chosen beforehand. *Learn-then-Test* walks the sequence from identity upward:

@@ -1,8 +1,8 @@
 """A set of maps of one kind on disk: a folder with `maps.safetensors`, and `maps.json` about them. No pickle.
 
-Fills are stored as int8, each output with a scale of its own, or as float16, bridges as they are. What runs is what was
-read back, in the model's dtype, so that a map is the same before it was stored and after. Knows maps, not how they are
-fitted.
+Fills are stored as int8, with a scale for each output, or as float16; bridges are stored unchanged. What runs is what
+was read back, in the model's dtype, so that a map is the same before and after it is stored. Knows maps, not how they
+are fitted.
 """
 
 from __future__ import annotations

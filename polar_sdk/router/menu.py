@@ -4,9 +4,9 @@ Quality is the predicted probability that nothing is lost against identity; iden
 `drops` it runs from 0, lost for certain, to 1, gained for certain, and ½ is as good as identity.) With its dial at θ
 the router runs the cheapest program whose predicted quality is at least 1 − θ.
 
-Costs are those of the prompt's own length where the router was trained so (`own_length`). There the same loss is worth
-more where it saves more: θ counts what is lost per share of the FLOPs saved, relative to a prompt of 128 tokens. So a
-long prompt, of which a filled program saves twice as much as of a short one, may take a deeper cut. What is lost counts
+Costs are those at the prompt's own length if the router was trained that way (`own_length`). Then a loss is more
+acceptable where it saves more: θ counts the loss per share of the FLOPs saved, relative to a prompt of 128 tokens. So a
+long prompt, on which a filled program saves twice as much as on a short one, may take a deeper cut. The loss counts
 from the quality that is as good as identity (`par`): a program that gains as many answers as it loses is the first to
 run, before any that only loses few. Knows no text and no money.
 """

@@ -1,9 +1,9 @@
 """The features of a prompt that a learned router reads, and the small fully connected network over them.
 
 `embedding` features are the mean of the input embeddings and cost no matrix product. `ending` features add a mean in
-which tokens weigh less the farther from the end they are: a chain's question often stands there, and in the mean of a
-long prompt it hardly shows. The network is a flat dictionary of tensors, as stored in `router.safetensors`. Knows
-tokens, weights and features; the kinds of routers know what the outputs mean.
+which tokens weigh less the farther they are from the end: a chain's question is often there, and hardly shows in the
+mean of a long prompt. The network is a flat dictionary of tensors, as stored in `router.safetensors`. Knows tokens,
+weights and features; the kinds of routers know what the outputs mean.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Savings of a router's tiers as calibration measured them, from `router.json` alone: no weights, tensors or model.
 
-For whoever prices tiers. The figures are those of the certificate, and about prompts like those of its calibration.
+For pricing tiers. The figures are those of the certificate, for prompts like those of its calibration.
 """
 
 from __future__ import annotations

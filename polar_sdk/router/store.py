@@ -1,10 +1,10 @@
-"""The policy and the router that a model gets, and what must be there before a router serves.
+"""The policy and the router that a model gets, and what must be loaded before a router serves.
 
-Policy: the caller's, else the user's own for the model, else the shipped one, else plain bounds; one of the caller's
-that names floors and no tiers is put over the others. Router: the caller's, else the user's own for the model, else the
-shipped one. A router that nobody named is used only if its certificate holds for what would run; a named one is used as
-it is, and refuses requests whose promise it cannot keep. Before it serves, its bridges and fills are loaded and its
-programs checked against the policy. Knows files and models, not how routers are trained.
+Policy: the caller's, else the user's own for the model, else the shipped one, else plain limits; a policy of the
+caller's that names floors and no tiers is added to the next of these. Router: the caller's, else the user's own for the
+model, else the shipped one. A router that nobody named is used only if its certificate holds for what would run; a
+named one is always used, and refuses requests whose promise it cannot keep. Before it serves, its bridges and fills are
+loaded and its programs checked against the policy. Knows files and models, not how routers are trained.
 """
 
 from __future__ import annotations

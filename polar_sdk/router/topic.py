@@ -1,9 +1,9 @@
 """Recognises a topic in a prompt's tokens by the model's own embeddings, from a few examples.
 
 A text is the mean of its tokens' embeddings, in which frequent tokens weigh less; what ordinary prompts have in common,
-and the few directions in which they differ most, are taken out of it. A prompt is about the topic where a window of a
-few words points the way the examples do, so that no text around them hides it; other words can. It costs look-ups and
-sums, and no product. Knows tokens and embeddings.
+and the few directions in which they differ most, are removed. A prompt is about the topic if a window of a few words
+points in the direction of the examples, so surrounding text cannot hide it, but other words can. This costs look-ups
+and sums, and no product. Knows tokens and embeddings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared starts of prompts: keys and values that later requests use instead of computing them again.
+"""Shared prompt prefixes: keys and values that later requests use instead of computing them again.
 
 A start serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same.
 Tenants never share, so that neither the bill nor the timing of one reveals another's prompts.

@@ -1,1 +1,1 @@
-"""Fits and trains maps that stand for layers: bridges, which cross segments, and fills, which give keys and values."""
+"""Fits and trains maps that replace layers: bridges, which cross segments, and fills, which give keys and values."""

@@ -1,8 +1,8 @@
 """Heal: from a model and prompts to a set of maps, with errors on held-out prompts.
 
-The train split is fitted on and the dev split measured on; the calibration and test splits are left alone, and the base
-weights stay as they are. What is measured are the maps as they are stored. Knows which steps there are; how a kind of
-map is fitted is known to its method.
+Maps are fitted on the train split and measured on the dev split; the calibration and test splits are not used, and the
+base weights are not changed. The stored maps are what is measured. Knows the steps; the method of each kind of map
+knows how it is fitted.
 """
 
 from __future__ import annotations

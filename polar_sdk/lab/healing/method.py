@@ -1,4 +1,4 @@
-"""Methods: how one kind of map is asked for, fitted, trained and measured, and with which options.
+"""Methods: how one kind of map is specified, fitted, trained and measured, and with which options.
 
 `bridges` and `fills` are the two; what they have in common is done by `heal` and `distillation`. Knows no files.
 """

@@ -1,1 +1,1 @@
-"""Attacks on routers: prompts that look easy to one and need depth, and what defences are worth against them."""
+"""Attacks on routers: prompts that look easy to one but need depth, and how much defences help against them."""

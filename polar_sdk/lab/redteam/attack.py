@@ -1,11 +1,12 @@
-"""Red-teaming a model's router: attempts to have a tier change an answer that it promises to keep, and defences.
+"""Red-teaming a model's router: attempts to make a tier break its promise, and defences.
 
 An attempt takes a real prompt that needs depth and searches for a version of it that looks easy to the router. The same
-number of attempts is made by somebody who has the router's weights on a router without defences, and by somebody who
-also knows the defences, but no key. An attempt breaks a tier's promise where its answer is lost as the promise counts.
+number of attempts is made by an attacker with the router's weights on a router without defences, and by one who also
+knows the defences, but not the key. An attempt breaks a tier's promise if its answer is lost in the terms of the
+promise.
 
-What is measured is kept in the cache of rewards, and every attempt has dice of its own: the same command goes on where
-it stopped.
+Measurements are kept in the cache of rewards, and every attempt has its own random numbers: the same command resumes
+where it stopped.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Prompts that look easy to a learned router, found with its weights: words appended to a prompt, and mutations of it.
 
 A router reads a mean of embeddings, so each appended token moves its features by a known vector, and the gradient of
-the predicted quality says which tokens of the vocabulary raise it most. `suffix` exchanges one token after another by
-that gradient; `gradient` first lets the embeddings of the suffix be anything, and then takes the nearest tokens;
-`mutation` uses no gradient, and mixes real prompts. All of them know what the router takes for unlike its prompts, and
-stay inside. Knows the router; whether the answer really changes is for `attack`.
+the predicted quality says which tokens of the vocabulary raise it most. `suffix` replaces one token after another by
+that gradient; `gradient` first moves the embeddings of the suffix freely, and then takes the nearest tokens; `mutation`
+uses no gradient, and mixes real prompts. All of them stay within what the router considers familiar. Knows the router;
+`attack` finds out whether the answer really changes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run programs on tasks, compare each with identity, and judge answers by the right ones.
 
-What the cache holds is not run again. Programs are scored together, so that the visits they share at their start run
+Cached measurements are not repeated. Programs are scored together, so that the visits they share at their start run
 once (`engine.scoring`). Results are stored pack by pack: an interruption loses one pack at most.
 """
 

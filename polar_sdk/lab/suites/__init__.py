@@ -1,1 +1,1 @@
-"""Suites: known sets of problems with right answers, and what every tier makes of them."""
+"""Suites: known sets of problems with right answers, and how every tier does on them."""

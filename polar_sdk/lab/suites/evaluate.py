@@ -1,4 +1,4 @@
-"""Evaluation on a suite: every tier beside full depth, on problems with right answers."""
+"""Evaluation on a suite: every tier against full depth, on problems with right answers."""
 
 from __future__ import annotations
 

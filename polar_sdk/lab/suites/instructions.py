@@ -1,9 +1,9 @@
 """Suites that ship with the package: whether an answer keeps the form that was asked for, and whether it refuses.
 
 `formats`: JSON, lists, lengths, letters, languages, all of which a program can check. `refusals`: requests that a
-careful assistant declines, and harmless ones that look alike. Both are of our own writing, some about a long text, and
-are judged by rules, so that every tier is judged alike; a rule is stricter or milder than a reader in places, and as
-much so at full depth.
+careful assistant declines, and harmless ones that look similar. Both are our own, some about a long text, and are
+judged by rules, so that every tier is judged alike; a rule may be stricter or milder than a reader, but equally so at
+full depth.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The findings of a suite: what every tier gets right, runs and costs beside full depth, on the same problems.
+"""The findings of a suite: what every tier gets right, runs and costs against full depth, on the same problems.
 
 Shares are fractions of 1; an interval is a value with the ends of its 95 % confidence interval. Saves as JSON; measures
 and draws nothing.

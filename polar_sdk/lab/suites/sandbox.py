@@ -1,8 +1,8 @@
 """Runs Python code that a model wrote, in a process that can do nothing but calculate.
 
 The process has limits of time and memory, starts no other process or thread, opens no socket, and writes, creates and
-removes no file; `sandboxed.py` says how it is held, and `docs/router.md` what that does not hold. It is ended with
-SIGKILL when its time is up. Nothing is run before a trial has shown that this machine's kernel holds it.
+removes no file; `sandboxed.py` says how this is enforced, and `docs/router.md` what is not prevented. It is ended with
+SIGKILL when its time is up. Nothing runs before a trial has shown that this machine's kernel enforces it.
 """
 
 from __future__ import annotations

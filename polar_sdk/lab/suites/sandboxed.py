@@ -1,9 +1,9 @@
-"""The inside of the sandbox: a script of its own that locks itself in, then runs code which nobody has read.
+"""The inside of the sandbox: a separate script that confines itself, then runs code that nobody has reviewed.
 
-`sandbox.py` starts it as `python -I -S` with an order on standard input; it needs the standard library alone. It locks
-itself in with what the kernel offers any user: limits of resources, a filter of system calls that knows what a
-calculation needs and refuses everything else, and, where the kernel has Landlock, rights to read Python's own files
-and no others. None of that can be undone by the process or by what it runs.
+`sandbox.py` starts it as `python -I -S` with an order on standard input; it needs only the standard library. It
+confines itself with what the kernel offers any user: resource limits, a system-call filter that allows what a
+calculation needs and refuses everything else, and, if the kernel has Landlock, rights to read only Python's own files.
+None of this can be undone by the process or by what it runs.
 """
 
 from __future__ import annotations
