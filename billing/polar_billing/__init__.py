@@ -1,10 +1,10 @@
 """Metering and billing for PoLar: usage records in, charges and reports out.
 
-`Meter` is the sink the engine hands its usage records to; `Ledger` keeps them; a `PriceBook` prices them;
-`rate` applies it; `usage_rows` and `build_report` answer who used what and what it cost.
+`Meter` is the sink that receives the engine's usage records; `Ledger` keeps them; a `PriceBook` has the prices; `rate`
+applies it; `usage_rows` and `build_report` answer who used what and what it cost.
 
-The public names are in `__init__.pyi` and load on first use, so importing this package loads neither SQLAlchemy nor
-anything of the engine but its errors and the usage record.
+The public names are in `__init__.pyi` and load on first use, so importing this package loads neither SQLAlchemy nor any
+part of the engine except its errors and the usage record.
 """
 
 import lazy_loader

@@ -11,14 +11,14 @@ BillingError (PolarError)
 │   ├── StoreUnavailableError              the database server does not answer; retryable
 │   └── SchemaVersionError                 written by another version of polar-llm
 ├── ConflictError (SinkError, ValueError)  a request id used again with other content
-├── LedgerUnsoundError                     a ledger or a receipt that is not as it was written
+├── LedgerUnsoundError                     a ledger or a receipt that was changed after it was written
 ├── UpstreamAuditError                     work of a vLLM that the ledger does not account for
 ├── LedgerUrlError (ValueError)            a ledger URL that names no supported store
 ├── AmountError (ValueError)               not finite, too fine or too large to be kept exactly
 ├── UnbalancedError (ValueError)           the lines of a transaction that do not sum to zero
 ├── PriceBookError (ValueError)            a price book that is missing or malformed
 ├── BudgetError (ValueError)               a malformed or unknown budget
-├── AccessError (ValueError)               an API key that is unknown, or bound to what cannot be
+├── AccessError (ValueError)               an API key that is unknown, or has impossible limits
 ├── PeriodError (ValueError)               a month, date or time zone that does not parse
 ├── QueryError (ValueError)                a question about usage that cannot be answered
 │   ├── CurrencyMixError                   amounts of several currencies in one sum
@@ -26,7 +26,7 @@ BillingError (PolarError)
 ├── OutputError (OSError)                  a report cannot be written to its destination
 └── MissingExtraError (ImportError)        an optional dependency is not installed
 
-A request that a budget has no room for raises `polar_sdk.errors.BudgetExceededError`, which callers can catch without
+A request for which a budget has no room raises `polar_sdk.errors.BudgetExceededError`, which callers can catch without
 this package. The store errors and the conflict are sink errors too, so the engine fails closed on them without knowing
 this package. This module knows no SQL: `ledger.location` decides which database failure is which of these.
 """

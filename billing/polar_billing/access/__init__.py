@@ -1,1 +1,1 @@
-"""Who may ask a server, in whose name, and what it has answered already: API keys and replies to repeated requests."""
+"""Access to a server: API keys, and replies to repeated requests."""

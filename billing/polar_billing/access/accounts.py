@@ -1,4 +1,4 @@
-"""A tenant's view of itself: its usage and spend, and its receipts, and nothing of any other tenant.
+"""A tenant's view of itself: its usage, spending and receipts, and nothing of any other tenant.
 
 The figures are those of `polar usage`, the receipts those of `polar receipt`. Knows no HTTP.
 """

@@ -1,16 +1,16 @@
-"""Alerts: a webhook is told when the state of a promise has changed, until it says that it has taken it.
+"""Alerts: a webhook is notified of each change of a promise's state, until it accepts the alert.
 
-A change is a row of `polar_standing`; that a promise begins in force is none. Whoever serves the ledger looks for
-changes that nobody has delivered, in a thread of its own: one replica at a time tries each of them, by a row of
-`polar_alert`, so that a replica that is killed leaves it to the others. What does not answer 2xx is tried again after
-2, 4, 8 … seconds, for about half a day. A webhook that hangs is given up on after some seconds, one that redirects is
-not followed, and what it answers is not read: it changes nothing here.
+A change is a row of `polar_standing`; a new promise, which is in force, is not a change. Servers of the ledger look for
+undelivered changes in a separate thread: one replica at a time tries each of them, by a row of `polar_alert`, so that a
+killed replica leaves it to the others. Anything but a 2xx answer is tried again after 2, 4, 8 … seconds, for about half
+a day. A call to the webhook times out after some seconds, redirects are not followed, and the content of an answer is
+not read.
 
-That one process serves full depth, since it finds its prompts unlike those of the calibration, is no change of a
-promise and not in the ledger: that process tells it, and tries again as often, for as long as it lives.
+If one process serves full depth because it finds its prompts unlike those of the calibration, no promise changes and
+nothing is in the ledger: that process sends the alert itself, with the same retries, as long as it lives.
 
 A call is a POST of one JSON object, with `Polar-Signature: t=SECONDS,v1=HEX`, where HEX is the HMAC-SHA256, by the
-shared secret, over the seconds since 1970, a full stop and the body. The same change may be told twice, with the same
+shared secret, over the seconds since 1970, a full stop and the body. The same alert may be sent twice, with the same
 `id`. Knows no prices, and not how a state follows from audits.
 """
 

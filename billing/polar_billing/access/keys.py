@@ -1,7 +1,7 @@
-"""API keys: made, found, rotated and revoked. Every such step is a row of its own, and a link of the tenant's chain.
+"""API keys: created, found, rotated and revoked. Every such step is a separate row, and a link of the tenant's chain.
 
-A key reads `pk_<id>_<secret>`. The secret is 32 random bytes, so a plain SHA-256 of it cannot be guessed backwards; a
-slow hash is for passwords. It is shown once, and only its hash is stored. Knows no HTTP.
+A key reads `pk_<id>_<secret>`. The secret is 32 random bytes, so a plain SHA-256 of it cannot be reversed; slow hashes
+are for passwords. It is shown once, and only its hash is stored. Knows no HTTP.
 """
 
 from __future__ import annotations

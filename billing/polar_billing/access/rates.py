@@ -1,14 +1,14 @@
 """Use of the limits of API keys, over all replicas: requests and tokens a minute, and answers at a time.
 
-A limit per minute is a bucket that holds a minute's worth and fills evenly. It is stored as the moment at which it is
-full again, so nobody fills it: to take an amount moves that moment on. Answers at a time are counted per replica, in a
-row that it renews; that of a replica that was killed expires within half a minute, by the database's clock.
+A limit per minute is a bucket that holds a minute's worth and fills evenly. It is stored as the time at which it is
+full again, so nobody has to fill it: taking an amount moves that time. Concurrent answers are counted per replica, in a
+row that the replica renews; that of a killed replica expires within half a minute, by the database's clock.
 
-Everything is decided in one transaction that has the rows of its keys to itself, for all calls of a process that came
-while its last one ran. So no limit is exceeded and nobody is refused what is there, whichever replica is asked. Two
-things are late: tokens are taken when an answer ends, so those that run may overdraw, and later ones wait for that; and
-where the database was away for longer than that, answers that ran on count again from the next renewal. Knows no
-HTTP.
+Everything is decided in one transaction that locks the rows of its keys, for all calls of a process that came while the
+last one ran. So no limit is exceeded and nobody is refused while a limit has room, on any replica. Two things are late:
+tokens are taken when an answer ends, so running answers may exceed a limit, and later ones wait until that is made up;
+and if the database was unavailable for longer than half a minute, answers that are still running count again from the
+next renewal. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Replies to repeated requests: claimed once before they are computed, kept for a while, and given again as they were.
+"""Replies to repeated requests: claimed once before they are computed, kept for a while, and sent again unchanged.
 
-A caller that got no answer sends its request again under the same key. Whoever claims the key first computes; until it
-has an answer, everybody else is told to wait, and afterwards gets that answer. One that broke off without an answer
-gives its claim up.
+A caller that got no answer sends its request again under the same key. The first call to claim the key computes; until
+it has an answer, all others must wait, and afterwards they get that answer. A call that ended without an answer
+releases its claim.
 
 A claim is a lease, as a hold is (`budgets.leases`): it lives for a minute by the database's clock, and its process
-renews it for as long as it computes. So a long answer keeps its claim, and that of a process that was killed is free a
-minute later. While the database does not answer, the process goes on, and claims again or keeps the answer as soon as
-it does. Only where the database was away for longer than a claim lives, and another process was asked first, are both
-computed; the one that has the claim keeps its answer. Knows no HTTP: an answer is bytes.
+renews it while it computes. So a long answer keeps its claim, and that of a killed process is free after a minute.
+While the database does not answer, the process continues, and claims again or keeps the answer once it does. Only if
+the database was unavailable for longer than a claim lives, and another process claimed first, are both computed; the
+one with the claim keeps its answer. Knows no HTTP: an answer is bytes.
 """
 
 from __future__ import annotations

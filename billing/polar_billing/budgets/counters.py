@@ -2,10 +2,10 @@
 
 A counter is a projection: held is the sum of the open holds of its window, spent the sum of its usage, held for or not,
 such as usage from before the tenant had a budget. Spent is summed from usage and receipts, which are in the hash chain;
-a settled hold only stands in where retention deleted the facts of its request. A counter is computed when a request
-first needs it: in the database, in two columns of which neither can leave 64 bits. From then on whoever changes a hold
-keeps it in step, in the same transaction. Every function here takes an open transaction; those that write need the
-tenant's counts to be locked (`lock_counts`). Knows no clock and decides nothing.
+a settled hold counts only if retention deleted the facts of its request. A counter is computed in the database when a
+request first needs it, in two columns, neither of which can exceed 64 bits. From then on, every change of a hold
+updates it in the same transaction. Every function here takes an open transaction; those that write need the tenant's
+counts to be locked (`lock_counts`). Knows no clock and decides nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From holds and counters back to the usage that they stand for: every settled hold and every counter is rechecked.
+"""From holds and counters back to the usage that they represent: every settled hold and every counter is rechecked.
 
-Holds and counters are not links of the hash chain; usage and receipts are. So a settled hold must say what the stored
-usage of its request says, and a counter what holds and usage add up to. What cannot be rechecked: open holds, what was
-held for a request that turned out to have no price, and the compute and tags of requests that retention deleted.
+Holds and counters are not links of the hash chain; usage and receipts are. So a settled hold must agree with the stored
+usage of its request, and a counter with the sum of holds and usage. What cannot be rechecked: open holds, what was held
+for a request that turned out to have no price, and the compute and tags of requests that retention deleted.
 `polar verify` and `polar budget recheck` run this.
 """
 

@@ -1,15 +1,14 @@
 """`Budgets`: set them, hold money and compute for a request before it runs, and say what is left.
 
 Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the tenant's
-counts are locked first. Whoever stores usage locks them as well, but only to settle: others decide while it writes.
+counts are locked first. Writers of usage lock them as well, but only to settle: reservations continue while they write.
 Requests of a tenant that come while their process waits for that lock share the transaction. What cannot be decided is
 refused.
 
-A hold lives for half a minute and is renewed while its request does (`leases`). Whether it has expired is for the
-database's clock to say (`ledger.clock`), so that the clocks of hosts need not agree, nor stand still. If it could not
-be renewed and has expired all the same, it is made again with the next renewal; if its budget has no more room by then,
-the request is ended with that budget's error, and its record counts what it used. Rates nothing itself (see
-`prices.quote`).
+A hold lives for half a minute and is renewed while its request lives (`leases`). The database's clock (`ledger.clock`)
+decides whether it has expired, so the clocks of hosts need not agree. If it could not be renewed and has expired, it is
+re-created with the next renewal; if its budget has no more room by then, the request is ended with that budget's error,
+and its record counts what it used. Rates nothing itself (see `prices.quote`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Group commit: calls that come while another one runs share the next run, which one of them makes for all.
 
-Knows no SQL and no budgets: what a run does is handed in.
+Knows no SQL and no budgets: what a run does is passed in.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Leases: the holds of this process, renewed by a thread for as long as what they were made for runs.
+"""Leases: the holds of this process, renewed by a thread while their requests run.
 
 A hold lives for half a minute; a request that waits, runs or is paused by its reader may live for hours. So a hold is a
-lease: its process renews it from the moment that the request begins, all of them in one statement, and where the
-process is killed nobody does. Waits by the monotonic clock. Knows no database: what renewing means is handed in.
+lease: its process renews it from the start of the request, all of them in one statement, and after the process is
+killed nobody does. Waits by the monotonic clock. Knows no database: the function that renews is passed in.
 """
 
 from __future__ import annotations

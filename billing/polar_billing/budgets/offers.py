@@ -1,7 +1,7 @@
 """The maximum cost of a request's offers, and which of them its budgets have room for. Pure: no clock, no database.
 
 An offer fits if every budget that covers the request has room for the maximum it can use. The first that fits is
-served; a budget that refuses ends the search, one that says `shallower` allows the next, cheaper offer.
+served; a budget that refuses ends the search, and one with `shallower` allows the next, cheaper offer.
 """
 
 from __future__ import annotations

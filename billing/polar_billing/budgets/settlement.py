@@ -1,9 +1,9 @@
 """Settle holds: what was held for a request becomes what it used, in the transaction that stores its record.
 
-Whoever stores records hands `settle` to the ledger, which calls it once per transaction, with the entries that were
-new, after their rows are written; the heads of the tenants' chains are locked by then, their counters from here on. A
-record without a hold (it expired, or came from elsewhere) still counts in the counters that exist. Nothing here is
-refused for lack of budget: what was used is used. Knows no prices.
+Writers of records pass `settle` to the ledger, which calls it once per transaction with the new entries, after their
+rows are written; the heads of the tenants' chains are locked by then, and their counters from here on. A record without
+a hold (because it expired, or because the record came from elsewhere) still counts in existing counters. Nothing is
+refused here for lack of budget: what was used is used. Knows no prices.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The figures are those of `polar report` for the same period, to the last digit: requests that are charged alike are
 added up before they are rated, which changes nothing, since an amount is a quantity times a price, and is rounded once
-per line. Where prices change within the period, it is added up in parts. A tenant whose sums are those of the last look
-is not worked out again. Knows no HTML.
+per line. If prices change within the period, it is added up in parts. A tenant whose sums have not changed is not
+computed again. Knows no HTML.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The operations page by path: what a web server asks, and what it sends. Knows no web framework.
+"""The operations page by path: requests from a web server, and the responses to them. Knows no web framework.
 
-A page is rendered at most every 0.4 seconds, whoever asks and however often: many readers cost no more than one.
+A page is rendered at most every 0.4 seconds, so many readers cost no more than one.
 """
 
 from __future__ import annotations

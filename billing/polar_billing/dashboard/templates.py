@@ -1,8 +1,8 @@
 """The page as HTML: templates, figures as text, and the files that go with it. Needs the extra `report` (jinja2).
 
-No style and no script stands in the page itself, so that it works where inline ones are refused. Names are escaped,
-control characters and marks that turn text around are replaced, and what is long is cut only where the whole name is
-shown elsewhere. Asks the ledger nothing.
+The page has no inline style or script, so that it works where these are refused. Names are escaped, control characters
+and marks that change the direction of text are replaced, and long names are cut only if the whole name is shown
+elsewhere. Does not read the ledger.
 """
 
 from __future__ import annotations

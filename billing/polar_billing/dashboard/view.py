@@ -1,8 +1,8 @@
-"""The contents of the page at one moment, asked of the ledger in one transaction, and requests with their receipts.
+"""The contents of the page at one moment, read from the ledger in one transaction, and requests with their receipts.
 
-A key's last use is a usage record with its id as the tag `key`. Looking for them reads every record once: the newest
-first, some at a time, so that no page waits for it, and later only what is new. Of a key the page shows never its
-secret, not even its hash. Knows no HTML.
+A key's last use is a usage record with its id as the tag `key`. Searching for them reads every record once: the newest
+first, some at a time, so that no page waits for it, and later only new ones. The page never shows a key's secret, not
+even its hash. Knows no HTML.
 """
 
 from __future__ import annotations

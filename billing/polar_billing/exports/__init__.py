@@ -1,1 +1,1 @@
-"""Usage and statements in the formats of others, one module per format. Nothing here writes to the ledger."""
+"""Usage and statements in formats of other systems, one module per format. Nothing here writes to the ledger."""

@@ -1,8 +1,8 @@
-"""Usage as CloudEvents 1.0, one event per request, in the JSON batch format; OpenMeter and others take them.
+"""Usage as CloudEvents 1.0, one event per request, in the JSON batch format, for OpenMeter and others.
 
 `usage_event.schema.json` beside this file is the JSON schema of an event, which each event names in `dataschema`. An
-event is the same every time it is made: `source` and `id` together tell requests apart, so a reader that drops repeated
-events counts a request once, however often it is exported. Knows no ledger.
+event is the same every time it is made: `source` and `id` together identify a request, so a reader that drops repeated
+events counts a request once, even if it is exported several times. Knows no ledger.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     focus_csv(rows)           the same as CSV
 
 A line of a statement has one unit price, also where prices come in bands, so each row's quantity times its unit price
-is its cost. `BilledCost` is the line's amount as the statement has it, rounded once; `ListCost` and `ContractedCost`
-are not rounded. The rounding line and prepaid money are rows of their own, so that over one invoice `BilledCost` sums
-to what is due. Columns that FOCUS does not have begin with `x_`. Knows no ledger.
+is its cost. `BilledCost` is the line's amount on the statement, rounded once; `ListCost` and `ContractedCost` are not
+rounded. The rounding line and prepaid money are separate rows, so that over one invoice `BilledCost` sums to the amount
+due. Columns that FOCUS does not have begin with `x_`. Knows no ledger.
 """
 
 from __future__ import annotations

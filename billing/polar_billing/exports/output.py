@@ -1,4 +1,4 @@
-"""Files that people ask for: each is written whole or not at all. Knows no format."""
+"""Output files: each is written completely or not at all. Knows no format."""
 
 from __future__ import annotations
 

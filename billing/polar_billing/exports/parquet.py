@@ -1,8 +1,8 @@
-"""Usage, the tables of a report, and FOCUS rows as Parquet files, by the extra `parquet`.
+"""Usage, the tables of a report, and FOCUS rows as Parquet files, with the extra `parquet`.
 
-Money and quantities are decimals, times are UTC to the microsecond, tags a map. Texts are as they are: nothing runs a
-cell of a Parquet file as a formula. Whoever writes raises `MissingExtraError` without pyarrow, and `OutputError` where
-the file cannot be written. Knows no ledger.
+Money and quantities are decimals, times are UTC to the microsecond, tags a map. Texts are unchanged: nothing runs a
+cell of a Parquet file as a formula. Writing raises `MissingExtraError` without pyarrow, and `OutputError` if the file
+cannot be written. Knows no ledger.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 One event per request and meter, as `POST /v1/billing/meter_events` takes it. A meter counts one item of one tier, so
 that each can have its own price. Compute is counted in thousandths of a CU (10^9 FLOPs), tokens and requests singly.
 
-What a whole number cuts off is carried. Within one tenant, meter and calendar month, usage is taken in the order it was
-stored, and a request's value is by how many whole units the sum has grown with it. So the values of a month sum to the
-whole units of that month's total, and less than one unit is left over, which `Leftover` states. An event is the same
-whatever period is exported, and however often: usage that is stored later comes after, and changes no event made
-before. Unrated and free usage is in no event.
+Rounding is carried over. Within one tenant, meter and calendar month, usage is taken in the order it was stored, and a
+request's value is the number of whole units by which it increases the sum. So the values of a month sum to the whole
+units of that month's total, and less than one unit is left over, which `Leftover` states. An event is the same for any
+exported period and in every run: usage stored later comes after, and changes no earlier event. Unrated and free usage
+is in no event.
 """
 
 from __future__ import annotations

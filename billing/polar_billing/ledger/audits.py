@@ -1,11 +1,11 @@
-"""Audits in the ledger, and where the promises that they test stand.
+"""Audits in the ledger, and the state of the promises that they test.
 
-An audit is stored once, by its id, and once per request and promise: a link of the chain of the tenant whose request
-it was. In the transaction that stores it, the monitor of its promise reads it after all that were stored before; where
-that changes the state of the promise, a row of `polar_standing` says so, in the chain of no tenant. So the state
-follows from the audits in the order of their numbers, whatever the clocks of replicas said, and
-`wrong_standings` computes it again. The monitor itself is stored with them, so that nobody has to read all audits to
-go on. Knows no prices, and not how an answer is audited.
+An audit is stored once, by its id, and once per request and promise: a link of the chain of the tenant whose request it
+was. In the transaction that stores it, the monitor of its promise reads it after all earlier ones; if that changes the
+state of the promise, a row of `polar_standing` records it, in the chain of no tenant. So the state follows from the
+audits in the order of their numbers, independent of the replicas' clocks, and `wrong_standings` recomputes it. The
+monitor itself is stored with them, so that nobody has to read all audits to continue. Knows no prices, and not how an
+answer is audited.
 """
 
 from __future__ import annotations

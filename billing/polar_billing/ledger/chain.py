@@ -12,9 +12,9 @@ float is `{"float":"0x1.8p+0"}`. Rows that differ in nothing but a column's name
 same form. A link is the SHA-256 over the hash before it, the digest of its row (32 bytes each) and
 `[1,tenant,number,subject,key]`. Both begin with the version of these rules.
 
-A row is linked as the last step of the write transaction that inserted it and its parts: `link(connection, table,
-key)`, for a table of `schema.CHAINED`. A transaction that also locks rows of its own takes `lock_heads` first, so that
-two of them cannot wait for each other. Knows no money and no usage.
+A row is linked in the last step of the write transaction that inserted it and its parts:
+`link(connection, table, key)`, for a table of `schema.CHAINED`. A transaction that also locks rows of its own takes
+`lock_heads` first, so that two of them cannot wait for each other. Knows no money and no usage.
 """
 
 from __future__ import annotations

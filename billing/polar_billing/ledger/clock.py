@@ -1,10 +1,10 @@
 """The clock by which holds and claims expire, between processes: the database's, which nobody sets by accident.
 
-PostgreSQL has one. SQLite has not, but its processes share a machine, whose clock since boot no one can set. So the
-ledger keeps, once per boot, how far that clock is behind the time of day; a time of day that jumps changes nothing
-until the next boot. At a boot every older hold, claim and answer has lost its process, so the clock starts after all of
-them. Where the machine does not say which boot it is (Linux does), the time of day must do. Knows them by their tables
-alone.
+PostgreSQL has one. SQLite has none, but its processes share a machine, whose time since boot nobody can set. So the
+ledger stores, once per boot, how far that clock is behind the time of day; a jump of the time of day changes nothing
+until the next boot. At a boot, every older hold, claim and answer has lost its process, so the clock starts after all
+of them. If the machine does not identify its boots (Linux does), the time of day is used. Knows holds, claims and
+answers only by their tables.
 """
 
 from __future__ import annotations

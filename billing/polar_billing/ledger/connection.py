@@ -1,9 +1,9 @@
 """The database under the ledger: connections that are durable, transactions that take turns, statements over many rows.
 
-The two kinds of database need no class each: SQLite wants settings per connection and an explicit BEGIN, PostgreSQL
-wants neither. Where rows come by the thousand, statements are prepared once and take values as the database holds
-them, past SQLAlchemy's column types, whose work per value would cost more than the database's own. Knows no
-particular table.
+The two kinds of database do not need separate classes: SQLite needs settings per connection and an explicit BEGIN,
+PostgreSQL neither. For thousands of rows, statements are prepared once and take values as the database stores them,
+bypassing SQLAlchemy's column types, whose work per value would cost more than the database's own. Knows no particular
+table.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ledger's location, and the errors of its database.
 
 The ledger is named by the argument, else by `POLAR_LEDGER`, else it is a SQLite file in the user's data folder; what
-the user writes (a URL or a plain path) becomes a URL that this package supports. A failure of the database becomes the
-`StoreError` that names the ledger, the cause and the fix: chosen by the error's code, never by its wording. Opens
+the user writes (a URL or a plain path) becomes a URL that this package supports. A failure of the database becomes a
+`StoreError` that names the ledger, the cause and the fix, chosen by the error's code, never by its wording. Opens
 nothing; looks at the file system only to explain a failure that already happened.
 """
 

@@ -1,7 +1,6 @@
 """Bring a ledger of an earlier schema version to this one's, in one transaction, by the Alembic migrations.
 
-Which version a ledger has is what `polar_schema` says; Alembic's own table follows it. Knows no table of the ledger
-but that one.
+The version of a ledger is in `polar_schema`; Alembic's own table follows it. Knows no other table of the ledger.
 """
 
 from __future__ import annotations

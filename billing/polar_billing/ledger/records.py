@@ -1,8 +1,8 @@
 """The records of the ledger: entries, stored and pruned usage, selections.
 
-Also the way of a usage record to one row of `polar_usage` and back, written out field by field rather than derived, so
-that a new field of the record cannot slip past the schema unnoticed; the round trip is tested over generated records.
-Rows are trusted when read: they were validated when written and cannot change. Opens nothing.
+Also the conversion of a usage record to one row of `polar_usage` and back, written out field by field instead of
+derived, so that a new field of the record cannot be missed in the schema; the round trip is tested over generated
+records. Rows are trusted when read: they were validated when written and cannot change. Opens nothing.
 """
 
 from __future__ import annotations

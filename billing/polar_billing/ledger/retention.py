@@ -1,8 +1,8 @@
 """Retention: delete the facts of old requests, keep their proof.
 
-A pruned request keeps its identity, content hash and receipt (`polar_pruned`), its link in the chain, and its
-share of the sums by hour; what is gone is what was said about it: program, tags, tokens, timings. So a replay is
-still recognised, the chain still closes, and totals stay what they were. Knows no prices.
+A pruned request keeps its identity, content hash and receipt (`polar_pruned`), its link in the chain, and its share of
+the sums by hour; its program, tags, tokens and timings are deleted. So a replay is still recognised, the chain still
+closes, and totals do not change. Knows no prices.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Sums of usage by hour: kept up to date as usage is stored, recomputed from usage, and read for queries.
 
-One way of adding up serves the writer, `verify` and retention: everything is added in Python integers and
-kept as whole millions and a rest, so nothing overflows and nothing is rounded. A query reads the sums by hour where it
-can; hours that a period cuts, and hours in which the day changes in the given time zone, are added up from usage. The
-two agree, because both are integers of the same facts; `verify` checks one against the other. Reports read usage
-request by request, as the database holds it (`RawUsage`). Knows no prices and no output.
+The writer, `verify` and retention add up in the same way: in Python integers, kept as whole millions and a rest, so
+nothing overflows and nothing is rounded. A query reads the sums by hour where it can; hours that a period cuts, and
+hours in which the day changes in the given time zone, are added up from usage. The two agree, because both are integers
+of the same facts; `verify` checks one against the other. Reports read usage request by request, as the database holds
+it (`RawUsage`). Knows no prices and no output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Alembic's environment: runs the migrations on the connection that `polar_billing.ledger.migrate` hands over."""
+"""Alembic's environment: runs the migrations on the connection that `polar_billing.ledger.migrate` passes."""
 
 from __future__ import annotations
 
