@@ -1,10 +1,10 @@
 """Measures the energy of a machine while it serves: counters of processors (RAPL) and of NVIDIA devices (NVML).
 
-The counters are those of whole packages and devices, so they include what idles and what else runs. A log of them has
-one JSON line per interval; `polar report --energy-log FILE` shares it out by executed FLOPs. Knows no usage.
+The counters cover whole packages and devices, so they include idle parts and other programs. A log has one JSON line
+per interval; `polar report --energy-log FILE` distributes it by executed FLOPs. Knows no usage.
 
-Processors are read from the kernel's powercap files, the zones of packages and of memory beside them; devices through
-nvidia-ml-py, the extra `energy`. A machine of the cloud often has no counters.
+Processors are read from the kernel's powercap files, with the zones of packages and of memory; devices through
+nvidia-ml-py, the extra `energy`. Cloud machines often have no counters.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The meter: the sink that stores every usage record in a ledger and answers what it cost.
+"""The meter: the sink that stores every usage record in a ledger and returns its cost.
 
 The engine finds it through the entry point `polar_sdk.sinks`, so no import is needed to be metered.
 
-What has happened when `emit` returns is a choice, `durability`:
+`durability` determines what has happened when `emit` returns:
 
 * `commit`: the record is committed to the ledger and flushed to its disk, together with whatever other threads
   emitted meanwhile. A power cut loses nothing that was answered. One emit waits as long as a commit takes.
@@ -10,16 +10,16 @@ What has happened when `emit` returns is a choice, `durability`:
   milliseconds. The end of the process, SIGKILL included, loses nothing; a power cut or a crash of the operating
   system may lose the last moments. The engine uses this by default, because it costs a request next to nothing.
 
-A request that is still being answered is marked in the spool as it goes on (`marks`), so that what it has used is
-stored also if the process is killed.
+A running request is marked in the spool repeatedly (`marks`), so that what it has used is stored even if the process is
+killed.
 
-If the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice, and
+If the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, with either setting, and
 are stored exactly once when it is back.
 
-No answer is free through a request id that is used again: `reserve` refuses it, before compute. Where it cannot know
-(two processes at once; a ledger that does not answer), and where `emit` cannot raise (`spool`), the second use is
-stored and charged under a new id, and its tag `polar.reused_id` names the first. Knows neither the database nor how
-prices are chosen and applied.
+Using a request id again does not make an answer free: `reserve` refuses it before compute. If `reserve` cannot know
+(two processes at once; a ledger that does not answer), or `emit` cannot raise (`spool`), the second use is stored and
+charged under a new id, and its tag `polar.reused_id` names the first. Knows neither the database nor how prices are
+chosen and applied.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The spool: records on disk that are not in the ledger yet, and how they get there.
 
-Each meter appends its records to a file of its own before it answers. The bytes are then in the operating system's
-hands, so the end of the process, SIGKILL included, loses nothing. Once they are committed to the ledger, the file is
-emptied. When the ledger cannot take them, the file is flushed to the disk and stays, and is stored later by the same
-process or by any other: exactly once, because the ledger knows every request it holds, so a file that was stored in
-part, or twice at once, adds nothing twice. A record whose request id another one has taken is stored under a new id.
+Each meter appends its records to its own file before it returns. The operating system then has the bytes, so the end of
+the process, SIGKILL included, loses nothing. Once they are committed to the ledger, the file is emptied. If the ledger
+cannot take them, the file is flushed to the disk and kept, and is stored later by the same process or by any other:
+exactly once, because the ledger knows every request it holds, so a file that was stored partly, or by two processes at
+once, adds nothing twice. A record whose request id is taken by another one is stored under a new id.
 
-One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest, a space, JSON. A last line that was
-cut off was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (that of
-a newer version, say), is kept aside in a file `*.damaged`, and the others are stored. Records that the ledger refuses
-for their content are kept in `rejected.jsonl`. What requests that still run have used is in a file of its own, see
+One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest, a space, JSON. An incomplete last line
+was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (such as that of
+a newer version), is set aside in a file `*.damaged`, and the others are stored. Records that the ledger refuses for
+their content are kept in `rejected.jsonl`. The usage of running requests is in a separate file, see
 `spool_file.InterimUsage`; so is each audit that the ledger could not take. Knows no threads and no SQL.
 """
 

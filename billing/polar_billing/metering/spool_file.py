@@ -1,8 +1,8 @@
-"""Files of the spool: of records, marks or audits, written line by line, and read when they were left over.
+"""Files of the spool, with records, marks or audits: written line by line, and read if they were left over.
 
 A line is the first 16 hexadecimal digits of the SHA-256 of the rest, a space, and JSON: a record with its receipt, a
-price book that records name by its hash, or an audit with its meter's name. Whatever is wrong with one line, the others
-are read. Knows no SQL.
+price book that records name by its hash, or an audit with its meter's name. A fault in one line does not affect the
+others. Knows no SQL.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Group commit: one thread per meter stores whatever is waiting, in one transaction.
 
-Callers hand records over and either wait until they are committed, or go on once they are in the spool. If the ledger
-cannot take them now, the file of the spool stays, flushed to the disk; the writer tries again before the next records,
-at most once a second. Knows no prices and no SQL.
+Callers pass records and either wait until they are committed, or continue once they are in the spool. If the ledger
+cannot take them now, the spool file is kept, flushed to the disk; the writer tries again before the next records, at
+most once a second. Knows no prices and no SQL.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Price books: dated prices, chosen by the time of use, read from TOML and checked.
 
-A book is never edited in the ledger: every book that rated a request is kept there whole, under the SHA-256
-of its content, so a changed file cannot change what was already charged. A use that a book has no price for
-is unrated with a reason, never free by accident.
+A book is never edited in the ledger: every book that rated a request is kept there whole, under the SHA-256 of its
+content, so a changed file cannot change what was already charged. Usage for which a book has no price is unrated, with
+a reason, never free by accident.
 
 This module knows no usage records (see `rating`) and no database.
 """

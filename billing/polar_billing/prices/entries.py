@@ -1,6 +1,6 @@
-"""Entries of a price book: the rates of one request from one moment on, timelines of them, and their fields.
+"""Entries of a price book: the rates of one request from a given time on, timelines of them, and their fields.
 
-Fields are exact decimals within limits, and moments with an offset. Knows no book and no usage record.
+Fields are exact decimals within limits, and times with an offset. Knows no book and no usage record.
 """
 
 from __future__ import annotations

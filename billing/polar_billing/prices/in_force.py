@@ -1,14 +1,14 @@
-"""The choice of the price book that a use is charged by: the one named, or the one in force for it.
+"""The choice of the price book that usage is charged by: the one named, or the one in force.
 
 In this order: the book or file given, the file that POLAR_PRICE_BOOK names, the books that were put in force in the
 ledger (`polar price add`), the example book.
 
-Of the books in force, one that has the tenant among its customers goes before the others; of several such books the one
-put in force last. Every other tenant is charged by the book that is in force for all. What is put in force later
-changes nothing for what was used before; only the first book also holds for the time before it, when there was none.
+Of the books in force, one that lists the tenant among its customers comes before the others; of several such books, the
+one put in force last. Every other tenant is charged by the book that is in force for all. A book put in force later
+does not change charges for earlier usage; only the first book also applies to the time before it, when there was none.
 
-What is in force is looked up again once a second, so a book put in force elsewhere is charged by a second later at the
-latest. Knows no usage, no rates and no ledger: what was put in force is handed in.
+The books in force are looked up again once a second, so a book put in force elsewhere applies within a second. Knows no
+usage, no rates and no ledger: the books in force are passed in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plans: what a customer's contract adds to the rates of a book, rated over a whole statement period.
 
-A plan has dated terms: a flat fee, a minimum, a discount, items priced in bands or packages, and what
-each tier promises. Customers are on a plan from a moment on. Prepaid credits pay statements down.
+A plan has dated terms: a flat fee, a minimum, a discount, items priced in bands or packages, and what each tier
+promises. Customers are on a plan from a given time on. Prepaid credits are deducted from statements.
 
 This module holds and checks terms; `statements.charges` applies them.
 """

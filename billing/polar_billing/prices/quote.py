@@ -1,9 +1,9 @@
 """`quote`: the maximum a request can cost, before it runs. Pure: no clock, no store.
 
-The bound is exact: prices are not negative, so a request costs most when it executes every FLOP and samples
-every token it may, and rounding half to even keeps that order. A request that keeps to the bounds is rated (see
-`rating.rate`) at `amount` or less, and at `amount` where it uses them up. It bounds what the receipt says; fees,
-bands, minimums and credits of a plan belong to a statement period, not to a request.
+The bound is exact: prices are not negative, so a request costs most when it executes every FLOP and samples every token
+it may, and rounding half to even keeps that order. A request within the bounds is rated (see `rating.rate`) at `amount`
+or less, and at `amount` if it uses them up. It bounds the receipt; fees, bands, minimums and credits of a plan belong
+to a statement period, not to a request.
 """
 
 from __future__ import annotations

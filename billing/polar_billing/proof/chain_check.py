@@ -1,4 +1,4 @@
-"""Checks chains, link by link and row by row, up to the first that is not as it was written. Knows no money."""
+"""Checks chains, link by link and row by row, up to the first that was changed. Knows no money."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _USAGE: Final = subject_of(usage_table)
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it was written."""
+    """Something that was changed after it was written."""
 
     tenant: str
     """Empty for what belongs to no tenant."""

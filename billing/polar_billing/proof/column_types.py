@@ -1,9 +1,9 @@
-"""Find cells that are not of the type that their column declares, before anything else of a ledger is believed.
+"""Find cells that are not of their column's declared type, before anything else in a ledger is trusted.
 
-SQLite keeps a value of any type in any column, and both databases keep moments that no calendar has. `well_typed`
-checks every cell against the schema's metadata, in SQL, so that no value of another type reaches Python. While it is
-open, rows with such a cell are hidden behind temporary views that bear the names of their tables: whoever reads the
-ledger inside sees cells of the declared types only, and misses these rows. Knows no chain and no money.
+SQLite keeps a value of any type in any column, and both databases keep times that no calendar has. `well_typed` checks
+every cell against the schema's metadata, in SQL, so that no value of another type reaches Python. While it is open,
+rows with such a cell are hidden by temporary views with the names of their tables: queries within it see only cells of
+the declared types, and not these rows. Knows no chain and no money.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Receipts that can be proved: one request's cost, and its place in the hash chain of its tenant.
 
 A receipt is a small JSON object that the tenant keeps. `check_receipt` checks that it has exactly the fields of a
-receipt, checks every value against the ledger, and walks the chain from it to the head; so the holder of a receipt
+receipt, checks every value against the ledger, and follows the chain from it to the head; so the holder of a receipt
 notices if the ledger was rewritten. Knows no prices.
 """
 

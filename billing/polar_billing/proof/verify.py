@@ -1,4 +1,4 @@
-"""Verify a ledger from its own database: walk every chain, and recompute what can be recomputed.
+"""Verify a ledger from its own database: follow every chain, and recompute everything that can be recomputed.
 
 What it finds: any cell of another type than its column declares; any stored value changed, any row deleted, inserted or
 swapped with another, in every chained table and in the chain itself; entries that do not sum to zero; rollups that are
@@ -9,9 +9,8 @@ What it cannot find by itself: a ledger that was rewritten as a whole, all hashe
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
 `check_head` and `polar_billing.proof.receipts` do.
 
-Whatever else follows from the ledger is recomputed as well: every issued statement, what budgets count as spent, and
-the standings of promises from their audits.
-Knows no prices.
+Everything else that follows from the ledger is recomputed as well: every issued statement, the spending of budgets, and
+the state of promises from their audits. Knows no prices.
 """
 
 from __future__ import annotations

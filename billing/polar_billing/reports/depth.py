@@ -1,4 +1,4 @@
-"""The layers of a model: what a program makes of each, and the visits of some requests. Knows no output format."""
+"""The layers of a model: what a program does with each, and the visits of some requests. Knows no output format."""
 
 from __future__ import annotations
 

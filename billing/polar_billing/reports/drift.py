@@ -1,7 +1,7 @@
-"""Promises beside their audits, how each came to stand where it does, and what tiers saved by kind and length.
+"""Promises with their audits, how the state of each came about, and what tiers saved by kind and length.
 
-What a promise's audits say is about the requests of all tenants, so a report on one tenant has none of it. Kinds are
-the values of a tag that callers set; lengths are prompt tokens. Knows no output format.
+A promise's audits are about the requests of all tenants, so a report on one tenant does not have them. Kinds are the
+values of a tag that callers set; lengths are prompt tokens. Knows no output format.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Energy and carbon of usage: measured and shared out, or modelled from executed FLOPs; the report says which.
+"""Energy and carbon of usage: measured and distributed, or modelled from executed FLOPs; the report says which.
 
     modelled   executed FLOPs / FLOPs per joule, a figure that somebody states with its source
-    measured   an energy log over the period, shared out by executed FLOPs
+    measured   an energy log over the period, distributed by executed FLOPs
 
 Nothing is assumed: without a stated efficiency or a log there is no energy, and without a stated intensity of the grid
 no carbon. Amounts of tiers and of tenants sum to the total. Knows no output format.

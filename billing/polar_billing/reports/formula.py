@@ -1,8 +1,8 @@
 """The FLOPs of one request as a sum of exact products: how many tokens, or pairs of tokens, times FLOPs of each.
 
-Works out from program, lengths and the model's sizes (`polar_sdk.programs.cost`) what the engine counts while it runs,
-so that a bill can be checked without running anything. A request that was cancelled or failed is followed to the last
-step it finished. Knows no prices and no store.
+Computes from program, lengths and the model's sizes (`polar_sdk.programs.cost`) what the engine counts while it runs,
+so that a bill can be checked without running anything. A cancelled or failed request is followed to the last step it
+finished. Knows no prices and no store.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The cost of the hardware that served some usage, at a stated price per device-hour, and what is left of the charges.
 
 Device time comes from a stated throughput, or from the recorded times: the time in which a device had at least one
-request, counted once however many it had. Idle hours are in neither. It is shared out by the FLOPs that answers
+request, counted once even if it had several. Idle hours are in neither. It is distributed by the FLOPs that answers
 needed: drafts run in rows that would be idle.
 """
 

@@ -1,8 +1,8 @@
 """A report as one HTML page: styles, charts and a small script inside, nothing fetched, for screens and for A4.
 
-The page is whole without its script, which sorts and filters tables. Charts are boxes that the templates draw, with
-lengths and heights in percent: they follow the width of the page, its light or dark colours and its paper, and their
-text is text. Every figure shown is also in a table of the page. The templates are `report*.html.jinja`; the operations
+The page is complete without its script, which sorts and filters tables. Charts are boxes that the templates draw, with
+lengths and heights in percent: they adapt to the page's width, its light or dark colours and the paper, and their text
+is real text. Every figure shown is also in a table of the page. The templates are `report*.html.jinja`; the operations
 page renders its own with the same environment. Needs the extra `report` (jinja2).
 """
 

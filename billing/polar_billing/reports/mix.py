@@ -1,8 +1,8 @@
-"""A mix of tiers, in percent of the requests, and what recorded usage would have come to under it.
+"""A mix of tiers, in percent of the requests, and what recorded usage would have cost under it.
 
-A mix is dealt out to each tenant's requests: tokens and requests stay as recorded, the compute of a tier is full
-depth's less what the tier was measured to save, and each part is charged by the tier's multiplier. The savings are from
-an evaluation of other prompts than those that were charged; whoever hands them in says which. Rounds each amount once.
+A mix is distributed over each tenant's requests: tokens and requests stay as recorded, the compute of a tier is full
+depth's minus the tier's measured savings, and each part is charged by the tier's multiplier. The savings are from an
+evaluation of other prompts than those that were charged; the caller states which. Rounds each amount once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Latency beside what a tier promises: percentiles, misses and the service credit that follows.
+"""Latency against what a tier promises: percentiles, misses and the resulting service credit.
 
-A promise is the 95th percentile of completed requests, in the terms of the tenant's plan or named by the caller. It is
-kept or missed per plan and period on the statement, which alone gives credits; here it is over the whole report.
-Knows no output format.
+A promise is the 95th percentile of completed requests, in the terms of the tenant's plan or named by the caller. The
+statement decides per plan and period whether it was kept, and only the statement gives credits; here it is evaluated
+over the whole report. Knows no output format.
 """
 
 from __future__ import annotations

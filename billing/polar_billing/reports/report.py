@@ -1,8 +1,8 @@
 """The tiered pricing report: what each tenant used and owes per tier, and what it would have been otherwise.
 
-The usage of the period is added up and summarised; what a report is asked besides (promises, other prices and mixes,
-hardware, energy) is worked out from that, and from one more pass over the usage where single requests matter. This
-module only puts it together; `usage_tables`, `csv` and `html` render it.
+The usage of the period is added up and summarised; further questions (promises, other prices and mixes, hardware,
+energy) are answered from that, and from one more pass over the usage if single requests matter. This module only
+combines the results; `usage_tables`, `csv` and `html` render it.
 """
 
 from __future__ import annotations

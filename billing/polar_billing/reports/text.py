@@ -1,7 +1,7 @@
 """Figures as text for people: the same words and digits in the terminal and in HTML.
 
 None is unknown and prints as a dash; zero is zero. A report shows charges in one unit and effective prices in another,
-each chosen by the median of those that are shown, so that nobody has to read 0.000013; every digit stays. JSON and CSV
+each chosen by the median of the amounts shown, so that nobody has to read 0.000013; every digit is kept. JSON and CSV
 keep the currency. Knows no output format.
 """
 

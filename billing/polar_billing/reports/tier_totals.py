@@ -1,8 +1,8 @@
 """Adds up and rates the usage of a report by tenant and tier, a million requests in seconds.
 
-Requests that are alike in all that prices look at are added up first, and their sums rated: a charge is a quantity
-times a price, exactly, so that gives what rating one by one gives. Where a request may cost more than a receipt holds,
-which leaves it alone unrated, they are rated one by one. Knows no output format.
+Requests that are alike in everything that prices depend on are added up first, and their sums rated: a charge is
+exactly a quantity times a price, so the result is the same as rating one by one. If a request may cost more than a
+receipt holds, which leaves only that request unrated, they are rated one by one. Knows no output format.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sums over usage, which the usage query and the report share, so that they cannot disagree.
 
-`UsageSums` is what sums by hour and receipts hold; `UsageTotals` adds what only a record and its rating tell: layers,
-latencies and the lines that are charged. Everything adds up in Python integers, exactly and in any order; amounts come
-from summed quantities, not from rounded amounts. Knows no store and no output format.
+`UsageSums` has what sums by hour and receipts contain; `UsageTotals` adds what only records and their rating have:
+layers, latencies and charged lines. Everything adds up in Python integers, exactly and in any order; amounts come from
+summed quantities, not from rounded amounts. Knows no store and no output format.
 """
 
 from __future__ import annotations

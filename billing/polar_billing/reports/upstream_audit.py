@@ -1,4 +1,4 @@
-"""Work that the worker of a vLLM has executed, held against what the records of its answers need. Asks nobody.
+"""Work that a vLLM worker executed, compared with what the records of its answers need. Makes no requests.
 
 Both are tokens by layers: a worker counts them as it runs (`polar_vllm.counts`), and `layer_tokens` of a record's
 program, prompt and answer is what is billed. A record names its worker in a tag, so that neither restarts nor other

@@ -1,4 +1,4 @@
-"""Usage, reports, and promises beside their audits as tables in the terminal.
+"""Usage, reports, and promises with their audits as tables in the terminal.
 
 The figures come from `query`, `report` and `drift`; computes nothing.
 """

@@ -3,9 +3,9 @@
 * graduated: each part of the quantity costs the price of the band it is in. Continuous and, for prices that are not
   negative, monotone; splitting a stretch at any point costs the same in sum.
 * volume: the whole quantity costs the price of the band its last unit is in.
-* package: every started block of a size costs the same.
+* package: every block of a size costs the same, also if it is only partly used.
 
-A band ends at its bound, the bound included; the last band has none. Nothing is rounded.
+A band ends at its bound, inclusive; the last band has none. Nothing is rounded.
 
 Without `pool` each tier is counted by itself and the price is multiplied by the tier's multiplier; where a
 multiplier changes within a phase, counting starts anew. With `pool` all tiers fill the same bands, and each unit is

@@ -5,15 +5,15 @@ Per phase of constant terms, in this order:
 1. usage at the rates of a request: one line per tier, item and stretch of constant rates;
 2. items that the plan prices over the period (see `bands`), instead of 1;
 3. the discount, off 1 and 2;
-4. a top-up to the minimum, where 1 to 3 come to less;
+4. a top-up to the minimum, if 1 to 3 sum to less;
 5. the flat fee;
 6. service credits of tiers whose promise was missed: a share of their part of 1 to 3.
 
 Amounts are integers of 10^-30 of the currency, exact except where a percentage or a part of a period divides
 them; such a line is rounded half to even to 10^-30 once, and the parts of a fee sum to the fee.
 
-A promise is about latency, which usage records say, or about agreement with full depth, which audits of the tenant's
-own requests say. Agreement is settled where enough of them were made; where not, a statement says so, and nothing is
+A promise is about latency, measured by usage records, or about agreement with full depth, measured by audits of the
+tenant's own requests. Agreement is settled if there are enough audits; otherwise the statement says so, and nothing is
 credited.
 """
 

@@ -1,10 +1,10 @@
 """Compute a statement from one state of the ledger: this period's charges, late usage of earlier ones, credits.
 
-    draft_statement(ledger, tenant, period)    what a statement would say now; books nothing
-    issue_statement(ledger, tenant, period)    the statement, once and for ever (in `statements.issue`)
+    draft_statement(ledger, tenant, period)    the statement as of now; books nothing
+    issue_statement(ledger, tenant, period)    the statement, permanently (in `statements.issue`)
 
 A statement takes usage and audits up to a sequence number each. What is stored later is late, and becomes correction
-lines on the next statement: what the earlier period comes to with it, less what it came to without.
+lines on the next statement: the total of the earlier period with it, minus the total without.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Issue statements and credit notes: store, chain and book them, each once and for ever.
+"""Issue statements and credit notes: store, chain and book each of them once, permanently.
 
-A credit note takes money off an issued statement, which itself is not changed.
+A credit note credits money on an issued statement, which itself is not changed.
 
-Usage is read outside the write transaction, so that metering goes on meanwhile. That is safe because a statement
+Usage is read outside the write transaction, so that metering continues meanwhile. That is safe because a statement
 takes usage up to a sequence number that was fixed while nobody else stored usage of the tenant, and such usage never
 changes; if another statement of the tenant is issued in between, usage is read again.
 """

@@ -1,6 +1,6 @@
 """Issued statements in the ledger: rows of `polar_statement` and back, and the double entries that book them.
 
-Knows how a statement, a prepaid credit and a credit note are stored and booked, not how amounts are worked out.
+Knows how a statement, a prepaid credit and a credit note are stored and booked, not how amounts are computed.
 """
 
 from __future__ import annotations

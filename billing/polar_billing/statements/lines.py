@@ -1,8 +1,8 @@
 """Input and output of rating over a period: the phases of the period, the usage in them, and exact lines.
 
-A period is cut into phases, in which the plan's terms stay the same, and each phase into stretches, in which the rates
-of a request do. Both are half-open and partition the period. Usage is summed per stretch, and each line is about a
-stretch or a phase. Knows neither how a line is priced nor a database.
+A period is divided into phases with constant plan terms, and each phase into stretches with constant rates of a
+request. Both are half-open and partition the period. Usage is summed per stretch, and each line is about a stretch or a
+phase. Knows neither how a line is priced nor a database.
 """
 
 from __future__ import annotations

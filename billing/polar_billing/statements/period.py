@@ -1,6 +1,6 @@
-"""The statements of a period, of one tenant or of all, and what they would come to under another price book.
+"""The statements of a period, of one tenant or of all, and their amounts under another price book.
 
-    statements_of_period(ledger, tenant, …)    issued ones as they are, and drafts where there is none
+    statements_of_period(ledger, tenant, …)    issued ones unchanged, and drafts if there is none
     reprice(ledger, tenant, period, book)      whole statements under two books, before prepaid credits
 
 Stores and books nothing.

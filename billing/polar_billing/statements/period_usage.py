@@ -1,8 +1,8 @@
 """A tenant's usage of a period, summed straight from the usage rows, for rating over that period; and its audits.
 
 Sums do not depend on the order in which usage was stored. FLOPs are summed as millions and rest, since a plain sum
-would leave 64 bits. Usage and audits are selected by their sequence numbers too, so that reading them twice gives the
-same. An audit belongs to the time at which it was made. Knows no prices.
+would exceed 64 bits. Usage and audits are also selected by their sequence numbers, so that reading them twice gives the
+same result. An audit belongs to the time at which it was made. Knows no prices.
 """
 
 from __future__ import annotations

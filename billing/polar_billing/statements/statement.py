@@ -1,12 +1,12 @@
 """A statement: what a tenant owes for a period, as one frozen value with a canonical text.
 
-`sum(line.amount) + rounding == total`, and `total - sum(credit.used) == due`, to the last digit. The text depends on
-nothing but the usage, the book and what was issued before: not on the order in which usage was stored, nor on when
-the statement is computed.
+`sum(line.amount) + rounding == total`, and `total - sum(credit.used) == due`, to the last digit. The text depends only
+on the usage, the book and what was issued before, not on the order in which usage was stored or on when the statement
+is computed.
 
 A prepaid credit pays a statement whose period it touches: one that ends after the credit begins, and begins before it
-expires. The lower priority number goes first, then what expires first. What is left of a credit that expires within
-the period is gone after this statement. Knows no database.
+expires. Lower priority numbers are used first, then credits that expire first. What is left of a credit that expires
+within the period is lost after this statement. Knows no database.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """From issued statements back to the usage they charge: recheck a whole one, trace a line or a request.
 
-`recheck` computes a statement again from raw usage and the book of its hash, and names every difference between what
-the ledger says was owed and what the usage comes to; an empty list proves that each line follows, with residue 0.
-Where retention has deleted usage of a statement (`rests_on_hashes`), its sums and bookings are checked, and the hash
-chain stands for the rest. `polar verify` runs this.
+`recheck` recomputes a statement from raw usage and the book of its hash, and names every difference between what the
+ledger says was owed and what the usage costs; an empty list proves that each line follows, with residue 0. If retention
+has deleted usage of a statement (`rests_on_hashes`), its sums and bookings are checked, and the hash chain proves the
+rest. `polar verify` runs this.
 
-Nothing is stored for a trace: a line says tier, outcome and time, its statement says up to which sequence number usage
-was taken, and usage does not change. So a trace is a query in either direction.
+Nothing is stored for a trace: a line has tier, outcome and time, its statement has the last sequence number of its
+usage, and usage does not change. So a trace is a query in either direction.
 """
 
 from __future__ import annotations

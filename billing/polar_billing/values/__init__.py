@@ -1,1 +1,1 @@
-"""Values of billing: money, periods, canonical JSON, values that are remembered. Knows no store and no price."""
+"""Values of billing: money, periods, canonical JSON, cached values. Knows no store and no price."""

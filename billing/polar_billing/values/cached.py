@@ -1,6 +1,6 @@
-"""A value that is read rarely and remembered meanwhile: read again after some time, or as soon as it changes here.
+"""A value that is read rarely and cached: read again after some time, or as soon as it changes in this process.
 
-For what every request asks of a ledger and what seldom changes: the price books in force, who has budgets. Knows no
+For what every request needs from a ledger and what seldom changes: the price books in force, who has budgets. Knows no
 ledger.
 """
 

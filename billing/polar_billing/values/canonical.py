@@ -1,4 +1,4 @@
-"""Values written down so that the text follows from the content alone: what is hashed, and what is stored.
+"""Values as text that depends only on their content: what is hashed, and what is stored.
 
 JSON is compact UTF-8 without spaces; a mapping has its keys sorted. `json.dumps(…, sort_keys=True, separators=(",",
 ":"), ensure_ascii=False)` of the standard library writes the same bytes, so that anybody can check a hash; tests check

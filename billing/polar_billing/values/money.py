@@ -2,10 +2,10 @@
 
 Three scales, each an integer count of a fixed unit, so that no arithmetic here can lose a digit:
 
-* **stored** amounts count 10^-12 of the currency's major unit (`STORED_SCALE`). An int64 column then holds up
-  to 9,223,372.036854775807 for one request, and at a price of 1 per compute unit one FLOP costs exactly one
-  unit. A finer unit would leave too little room above, a coarser one would lose what a short request on a small
-  model costs.
+* **stored** amounts count 10^-12 of the currency's major unit (`STORED_SCALE`). An int64 column then holds up to
+  9,223,372.036854775807 for one request, and at a price of 1 per compute unit one FLOP costs exactly one unit. A finer
+  unit would leave too little room for large amounts, a coarser one would lose the cost of a short request on a small
+  model.
 * **exact** amounts count 10^-30 (`EXACT_SCALE`). They are Python integers and live only in memory: quantity
   (FLOPs are 10^-12 compute units) × price (12 decimals) × tier multiplier (6 decimals) fits without rounding.
 * **statement** lines count 10^-d, d being the decimals of the price book: by default those of the currency.

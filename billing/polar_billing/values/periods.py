@@ -1,7 +1,7 @@
 """Half-open periods in a time zone: `since` belongs to the period, `until` to the next one.
 
-Consecutive months, weeks or days of one zone share their border instant, also where clocks change, so they
-partition the time line: no record falls in two periods or in none. This module knows no usage.
+Consecutive months, weeks or days of one zone share their border, also when clocks change, so they partition time: no
+record falls in two periods or in none. This module knows no usage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables that say whether a request may run: API keys, replies, what keys have used of their limits, budgets, holds.
+"""Tables that decide whether a request may run: API keys, replies, the use of keys' limits, budgets, holds.
 
 * `polar_api_key`   what was decided of a key, append-only; its last row is in force. Its secret is stored as a hash
 * `polar_reply`     one row per repeated request (`Idempotency-Key`) of a tenant: claimed while it is answered, then

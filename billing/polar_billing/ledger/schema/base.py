@@ -1,8 +1,8 @@
 """The shared parts of the ledger's tables: the metadata, exact column types, and the triggers that forbid changes.
 
-`Numeric` on SQLite goes through a binary float and returns other digits than were stored, so every column is an integer
-or a text underneath, on every database alike: amounts are scaled integers, moments are microseconds. Knows no table
-and no connection.
+`Numeric` on SQLite goes through a binary float and may return other digits than were stored, so every column is an
+integer or a text, on every database: amounts are scaled integers, times are microseconds. Knows no table and no
+connection.
 """
 
 from __future__ import annotations

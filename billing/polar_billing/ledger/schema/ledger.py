@@ -10,7 +10,7 @@
 * `polar_credit_note` what was taken off a statement afterwards
 
 A link outlives its row: retention deletes rows and keeps links. The tenant of rows that belong to no tenant, such as
-price books, is the empty text. How hashes are computed says `polar_billing.ledger.chain`.
+price books, is the empty text. `polar_billing.ledger.chain` defines how hashes are computed.
 
 An amount is kept as whole currency units and a rest of 10^-12 units, both with the sign of the amount, so that neither
 a single entry nor a SUM over many can leave the 64 bits of a column. Balances are not stored; they are sums over

@@ -1,4 +1,4 @@
-"""Audits of answers, the standing of each promise that they test, and which alerts of it were sent.
+"""Audits of answers, the state of each promise that they test, and which alerts were sent.
 
 * `polar_audit`    one row per audited answer and promise: a fact, in the chain of the tenant whose request it was
 * `polar_standing` one row each time that the state of a promise changed, with the audit that changed it. It follows

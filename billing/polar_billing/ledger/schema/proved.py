@@ -1,7 +1,7 @@
-"""How each column of each table is proved: declared beside the schema; tests hold it to the schema and to `verify`.
+"""How each column of each table is proved: declared beside the schema; tests compare it with the schema and `verify`.
 
-A column that is not declared here fails the tests, one that is declared chained or recomputed and can be changed
-unnoticed fails `make tamper`, and `docs/proof.md` prints these declarations. Knows no connection.
+An undeclared column fails the tests, one that is declared chained or recomputed but can be changed unnoticed fails
+`make tamper`, and `docs/proof.md` prints these declarations. Knows no connection.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@
                           recognised and the chain still closes; the facts themselves are gone
 * `polar_probe`           always empty; `check` inserts here and rolls back
 
-Facts and money are separate tables on purpose: usage can be rated again under another book, while a receipt stays what
-it was. Every quantity of a sum is two columns, whole millions and the rest: a SUM over FLOPs leaves 64 bits after some
-660,000 requests of 14 TFLOP, while a SUM over MFLOP does not, and nothing is rounded. Names carry a prefix, so the
-ledger may live in an application's own database. Knows no connection.
+Facts and money are in separate tables on purpose: usage can be rated again under another book, while a receipt does not
+change. Every quantity of a sum has two columns, whole millions and the rest: a SUM over FLOPs exceeds 64 bits after
+some 660,000 requests of 14 TFLOP, while a SUM over MFLOP does not, and nothing is rounded. Names have a prefix, so the
+ledger may be in an application's own database. Knows no connection.
 """
 
 from __future__ import annotations
