@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever happens meanwhile: a full disk, Ctrl-C, a kill.
+"""Files that are written completely or not at all, even with a full disk, Ctrl-C or a kill.
 
 Knows no file of the project, and only the standard library.
 """

@@ -1,9 +1,9 @@
 """Common parts of `PolarLLM` and `ChatPolar`: settings, the caller of a LangChain run, its call of the engine.
 
-LangChain says who asks as `config={"metadata": …, "tags": …, "run_id": …}`; here that becomes tenant, tags and request
-id. The engine records every request in its own `finally`, also where a stream is closed or a task is cancelled; only a
-hit in LangChain's cache becomes a record here, which says that nothing was executed. Settings and the engine that they
-load are `polar_sdk.frameworks.settings`. Knows no messages and no callbacks.
+LangChain names the caller as `config={"metadata": …, "tags": …, "run_id": …}`; here that becomes tenant, tags and
+request id. The engine records every request in its own `finally`, also if a stream is closed or a task is cancelled;
+only a hit in LangChain's cache becomes a record here, which says that nothing was executed. Settings and the engine
+that they load are in `polar_sdk.frameworks.settings`. Knows no messages and no callbacks.
 """
 
 from __future__ import annotations

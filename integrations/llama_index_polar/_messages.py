@@ -1,8 +1,8 @@
 """Between LlamaIndex and the engine: messages to the roles of a chat template, answers to responses, whole or streamed.
 
-LlamaIndex's decorators wrap a stream in a generator of their own, which does not close the stream when it is closed
-itself. Where a callback keeps the exception that ended it, as debug handlers do, the stream lives on: its record would
-be missing, and an async one would compute to its end. So the wrapped stream is closed here. Knows no model.
+LlamaIndex's decorators wrap a stream in their own generator, which does not close the stream when it is closed itself.
+If a callback keeps the exception that ended it, as debug handlers do, the stream stays alive: its record would be
+missing, and an async one would compute to its end. So the wrapped stream is closed here. Knows no model.
 """
 
 from __future__ import annotations

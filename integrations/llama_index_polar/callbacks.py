@@ -1,8 +1,8 @@
 """`get_polar_cost_callback`: what a block of LlamaIndex calls cost, by model, tier, tag and tenant.
 
-One handler listens to LlamaIndex's events, of which every call ends with one, and tells the blocks that are open where
-the call is made: a block follows its context into tasks, threads of LlamaIndex, agents and workflows. It sees what
-LlamaIndex reports: an interrupted answer ends with no such event. The ledger has it.
+One handler listens to LlamaIndex's events, one at the end of every call, and passes them to the blocks that are open
+where the call is made: a block follows its context into tasks, threads of LlamaIndex, agents and workflows. It sees
+only what LlamaIndex reports: an interrupted answer has no such event. The ledger has it.
 """
 
 from __future__ import annotations

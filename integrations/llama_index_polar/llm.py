@@ -1,9 +1,9 @@
 """`PolarLLM`: the LlamaIndex model. Each of the eight calls goes to the engine on its own.
 
-None calls another, because the decorator of each reports an event: one call, one event. The four async ones never block
-the event loop. `response.raw` contains usage, cost and compute; on streams only the last response has it.
+None of them calls another, because the decorator of each reports an event: one call, one event. The four async ones
+never block the event loop. `response.raw` contains usage, cost and compute; on streams only the last response has it.
 
-To the settings of `polar_sdk.frameworks.settings` it adds LlamaIndex's way to say who asks. Knows no messages.
+It adds LlamaIndex's way of naming the caller to the settings of `polar_sdk.frameworks.settings`. Knows no messages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Answers that belong to the server, not to the HTTP call that asked for them.
 
-A web framework cancels the task of a call whose client has left, and would leave before the record is stored. So an
-answer runs in tasks of its own: the call only reads from it, and says when its reader has left. Stopping the server
-waits for answers, not for connections. Knows neither HTTP nor JSON.
+A web framework cancels the task of a call whose client has left, before the record is stored. So an answer runs in its
+own tasks: the call only reads from it, and reports when its reader has left. Stopping the server waits for answers, not
+for connections. Knows neither HTTP nor JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A model of sentence-transformers in a local folder: vectors of texts, and the FLOPs of each.
 
-Texts of one length run together, so that none is padded and each costs what it would alone. FLOPs of so many tokens are
-a polynomial of the second degree, read off counted passes when the model is loaded, so that a call's are known before
-it runs. Knows no HTTP and no sink.
+Texts of one length run together, so that none is padded and each costs the same as alone. The FLOPs of N tokens are a
+polynomial of the second degree, fitted to counted passes when the model is loaded, so that a call's FLOPs are known
+before it runs. Knows no HTTP and no sink.
 """
 
 from __future__ import annotations

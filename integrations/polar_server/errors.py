@@ -1,12 +1,12 @@
-"""Errors as HTTP sees them: one status, code and parameter for everything that can go wrong with a call.
+"""Errors over HTTP: one status, code and parameter for everything that can go wrong with a call.
 
 PolarError
 └── ApiError                    an answer with an HTTP status and OpenAI's error body
-    ├── ClientLeftError         nobody is there any more to answer
+    ├── ClientLeftError         the client has left
     └── UpstreamError           a server behind this one failed, refused, or is gone (`upstream.errors`)
 
-Clients decide by status, code and headers whether to try again, so these are part of the interface. An error that is
-none of ours is a 500 without its text: a traceback belongs in the log.
+Clients decide by status, code and headers whether to try again, so these are part of the interface. Any other error is
+a 500 without its text: a traceback belongs in the log.
 """
 
 from __future__ import annotations

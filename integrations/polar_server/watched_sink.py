@@ -1,8 +1,8 @@
-"""A sink around the model's own: it sees who is admitted on what program and what was recorded, and changes nothing.
+"""A sink that wraps the model's own: it sees which requests are admitted with which program and what was recorded.
 
-So the server knows the program of an answer before its first token, and counts requests whose record is still due. The
-record of a finished answer may be held back until the answer is safe, so that nothing is billed as completed that is
-lost with the process: until then, the marks of the request say what it used.
+So the server knows the program of an answer before its first token, and counts requests whose record is not yet stored.
+The record of a finished answer may be held back until the answer is safe, so that nothing is billed as completed that
+is lost with the process: until then, the marks of the request state what it used.
 """
 
 from __future__ import annotations

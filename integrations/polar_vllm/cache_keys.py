@@ -1,9 +1,9 @@
 """Keys of the prefix cache: no program reads keys and values that it would not have written itself.
 
-The first block of a prompt is hashed with its program, so that all later ones are as well; the maps are the same for as
-long as the cache is there. A block with a token that the program runs rather than fills, because it belongs to the
-prompt's end or to the answer, is hashed with the prompt's length: in a longer prompt, such as a chat's next turn, the
-same token is filled.
+The first block of a prompt is hashed with its program, and so all later ones are as well; the maps do not change while
+the cache exists. A block with a token that the program runs rather than fills, because it belongs to the prompt's end
+or to the answer, is hashed with the prompt's length: in a longer prompt, such as a chat's next turn, the same token is
+filled.
 """
 
 from __future__ import annotations

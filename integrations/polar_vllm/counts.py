@@ -1,4 +1,4 @@
-"""The work that a worker has executed, to be held against what was billed. Knows plans, and no vLLM.
+"""The work that a worker has executed, for comparison with what was billed. Knows plans, and no vLLM.
 
 Every sum is of tokens by layers. `executed` counts each token that ran a layer whole. Of those
 
@@ -7,9 +7,10 @@ Every sum is of tokens by layers. `executed` counts each token that ran a layer 
 - `unread` ran the last layer, though nothing reads their state,
 - `late` ran for an answer that had ended, or ended before its first token.
 
-The rest is what the answers need by the formula (`layer_tokens`), and so what their records need. Where an answer was
-cut, its record may need less, for tokens that it was not sent; `cut` is what such answers needed in all. `left` and
-`filled` count tokens that did less than a layer. Fills are never missed: a pass with a token to fill runs by plan.
+The rest is what the answers need by the formula (`layer_tokens`), and so what their records need. If an answer was
+interrupted, its record may need less, because of tokens that were not sent; `cut` is the total that such answers
+needed. `left` and `filled` count tokens that did less than a layer. Fills are never missed: a pass with a token to fill
+runs by plan.
 """
 
 from __future__ import annotations

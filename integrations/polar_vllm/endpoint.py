@@ -1,8 +1,8 @@
-"""What a vLLM server says of its programs, where `VLLM_PLUGINS` names `polar`.
+"""What a vLLM server reports of its programs, if `VLLM_PLUGINS` names `polar`.
 
-`GET /v1/polar/digests` is what a gateway compares with its own files before it sends requests, and `GET
-/v1/polar/metrics` what the workers have executed, for Prometheus and `polar audit-upstream`. Every answer has the
-header `polar-worker`: another one than that of the digests comes from a server that was restarted since.
+`GET /v1/polar/digests` is what a gateway compares with its own files before it sends requests, and
+`GET /v1/polar/metrics` what the workers have executed, for Prometheus and `polar audit-upstream`. Every answer has the
+header `polar-worker`: if it differs from that of the digests, the server was restarted since.
 """
 
 from __future__ import annotations

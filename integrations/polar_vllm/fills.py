@@ -1,4 +1,4 @@
-"""The maps of fills that a server was given, and the part of them that a worker needs. Knows tensors, and no vLLM."""
+"""The fill maps of a server, and the part of them that a worker needs. Knows tensors, and no vLLM."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One pass of a stock model of vLLM in which tokens take different layers.
 
 Rows of states are gathered before a stretch of layers and put back after it; the layers are the model's own. Attention
-finds in the forward context what the batch of a stretch looks like. Knows vLLM's models and its forward context.
+finds the batch of a stretch in the forward context. Knows vLLM's models and its forward context.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which tokens of a batch run which layers, by the programs of their requests. Knows positions, no tensors and no vLLM.
 
-A token's part follows from its position alone (`polar_sdk.programs.cost.Piece`, the formula that is billed). So it is
-the same in whatever pieces a prompt is scheduled, after a preemption, and beside whichever other requests.
+What a token runs follows from its position alone (`polar_sdk.programs.cost.Piece`, the formula that is billed). So it
+does not depend on the pieces in which a prompt is scheduled, on preemptions, or on other requests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The plugin that vLLM calls in each of its processes, by the entry point `vllm.general_plugins`.
 
-Requests that name no program are left as they are, and without a setting none can name one.
+Requests without a program are not changed, and without a setting none can have one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The worker that vLLM starts with `--worker-cls polar_vllm.worker.Worker`.
 
-It is vLLM's own, but that a pass in which tokens are filled runs by `Layered`, and that it counts what ran.
+It is vLLM's own, except that a pass with filled tokens runs in `Layered`, and that it counts what ran.
 """
 
 from __future__ import annotations

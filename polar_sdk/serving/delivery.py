@@ -1,7 +1,7 @@
-"""Delivery: the pieces of an answer on their way from the thread that computes to the caller's, and their end.
+"""Delivery: the pieces of an answer on their way from the computing thread to the caller's, and their end.
 
-Neither thread touches what belongs to the other. They share no lock but those of single steps, since a signal may stop
-the caller anywhere, and the thread serves others, too.
+Neither thread touches what belongs to the other. They share only locks of single steps, since a signal may stop the
+caller anywhere, and the thread also serves others.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Drafts: tokens that are likely to follow, run together with the one sampled last.
 
-They are kept only as far as they are what would have been sampled anyway. A pass of a few rows takes little longer than
-one of one row, since reading the weights takes most of it. So tokens that are copied from where the last ones stood
-before, in prompt, answer or earlier answers to the tenant, or that the model's draft head guesses, may bring several
-tokens at once; an answer is the same with drafts and without. What the answer does not keep was executed all the same.
-So drafts fill only rows that would be idle, and `auto` drafts only where it pays: by how often drafts of this request
-were right, and by what guesses and wider passes were measured to take. Knows tokens and seconds; no logits and no
-weights.
+They are kept only as far as they are what would have been sampled anyway. A pass over a few rows takes little longer
+than one over a single row, since most of its time goes into reading the weights. So tokens copied from after an earlier
+occurrence of the last ones, in prompt, answer or earlier answers to the tenant, or guessed by the model's draft head,
+may yield several tokens at once; an answer is the same with and without drafts. Drafts that are not kept were executed
+nevertheless. So drafts fill only rows that would be idle, and `auto` drafts only where it pays, by how often drafts of
+this request were right, and by the measured time of guesses and wider passes. Knows tokens and seconds; no logits and
+no weights.
 """
 
 from __future__ import annotations

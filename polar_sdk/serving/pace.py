@@ -1,12 +1,11 @@
-"""Pace: how much time the rows of tenants that ask for much may add to each token of the others.
+"""Pace: how much time the rows of busy tenants may add to each token of the others.
 
-Rows that decode together share a pass, which takes the longer the more they are, and prompts have passes of their own.
-So that a tenant with many rows does not slow one with few down to a fraction of its speed, each tenant has a balance.
-In every round it earns a part of the time that the one with least to decode would need for a token alone, and pays for
-the time that its rows add; while it owes, it sits rounds out. Who decodes alone earns twice the time that passes: what
-it owes is forgiven, but not at once, so that one who asks again and again is not slowed anew each time. What a row adds
-is measured, since it differs from machine to machine. Pure: tenants and
-seconds.
+Rows that decode together share a pass, which takes longer the more there are, and prompts have separate passes. So that
+a tenant with many rows does not slow one with few to a fraction of its speed, each tenant has a balance. In every round
+it earns a part of the time that the tenant with least to decode would need for a token alone, and pays for the time
+that its rows add; while its balance is negative, it sits out rounds. A tenant that decodes alone earns twice the
+elapsed time: its debt is forgiven, but not at once, so that a tenant that asks again and again is not slowed each time.
+What a row adds is measured, since it differs between machines. Pure: tenants and seconds.
 """
 
 from __future__ import annotations

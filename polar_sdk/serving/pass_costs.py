@@ -1,4 +1,4 @@
-"""Costs of passes by their number of rows, as measured, and how many drafts pay by them. Knows seconds; no tokens."""
+"""Measured costs of passes by their number of rows, and how many drafts pay. Knows seconds; no tokens."""
 
 from __future__ import annotations
 

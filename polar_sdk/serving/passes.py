@@ -1,7 +1,7 @@
 """Passes: one run of the model over chunks of several prompts, or over the next token of several rows and their drafts.
 
-Whoever asks for a pass says which jobs are in it. What it executed is charged however it ends, and an error while a
-token is chosen ends that token's job alone. Knows jobs and logits; no queue, no places and no limits.
+The caller of a pass states which jobs are in it. What it executed is charged however it ends, and an error while a
+token is chosen ends only that token's job. Knows jobs and logits; no queue, no places and no limits.
 """
 
 from __future__ import annotations

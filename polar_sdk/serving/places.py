@@ -1,16 +1,16 @@
 """Places: which jobs run together, what is promised to them, and who gives way when another one waits.
 
-A job with a place is promised the maximum number of pages it may need, so that no answer ends for lack of memory. Where
-a job waits and there is no room, others give way:
+A job with a place is promised the maximum number of pages it may need, so that no answer ends for lack of memory. If a
+job waits and there is no room, others give way:
 
-1. jobs whose reader has paused: for some rounds, or for any time while no job can go on;
-2. of a tenant that holds a larger share of the places or pages than the waiting one would hold, the job that would
-   have least to run again: tenants share evenly, by weight, and a tenant alone has everything;
-3. of a tenant with an equal share that has had more work, a job that has had its turn: tenants take turns where they
-   are more than there are places.
+1. jobs whose reader has paused: for some rounds, or for any time if no job can continue;
+2. of a tenant that holds a larger share of the places or pages than the waiting one would hold, the job that would have
+   least to run again: tenants share evenly, by weight, and a tenant alone gets everything;
+3. of a tenant with an equal share that has had more work, a job that has had its turn: tenants take turns if there are
+   more of them than places.
 
-Who gives way keeps its pages until others need them. After that its tokens run again (`Row.drop_pages`), which costs
-its tenant time but no money. Knows no threads.
+A job that gives way keeps its pages until others need them. After that its tokens run again (`Row.drop_pages`), which
+costs its tenant time but no money. Knows no threads.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Shared prompt prefixes: keys and values that later requests use instead of computing them again.
 
-A start serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same.
-Tenants never share, so that neither the bill nor the timing of one reveals another's prompts.
+A prefix serves another request only if tenant, program, bridges, fills and all its tokens are the same. Tenants never
+share, so that neither the bill nor the timing of one reveals another's prompts.
 
-Whole blocks of 64 tokens are lent as they are. Of the block in which two prompts part, the tokens before that are
-copied: what a chat template or a chain says first is the same in every prompt, and rarely ends where a block does. A
-prompt's last block is kept for that, although its row goes on to write behind the prompt. Where a program fills layers,
-the last tokens of a prompt run them, and the same tokens in the middle of another prompt do not: so those are neither
-kept nor lent. Knows rows and pages.
+Whole blocks of 64 tokens are shared directly. Of the block in which two prompts diverge, the tokens before that point
+are copied: what a chat template or a chain puts first is the same in every prompt, and rarely ends at the end of a
+block. A prompt's last block is kept for that, although its row continues to write after the prompt. If a program fills
+layers, the last tokens of a prompt run them, but the same tokens in the middle of another prompt do not: so those are
+neither kept nor shared. Knows rows and pages.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The queue: requests without a place among the rows that run, in order per tenant, and what each tenant has had.
+"""The queue: requests without a place among the running rows, in order per tenant, and the work of each tenant.
 
 Next is the tenant that holds the smallest share of the places, and between equals the one that has had least work
 (start-time fair queueing): every tenant has a clock that advances by the FLOPs executed for it, divided by its weight.
-A tenant that comes back starts at the clock of those who are here, so that neither a flood nor a long absence earns a
-privilege. What runs again because a row gave way counts here, though no usage record contains it. Knows no rows and no
-pages.
+A tenant that returns starts at the clock of the active ones, so that neither a flood nor a long absence gives an
+advantage. What runs again because a row gave way counts here, although no usage record contains it. Knows no rows and
+no pages.
 """
 
 from __future__ import annotations

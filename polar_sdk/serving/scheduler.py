@@ -1,11 +1,11 @@
 """Continuous batching: one thread runs the rows of all callers together, token by token.
 
-Finished rows leave and waiting ones join between two tokens. Prompts run in chunks, so that a long one does not hold
-up rows that are decoding. Three parts keep tenants from each other's harm: `queue` says whose request is next, `places`
-who gives way to it, and `pace` how much those who run may add to each other's passes. Idle requests have no part in
-that: one of them runs when nobody else has had anything to run for a moment, and waits again when somebody has.
+Finished rows leave and waiting ones join between two tokens. Prompts run in chunks, so that a long one does not hold up
+rows that are decoding. Three parts protect tenants from each other: `queue` decides whose request is next, `places` who
+gives way to it, and `pace` how much running tenants may add to each other's passes. Idle requests are outside of this:
+one of them runs when nobody else has had work for a moment, and waits again when somebody has.
 
-Callers hand their jobs over through a queue and touch nothing else, since a signal may stop one anywhere: queue and
+Callers pass their jobs through a queue and touch nothing else, since a signal may stop a caller anywhere: queue and
 places belong to the thread alone.
 """
 

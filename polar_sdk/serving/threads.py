@@ -1,4 +1,4 @@
-"""Threads of the engine, and blocking engine calls in threads of their own: loading, and calls from asyncio.
+"""Threads of the engine, and blocking engine calls in separate threads: loading, and calls from asyncio.
 
 The engine itself is synchronous. A call from asyncio runs with its caller's context variables, and stops when the task
 that awaits it is cancelled. Knows nothing of models.

@@ -1,4 +1,4 @@
-"""Lines for people and JSON for programs: whatever a name contains, it neither steers the terminal nor begins a line.
+"""Lines for people and JSON for programs: no name can control the terminal or begin a line.
 
 Every command prints through here; tables do in `tables`. Knows no commands.
 """

@@ -1,4 +1,4 @@
-"""Progress: how long-running work reports how far it is, and what a person sees of it on standard error.
+"""Progress: how long-running work reports its progress, and what a person sees of it on standard error.
 
 Knows nothing of the work.
 """

@@ -1,8 +1,8 @@
-"""API keys, found and checked, and what each may do.
+"""API keys: looked up and checked, and what each allows.
 
-A key that is given counts, also where none is needed: a wrong one is refused, and a good one says who is billed and
-what it may. What was found is good for five seconds, and so is what was not, so that a revoked key is refused
-everywhere within that time and an unknown one costs one look-up. Knows HTTP headers, and no database.
+A key that is sent counts, even if none is needed: a wrong one is refused, and a valid one determines who is billed and
+what is allowed. A result is cached for five seconds, found or not, so that a revoked key is refused everywhere within
+that time and an unknown one costs one look-up. Knows HTTP headers, and no database.
 """
 
 from __future__ import annotations

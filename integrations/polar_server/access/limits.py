@@ -1,10 +1,11 @@
-"""Rate limits: requests and tokens per minute, and answers at a time, per key, over all servers that share a store.
+"""Rate limits: requests and tokens per minute, and concurrent answers, per key, over all servers that share a store.
 
-A bucket holds a minute's worth and fills evenly. Requests are taken when a call comes, tokens when its record says how
-many there were: a call is let in while any are left, so the last one may overdraw, and later ones wait for that.
+A bucket holds a minute's worth and fills evenly. Requests are taken when a call arrives, tokens when its record states
+their number: a call is admitted while any are left, so the last one may exceed the limit, and later ones wait until
+that is made up.
 
-The store decides, and may take as long as a database does. So calls that come while it is asked wait for each other
-and are asked about together. A key without limits is never asked about.
+The store decides, and may take as long as a database does. So calls that arrive meanwhile wait and are decided
+together. A key without limits needs no decision.
 """
 
 from __future__ import annotations

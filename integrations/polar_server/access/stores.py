@@ -1,7 +1,7 @@
 """The stores of a ledger as the server sees them: API keys, their use, accounts of tenants, and replies.
 
-They are made by whoever registers them under the entry point `polar_server.access`, and may take as long as a database
-does. Knows no database; replies alone have a store here as well, for a server without a ledger.
+They come from the package that registers them under the entry point `polar_server.access`, and may take as long as a
+database does. Knows no database; only replies also have a store here, for a server without a ledger.
 """
 
 from __future__ import annotations

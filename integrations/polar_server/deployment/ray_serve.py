@@ -1,9 +1,10 @@
 """Replicas on Ray Serve: one deployment whose replicas are each the whole server, and the file that describes it.
 
-A replica runs the same app as uvicorn does, so tokens cross no second process of ours. What Ray's defaults would spoil
-is set here: how many calls a replica takes at a time (5), how long it may finish them (20 s), who gets a call. Ray's
-router sees headers and no bodies: a call goes to the replica that had the caller's last one, which keeps the start of
-its prompts, unless another one is less busy by a few calls. Knows the options of a server, and no model.
+A replica runs the same app as uvicorn does, so tokens pass through no second process of ours. Ray defaults that do not
+fit are set here: the number of calls at a time per replica (5), how long it may finish them (20 s), and which replica
+gets a call. Ray's router sees headers but no bodies: a call goes to the replica that had the caller's last one, which
+keeps the prefix of its prompts, unless another one is less busy by a few calls. Knows the options of a server, and no
+model.
 """
 
 from __future__ import annotations

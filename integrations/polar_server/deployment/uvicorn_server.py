@@ -1,7 +1,7 @@
 """The app under uvicorn, and how the process ends.
 
-The first SIGTERM lets answers finish: `/ready` and new requests say 503, and the socket stays open meanwhile, so that
-clients hear it. A second signal stops them at once. Either way every record is stored before the process ends.
+The first SIGTERM lets answers finish: `/ready` and new requests get 503, and the socket stays open meanwhile, so that
+clients receive it. A second signal stops them at once. Either way every record is stored before the process ends.
 """
 
 from __future__ import annotations

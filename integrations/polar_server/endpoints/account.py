@@ -1,7 +1,7 @@
 """`/v1/polar/…`: what a request would cost, what the caller's tenant has used, and its receipts.
 
-A quote makes the request, routes it, and lets it go: nothing is computed for an answer, held or recorded. Usage and
-receipts are read from the ledger, for the tenant of the key alone; a foreign receipt is one that does not exist.
+A quote makes the request, routes it, and drops it: no answer is computed, and nothing is held or recorded. Usage and
+receipts are read from the ledger, only for the tenant of the key; another tenant's receipt does not exist.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An endpoint that answers: from a call to choices of the engine, and from those to one body or a stream of events.
 
-The stream carries what the body would: the same text, tokens, usage, finish reasons and cost. What either looks like is
-for a writer to say. Knows no field of any API.
+The stream carries what the body would: the same text, tokens, usage, finish reasons and cost. A writer decides what
+either looks like. Knows no field of any API.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: vectors of texts, admitted, recorded and billed as answers are."""
+"""`POST /v1/embeddings`: vectors of texts, admitted, recorded and billed like answers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Calls with an `Idempotency-Key`: one computes, the others get its answer as it was sent, byte for byte.
+"""Calls with an `Idempotency-Key`: one computes, the others get its answer, byte for byte.
 
-A call with a key is computed to its end although its client leaves: whoever sent the key means to come back for the
+A call with a key is computed to its end even if its client leaves: a client that sends a key intends to return for the
 answer. Only a whole answer is kept; after an error the call may be tried again.
 """
 

@@ -1,6 +1,6 @@
 """One HTTP exchange: its id and clock, its body within limits, and its answer as JSON.
 
-Knows ASGI and nothing of what is asked.
+Knows ASGI, but not the content of requests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`/polar/`: the operations page over HTTP. What it shows comes from whoever registers it under `polar_server.pages`.
+"""`/polar/`: the operations page over HTTP. Its content comes from what is registered under `polar_server.pages`.
 
-The page may load nothing but its own style sheet, script and icon, may be framed by nobody and is kept by no cache.
-Without a key it answers to names of this machine alone: a web site whose name was made to lead here
-(DNS rebinding) could read it otherwise. Knows no ledger.
+The page may load only its own style sheet, script and icon, cannot be framed and is not cached. Without a key it
+answers only under names of this machine: otherwise a web site whose name was made to point here (DNS rebinding) could
+read it. Knows no ledger.
 """
 
 from __future__ import annotations

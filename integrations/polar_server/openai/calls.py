@@ -1,4 +1,4 @@
-"""Common parts of the endpoints that answer: fields, the options they stand for, and who asks.
+"""Common parts of the endpoints that answer: fields, the options they set, and the caller.
 
 A call becomes choices of the engine. Defaults are the engine's: greedy, and 256 tokens. Knows no HTTP.
 """

@@ -1,7 +1,7 @@
-"""Chat and text completions written down: whole, or as a stream of chunks with the same content.
+"""Chat and text completions as JSON: whole, or as a stream of chunks with the same content.
 
-A choice is text or calls of tools; log-probabilities go with the text that the model wrote, calls included. Knows the
-two endpoints by their shape.
+A choice is text or tool calls; log-probabilities belong to the text that the model wrote, calls included. Knows the two
+endpoints by their shape.
 """
 
 from __future__ import annotations

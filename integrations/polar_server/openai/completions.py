@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: a text goes on, whole or in chunks."""
+"""`POST /v1/completions`: a text is continued, whole or in chunks."""
 
 from __future__ import annotations
 

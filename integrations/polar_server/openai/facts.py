@@ -1,6 +1,6 @@
 """Facts of an answer besides its text: id, model, tokens, compute and money.
 
-The same for every endpoint, which only spell it differently. Knows no HTTP.
+The same for every endpoint; only the spelling differs. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Messages of a body as roles and text, with calls of tools and their results.
+"""Messages of a body as roles and text, with tool calls and their results.
 
 A part that is not text is refused, never dropped. Knows no endpoint.
 """

@@ -1,4 +1,4 @@
-"""A response written down: its items whole, or the events that build them, in OpenAI's order and by its names.
+"""A response as JSON: its items whole, or the events that build them, in OpenAI's order and with its names.
 
 One path makes both: the items of a whole response are those that its events would have built. Knows no body.
 """

@@ -1,6 +1,6 @@
 """`POST /v1/responses`, stateless: items in, items out, whole or as a stream of events.
 
-Nothing is stored: a conversation comes as a whole with each call. What needs a store, or a tool of OpenAI's own, is
+Nothing is stored: each call must contain the whole conversation. What needs a store, or a tool of OpenAI's own, is
 refused by name.
 """
 

@@ -1,7 +1,7 @@
-"""Tools and formats as a body has them, checked; the form of the answer that they stand for.
+"""Tools and formats of a body, checked, and the form of the answer that they request.
 
-Chat completions and responses say the same things in two spellings: `{"type": "function", "function": {…}}`, and the
-same without the inner object. Every call matches the schema of its tool, `strict` or not. Knows no endpoint.
+Chat completions and responses have two spellings for the same: `{"type": "function", "function": {…}}`, and the same
+without the inner object. Every call matches the schema of its tool, `strict` or not. Knows no endpoint.
 """
 
 from __future__ import annotations

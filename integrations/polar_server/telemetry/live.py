@@ -1,4 +1,4 @@
-"""The state of the engine, for the operations page and the metrics. Reads counters that others keep; stops nobody."""
+"""The state of the engine, for the operations page and the metrics. Reads counters of others, without locking."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`GET /metrics`: what the server did, in Prometheus' text format, counted where requests are admitted and recorded.
 
-Our own names begin with `polar_`. The others are those of vLLM, by which dashboards, gateways and autoscalers know a
-server. Tenants are not labels: there may be too many of them, and the ledger says who used what.
+Our own names begin with `polar_`. The others are vLLM's, which dashboards, gateways and autoscalers know. Tenants are
+not labels: there may be too many of them, and the ledger says who used what.
 """
 
 from __future__ import annotations

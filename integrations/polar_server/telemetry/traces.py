@@ -1,8 +1,8 @@
-"""Traces: a call's trace context goes on to the servers behind this one; on request, OpenTelemetry hears of the call.
+"""Traces: a call's trace context is passed on to upstream servers and, on request, the call is traced by OpenTelemetry.
 
-The span of a call begins under the caller's own, which its `traceparent` header names, and ends when every record of
-its answer is stored. It has what the answer used and cost, and no word of prompt or answer. Which exporters there are
-is the application's choice. Nothing of OpenTelemetry is imported unless it is wanted.
+The span of a call is a child of the caller's, which its `traceparent` header names, and ends when every record of its
+answer is stored. It has what the answer used and cost, but no text of prompt or answer. The application chooses the
+exporters. OpenTelemetry is not imported unless it is needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""HTTP to the servers behind this one: which models they have, and streams of text completions.
+"""HTTP to upstream servers: which models they have, and streams of text completions.
 
-One thread with an event loop of its own keeps the connections; what arrives is handed to the thread of the request
-through a queue, so that such a thread can stop waiting at any time. Knows OpenAI's wire format, and no tier.
+One thread with its own event loop keeps the connections; what arrives is passed to the thread of the request through a
+queue, so that this thread can stop waiting at any time. Knows OpenAI's wire format, and no tier.
 """
 
 from __future__ import annotations

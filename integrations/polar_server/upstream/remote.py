@@ -1,15 +1,15 @@
-"""An answer that an upstream computes, for the rest of the server as if the engine did.
+"""An answer that an upstream computes; the rest of the server treats it as the engine's.
 
 The prompt goes there as the token ids that the engine would run, so both count the same tokens. FLOPs are those of the
-program by the formula (`polar_sdk.programs.cost`), for the tokens that the upstream reports; where the answer was cut
-before it did, for the prompt and the tokens of the text that arrived. The tag `polar.measured_by` says which:
-`upstream` or `relay`. What an upstream computed without sending anything of it is not known, and not billed.
+program by the formula (`polar_sdk.programs.cost`), for the tokens that the upstream reports; if the answer was
+interrupted before that, for the prompt and the tokens of the text that arrived. The tag `polar.measured_by` says which:
+`upstream` or `relay`. What an upstream computed but did not send is unknown, and not billed.
 
-Prompt tokens of which an upstream does not say that they were cached count as run, and the tag `polar.unstated` says
-so: most servers count cached tokens in the last event of a stream alone, which a stream that is cut does not have.
+Prompt tokens that an upstream does not report as cached count as run, and the tag `polar.unstated` says so: most
+servers report cached tokens only in the last event of a stream, which an interrupted stream does not have.
 
-An upstream is believed within the request: no answer is longer than was asked, and figures that cannot be those of
-prompt and answer are not billed; the relay counts instead. The tag `polar.disputed` says so: `length` or `usage`.
+An upstream is trusted only within the request: no answer may be longer than requested, and figures that cannot be those
+of prompt and answer are not billed; the relay's own counts are. The tag `polar.disputed` says so: `length` or `usage`.
 Exactly one record per request that an upstream took, however it ends.
 """
 

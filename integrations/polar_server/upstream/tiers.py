@@ -1,9 +1,8 @@
 """Requests of tiers that have an upstream go there; all others run in the engine of this process.
 
-A tier with upstreams stands for one program, the policy's, which they were exported with; no promise of a router holds
-for it. Where a URL stands after `programs+`, a vLLM with `polar_vllm` is there, which is sent the program of each
-request; the router chooses it here, as for a tier of this process. Knows settings and options; `remote` relays,
-`client` speaks HTTP.
+A tier with upstreams has one program, the policy's, with which they were exported; no promise of a router holds for it.
+If a URL follows `programs+`, it is a vLLM with `polar_vllm`, to which the program of each request is sent; the router
+chooses it here, as for a tier of this process. Knows settings and options; `remote` relays, `client` speaks HTTP.
 """
 
 from __future__ import annotations
