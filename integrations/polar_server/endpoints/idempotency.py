@@ -123,7 +123,7 @@ def _refusal(state: str) -> ApiError:
     if state == "other":
         message = "this Idempotency-Key belongs to a call with another body; make a new key for every call."
         return ApiError(message, status=409, code="idempotency_key_reused", headers={"x-should-retry": "false"})
-    message = "the call with this Idempotency-Key is still being answered; ask again in a moment."
+    message = "the call with this Idempotency-Key is still being answered; try again in a moment."
     headers = {"x-should-retry": "true", "retry-after": "1"}
     return ApiError(message, status=409, code="idempotency_key_in_use", headers=headers)
 

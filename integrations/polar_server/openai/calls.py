@@ -225,7 +225,7 @@ class ChoicesBody(CallBody):
             ApiError: As `stream_settings`; or what is asked comes with a whole answer only.
         """
         if self.stream and self.prompt_logprobs is not None:
-            raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
+            raise unsupported("stream", "log-probabilities of the prompt are only in whole answers, not in streams.")
         settings = self.stream_settings("include_usage", "continuous_usage_stats", "include_obfuscation")
         asked = settings.get("include_usage", False)
         return {

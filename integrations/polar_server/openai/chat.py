@@ -35,7 +35,7 @@ class ChatBody(ChoicesBody, TurnBody):
     modalities: Annotated[None, Only(["text"], why="this engine reads and writes text only.")] = None
     verbosity: Annotated[None, Only("medium", why="this engine has no such setting; leave it out.")] = None
     reasoning_effort: Annotated[
-        None, Only("none", why="this engine does not reason apart from its answer; leave it out.")
+        None, Only("none", why="this engine has no reasoning separate from the answer; leave it out.")
     ] = None
     function_call: Annotated[None, Only("none", "auto", why=_OLDER)] = None
     functions: Annotated[None, unserved(_OLDER)] = None

@@ -32,7 +32,7 @@ class TextBody(ChoicesBody):
     echo: bool = False
     logprobs: Top | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    suffix: Annotated[None, Only("", why="this engine only goes on after a text.")] = None
+    suffix: Annotated[None, Only("", why="this engine only continues a text.")] = None
 
     def call(self, rules: Rules) -> Call:
         """As `CallBody.call`."""
@@ -51,7 +51,9 @@ class TextBody(ChoicesBody):
         if scores:
             options["prompt_logprobs"] = max(self.logprobs or 0, self.prompt_logprobs or 0)
             if self.stream:
-                raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
+                raise unsupported(
+                    "stream", "log-probabilities of the prompt are only in whole answers, not in streams."
+                )
         return Call(
             model=self.model,
             asks=calls.choices_of(prompts, options, self, rules, count=self.n),

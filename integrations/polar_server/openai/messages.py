@@ -64,7 +64,9 @@ def _message(message: Any, where: str, called: dict[str, str]) -> dict[str, Any]
         said = text_of(message.get("content"), f"{where}.content", _TEXT_PARTS)
         return read_result(message.get("tool_call_id"), said, f"{where}.tool_call_id", called)
     if role == "function" or message.get("function_call"):
-        raise unsupported(where, "functions are the older form of tools; use tool_calls and messages of the role tool.")
+        raise unsupported(
+            where, "functions are the older form of tools; use tool_calls and messages with the role tool."
+        )
     if not isinstance(role, str) or role not in ROLES:
         raise invalid(f"{where}.role", f"{shown(role)} is unknown; use {', '.join(ROLES)}, tool.")
     if message.get("audio") is not None:

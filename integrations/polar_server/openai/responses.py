@@ -49,7 +49,7 @@ class ResponseBody(TurnBody):
     max_output_tokens: Tokens | None = None
     text: Annotated[Any, WithJsonSchema({"type": "object"})] = None
     include: Annotated[Any, WithJsonSchema({"type": "array", "items": {"enum": list(_INCLUDED)}})] = ()
-    background: Annotated[None, Only(False, why="an answer is computed while its client waits.")] = None
+    background: Annotated[None, Only(False, why="answers are not computed in the background.")] = None
     previous_response_id: Annotated[None, unserved(_STATELESS)] = None
     conversation: Annotated[None, unserved(_STATELESS)] = None
     prompt: Annotated[None, unserved("prompt templates are not stored here; send input and instructions.")] = None
@@ -57,7 +57,7 @@ class ResponseBody(TurnBody):
     truncation: Annotated[None, Only("disabled", why="an input that is too long is refused; shorten it.")] = None
     moderation: Annotated[None, unserved("this engine judges no texts.")] = None
     reasoning: Annotated[
-        None, Only(None, {}, {"effort": "none"}, why="this engine does not reason apart from its answer.")
+        None, Only(None, {}, {"effort": "none"}, why="this engine has no reasoning separate from the answer.")
     ] = None
     max_tool_calls: Tokens | None = None  # of OpenAI's own tools, of which there are none
     prompt_cache_options: Annotated[Any, WithJsonSchema({"type": "object"})] = None  # of its caches

@@ -301,8 +301,8 @@ class _Work:
         if gain >= _ROUTING_EARNS:
             return self._certified(menu, tiers)
         self.notes.append(
-            "Each tier runs one program for every prompt: at equal FLOPs a network that reads them spares "
-            f"{100 * gain:.1f} of 100 held-out prompts a loss of 5 % of their tokens, too few to be worth it."
+            "Each tier runs one program for every prompt: at equal FLOPs, a network that reads them saves "
+            f"{100 * gain:.1f} of 100 held-out prompts from losing 5 % of their tokens, which is too few."
         )
         certified = self._certified(self._trained("static", matrix), tiers)
         used = self._used(certified)
@@ -389,7 +389,7 @@ class _Work:
             *tiers_in_words(certificate, evaluation),
             f"Measured on {len(self.items)} prompts of {kinds} kinds ({splits}), {self.model.name} in "
             f"{self.model.dtype}{floor}. Promises hold with {1 - _DELTA:.0%} confidence, for prompts like these.",
-            " ".join(self.notes) or "Nothing that was asked for was impossible.",
+            " ".join(self.notes) or "Everything requested was possible.",
         ]
 
 

@@ -98,8 +98,8 @@ class Plan(BaseModel, frozen=True):
         """The plan in words."""
         parts = ", ".join(f"{name} {value:.0f} min" for name, value in self.minutes.items())
         layers = ", ".join(map(str, self.cuts))
-        sparing = ", and others that run the layers which maps replace worst" if self.seek else ""
-        trained = f", then {self.distil} training steps of those that decide what tiers save" if self.distil else ""
+        sparing = ", and some that run the layers that maps replace worst" if self.seek else ""
+        trained = f", then {self.distil} training steps of the maps that decide what tiers save" if self.distil else ""
         return [
             f"{self.prompts:,} prompts of {self.tokens / self.prompts:.0f} tokens on average; maps that fill from "
             f"layer {layers} on{sparing}, in closed form{trained}.",

@@ -140,7 +140,7 @@ class RedTeamPlan:
         return [
             f"{self.attempts} attempts ({how}; {self.tries} versions each) on the {self.seeds} of {self.prompts} "
             f"prompts that need most depth, against {', '.join(self.tiers)} without defences.",
-            f"As many by somebody who knows the defences, which are {', '.join(self.defences)}.",
+            f"The same number by an attacker who knows the defences: {', '.join(self.defences)}.",
         ]
 
 
@@ -180,7 +180,7 @@ def redteam(
     router = model.router
     if not isinstance(router, LearnedRouter) or router.certificate is None or not router.certificate.tiers:
         raise RouterError(
-            f"model {model.name!r} has no certified router, so that no promise can be attacked.",
+            f"model {model.name!r} has no certified router, so there is no promise to attack.",
             hint="Make one with `polar fit`.",
         )
     store = cache or RewardCache(cache_path(model.fingerprint, model.dtype))
