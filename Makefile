@@ -58,7 +58,7 @@ demo: $(VENV)/.demo ## Run chains for two tenants on three tiers, and make the b
 test: model ## Run every test, the real model included
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL)
 
-test-quick: $(STAMP) ## Run the tests that need no model: what to run per edit; AREA=tests/billing restricts them
+test-quick: $(STAMP) ## Run the tests that need no model, after each edit; AREA=tests/billing restricts them
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m "not model and not long" $(AREA)
 
 # Clients of the server that want versions of their own of what we use.
@@ -85,13 +85,13 @@ lm-eval-suite: model ## Compare full depth with lm-evaluation-harness's own Hugg
 	$(BIN)/python -m pip install --quiet --editable ".[lm-eval]"
 	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_lm_eval.py
 
-tamper: $(STAMP) ## Change every cell and row of a ledger past the package, on both stores: what does verify miss?
+tamper: $(STAMP) ## Change every cell and row of a ledger behind the package's back, on both stores, and show what verify misses
 	$(OFFLINE) $(BIN)/python -m pytest -q -s -m long tests/billing/proof/test_tampering.py
 
 # The validator wants Python 3.12, and versions of its own of what we use: it gets an environment of its own.
 FOCUS_PYTHON ?=
 
-focus-check: $(STAMP) ## Ask the official FOCUS validator what it thinks of `polar export-billing`; FOCUS_PYTHON names a Python 3.12
+focus-check: $(STAMP) ## Run the official FOCUS validator on `polar export-billing`; FOCUS_PYTHON names a Python 3.12
 	$(BIN)/python -m tests.billing.exports.focus_check $(FOCUS_PYTHON)
 
 # A schedule is repeated by the text that a broken one prints: make simulate SEED=ledger:17
@@ -104,7 +104,7 @@ simulate: $(STAMP) ## Run 100,000 seeded schedules of crashes and faults and che
 cancel-storm: $(STAMP) ## Cancel 2,000 requests at any await, token and moment, and count their records
 	$(OFFLINE) $(BIN)/python tests/sdk/serving/test_cancel_storm.py 2000
 
-bench-fairness: model ## Measure what paused readers and a crowd of one tenant cost another
+bench-fairness: model ## Measure what paused readers and a crowd of one tenant cost another tenant
 	$(OFFLINE) $(BIN)/python -m benchmarks.fairness
 
 bench-frameworks: model ## Measure what chat calls gain by running together, and how long they hold up the event loop
@@ -148,21 +148,21 @@ docs: $(STAMP) ## Generate the generated documents and build the site into site/
 	$(BIN)/python docs/generate_images.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, which it builds first
+bench-engine: model ## Measure the engine against Hugging Face and llama.cpp, which it builds first
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.engine
 
-bench-peers: $(STAMP) ## Measure two GGUF files beside llama.cpp, built for this machine and for AVX2
+bench-peers: $(STAMP) ## Measure two GGUF files against llama.cpp, built for this machine and for AVX2
 	$(BIN)/python -m benchmarks.gguf_peers
 
-bench-fit: $(STAMP) ## Fit tiers for a model on prompts of POLAR_DATA, and measure them on prompts held back
+bench-fit: $(STAMP) ## Fit tiers for a model on prompts of POLAR_DATA, and measure them on held-back prompts
 	$(BIN)/python -m benchmarks.fit
 
-bench-methods: $(STAMP) ## Measure other ways to save compute beside PoLar's tiers
+bench-methods: $(STAMP) ## Compare other ways to save compute with PoLar's tiers
 	$(BIN)/python -m pip install --quiet --group methods
 	$(BIN)/python -m benchmarks.methods
 
-bench-drift: $(STAMP) ## Simulate prompts that change on measured losses: how soon do audits and the detector see it?
+bench-drift: $(STAMP) ## Simulate prompts that change on measured losses: how soon audits and the detector notice
 	$(BIN)/python -m benchmarks.drift
 
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
@@ -189,7 +189,7 @@ VLLM ?= vllm
 bench-upstream: model ## Put vLLM behind a tier, and compare its tokens and the bills with ours; VLLM names its command
 	$(OFFLINE) $(BIN)/python -m benchmarks.upstream --serve '$(VLLM) serve {folder} --port {port} --dtype float32'
 
-bench-serving: model ## Measure the server beside its peers: equal streams, exact bills whatever happens, what HTTP costs
+bench-serving: model ## Measure the server against its peers: equal streams, exact bills whatever happens, what HTTP costs
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.serving
 
