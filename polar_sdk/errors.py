@@ -298,7 +298,7 @@ class ModelError(PolarError):
 
 
 class ModelNotFoundError(ModelError, FileNotFoundError):
-    """There is no model of that alias, hub id, folder or file."""
+    """There is no model with that alias, hub id, folder or file."""
 
     exit_code = 2
 

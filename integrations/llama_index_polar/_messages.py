@@ -163,7 +163,7 @@ def responses(chunks: Iterator[Chunk], respond: Respond, span: CallSpan) -> Stre
     Args:
         chunks: Of the engine.
         respond: Makes a response of the text so far, what is new of it, and the finished answer.
-        span: Is told of the finished answer.
+        span: Is notified of the finished answer.
     """
     text = ""
     with closing(cast("Generator[Chunk]", chunks)):

@@ -156,8 +156,8 @@ _ERROR: Final = {
 }
 _READS: Final = {
     "/v1/models": "The models and tiers that a request may name.",
-    "/v1/models/{model}": "One of them.",
-    "/v1/polar/quote": "What a request of so many tokens would cost at most, by tier.",
+    "/v1/models/{model}": "One model.",
+    "/v1/polar/quote": "The maximum cost of a request with the given numbers of tokens, by tier.",
     "/v1/polar/usage": "What the caller's tenant has used and spent.",
     "/v1/polar/receipts/{id}": "The receipt of one request of the caller's tenant.",
     "/health": "Whether the process runs.",
@@ -191,7 +191,7 @@ def _document() -> dict[str, Any]:
         _parameter(name, "query", "string", required=False) for name in USAGE
     ]
     paths["/v1/polar/quote"]["post"] = {
-        "summary": "What the request in the body would cost at most, as it is and by tier.",
+        "summary": "The maximum cost of the request in the body, as it is and by tier.",
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
         "responses": _responses("application/json"),
     }

@@ -95,7 +95,7 @@ class Embedder:
         return ids
 
     def flops(self, length: int) -> int:
-        """FLOPs of one text of so many tokens."""
+        """FLOPs of one text of N tokens."""
         square, each, fixed = self._per_length
         return square * length**2 + each * length + fixed
 

@@ -39,7 +39,7 @@ class Server:
     """One model, served.
 
     Attributes:
-        settings: What it was told.
+        settings: Its settings.
         engine: The model, with a sink that the server watches.
         sink: That sink.
         answers: What is being computed.

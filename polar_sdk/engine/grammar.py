@@ -46,7 +46,7 @@ this."""
 _TAKEN: Final = 4
 """A token may stand for fewer than this many of a known way to an end."""
 _FEW: Final = 1024
-"""At most so many allowed tokens are picked out of the logits; of more, the others are struck out."""
+"""Up to this number of allowed tokens are picked from the logits; beyond it, the others are masked."""
 _PLACES: Final = 2048
 """A wide search for an end goes on to this many places of a grammar, some 0.1 s."""
 _BRANCHES: Final = 256
@@ -129,7 +129,7 @@ class Grammar:
         return GrammarState(self._matcher.deep_copy(), self._tokens, max_tokens, plan)
 
     def check_fits(self, max_tokens: int) -> None:
-        """Refuse a grammar that no answer of so many tokens can match, as far as that can be told beforehand.
+        """Refuse a grammar that no answer of N tokens can match, as far as that can be known beforehand.
 
         Raises:
             GrammarError: No answer fits.
@@ -224,7 +224,7 @@ class GrammarState:
         return restricted
 
     def _allowed(self, count: int) -> NDArray[np.bool_]:
-        """For each of so many tokens, whether it may be the next."""
+        """For each of N tokens, whether it may be the next."""
         self._mask()
         return _bits(self._words)[:count]
 

@@ -30,7 +30,7 @@ _ADVICE: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 class LargePages:
-    """Memory that is handed out in order, and given back when all tensors in a block of it are gone."""
+    """Memory that is allocated in order, and freed when all tensors in a block of it are gone."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)

@@ -270,7 +270,7 @@ class PageTable:
         _give_back(self._pool, self.blocks)
 
     def shorten(self, tokens: int) -> None:
-        """Forget what comes after so many tokens; pages that held nothing else are given back."""
+        """Drop what comes after the first N tokens; pages that held nothing else are freed."""
         self.length = tokens
         spare = self.blocks[-(-tokens // PAGE) :]
         if spare:
@@ -278,13 +278,13 @@ class PageTable:
             self._pool.release([page for block in spare for page in block])
 
     def clear_after(self, tokens: int) -> None:
-        """Overwrite what comes after so many tokens, at least a prompt, which others may use: see `clear`."""
+        """Overwrite what comes after the first N tokens, at least a prompt, which others may use: see `clear`."""
         first = tokens // PAGE
         for number, block in enumerate(self.blocks[first:], start=first):
             self._pool.clear(block, max(tokens - number * PAGE, 0), shared=True)
 
     def clear(self, prompt: int) -> None:
-        """Overwrite what no other row has, at most a prompt of so many tokens: 0 × nan is nan in whoever is next."""
+        """Overwrite what no other row has, at most a prompt of N tokens: 0 × nan is nan in the next row."""
         self._pool.clear([page for block in self.blocks for page in block])
         self.clear_after(prompt)
 

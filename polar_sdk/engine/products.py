@@ -30,7 +30,7 @@ _WIDE_INT8: Final = 32
 QUANTIZE_BATCH: Final = 4096
 """Number of outputs that are rounded to int8 together, so that no float32 copy of a whole head is made."""
 _FEW_ROWS: Final = 64
-"""Up to so many rows are multiplied as they are; more are padded to a multiple of it at least, see `times`."""
+"""Up to this number of rows are not padded; more are padded at least to a multiple of it, see `times`."""
 
 
 class Plain(NamedTuple):

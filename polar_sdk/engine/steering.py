@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LONGEST: Final = 64
 """Longest part that is looked for. Unit: tokens."""
 _SHORTEST: Final = 16
-"""Repeated parts end an answer once they have so many tokens together: shorter ones, as of digits, are common."""
+"""Repeated parts end an answer once they have N tokens together: shorter ones, such as digits, are common."""
 
 
 @dataclass(frozen=True, slots=True)

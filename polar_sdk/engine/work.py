@@ -90,7 +90,7 @@ class Work:
         self._keep(self._draft_keys - 1, -1)
 
     def guess(self, guesses: int, drafted: int) -> None:
-        """Count guesses for a pass that runs so many drafted tokens; those beyond that number count as drafted, too."""
+        """Count guesses for a pass that runs N drafted tokens; those beyond that number count as drafted, too."""
         self._draft_flops += guesses * self._cost.guess
         self.drafted += max(guesses - drafted, 0)
 

@@ -49,7 +49,7 @@ _QUESTION_TOKENS: Final = 96
 _TOP_P: Final = 0.95
 """`top_p` of sampled questions: without the least likely tokens, of which a small model makes nonsense."""
 _HELD_OUT: Final = 10
-"""One answer of so many is held out to see how often the head is right."""
+"""One answer in N is held out to see how often the head is right."""
 _GUESSES: Final = 4
 """Guesses one after another that the loss takes, …"""
 _LATER: Final = 0.7
@@ -360,7 +360,7 @@ def _fresh(width: int, options: DraftOptions) -> dict[str, Tensor]:
 
 
 def _frequent(answers: Iterable[Question], count: int) -> Tensor:
-    """The tokens most frequent in answers, at most so many, in rising order."""
+    """The N most frequent tokens in answers, in rising order."""
     said = Counter(token for answer in answers for token in answer.continuations[0])
     return torch.tensor(sorted(token for token, _ in said.most_common(count)))
 

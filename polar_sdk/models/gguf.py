@@ -74,13 +74,13 @@ class _Header:
         return self.data[start : self.at]
 
     def skip(self, length: int) -> None:
-        """Pass so many bytes, which must be there."""
+        """Skip N bytes, which must exist."""
         if self.at + length > len(self.data):
             raise struct.error("a value extends beyond the header")
         self.at += length
 
     def skip_texts(self, count: int) -> None:
-        """Pass so many strings, without making one."""
+        """Skip N strings, without making any."""
         at, read = self.at, struct.Struct("<Q").unpack_from
         for _ in range(count):
             at += 8 + read(self.data, at)[0]
@@ -180,7 +180,7 @@ class GgufFile:
         described = [self._described(header) for _ in range(tensors)]
         with_weights = len({name.split(".")[1] for name, *_ in described if name.startswith("blk.")})
         layers = self.value(f"{self.value('general.architecture')}.block_count")
-        if isinstance(layers, int) and layers > with_weights:  # before a network of so many is built
+        if isinstance(layers, int) and layers > with_weights:  # before a network of that size is built
             raise ValueError(f"it states {layers} layers, but its weights are those of {with_weights}")
         alignment = int(self.value("general.alignment") or 32)
         begin = -(-header.at // alignment) * alignment

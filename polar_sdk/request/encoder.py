@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.options import Prompt, Template
 
 _FAR: Final = 8
-"""A start of a prompt of twice so many characters per token of the window has more tokens than it, most likely."""
+"""The start of a prompt with twice this number of characters per token of the window very likely exceeds it."""
 _MAX_GROWTH: Final = 4
 """A chat template may write this many times the characters of the messages, and `_MAX_ADDED` more."""
 _MAX_ADDED: Final = 200_000

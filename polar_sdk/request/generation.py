@@ -1,8 +1,8 @@
 """Answers: requests in, text out, whole or in pieces.
 
-The scheduler computes; this module waits for its jobs, in the caller's thread. Their recorder is told when the caller
-leaves, so that a closed stream, a cancelled task and an error in mid-layer are all recorded up to the last executed
-layer.
+The scheduler computes; this module waits for its jobs, in the caller's thread. Their recorder is notified when the
+caller leaves, so that a closed stream, a cancelled task and an error within a layer are all recorded up to the last
+executed layer.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def stream(
 
     Yields:
         One chunk per sampled token; the last one carries the generation, and its usage record is stored before that
-        chunk is handed out.
+        chunk is returned.
 
     Raises:
         As `answer`.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger(__name__)
 MARK_TOKENS: Final = 64
 MARK_NS: Final = 1_000_000_000
-"""A job that runs is marked after so many tokens, or so long. Unit: nanoseconds."""
+"""A running job is marked after this number of tokens, or this time. Unit: nanoseconds."""
 _IDLE_SECONDS: Final = 2.0
 """The thread ends after this time without a mark."""
 _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
@@ -97,7 +97,7 @@ class Marker:
         self._model, self._job, self._sink = model, job, sink
         self._latest: deque[Progress] = deque(maxlen=1)
         self._marking = threading.Lock()
-        """Held while the sink is told, so that no mark comes after the record."""
+        """Held while the sink is notified, so that no mark comes after the record."""
         self._ended = self._failed = False
         self._context = copy_context()
         """The caller's."""

@@ -36,7 +36,7 @@ LONGEST_MATCH: Final = 3
 """Number of tokens that must have stood in a row before, at best; else one fewer, and so on."""
 FREE_WASTE: Final = 8
 WASTE_PER_TOKEN: Final = 2
-"""A request may waste so many rows, and so many for each token of its answer: what budgets hold follows from it."""
+"""Rows that a request may waste, and further rows per answer token; what budgets hold follows from these."""
 Source = Literal["request", "earlier", "head"]
 """Source of drafts: prompt and answer so far, an earlier answer to the tenant, or the model's draft head."""
 _HITS: Final[dict[Source, tuple[float, ...]]] = {
@@ -61,11 +61,11 @@ _HEAD_WAIT: Final = 8
 """Tokens for which a head that does not pay is not asked, at first."""
 _EARLIER_TOKENS: Final = 8192
 _EARLIER_TENANTS: Final = 16
-"""Answers to so many tenants are kept, and twice so many tokens of each at most, in 4 MiB for each."""
+"""Tokens per tenant, at most twice this number, and tenants, whose earlier answers are kept; 4 MiB for each tenant."""
 _PROBE_AFTER: Final = 32
-"""A request whose drafts do not pay tries again after so many tokens, and then after twice as many each time, …"""
+"""A request whose drafts do not pay tries again after this number of tokens, then after twice as many each time, …"""
 _MAX_PATIENCE: Final = 1024
-"""… up to so many."""
+"""… up to this number."""
 
 
 class Proposal(NamedTuple):
@@ -184,7 +184,7 @@ class Hits:
         return list(accumulate(each, mul))
 
     def tried(self, proposal: Proposal, drafted: int, kept: int) -> None:
-        """Note that of so many drafted tokens of a proposal, the first `kept` were right."""
+        """Note that of N drafted tokens of a proposal, the first `kept` were right."""
         tries = self._expected(proposal)[: min(kept + 1, drafted)]
         for place, (share, expected) in enumerate(tries):
             share.tried(place < kept, expected)
@@ -328,7 +328,7 @@ class _HeadWorth:
         return not self._wait
 
     def brought(self, kept: int, guesses: int, costs: PassCosts) -> None:
-        """Note that so many of its guesses were kept; of no guesses, nothing is learned."""
+        """Note that N of its guesses were kept; without guesses, nothing is learned."""
         if not guesses:
             return
         self._brought = _HEAD_FADING * self._brought + kept

@@ -64,7 +64,7 @@ class PassTimes:
         return self._rows / self._weight, self._seconds / self._weight
 
     def of(self, rows: float) -> float:
-        """Time of a pass of so many rows."""
+        """Time of a pass of N rows."""
         if not self._weight:
             return 0.0
         return max(self._seconds / self._weight + self.per_row * (rows - self._rows / self._weight), 0.0)

@@ -17,7 +17,7 @@ MAX_ROWS: Final = 16
 _MIN_MEASURED: Final = 3
 """Passes of one row, and wider ones, without which nothing is known of a machine."""
 _LATELY: Final = 12
-"""Passes after which a narrow one is no measure of a wide one any more."""
+"""Passes after which a narrow one is no longer a measure of a wide one."""
 _WIDTHS: Final = 4
 """Number of widths whose measurements are one point."""
 _PER_ROW: Final = 0.03
@@ -55,7 +55,7 @@ class PassCosts:
         return statistics.median(self._guess_ratios) if len(self._guess_ratios) >= _MIN_MEASURED else _GUESS
 
     def guessed(self, guesses: int, seconds: float) -> None:
-        """Note how long so many guesses took, one after another."""
+        """Note how long N guesses took, one after another."""
         lately = self._narrow_ones()
         if guesses and len(lately) >= _MIN_MEASURED:
             self._guess_ratios.append(seconds / guesses / statistics.median(lately))

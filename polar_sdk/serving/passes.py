@@ -121,7 +121,7 @@ class Passes:
         return pieces
 
     def _guessed(self, counts: Mapping[Job, int]) -> dict[Job, list[Guess]]:
-        """Guesses of the draft head for jobs, at most so many tokens for each, as far as all may be right."""
+        """Guesses of the draft head for jobs, at most N tokens for each, as far as all may be right."""
         asking = [job for job, count in counts.items() if count]
         if self.decoder.draft_head is None or not asking:
             return {}

@@ -53,7 +53,7 @@ class Request:
     steering: Steering | None = None
     """Biases and penalties on logits, before the hook; None = there are none."""
     stop_repeats: int | None = None
-    """The answer ends where its last tokens are one part so many times; None = never."""
+    """The answer ends when its last tokens are the same part N times; None = never."""
     logits_hook: LogitsHook | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -76,7 +76,7 @@ class _Claim:
 class Replies:
     """The replies that a ledger's database keeps. Safe in several threads and processes.
 
-    Whoever is told `claimed` calls `keep` or `give_up`; until then its claim is renewed.
+    A caller that gets `claimed` calls `keep` or `give_up`; until then its claim is renewed.
 
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.

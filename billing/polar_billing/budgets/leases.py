@@ -45,7 +45,7 @@ class Lease:
     end: Callable[[Exception], None] | None = None
     """Ends the request, if the hold is lost; None while it has not begun: then nobody says that it lives."""
     loss: Exception | None = None
-    """Why it was lost, until somebody can be told."""
+    """Why it was lost, until somebody can be notified."""
 
     @property
     def identity(self) -> Identity:

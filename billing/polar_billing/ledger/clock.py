@@ -56,7 +56,7 @@ def database_time(connection: Connection, *, writes: bool) -> datetime:
 
 @cache
 def boot_id() -> str | None:
-    """Which boot of this machine it is; None where that cannot be told."""
+    """The identity of this machine's boot; None if it is unknown."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip() if hasattr(time, "CLOCK_BOOTTIME") else None
     except OSError:

@@ -22,7 +22,7 @@ class Pending(Protocol):
         """Whether it holds records back that their callers do not wait for."""
 
     def drain(self) -> None:
-        """Return when every record handed over so far is stored, or safe on the disk."""
+        """Return when every record submitted so far is stored, or safe on the disk."""
 
 
 _lock: Final = threading.Lock()

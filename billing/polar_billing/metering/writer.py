@@ -39,7 +39,7 @@ _IDLE_S: Final = 2.0
 """A thread without work ends after this; the next record starts another."""
 _RETRY_S: Final = 1.0
 _CAPACITY: Final = 10_000
-"""Maximum number of waiting records; whoever hands over more waits for room."""
+"""Maximum number of waiting records; callers with more wait for room."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Ticket:
     turn: threading.Condition
     """The writer's condition, notified after each commit."""
     told: bool = True
-    """Whether its caller is told if another record has taken its request id; else it is stored under a new one."""
+    """Whether its caller is informed if another record has taken its request id; else it is stored under a new one."""
     spooled: bool = False
     """Whether the spool's file has it."""
     done: bool = False
@@ -314,7 +314,7 @@ class Writer:
         return self._gather_s > 0 and self._process == os.getpid() and bool(self._queue or self._busy)
 
     def drain(self) -> None:
-        """Return when every record handed over so far is in the ledger, or kept in the spool."""
+        """Return when every record submitted so far is in the ledger, or kept in the spool."""
         if self._process != os.getpid() or threading.current_thread() is self._thread:
             return
         with self._lock:

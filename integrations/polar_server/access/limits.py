@@ -76,7 +76,7 @@ class Limits:
         return headers
 
     def leave(self, key: Key, tokens: int) -> None:
-        """A call that was let in has ended, and used so many tokens."""
+        """An admitted call has ended, and used N tokens."""
         if not _is_limited(key):
             return
         if key.parallel is not None:

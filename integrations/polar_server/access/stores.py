@@ -24,7 +24,7 @@ _MAX_KEPT_BYTES: Final = 64 * 2**20
 
 
 class Key(Protocol):
-    """An API key as its store hands it out; see `polar_billing.access.keys.ApiKey`."""
+    """An API key as its store returns it; see `polar_billing.access.keys.ApiKey`."""
 
     @property
     def key_id(self) -> str:
@@ -132,7 +132,7 @@ class RateStore(Protocol):
 class ReplyStore(Protocol):
     """Keeps replies; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does.
 
-    Whoever is told `claimed` calls `keep` or `give_up` afterwards.
+    A caller that gets `claimed` calls `keep` or `give_up` afterwards.
     """
 
     def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:

@@ -1,7 +1,7 @@
 """The options of `polar serve` as data: enough to make the same server here, or on another machine; and its log.
 
 A launch is plain values, so that it can be written to a file and read by a replica that Ray starts. Knows commands'
-options; loads the model and finds the stores when told to.
+options; loads the model and finds the stores on request.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ async def read_body(
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    if len(content) > _MAX_NODES and _nodes(content) > _MAX_NODES:  # a shorter one cannot have so many
+    if len(content) > _MAX_NODES and _nodes(content) > _MAX_NODES:  # a shorter one cannot have that number
         why = f"the body has more than the {_MAX_NODES:,} values that are read; send less."
         raise ApiError(why, status=413, code="request_too_large")
     try:

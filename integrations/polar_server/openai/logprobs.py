@@ -141,7 +141,7 @@ def _wire(raw: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _cut(token: _Waiting, characters: int) -> bytes:
-    """The bytes of a token that are within the next so many characters."""
+    """The bytes of a token that are within the next N characters."""
     kept = 0
     while len((token.before + token.raw[: kept + 1]).decode("utf-8", "replace")) <= characters:
         kept += 1

@@ -286,7 +286,7 @@ def _sharing(threads: int, team: bool) -> Sharing:
 
 
 def shared_by(rows: int) -> Sharing:
-    """Who shares the work of one operation on so many rows."""
+    """The threads that share the work of one operation on N rows."""
     return _sharing(torch.get_num_threads(), rows <= _TEAM_ROWS)
 
 
@@ -336,7 +336,7 @@ def look_up(outputs: Tensor, matrix: Matrix) -> Tensor:
 
 
 def packed_size(form: str, inputs: int, outputs: int) -> int:
-    """Bytes of the panels of so many outputs in a form of GGUF files; 0 where it cannot have so many inputs."""
+    """Bytes of the panels of N outputs in a form of GGUF files; 0 if it cannot have that number of inputs."""
     return int(_library().polar_packed_size(FORMS.index(form), inputs, outputs))
 
 

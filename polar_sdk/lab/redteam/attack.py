@@ -49,7 +49,7 @@ _LONGEST: Final = 400
 _BATCH: Final = 24
 """Attempts that are measured together."""
 _DEEPEST: Final = 3
-"""Of the cheapest programs for texts, so many are what an attack wants, in turn."""
+"""Number of the cheapest programs for texts that attacks aim at, in turn."""
 _DELTA: Final = 0.05
 """Error budget of the monitor."""
 

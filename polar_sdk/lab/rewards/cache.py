@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 BATCH: Final = 128
-"""Prompts that are handed to the engine at once: it decodes as many together as it can."""
+"""Number of prompts passed to the engine at once: it decodes as many together as it can."""
 _LAYOUT = 2
 """Version of the values' layout, part of the file's name: files of other versions are not read."""
 _SCHEMA = """

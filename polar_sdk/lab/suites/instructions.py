@@ -55,7 +55,7 @@ class Form(BaseModel):
     json_keys: tuple[str, ...] | None = None
     """One JSON object with exactly these keys; a fence of Markdown around it is allowed."""
     json_items: int | None = Field(default=None, ge=1)
-    """One JSON array of so many entries."""
+    """One JSON array of N entries."""
     bullets: int | None = Field(default=None, ge=1)
     numbered: int | None = Field(default=None, ge=1)
     """Numbered lines, and no others."""

@@ -5,7 +5,7 @@
                    from the audits in the order of their numbers, which `verify` computes again
 * `polar_monitor`  one row per promise: its monitor after the last audit, so that whoever starts need not read them all.
                    It follows from the audits too
-* `polar_alert`    one row per change that is told to a webhook: when it is due next, and how that went
+* `polar_alert`    one row per change sent to a webhook: when it is due next, and how that went
 
 Audits are numbered while the chain of no tenant is locked, so that a higher number is never seen before a lower one.
 Knows no connection.

@@ -4,7 +4,7 @@
 * `polar_price_book`      every price book that ever rated a request, whole, by content hash
 * `polar_price_in_force`  one row each time a book, or a revision of one, was put in force
 * `polar_usage`           one row per request: facts only, no prices
-* `polar_receipt`         what the caller was told a request costs, and by which book
+* `polar_receipt`         the cost of a request as the caller was informed, and by which book
 * `polar_usage_hour`      usage summed up by hour: a cache that makes queries quick, and that `verify` recomputes
 * `polar_prune`           one row per tenant and pruning: up to when, how many, and their totals by hour
 * `polar_pruned`          one row per pruned request: identity, content hash and receipt, so that a replay is still
