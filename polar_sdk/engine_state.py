@@ -50,6 +50,6 @@ class Look:
     router: str
     """The router, in words."""
     void: str | None
-    """Why the router's certificate does not hold; None where it does, or where there is none."""
+    """Why the router's certificate does not hold; None if it does, or where there is none."""
     tiers: tuple[TierLook, ...]
     """Tiers with a promise of its certificate."""

@@ -31,7 +31,7 @@ class Settings:
     """The settings that a server runs programs with.
 
     Attributes:
-        fills: Its maps; None where it runs no programs.
+        fills: Its maps; None if it runs no programs.
     """
 
     fills: Fills | None

@@ -86,7 +86,7 @@ def promise_of(option: str, text: str) -> tuple[str, TierPromise]:
 
 
 def _share(text: str) -> float | None:
-    """A share above 0 and below 1; None where it is not one."""
+    """A share above 0 and below 1; None if it is not one."""
     try:
         value = float(text)
     except ValueError:

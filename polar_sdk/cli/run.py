@@ -162,7 +162,7 @@ def _read_line() -> str | None:
 
 
 def _answer(engine: PolarModel, messages: list[dict[str, str]], request: RequestOptions) -> str | None:
-    """Stream one answer; None where it was refused. An interrupted one counts as far as it came."""
+    """Stream one answer; None if it was refused. An interrupted one counts as far as it came."""
     shown = ""
     try:
         with closing(engine.stream(messages, **request)) as chunks:

@@ -52,7 +52,7 @@ class Family(ABC):
 
     @property
     def plan(self) -> LayerPlan | None:
-        """Operations of the layers, all alike; None where the native library does not have them."""
+        """Operations of the layers, all alike; None if the native library does not have them."""
         return None
 
     @abstractmethod

@@ -185,12 +185,12 @@ class GrammarState:
 
     @property
     def accepting(self) -> bool:
-        """True where the answer could end here."""
+        """True if the answer could end here."""
         return bool(self._matcher.is_accepting())
 
     @property
     def ended(self) -> bool:
-        """True where nothing but the end can follow."""
+        """True if nothing but the end can follow."""
         return bool(self._matcher.is_stopped())
 
     def sample(self, sampler: Sampler, logits: Tensor) -> int:
@@ -391,7 +391,7 @@ def _search_wide(matcher: Any, tokens: _Tokens, limit: int) -> _Wide:
 
 
 def _closing(words: _Words, tokens: _Tokens, used: Counter[int]) -> tuple[int | None, bool]:
-    """The token that ends what is open soonest, and whether it closes something; None where nothing may follow."""
+    """The token that ends what is open soonest, and whether it closes something; None if nothing may follow."""
     within_text = sum(_has(words, letter) for letter in tokens.letters) >= 2  # brackets are text as well there
     for token in tokens.quote if within_text else tokens.closers:
         if _has(words, token):

@@ -39,7 +39,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_maps(decoder: Decoder, programs: Iterable[Program]) -> str:
-    """SHA-256 of the bridges and fills that programs use, as the model has them; empty where they use none.
+    """SHA-256 of the bridges and fills that programs use, as the model has them; empty if they use none.
 
     Raises:
         MissingMapError: The model does not have one of them.

@@ -84,7 +84,7 @@ class Plan(NamedTuple):
     bounds: Tensor
     """The first member of each turn, and the end of those of the last one."""
     layers: Tensor | None
-    """The layer of each turn; None where a turn is not one layer, run whole."""
+    """The layer of each turn; None if a turn is not one layer, run whole."""
 
 
 @lru_cache(maxsize=64)

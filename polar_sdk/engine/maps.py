@@ -159,7 +159,7 @@ class Fill(Map):
     W is (E + H, L × 2 × G × d); b is (L, 2, G, d), for each layer its keys, then its values.
 
     Attributes:
-        hidden: U (E, H) and u (H,) of H hidden units; empty where there are none.
+        hidden: U (E, H) and u (H,) of H hidden units; empty if there are none.
         carry: V (E + H, E) and v (E,): the state after the segment is x + rms(x) ([n, max(0, n U + u)] V + v). Empty
             where states pass unchanged.
     """

@@ -57,7 +57,7 @@ class Packed(NamedTuple):
         return native.Matrix("numbers", *self, inputs)
 
     def outputs_from(self, first: int) -> Packed | None:
-        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        """The outputs from that one on, over the same memory; None if a panel holds some before it too."""
         return None if first % _OUTPUTS else Packed(self.panels[first // _OUTPUTS :], self.bias[first:])
 
     def unpack(self, inputs: int) -> Tensor:
@@ -104,7 +104,7 @@ class PackedInt8(NamedTuple):
         return native.Matrix("bytes", self.panels, self.bias, inputs, scale=self.scale)
 
     def outputs_from(self, first: int) -> PackedInt8 | None:
-        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        """The outputs from that one on, over the same memory; None if a panel holds some before it too."""
         if first % INTEGER_OUTPUTS:
             return None
         return PackedInt8(self.panels[first // INTEGER_OUTPUTS :], self.scale[first:], self.bias[first:])
@@ -142,7 +142,7 @@ class PackedInt4(NamedTuple):
         return native.Matrix("nibbles", *self, inputs)
 
     def outputs_from(self, first: int) -> PackedInt4 | None:
-        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        """The outputs from that one on, over the same memory; None if a panel holds some before it too."""
         if first % INTEGER_OUTPUTS:
             return None
         return PackedInt4(self.panels[first // INTEGER_OUTPUTS :], self.bias[first:])
@@ -225,7 +225,7 @@ class Blocks:
         return self._whole
 
     def outputs_from(self, first: int) -> Blocks | None:
-        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        """The outputs from that one on, over the same memory; None if a panel holds some before it too."""
         part = next(index for index, end in enumerate(self.ends) if first < end)
         (form, panels), skipped = self.parts[part], first - (0, *self.ends)[part]
         per_panel = _OUTPUTS if form == "numbers" else INTEGER_OUTPUTS

@@ -142,7 +142,7 @@ def offset_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def take_norm(name: str, norm: Any) -> Weights:
-    """Weight and bias (E,) of an `nn.LayerNorm`, as `name` and `name_bias`; None where it has none."""
+    """Weight and bias (E,) of an `nn.LayerNorm`, as `name` and `name_bias`; None if it has none."""
     weight, bias = norm.weight, norm.bias
     return {
         name: None if weight is None else weight.detach(),

@@ -63,7 +63,7 @@ class Row:
     def states(self) -> Tensor | None:
         """Before the final norm, of the tokens of the last pass whose logits were computed, (T, E).
 
-        None where nobody reads them, since the model has no draft head, and where none of these tokens was kept.
+        None if nobody reads them, since the model has no draft head, and where none of these tokens was kept.
         """
         return None if self._states is None else self._states[0][self._states[1]]
 

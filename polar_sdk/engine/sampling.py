@@ -260,7 +260,7 @@ def _first_beyond(sums: NDArray[np.float64], bound: float) -> int:
 def _likeliest(scores: NDArray[np.float32], settings: Sampling, allowed: NDArray[np.bool_] | None) -> Candidates | None:
     """Keep what top-k, then top-p, leave of the allowed tokens, from logits (V,); as many more as tie with the last.
 
-    None where no margin below the highest logit leaves k. torch's search for the k highest takes two to three times as
+    None if no margin below the highest logit leaves k. torch's search for the k highest takes two to three times as
     long as comparing all.
     """
     count, highest = int(settings.top_k), scores.max()

@@ -30,7 +30,7 @@ class Call:
         return {"id": self.id, "type": "function", "function": function}
 
     def values(self) -> dict[str, Any] | None:
-        """The arguments, or None where the call was cut off."""
+        """The arguments, or None if the call was cut off."""
         return json.loads(self.arguments) if self.complete else None
 
 
@@ -90,7 +90,7 @@ class CallReader:
         return [held] if held else []
 
     def _read_text(self, pieces: list[Piece]) -> bool:
-        """Read text up to the first call; True where one begins."""
+        """Read text up to the first call; True if one begins."""
         start, head = self._first_call(self._held)
         if start:
             pieces.append(self._held[:start])

@@ -25,7 +25,7 @@ def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
     """Money and compute of one answer.
 
     Returns:
-        `cost`, a float for display, None where no price is known; `cost_details`, with the exact decimal as text;
+        `cost`, a float for display, None if no price is known; `cost_details`, with the exact decimal as text;
         `polar`, what was executed and for whom.
     """
     receipt = receipt or {}
@@ -37,7 +37,7 @@ def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
 
 
 def total_cost(receipts: Iterable[Receipt | None]) -> Decimal | None:
-    """The exact sum of the costs of several answers; None where one is not known, or there are none."""
+    """The exact sum of the costs of several answers; None if one is not known, or there are none."""
     amounts = [(receipt or {}).get("cost") for receipt in receipts]
     known = [Decimal(amount) for amount in amounts if amount is not None]
     return sum(known, Decimal()) if known and len(known) == len(amounts) else None
@@ -83,7 +83,7 @@ class PolarCall:
     identity_flops: int
     """Executed at full depth. Unit: FLOPs."""
     cost: Decimal | None
-    """Exact; None where no price is known."""
+    """Exact; None if no price is known."""
     currency: str | None
 
     @classmethod

@@ -105,7 +105,7 @@ _FREE: Final[RequestOptions] = {"schema": None, "regex": None, "choice": None, "
 
 
 def listed_logprobs(generation: Generation, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """`logprobs` as OpenAI's chat has them; empty where the request asks for none."""
+    """`logprobs` as OpenAI's chat has them; empty if the request asks for none."""
     if generation.logprobs is None:
         return {}
 

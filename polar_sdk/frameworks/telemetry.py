@@ -71,7 +71,7 @@ class CallSpan:
         self._span = _recording() if wanted else None
 
     def note(self, record: UsageRecord, receipt: Receipt | None) -> None:
-        """Set what an answer used and cost; does nothing where no span records."""
+        """Set what an answer used and cost; does nothing if no span records."""
         if self._span is not None and self._span.is_recording():
             note_answer(self._span, record, receipt)
 

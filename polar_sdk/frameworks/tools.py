@@ -130,7 +130,7 @@ class ToolUse:
         """Apply a `tool_choice`: auto (or None), none, any, required, True, a name, or OpenAI's mapping of one.
 
         Returns:
-            None where no tool may be called.
+            None if no tool may be called.
 
         Raises:
             InvalidRequestError: No tool has that name.
@@ -442,7 +442,7 @@ def signature_of(part: Any, root: Mapping[str, Any], depth: int = 0) -> str:
 
 
 def _alternatives(part: Mapping[str, Any], root: Mapping[str, Any], depth: int) -> list[str]:
-    """The values or types among which a schema lets choose; empty where it does not."""
+    """The values or types among which a schema lets choose; empty if it does not."""
     values = part.get("enum", [part["const"]] if "const" in part else None)
     if isinstance(values, list):
         return [json.dumps(value, ensure_ascii=False) for value in values]
@@ -454,7 +454,7 @@ def _alternatives(part: Mapping[str, Any], root: Mapping[str, Any], depth: int) 
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> Any:
-    """The target of a local reference; None where it has none."""
+    """The target of a local reference; None if it has none."""
     part: Any = root
     for name in reference.removeprefix("#").strip("/").split("/"):
         key = name.replace("~1", "/").replace("~0", "~")

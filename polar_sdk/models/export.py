@@ -140,7 +140,7 @@ def _config(config: Any, layers: Sequence[int]) -> Any:
 
 
 def _sparse_layers(config: Any, depth: int) -> set[int] | None:
-    """Layers with experts where only some have them; None where the configuration does not choose."""
+    """Layers with experts where only some have them; None if the configuration does not choose."""
     if getattr(config, "mlp_only_layers", None) is None:
         return None
     step = config.decoder_sparse_step

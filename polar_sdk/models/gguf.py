@@ -209,7 +209,7 @@ class GgufFile:
         return Entry(name, known.name, shape, start, size)
 
     def value(self, name: str) -> Any:
-        """A value of the header that is no array; None where there is none."""
+        """A value of the header that is no array; None if there is none."""
         field = self.fields.get(name)
         if field is None or len(field.data) != 1:
             return None
@@ -299,7 +299,7 @@ class WeightSource:
         return torch.from_numpy(own).to(dtype).view(self.shape)
 
     def stored(self, memory: LargePages, stop: Cancel | None) -> StoredMatrix | None:
-        """The weight as the file has it, to be packed; None where it is not in a form of the library, row by row."""
+        """The weight as the file has it, to be packed; None if it is not in a form of the library, row by row."""
         import numpy as np
         import torch
 

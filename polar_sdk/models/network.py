@@ -246,7 +246,7 @@ def keep_stored(model: PreTrainedModel, stop: Cancel) -> str:
     """Let those matrices of a GGUF file that the native library multiplies with stay as they are stored (`stored`).
 
     Returns:
-        The kind of the file; empty where there are no such matrices.
+        The kind of the file; empty if there are no such matrices.
     """
     from polar_sdk.engine.large_pages import LargePages
 

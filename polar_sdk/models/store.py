@@ -69,7 +69,7 @@ class Recipe(_Facts):
     """The origin of the GGUF file: a pip requirement or a path."""
     gguf_sha256: str
     licence: str | None = None
-    """SPDX expression; None where it is not known."""
+    """SPDX expression; None if it is not known."""
 
 
 class StoredFile(_Facts):
@@ -122,7 +122,7 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a converted model; None where there is none, or one of another version."""
+    """The manifest of a converted model; None if there is none, or one of another version."""
     try:
         manifest = Manifest.model_validate(parse_json(read_bytes(folder / _MANIFEST)))
     except (OSError, Unreadable, ValidationError):

@@ -58,7 +58,7 @@ class Audit(_Facts):
     """Executed by the audit, both runs together; 0 in all but the first of several that judge one run. Unit: FLOPs."""
     audit_request_id: Name | None
     """The usage record, of the provider's own tenant, of the run at full depth. Where the tier's program had to run
-    again beside it, that record's id is this one and `.tier`. None where nothing ran: the request was served at full
+    again beside it, that record's id is this one and `.tier`. None if nothing ran: the request was served at full
     depth, so that nothing can be lost."""
     at: AwareDatetime
     """When it was judged, UTC."""

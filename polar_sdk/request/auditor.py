@@ -94,7 +94,7 @@ class _Case:
     promises: tuple[PromiseTerms, ...]
     weight: float
     answer: tuple[int, ...]
-    """Tokens of the answer served, as far as its program chose greedily; empty where it did not."""
+    """Tokens of the answer served, as far as its program chose greedily; empty if it did not."""
     choices: Grammar | None
     """The texts that it chose among; None = it wrote freely."""
     max_tokens: int
@@ -274,7 +274,7 @@ class Auditor:
             self._store(audit)
 
     def _judged(self, case: _Case) -> tuple[int, int, int, str | None] | None:
-        """Tokens compared and kept, FLOPs, and the id of the record that paid; None where a run ended early."""
+        """Tokens compared and kept, FLOPs, and the id of the record that paid; None if a run ended early."""
         identity = Program.identity(self._model.decoder.depth)
         if case.program.is_identity(self._model.decoder.depth):
             return 0, 0, 0, None  # nothing can be lost

@@ -80,7 +80,7 @@ _TOOLS: Final[list[Any]] = [
 
 
 def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat | None:
-    """The form of calls of a tokenizer's chat template; None where it has none, or one that cannot be read."""
+    """The form of calls of a tokenizer's chat template; None if it has none, or one that cannot be read."""
     if tokenizer not in _formats:
         _formats[tokenizer] = _Probe(tokenizer).format()
     return _formats[tokenizer]

@@ -55,7 +55,7 @@ class PromptEncoder:
 
     @property
     def calls(self) -> CallFormat | None:
-        """How the chat template writes calls of tools; None where it has no tools."""
+        """How the chat template writes calls of tools; None if it has no tools."""
         return call_format(self.tokenizer)
 
     def plain(self, text: str) -> list[int]:
@@ -269,7 +269,7 @@ class PromptEncoder:
 
     @cached_property
     def _beginning(self) -> list[int]:
-        """The token that the tokenizer puts before a text by default; empty where it puts none."""
+        """The token that the tokenizer puts before a text by default; empty if it puts none."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer.encode("a")[:1] == [bos] != self.plain("a")[:1] else []
 

@@ -113,7 +113,7 @@ def load_router(folder: str | Path) -> Router:
 
 
 def model_of(folder: Path) -> str | None:
-    """Fingerprint of the model that a router names, before anything of it is checked; None where it names none."""
+    """Fingerprint of the model that a router names, before anything of it is checked; None if it names none."""
     try:
         facts = parse_object(read_bytes(folder / _JSON)).get("facts")
     except (OSError, Unreadable):

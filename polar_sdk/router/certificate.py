@@ -143,7 +143,7 @@ class Subject(_Frozen):
     router: str
     """Hash of the router's weights."""
     bridges: str
-    """Hash of the bridges that those programs use; empty where they use none."""
+    """Hash of the bridges that those programs use; empty if they use none."""
     dtype: str
     """Precision of the base model's weights."""
     engine: str
@@ -194,7 +194,7 @@ class Promise(_Frozen):
     strict: StrictPromise | None = None
     """The promise about texts beside it."""
     worst: WorstClass | None = None
-    """None where no classes were counted."""
+    """None if no classes were counted."""
 
     @property
     def asked(self) -> TierPromise:

@@ -169,7 +169,7 @@ class Familiar:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], width: int) -> Self | None:
-        """From stored tensors; None where there are none.
+        """From stored tensors; None if there are none.
 
         Raises:
             ValueError: Some are missing, or have other shapes.

@@ -30,7 +30,7 @@ class MeasuredTiers:
 
 
 def measured_tiers(fingerprint: str) -> MeasuredTiers | None:
-    """The certificate of the user's own router for a model, or else of the shipped one; None where there is none.
+    """The certificate of the user's own router for a model, or else of the shipped one; None if there is none.
 
     Args:
         fingerprint: The model's, as usage records have it.

@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
-    """Log-probabilities of that token; None where nobody asked for them."""
+    """Log-probabilities of that token; None if nobody asked for them."""
     last: bool
 
 

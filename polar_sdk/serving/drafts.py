@@ -232,7 +232,7 @@ class Drafts:
             tenant: Whose request it is.
 
         Returns:
-            How many tokens the draft head, if there is one, may guess besides: 0 where that does not pay.
+            How many tokens the draft head, if there is one, may guess besides: 0 if that does not pay.
         """
         if self._hits is None:
             self._hits = Hits(experience.hits)

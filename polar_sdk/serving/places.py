@@ -208,5 +208,5 @@ def _share(rows: int, pages: Sequence[int], max_rows: int, sizes: Sequence[int])
 
 
 def _loss(job: Job) -> tuple[bool, int]:
-    """Cost of this job giving way: nothing where its reader waits for no token, else tokens to run again."""
+    """Cost of this job giving way: nothing if its reader waits for no token, else tokens to run again."""
     return (not job.delivery.paused, job.row.length)

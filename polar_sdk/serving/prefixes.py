@@ -122,7 +122,7 @@ class PrefixCache:
         self._kept_pages = [0] * len(self._kept_pages)
 
     def _add(self, key: _Key, kept: _Kept, share: float) -> bool:
-        """Keep one more block; False where it alone is more than may be kept."""
+        """Keep one more block; False if it alone is more than may be kept."""
         pool = self._decoder.pool
         counts = pool.counts(kept.pages)
         left = [int(share * size) - count for size, count in zip(pool.sizes, counts, strict=True)]

@@ -67,7 +67,7 @@ class Request:
     promises: tuple[PromiseTerms, ...] = ()
     """Promises on the answer, as far as audits can test them."""
     likeness: Likeness | None = None
-    """How like the prompt is to those that its router knows; None where no router read it."""
+    """How like the prompt is to those that its router knows; None if no router read it."""
     idle: bool = False
     """Whether it runs only while nobody else has anything to run, and gives way after each pass."""
     starts_of: str | None = None

@@ -81,7 +81,7 @@ class Accounts:
         }
 
     def receipt(self, tenant: str, request_id: str) -> dict[str, Any] | None:
-        """The receipt of a tenant's request, JSON-like; None where the tenant has no such request."""
+        """The receipt of a tenant's request, JSON-like; None if the tenant has no such request."""
         with self.ledger.snapshot() as connection:
             try:
                 return make_receipt(connection, tenant, request_id)

@@ -222,7 +222,7 @@ class Granted:
 
     offer: int
     seq: int | None
-    """None where no budget covers the request."""
+    """None if no budget covers the request."""
 
 
 @dataclass(frozen=True)

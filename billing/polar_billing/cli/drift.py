@@ -71,7 +71,7 @@ def drift(
 
 
 def _savings(store: Ledger, selection: Selection) -> dict[str, Decimal]:
-    """Savings in calibration of the tiers of the one model of the usage; nothing where there are several models."""
+    """Savings in calibration of the tiers of the one model of the usage; nothing if there are several models."""
     usage = next(store.read(selection, newest=1), None)
     measured = None if usage is None else certified(usage.record.model_fingerprint)
     return {} if measured is None else {tier: one.saved for tier, one in measured.items()}

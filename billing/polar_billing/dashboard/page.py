@@ -77,7 +77,7 @@ class Dashboard:
 
         Args:
             path: Below where the page is: empty for the page itself, `requests/NUMBER`, or a file of it.
-            live: What the engine does now; None where there is none.
+            live: What the engine does now; None if there is none.
         """
         files = self._templates.files
         if path in files:

@@ -32,9 +32,9 @@ class SpoolHealth:
     """Records that wait in the spool of a ledger on this machine."""
 
     folder: Path | None
-    """None where the ledger has none, or nothing was ever in it."""
+    """None if the ledger has none, or nothing was ever in it."""
     waiting: int | None = 0
-    """Records that are not in the ledger yet; None where there are too many to count."""
+    """Records that are not in the ledger yet; None if there are too many to count."""
     lag_s: float = 0.0
     """Longest wait of a record, from when its file was last written. Unit: seconds."""
     rejected: int = 0

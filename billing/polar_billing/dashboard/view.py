@@ -86,7 +86,7 @@ class KeyUse:
     state: str
     """`active`, or why it opens nothing."""
     last_used: datetime | None
-    """When its latest request was served; None where none is known."""
+    """When its latest request was served; None if none is known."""
     is_known: bool
     """False while older records have not been read yet, so that None does not mean never."""
 
@@ -151,7 +151,7 @@ class View:
     ledger: str
     today: Period
     live: Look | None
-    """None where the page's server runs no engine."""
+    """None if the page's server runs no engine."""
     ended: Ended
     charges: Sequence[Summary]
     """Today's charges, one summary per currency."""
@@ -164,7 +164,7 @@ class View:
     keys: Sequence[KeyUse]
     promises: Sequence[PromiseDrift]
     week: Sequence[Saved] | None
-    """Savings of tiers in the last seven days by kind and length; None where there are too many requests to add up."""
+    """Savings of tiers in the last seven days by kind and length; None if there are too many requests to add up."""
     ledger_health: LedgerHealth
     spool: SpoolHealth
 
@@ -246,7 +246,7 @@ def latest_requests(connection: Connection, tenant: str | AllTenants, count: int
 def receipt_of(connection: Connection, tenant: str | AllTenants, seq: int) -> Receipt | None:
     """A stored request by its number, its receipt, and what checking that finds: values, row, and chain to the head.
 
-    None where there is no such request, or its tenant is another one.
+    None if there is no such request, or its tenant is another one.
     """
     query = joined().where(usage_table.c.seq == seq, *usage_of(Selection(tenant)))
     row = connection.execute(query).first()

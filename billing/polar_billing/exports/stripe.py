@@ -97,7 +97,7 @@ class MeterEvents:
                     yield self._event(stored, item, value)
 
     def leftovers(self) -> Iterator[Leftover]:
-        """The rests of less than one unit, by tenant, meter and month; nothing where a rest is 0."""
+        """The rests of less than one unit, by tenant, meter and month; nothing if a rest is 0."""
         for (tenant, meter, month), flops in sorted(self._sums.items()):
             if rest := flops % FLOPS_PER_UNIT:
                 yield Leftover(tenant, meter, month, from_scaled(rest, COMPUTE.decimals))

@@ -107,7 +107,7 @@ def _audited(connection: Connection) -> Iterator[str]:
 
 
 def _stored(connection: Connection, promise: str) -> Watched | None:
-    """A promise with its stored monitor; None where there is none, or the chained rows say something else."""
+    """A promise with its stored monitor; None if there is none, or the chained rows say something else."""
     audit, standing, monitor = audit_table.c, standing_table.c, monitor_table.c
     of_audit = and_(audit.seq == monitor.audit_seq, audit.promise == monitor.promise)
     query = select(monitor.monitor, audit.seq, audit.tier, audit.alpha, audit.delta).join(audit_table, of_audit)

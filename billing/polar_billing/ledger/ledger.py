@@ -321,7 +321,7 @@ class Ledger:
 
     @contextmanager
     def as_stored(self) -> Iterator[Connection | None]:
-        """A transaction that sees what is stored now; None where there are no tables yet."""
+        """A transaction that sees what is stored now; None if there are no tables yet."""
         if not self._has_tables():
             yield None
             return

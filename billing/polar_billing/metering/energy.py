@@ -44,7 +44,7 @@ class EnergyCounter:
     read: Callable[[], int]
     """Unit: microjoules."""
     range_uj: int | None = None
-    """The largest value; None where it does not start again."""
+    """The largest value; None if it does not start again."""
 
     def used(self, before: int, now: int) -> int:
         """The use between two readings, of which the counter started again at most once."""

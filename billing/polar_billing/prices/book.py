@@ -154,7 +154,7 @@ class PriceBook(Checked):
         return None if customer is None or customer.plan is None else self.plans[customer.plan]
 
     def terms_at(self, moment: datetime, tenant: str) -> tuple[str | None, Terms | None]:
-        """The name of the plan that a tenant is on at a moment, and its terms then; None where there are none."""
+        """The name of the plan that a tenant is on at a moment, and its terms then; None if there are none."""
         customer = self.customer_at(moment, tenant)
         if customer is None or customer.plan is None:
             return None, None

@@ -131,7 +131,7 @@ class PriceEntry(Checked):
         return self.per_compute_unit, self.per_million_input_tokens, self.per_million_output_tokens, self.per_request
 
     def multiplier(self, tier: str | None) -> Decimal | None:
-        """The factor on all prices for a tier, or None where the entry has no price for it."""
+        """The factor on all prices for a tier, or None if the entry has no price for it."""
         return self.untiered if tier is None else self.tiers.get(tier)
 
 

@@ -58,7 +58,7 @@ class InForce:
         self._states = list(_states(choices))
 
     def book(self, tenant: str | None, moment: datetime) -> PriceBook | None:
-        """The book that charges a use at a moment; None where no book was ever put in force.
+        """The book that charges a use at a moment; None if no book was ever put in force.
 
         A tenant of None stands for any that no book names.
         """
@@ -98,7 +98,7 @@ class Prices:
         self._read_choices = choices
         self._named = named
         self._book: PriceBook | None = None
-        """The book that charges everything, read once; None where the ledger says."""
+        """The book that charges everything, read once; None if the ledger says."""
         self._in_force = CachedValue(self._read, _changes)
 
     def of(self, tenant: str | None, moment: datetime | None = None) -> PriceBook:

@@ -28,7 +28,7 @@ class Quote:
 
     currency: str
     amount: Decimal | None
-    """12 decimals; None where the use would be unrated. Unit: currency units."""
+    """12 decimals; None if the use would be unrated. Unit: currency units."""
     lines: tuple[ChargeLine, ...] = ()
     unrated: str | None = None
 
@@ -75,7 +75,7 @@ def quote(
             count. One moment without a price in between makes it unrated.
 
     Returns:
-        The bound; `amount` is None where the book has no price for such a use.
+        The bound; `amount` is None if the book has no price for such a use.
 
     Raises:
         AmountError: A bound is negative.

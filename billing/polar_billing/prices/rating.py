@@ -102,7 +102,7 @@ class Rating:
     full_depth_lines: tuple[ChargeLine, ...] = ()
     """The same request had it run the identity program, under the same prices."""
     per_token_lines: tuple[ChargeLine, ...] | None = None
-    """The same tokens under the entry's `token_reference`; None where it has none."""
+    """The same tokens under the entry's `token_reference`; None if it has none."""
     unrated: str | None = None
     """Reason that there is no price; then there are no lines, and the cost is unknown rather than 0."""
 
@@ -217,7 +217,7 @@ def _exact(charged_by: Rate, requests: int, flops: int, tokens_input: int, token
 
 
 def beyond_receipt(counts: Counts, charged_by: Rate, book: PriceBook) -> str | None:
-    """Say why a request with these counts is unrated although it has a price; None where it is rated."""
+    """Say why a request with these counts is unrated although it has a price; None if it is rated."""
     return reason_beyond(_exact(charged_by, **vars(counts)), book)
 
 
@@ -230,7 +230,7 @@ def always_within_receipt(entry: PriceEntry) -> tuple[int, int, int]:
 
 
 def reason_beyond(exact: int, book: PriceBook) -> str | None:
-    """Say why a cost in units of 10^-30 cannot be stored; None where it can."""
+    """Say why a cost in units of 10^-30 cannot be stored; None if it can."""
     if exact <= _MAX_EXACT:
         return None
     cost = from_scaled(round_half_even(exact, EXACT_SCALE, 0), 0)

@@ -31,9 +31,9 @@ class Change:
     path: str
     """The place in the file: `prices[2026-01-01T00:00:00+00:00].per_compute_unit`."""
     old: str | None
-    """None where there was nothing."""
+    """None if there was nothing."""
     new: str | None
-    """None where nothing is left."""
+    """None if nothing is left."""
     effective_from: datetime | None
     """From when on it makes a difference; None for always."""
 
@@ -47,7 +47,7 @@ class _Part:
     values: dict[str, str]
     ends: datetime | None = None
     addable: bool = False
-    """True where a new one may begin in the past."""
+    """True if a new one may begin in the past."""
 
 
 def changes(old: PriceBook, new: PriceBook) -> list[Change]:

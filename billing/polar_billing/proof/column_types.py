@@ -56,7 +56,7 @@ class WrongCell:
 
     table: str
     tenant: str
-    """The tenant of its row; empty where the table knows none, or the row does not say."""
+    """The tenant of its row; empty if the table knows none, or the row does not say."""
     what: str
     """Names column, row and table."""
 

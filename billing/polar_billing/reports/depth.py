@@ -88,7 +88,7 @@ def layers_of(program: Program, depth: int) -> tuple[LayerState, ...]:
 
 
 def read_layers(text: str, depth: int) -> tuple[LayerState, ...]:
-    """The same of a program in a usage record, which may be of another version; empty where it cannot be read."""
+    """The same of a program in a usage record, which may be of another version; empty if it cannot be read."""
     try:
         return layers_of(Program.parse(text), depth) if text and depth else ()
     except ProgramError:
@@ -96,7 +96,7 @@ def read_layers(text: str, depth: int) -> tuple[LayerState, ...]:
 
 
 def layers_of_record(record: UsageRecord) -> tuple[LayerState, ...]:
-    """The layers of a record's program; empty where no layer ran."""
+    """The layers of a record's program; empty if no layer ran."""
     visits = record.visits
     return read_layers(record.program, max(map(len, (visits.prefill, visits.prefill_filled, visits.decode))))
 

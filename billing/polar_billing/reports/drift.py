@@ -76,7 +76,7 @@ class Saved(Part):
 
     tier: str
     kind: str | None
-    """Value of the tag; None where a request has none."""
+    """Value of the tag; None if a request has none."""
     tokens_max: int | None
     """Longest prompts of it; None for those beyond all limits. Unit: tokens."""
     requests: int
@@ -129,7 +129,7 @@ def saved_by(
         connection: A transaction that reads the ledger.
         selection: Which usage; its tags are ignored.
         tag: Name of the tag.
-        certified: Tier → share that it saved when it was calibrated; empty where no router says so.
+        certified: Tier → share that it saved when it was calibrated; empty if no router says so.
 
     Raises:
         QueryError: No tag can have that name.

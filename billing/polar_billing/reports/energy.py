@@ -41,7 +41,7 @@ class EnergyBasis(Part):
     """The stated efficiency, or the measured log, and the carbon of the grid."""
 
     flops_per_joule: Decimal | None = None
-    """Efficiency of the whole device at work; None where a log was given."""
+    """Efficiency of the whole device at work; None if a log was given."""
     source: str
     """Source of that figure, or the log."""
     intervals: tuple[Interval, ...] = ()
@@ -93,7 +93,7 @@ class EnergyReport(Part):
     joules: Decimal
     joules_saved: Decimal | None
     """Full depth less what the answers needed, at the same efficiency: drafts count in `joules` and not here, since
-    full depth would have them, too. None where it is measured: full depth was not run."""
+    full depth would have them, too. None if it is measured: full depth was not run."""
     grid_grams_per_kwh: Decimal | None
     grid_source: str | None
     carbon_grams: Decimal | None
@@ -125,7 +125,7 @@ class EnergyReport(Part):
 def read_energy(
     flops_per_joule: str | None, source: str | None, log: Path | None, grid: str | None, grid_source: str | None
 ) -> EnergyBasis | None:
-    """Read the options about energy; None where they say nothing.
+    """Read the options about energy; None if they say nothing.
 
     Raises:
         QueryError: A number is out of range, a figure lacks its source, or there is nothing to use it on.

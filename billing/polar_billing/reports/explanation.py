@@ -55,7 +55,7 @@ class PriceStep(Part):
     quantity: Decimal
     unit: str
     price: Decimal
-    """Price in the price book's entry; 0 where the outcome is free."""
+    """Price in the price book's entry; 0 if the outcome is free."""
     multiplier: Decimal
     """Multiplier of the tier."""
     unit_price: Decimal
@@ -124,7 +124,7 @@ class LineExplanation(Part):
     tokens_input: int
     tokens_output: int
     counted: Decimal | None
-    """The line's quantity added up from the usage records; None where a plan prices it over the period."""
+    """The line's quantity added up from the usage records; None if a plan prices it over the period."""
     records: tuple[Charged, ...]
     """The first of them."""
 
@@ -285,7 +285,7 @@ def _issued_line(connection: Connection, name: str, tenant: str | None) -> tuple
 
 
 def _counted(line: StatementLine, counts: Sequence[int]) -> Decimal | None:
-    """The quantity of a line, added up from usage; None where the plan counts otherwise."""
+    """The quantity of a line, added up from usage; None if the plan counts otherwise."""
     if line.kind != "usage":
         return None
     for item, count in zip(ITEMS.values(), counts, strict=True):

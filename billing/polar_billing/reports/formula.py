@@ -58,7 +58,7 @@ class Formula(Part):
     recorded: int
     """The usage record's total. Unit: FLOPs."""
     difference: int
-    """`recorded - total`; 0 where the formula gives what was recorded."""
+    """`recorded - total`; 0 if the formula gives what was recorded."""
     drafts: int
     """FLOPs that were executed for drafts beyond these, as recorded."""
     note: str | None

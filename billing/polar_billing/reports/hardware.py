@@ -78,13 +78,13 @@ class HardwareReport(Part):
     """The break-even price: a million tokens at it pay for the device."""
     charge_per_million_tokens: Decimal | None
     break_even_tokens_per_second: Decimal | None
-    """The throughput at which the charge pays for the device; None where nothing is charged."""
+    """The throughput at which the charge pays for the device; None if nothing is charged."""
     by_tier: tuple[Margin, ...]
     by_tenant: tuple[Margin, ...]
 
 
 def read_hardware(per_device_hour: str | None, tokens_per_second: str | None) -> Hardware | None:
-    """Read the options about the hardware; None where they say nothing.
+    """Read the options about the hardware; None if they say nothing.
 
     Raises:
         QueryError: A number is out of range, or a throughput was given without a price.

@@ -62,7 +62,7 @@ class PromiseReport(Part):
     credit_percent: Decimal | None
     """Share of the tier's charges that the plan gives back; None without a plan."""
     credit: Decimal | None
-    """Credit on the tier's charge in this report; None where nothing is given back."""
+    """Credit on the tier's charge in this report; None if nothing is given back."""
 
 
 class _Promise(NamedTuple):

@@ -58,7 +58,7 @@ class UsageRow(Part):
     """Compared with full depth; negative where more was executed. Unit: CU."""
     cost: Decimal | None
     """Cost of the rated requests, 12 decimals: the sum of their receipts or, under another price book, their exact
-    cost, rounded once. None where none is rated. Unit: `currency`."""
+    cost, rounded once. None if none is rated. Unit: `currency`."""
     currency: str | None
     unrated: dict[str, int]
     """Reason → requests without a price."""

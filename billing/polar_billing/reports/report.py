@@ -50,7 +50,7 @@ class Questions:
     mixes: tuple[Mix, ...] = ()
     """Other mixes of tiers."""
     savings: Callable[[str], Savings | None] = lambda _: None
-    """From the fingerprint of a model to what its tiers were measured to save; None where nothing was."""
+    """From the fingerprint of a model to what its tiers were measured to save; None if nothing was."""
     hardware: Hardware | None = None
     energy: EnergyBasis | None = None
     promises: Mapping[str, int] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Report(Part):
     """True where everything was rated by one named price book instead of those of the receipts."""
     price_books: tuple[PriceBookUsed, ...]
     currency: str | None
-    """None where nothing was rated."""
+    """None if nothing was rated."""
     decimals: int
     tenants: tuple[TenantReport, ...]
     tiers: tuple[TierReport, ...]

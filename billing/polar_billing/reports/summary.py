@@ -53,11 +53,11 @@ class Figures(Part):
     compute_units_saved: Decimal
     """Full depth less `compute_units`; negative where loops or the router cost more. Unit: CU."""
     saved_share: Decimal | None
-    """Saved compute as a share of full depth, at most 1; None where nothing would have been executed."""
+    """Saved compute as a share of full depth, at most 1; None if nothing would have been executed."""
     router_share: Decimal | None
     """The router's part of the executed compute units."""
     charge: Decimal | None
-    """The sum of the lines; None where no request has a price."""
+    """The sum of the lines; None if no request has a price."""
     charge_full_depth: Decimal | None
     """The same requests at full depth under the same prices."""
     charge_per_token: Decimal | None
@@ -188,7 +188,7 @@ class Summary(NamedTuple):
     total: Decimal
     figures: Figures
     currency: str | None
-    """None where nothing was rated."""
+    """None if nothing was rated."""
     decimals: int
     """Decimals of a line."""
 

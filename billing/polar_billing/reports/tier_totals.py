@@ -176,7 +176,7 @@ def _count(alike: _Alike, counted: list[int]) -> int:
 
 
 def _rate(key: _Group, alike: _Alike, book: PriceBook) -> Rating | None:
-    """Rate requests together; None where that is not known to give what rating one by one gives."""
+    """Rate requests together; None if that is not known to give what rating one by one gives."""
     tenant, tier, _, _, outcome, receipts_book, unrated, _ = key
     charged_by = rate_of(book, tenant, tier, alike.served)
     if book.content_hash == receipts_book:

@@ -160,7 +160,7 @@ class UsageTotals(UsageSums):
         self.charged.update(other.charged)
 
     def add_amounts(self, rating: Rating, requests: int, tokens: int) -> None:
-        """Count in what requests cost that were rated together; nothing where they have no price."""
+        """Count in what requests cost that were rated together; nothing if they have no price."""
         if rating.unrated is not None:
             return
         self.rated_tokens += tokens
@@ -184,7 +184,7 @@ def _rounded(exact: int, decimals: int) -> int:
 
 
 def only_currency(currencies: Iterable[str]) -> str | None:
-    """The one currency of several amounts; None where there are no amounts.
+    """The one currency of several amounts; None if there are no amounts.
 
     Raises:
         CurrencyMixError: There are several.
@@ -223,7 +223,7 @@ class Rater:
         """The books that rated something, by content hash."""
 
     def book_of(self, stored: StoredUsage) -> PriceBook | None:
-        """The book that one stored request is rated by; None where it is in a currency that is left out."""
+        """The book that one stored request is rated by; None if it is in a currency that is left out."""
         return self.book_of_receipt(stored.price_book_hash)
 
     def book_of_receipt(self, digest: str) -> PriceBook | None:
@@ -245,7 +245,7 @@ class Rater:
         return sorted({moment for book in books for moment in book.changes()})
 
     def rate(self, stored: StoredUsage) -> Rating | None:
-        """The rating of one stored request; None where it is in a currency that is left out."""
+        """The rating of one stored request; None if it is in a currency that is left out."""
         book = self.book_of(stored)
         if book is None:
             return None
@@ -254,7 +254,7 @@ class Rater:
 
     @property
     def currency(self) -> str | None:
-        """The one currency of everything rated; None where nothing was."""
+        """The one currency of everything rated; None if nothing was."""
         return only_currency({book.currency for book in self.used.values()})
 
     @property

@@ -40,7 +40,7 @@ class TenantOutcome(Part):
 
     tenant: str
     charge: Decimal | None
-    """None where nothing of it has a price."""
+    """None if nothing of it has a price."""
     difference: Decimal | None
     """Less what was charged; None where currencies differ."""
 
@@ -64,7 +64,7 @@ class Scenario(Part):
     unrated: int
     """Requests that the book has no price for."""
     hardware_cost: Decimal | None
-    """At the stated price per device-hour; None where none was stated, or in another currency."""
+    """At the stated price per device-hour; None if none was stated, or in another currency."""
     margin: Decimal | None
     tenants: tuple[TenantOutcome, ...]
 
@@ -172,7 +172,7 @@ def what_if(
 ) -> WhatIf:
     """Work out what would have been: the same usage by other books, and by other mixes of tiers on each basis.
 
-    `find` leads from a model's fingerprint to what its tiers were measured to save; None where nothing was.
+    `find` leads from a model's fingerprint to what its tiers were measured to save; None if nothing was.
     """
     savings = check_mixes(mixes, set().union(*(basis.models for basis in bases)), find) if mixes else {}
     assumptions = _assumptions(charged.summary, mixes, savings, [other.book for other in repriced])

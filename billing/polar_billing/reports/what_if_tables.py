@@ -27,7 +27,7 @@ AS_CHARGED = "as charged"
 
 
 def what_if_view(report: Report, amounts: Amounts) -> Iterator[RenderableType]:
-    """Tables of scenarios and of the cost of the hardware; nothing where nothing was asked."""
+    """Tables of scenarios and of the cost of the hardware; nothing if nothing was asked."""
     answered = report.what_if
     if answered is None:
         return
@@ -46,7 +46,7 @@ def what_if_view(report: Report, amounts: Amounts) -> Iterator[RenderableType]:
 
 
 def energy_view(report: Report) -> Iterator[RenderableType]:
-    """A table by tier and tenant and what it rests on; nothing where nothing was asked."""
+    """A table by tier and tenant and what it rests on; nothing if nothing was asked."""
     energy = report.energy
     if energy is None:
         return

@@ -95,7 +95,7 @@ def _used(connection: Connection, tenant: str, period: Period, seqs: SeqRange) -
 
 
 def _last_charged_book(connection: Connection, tenant: str) -> list[str]:
-    """The id of the book that the tenant's latest receipt was made by; empty where there is none."""
+    """The id of the book that the tenant's latest receipt was made by; empty if there is none."""
     usage, receipt = usage_table.c, receipt_table.c
     query = (
         select(price_book_table.c.id)

@@ -176,7 +176,7 @@ def _service_credits(
 
 
 def _missed(promise: Promise, latency_ns: int | None, agreement: Agreement | None) -> list[str]:
-    """Reasons that a promise was missed, empty where it was kept; what was not measured was not missed."""
+    """Reasons that a promise was missed, empty if it was kept; what was not measured was not missed."""
     reasons = []
     # The reasons become notes of statement lines: their wording is part of issued statements.
     latency_max = promise.latency_ms_p95_max

@@ -107,7 +107,7 @@ def read_statements(connection: Connection, tenant: str, *, before: int | None =
 
 
 def find_statement(connection: Connection, tenant: str, statement_id: str) -> IssuedStatement | None:
-    """One statement of a tenant; None where it has none of that id."""
+    """One statement of a tenant; None if it has none of that id."""
     issued = statement_table.c
     query = select(statement_table).where(issued.tenant == tenant, issued.id == statement_id)
     row = connection.execute(query).one_or_none()

@@ -38,7 +38,7 @@ class Stretch:
     since: datetime
     until: datetime
     entry: PriceEntry | None
-    """None where the book has no price."""
+    """None if the book has no price."""
 
 
 @dataclass(frozen=True)

@@ -110,13 +110,13 @@ def count_audits(connection: Connection, statement: Statement, seqs: SeqRange) -
 
 
 def last_audit(connection: Connection, tenant: str) -> int:
-    """The sequence number of the latest audit of the tenant's requests; 0 where there is none."""
+    """The sequence number of the latest audit of the tenant's requests; 0 if there is none."""
     query = select(func.coalesce(func.max(audit_table.c.seq), 0)).where(audit_table.c.tenant == tenant)
     return int(connection.execute(query).scalar_one())
 
 
 def last_seq(connection: Connection, tenant: str) -> int:
-    """The sequence number of the tenant's latest usage; 0 where there is none."""
+    """The sequence number of the tenant's latest usage; 0 if there is none."""
     query = select(func.coalesce(func.max(usage_table.c.seq), 0)).where(usage_table.c.tenant == tenant)
     return int(connection.execute(query).scalar_one())
 

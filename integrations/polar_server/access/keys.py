@@ -58,7 +58,7 @@ class KeyGuard:
     async def check(
         self, headers: Mapping[str, str], scope: str, *, peer: str | None = None, browser: bool = False
     ) -> Key | None:
-        """The key of a call, which may do what the call wants; None where the call has none and needs none.
+        """The key of a call, which may do what the call wants; None if the call has none and needs none.
 
         Args:
             headers: Of the call.
@@ -102,7 +102,7 @@ class KeyGuard:
 
 
 def _given(headers: Mapping[str, str], *, browser: bool) -> str | None:
-    """The key of a call as it was sent; None where there is none."""
+    """The key of a call as it was sent; None if there is none."""
     kind, _, text = headers.get("authorization", "").partition(" ")
     if browser and kind.lower() == "basic":
         text = _password(text)
@@ -128,7 +128,7 @@ def _opens(key: Key, secret: str) -> bool:
 
 
 def _password(encoded: str) -> str:
-    """The password of HTTP's basic scheme; empty where that is not what was sent."""
+    """The password of HTTP's basic scheme; empty if that is not what was sent."""
     try:
         return base64.b64decode(encoded.strip(), validate=True).decode().partition(":")[2]
     except (binascii.Error, ValueError):

@@ -91,7 +91,7 @@ class AccountStore(Protocol):
         """Usage and spend in a period; a `ValueError` says what is wrong with the question."""
 
     def receipt(self, tenant: str, request_id: str) -> dict[str, Any] | None:
-        """The receipt of a request; None where the tenant has no such request."""
+        """The receipt of a request; None if the tenant has no such request."""
 
 
 class KeyStore(Protocol):
@@ -178,7 +178,7 @@ class Access:
 
 
 def find_installed(group: str, *arguments: Any) -> Any | None:
-    """Call what an installed distribution registered under an entry point; None where none did, or it cannot run.
+    """Call what an installed distribution registered under an entry point; None if none did, or it cannot run.
 
     Args:
         group: Of the entry point, whose name is `default`.

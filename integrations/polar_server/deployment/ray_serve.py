@@ -112,7 +112,7 @@ class AffinityRouter(ConsistentHashRouter):  # type: ignore[misc]  # of an untyp
 
 
 def affinity_of(headers: Mapping[bytes, bytes]) -> str | None:
-    """The common mark of calls that belong together; None where they have none."""
+    """The common mark of calls that belong together; None if they have none."""
     said = [headers[name] for name in _AFFINE_HEADERS if name in headers]
     return hashlib.sha256(b"\0".join(said)).hexdigest() if said else None
 
@@ -162,7 +162,7 @@ async def _drain_when_stopped(server: Server) -> None:
 
 
 def _is_stopping(own: ReplicaContext) -> bool:
-    """Whether Ray ends this replica; False where its controller cannot say."""
+    """Whether Ray ends this replica; False if its controller cannot say."""
     try:
         applications = _get_global_client().get_serve_details()["applications"]
         replicas = applications[own.app_name]["deployments"][own.deployment]["replicas"]

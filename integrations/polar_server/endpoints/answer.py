@@ -110,7 +110,7 @@ class _Reply:
         self._call, self.answer = facts.call, facts.answer
 
     async def send(self, send: Send) -> bool:
-        """Send the answer; True if all of it was sent, False where a stream ended in an error.
+        """Send the answer; True if all of it was sent, False if a stream ended in an error.
 
         Raises:
             Exception: What ended it before anything was sent.

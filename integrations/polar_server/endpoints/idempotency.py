@@ -34,7 +34,7 @@ class Reply(Protocol):
     answer: Answer
 
     async def send(self, send: Send) -> bool:
-        """Send the answer; True if all of it was sent, False where a stream ended in an error."""
+        """Send the answer; True if all of it was sent, False if a stream ended in an error."""
 
 
 async def answer_once(

@@ -145,7 +145,7 @@ class CallTrace:
     """The span of a call, or nothing.
 
     Attributes:
-        span: None where none is wanted.
+        span: None if none is wanted.
     """
 
     def __init__(self, span: Span | None) -> None:

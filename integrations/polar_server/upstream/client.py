@@ -63,7 +63,7 @@ class Ended:
     """The stream is over: well, or by an error."""
 
     error: UpstreamError | None
-    """None where it ended as it should."""
+    """None if it ended as it should."""
 
 
 News = Opened | Event | Ended
@@ -121,7 +121,7 @@ class Client:
         return found
 
     def digests(self, base: str) -> dict[str, Any]:
-        """The digests of an upstream that is sent programs; nothing where it knows of none.
+        """The digests of an upstream that is sent programs; nothing if it knows of none.
 
         Raises:
             UpstreamError: It cannot be reached.

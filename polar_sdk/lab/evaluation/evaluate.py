@@ -338,5 +338,5 @@ def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -
 
 
 def evaluate_texts(subjects: Subjects, thetas: Mapping[str, float]) -> dict[str, TextRun]:
-    """The router at each of some θs on the prompts answered in text; empty where there are none."""
+    """The router at each of some θs on the prompts answered in text; empty if there are none."""
     return {name: subjects.texts(subjects.routed(theta)) for name, theta in thetas.items()} if subjects.written else {}

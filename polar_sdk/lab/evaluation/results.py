@@ -46,7 +46,7 @@ class SystemResult(BaseModel, frozen=True):
     """False for a system that must know the outcome before it runs."""
     note: str = ""
     accuracy: Interval | None = None
-    """With Wilson's interval; None where no prompt has an answer."""
+    """With Wilson's interval; None if no prompt has an answer."""
     accuracy_drop: Interval | None = None
     """Identity's accuracy − this system's, paired."""
     mcnemar_vs_identity_p: float | None = None
@@ -69,7 +69,7 @@ class Comparison(BaseModel, frozen=True):
 
     control: str
     accuracy_p: float | None
-    """None where no prompt has an answer."""
+    """None if no prompt has an answer."""
     accuracy_gain: float | None
     agreement_p: float
     agreement_gain: float
@@ -156,7 +156,7 @@ class Evaluation(BaseModel, frozen=True):
     classes: tuple[ClassResult, ...] = ()
     """Every class at every point."""
     texts: dict[str, TierTexts] = Field(default_factory=dict)
-    """All prompts answered in text, by tier, `exact` among them; empty where there are none."""
+    """All prompts answered in text, by tier, `exact` among them; empty if there are none."""
     verdict: tuple[str, ...]
     certificate: Certificate | None
     certificate_holds: bool

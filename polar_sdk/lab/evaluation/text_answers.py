@@ -80,7 +80,7 @@ class FreeFigures(BaseModel, frozen=True):
     repeated_4grams: float
     """Mean share of an answer's runs of four tokens that were there before."""
     gold_f1: float | None
-    """Mean overlap of words with the right text, as in SQuAD; None where no right text is known."""
+    """Mean overlap of words with the right text, as in SQuAD; None if no right text is known."""
     gold_f1_drop: Interval | None
     """Identity's less the tier's, paired, with its 95 % interval."""
     kl_per_token: float

@@ -97,7 +97,7 @@ class FitResult:
     Attributes:
         folder: Of its files: `fit.json`, `router/`, `evaluation.json`, `fit.html`.
         facts: What is stored about it.
-        registered: Folder of the registered router; None where nothing could be promised.
+        registered: Folder of the registered router; None if nothing could be promised.
     """
 
     folder: Path

@@ -85,7 +85,7 @@ class Predictions(NamedTuple):
 
 
 def slots_of(tasks: Sequence[Task], device: torch.device) -> ChoiceSlots | None:
-    """The choices of a pack; None where it has no choice question."""
+    """The choices of a pack; None if it has no choice question."""
     questions = [task for task in tasks if isinstance(task.item, ChoiceItem)]
     if not questions:
         return None

@@ -102,11 +102,11 @@ class Space:
         return True
 
     def random_cut(self, budget: float, dice: random.Random) -> Cut | None:
-        """A cut built from scratch; None where none fits."""
+        """A cut built from scratch; None if none fits."""
         return self.fit(frozenset(), budget, dice)
 
     def neighbour(self, cut: Cut, budget: float, dice: random.Random) -> Cut | None:
-        """A cut with one edit moved, resized or exchanged, at about the same cost; None where none fits."""
+        """A cut with one edit moved, resized or exchanged, at about the same cost; None if none fits."""
         if not cut:
             return self.random_cut(budget, dice)
         edit = dice.choice(sorted(cut))
@@ -177,7 +177,7 @@ Fitness = Callable[[Sequence[Program], float], dict[Program, float]]
 def evolve(
     space: Space, budget: float, fitness_of: Fitness, *, population: int, generations: int, dice: random.Random
 ) -> dict[Program, float]:
-    """Fitness on all prompts of every program that reached the last rung; empty where no program fits the budget.
+    """Fitness on all prompts of every program that reached the last rung; empty if no program fits the budget.
 
     Args:
         space: Where to look.

@@ -63,7 +63,7 @@ class RewardMatrix:
         ids: Hash of each prompt's normalised text, P; the same over runs and files.
         kinds: What each prompt is, P.
         splits: `train`, `dev`, `calibration` or `test`, P.
-        classes: The class that each prompt's item names, P; empty where it names none.
+        classes: The class that each prompt's item names, P; empty if it names none.
         tokens: Token ids of each prompt as a router reads it, P tuples.
         programs: The menu, M.
         agree: (P, M) bool.
@@ -75,7 +75,7 @@ class RewardMatrix:
         model: Name of the base model.
         fingerprint: Of the base model.
         dtype: Of the weights: `bfloat16`, `int8`, …
-        bridges: Hash of the bridges and fills that the programs use; empty where they use none.
+        bridges: Hash of the bridges and fills that the programs use; empty if they use none.
         data: Hash of all prompts.
     """
 

@@ -36,7 +36,7 @@ class MenuProgram(BaseModel, frozen=True):
     token_agreement: float
     """The same by tokens for prompts answered in text."""
     accuracy: float | None
-    """Share of the labelled prompts among them that it answers right; None where there are none."""
+    """Share of the labelled prompts among them that it answers right; None if there are none."""
 
 
 class Menu(BaseModel, frozen=True):
@@ -47,7 +47,7 @@ class Menu(BaseModel, frozen=True):
     fingerprint: str
     dtype: str
     bridges: str
-    """Hash of the bridges that the programs use; empty where they use none."""
+    """Hash of the bridges that the programs use; empty if they use none."""
     data: str
     """Hash of the prompts."""
     seed: int

@@ -87,7 +87,7 @@ class TierAttack(BaseModel, frozen=True):
 
     @property
     def fewer(self) -> float | None:
-        """Share of the breaks that the defences prevent; None where there is none to prevent."""
+        """Share of the breaks that the defences prevent; None if there is none to prevent."""
         return 1 - self.defended / self.without if self.without else None
 
 

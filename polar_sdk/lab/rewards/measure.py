@@ -78,7 +78,7 @@ class Measurer:
         return {program: rewards_of(tasks, scores[identity], scores[program], program, cost) for program in distinct}
 
     def right(self, tasks: Sequence[Task], program: Program, max_tokens: int = 64) -> Tensor:
-        """(P,) bool: whether the program's answer is right; False where the right one is not known.
+        """(P,) bool: whether the program's answer is right; False if the right one is not known.
 
         Choices are compared by their scores; prompts with an answer are answered greedily, and the text is compared.
         """

@@ -63,7 +63,7 @@ class Asker(Generic[P]):
     shots: int = 0
 
     def prepare(self, problem: P) -> Prepared[P] | None:
-        """The problem with as many solved ones before it as there is room for; None where it does not fit alone."""
+        """The problem with as many solved ones before it as there is room for; None if it does not fit alone."""
         shots = self.suite.shots(problem, self.solved, self.shots)
         for count in range(len(shots), -1, -1):
             prepared = self._prepared(problem, self.suite.ask(problem, shots[:count], chat=self.chat))

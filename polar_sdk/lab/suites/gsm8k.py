@@ -64,7 +64,7 @@ class Gsm8k(Suite[Gsm8kProblem]):
 
 
 def final_number(text: str) -> str:
-    """The number that a text gives as its answer; empty where it has none."""
+    """The number that a text gives as its answer; empty if it has none."""
     marked = next((found[-1] for mark in _MARKED if (found := mark.findall(text))), text)
     numbers = _NUMBER.findall(marked)
     return str(numbers[-1]) if numbers else ""

@@ -84,7 +84,7 @@ class Form(BaseModel):
         return self
 
     def flaw(self, answer: str) -> str:
-        """The first thing that an answer is not; empty where it is all of them."""
+        """The first thing that an answer is not; empty if it is all of them."""
         text = answer.strip()
         if not text:
             return "empty"

@@ -56,7 +56,7 @@ def group_columns(found: SuiteEvaluation) -> tuple[str, ...]:
 
 
 def group_rows(found: SuiteEvaluation) -> list[tuple[str, ...]]:
-    """Accuracy by group and tier; empty where the suite has no groups."""
+    """Accuracy by group and tier; empty if the suite has no groups."""
     return [
         (name.replace("_", " "), *(f"{tier.groups[name]:.1%}" for tier in found.tiers))
         for name in found.baseline.groups

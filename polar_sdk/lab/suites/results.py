@@ -81,7 +81,7 @@ class SuiteEvaluation(BaseModel, frozen=True):
     """Tokens of each prompt that are the chat template's; included."""
     tiers: tuple[TierResult, ...]
     flaws: dict[str, tuple[str, ...]]
-    """By tier, for each problem: what is wrong with the answer; empty where it is right."""
+    """By tier, for each problem: what is wrong with the answer; empty if it is right."""
 
     @property
     def baseline(self) -> TierResult:

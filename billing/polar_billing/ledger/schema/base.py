@@ -230,7 +230,7 @@ class Chained:
         return str(column.name)
 
     def key_of(self, text: str) -> int | str | None:
-        """The primary key that a link's text stands for; None where it cannot be one."""
+        """The primary key that a link's text stands for; None if it cannot be one."""
         if not isinstance(self.table.c[self.key].type, Integer):
             return text
         try:
@@ -240,7 +240,7 @@ class Chained:
         return number if abs(number) < 2**63 else None  # as many bits as a column has
 
     def tenant_of(self, row: Sequence[Any]) -> str:
-        """The tenant in whose chain a row is a link; empty where the table knows no tenants."""
+        """The tenant in whose chain a row is a link; empty if the table knows no tenants."""
         columns = self.table.c.keys()
         return str(row[columns.index("tenant")]) if "tenant" in columns else NO_TENANT
 
