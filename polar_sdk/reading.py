@@ -71,7 +71,7 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
 
     Raises:
         OSError: It cannot be read.
-        Unreadable: It is larger, or its path is no path.
+        Unreadable: It is larger, or its path is not valid.
     """
     try:
         with Path(path).open("rb") as file:

@@ -85,4 +85,4 @@ def fit(
     if made.registered is None:
         print_line("no router is registered: every tier would run at full depth.")
     else:
-        print_line(f"registered: whoever loads {model or engine.name} in {engine.dtype} gets these tiers from now on.")
+        print_line(f"registered: {model or engine.name} in {engine.dtype} uses these tiers from now on.")

@@ -135,7 +135,7 @@ class ModelSettings(BaseModel):
     """Engines by the model's name; copies of the object share them."""
 
     per_call: ClassVar[frozenset[str]] = frozenset(_PER_CALL)
-    """Settings that a call may change; `CALLER_OPTIONS` say who asks."""
+    """Settings that a call may change; `CALLER_OPTIONS` name the caller."""
     dropped: ClassVar[frozenset[str]] = frozenset()
     """Options of a call that are accepted, and are not settings."""
 

@@ -39,7 +39,7 @@ _TEXT_BYTES: Final = 16_000_000
 
 
 def get_gguf(alias: Alias, work: Path) -> Path:
-    """Put the GGUF file of `alias` into `work`; whoever calls holds the lock of that model.
+    """Put the GGUF file of `alias` into `work`; the caller holds the lock of that model.
 
     Raises:
         ModelFetchError: It is not available and could not be downloaded.

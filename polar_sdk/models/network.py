@@ -4,7 +4,7 @@ The weights of a GGUF file are not in it: its parameters have no numbers, but st
 `outline.py` knows the network of such a file, transformers does not build it at all.
 
 transformers finds every weight's place by its own rules, older names and fused experts included. It is given tensors in
-the dtype that the files have, so that it copies nothing; whoever runs the model casts layer by layer, with `bringer`,
+the dtype that the files have, so that it copies nothing; the engine casts layer by layer, with `bringer`,
 which refuses weights that are not finite.
 
 Every layer has its own mapping, because the pages of a mapping count as memory of the process until all tensors in it

@@ -189,7 +189,7 @@ def save_with_maps(router: LearnedRouter, folder: Path, maps: Iterable[MapSet]) 
 
 
 def stored_costs(name: str, fingerprint: str, router: Path | None = None) -> CostModel:
-    """The costs of visits of a model on this host, for whoever checks a bill: from its configuration, without weights.
+    """The costs of visits of a model on this host, for checking a bill: from its configuration, without weights.
 
     The model is found by the fingerprint of the usage record, so that no other model's sizes can stand in for it;
     bridges and fills come with the routers that are stored for it. Fetches nothing.

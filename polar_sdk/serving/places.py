@@ -1,4 +1,4 @@
-"""Places: which jobs run together, what is promised to them, and who gives way when another one waits.
+"""Places: which jobs run together, what is promised to them, and which gives way when another one waits.
 
 A job with a place is promised the maximum number of pages it may need, so that no answer ends for lack of memory. If a
 job waits and there is no room, others give way:

@@ -111,7 +111,7 @@ class Scheduler:
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens chosen since the model was loaded, for whoever watches how fast it is."""
+        """Tokens chosen since the model was loaded, for watching its speed."""
         return self._passes.sampled_tokens
 
     def submit(self, jobs: Sequence[Job]) -> None:

@@ -194,7 +194,7 @@ def _item_of(line: StatementLine) -> str:
 
 
 def list_price(line: StatementLine, book: PriceBook) -> Decimal | None:
-    """The book's plain rate for what a line charges, whoever the tenant is; None if there is none.
+    """The book's plain rate for what a line charges, for any tenant; None if there is none.
 
     Packages have no plain rate, and what is free costs nothing on the list either.
     """

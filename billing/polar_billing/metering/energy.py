@@ -29,7 +29,7 @@ POWERCAP: Final = Path("/sys/class/powercap")
 _ZONES: Final = ("package", "dram")
 """By the beginning of a zone's name; `psys` holds the package, and `core` is within it."""
 _MAX_UJ: Final = 10**18
-"""Microjoules of an interval; more is no measurement."""
+"""Maximum microjoules of an interval; more is not a measurement."""
 _NO_COUNTERS: Final = (
     "this machine has no energy counters that can be read: none under {folder} (RAPL; some kernels let only root read "
     "it), and no NVIDIA device through NVML{reason}."

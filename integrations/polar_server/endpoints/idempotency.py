@@ -45,7 +45,7 @@ async def answer_once(
     begin: Callable[[], Reply],
     send: Send,
 ) -> None:
-    """Answer a call that may come again: by whoever claims its key first, and then from what was kept.
+    """Answer a call that may come again: by the first call that claims its key, and then from what was kept.
 
     A claim is always followed by an answer or given up, so this runs in a task that no client's leaving cancels.
 
@@ -131,7 +131,7 @@ def _refusal(state: str) -> ApiError:
 class _Copy:
     """An ASGI `send` that keeps a copy, and goes on when nobody listens any more.
 
-    The end of the answer waits for `finish`: whoever has all of it and asks again finds it kept.
+    The end of the answer waits for `finish`: a caller that has all of it and asks again finds it kept.
     """
 
     def __init__(self, send: Send) -> None:

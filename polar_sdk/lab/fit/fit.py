@@ -123,7 +123,7 @@ def fit(
     on_plan: Callable[[Plan], None] = lambda _: None,
     on_progress: Progress = silent,
 ) -> FitResult:
-    """Make a certified router for a model, and register it for whoever loads the model from now on.
+    """Make a certified router for a model, and register it for everyone who loads the model.
 
     An interrupted fit resumes where it stopped; a finished one is returned unchanged.
 

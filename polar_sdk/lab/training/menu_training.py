@@ -64,7 +64,7 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     """The dial ends where the router would run a program that it expects to keep the answer with less probability.
 
     Without this limit, giving up on a few prompts, by the cheapest program, would count for less than a small risk on
-    many: cheap on average, and useless to whoever sent those prompts.
+    many: cheap on average, and useless to those who sent these prompts.
     """
     steps: int = Field(default=200, ge=1)
     check_every: int = Field(default=10, ge=1)
