@@ -3,7 +3,7 @@
 * `polar_audit`    one row per audited answer and promise: a fact, in the chain of the tenant whose request it was
 * `polar_standing` one row each time that the state of a promise changed, with the audit that changed it. It follows
                    from the audits in the order of their numbers, which `verify` computes again
-* `polar_monitor`  one row per promise: its monitor after the last audit, so that nobody need read them all at the start.
+* `polar_monitor`  one row per promise: its monitor after the last audit, so that no start has to read them all.
                    It follows from the audits too
 * `polar_alert`    one row per change sent to a webhook: when it is due next, and how that went
 
