@@ -220,7 +220,7 @@ class _Maker:
         start = PromptEncoder(self.model.loaded.tokenizer).message_start()
         if not start:
             raise DataError(
-                f"model {self.model.name} has no chat template by which it could ask itself questions.",
+                f"model {self.model.name} has no chat template, so it cannot write questions for itself.",
                 hint="Give it prompts: a JSONL file, or items.",
             )
 
@@ -247,8 +247,7 @@ class _Maker:
         questions = [text for text in dict.fromkeys(known[seed] for seed in seeds) if text]
         if not questions:
             raise DataError(
-                f"of {count} questions that the model was to ask itself, none was whole within {_QUESTION_TOKENS} "
-                "tokens.",
+                f"of {count} questions that the model wrote, none was complete within {_QUESTION_TOKENS} tokens.",
                 hint="Give it prompts: a JSONL file, or items.",
             )
         return questions
@@ -378,5 +377,5 @@ def _check_writable(path: Path) -> None:
 def _prompts(items: Sequence[Item]) -> list[str]:
     prompts = list(dict.fromkeys(item.prompt for item in items if not isinstance(item, ChoiceItem)))
     if not prompts:
-        raise DataError("the data holds choice questions alone; a draft head is trained on answers in text.")
+        raise DataError("the data has only choice questions; a draft head is trained on answers in text.")
     return prompts

@@ -208,7 +208,7 @@ class _Work:
                 self._write(facts)
                 return facts
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise DataError(f"{str(self.folder)!r} is not empty and holds no fit; give another folder.")
+            raise DataError(f"{str(self.folder)!r} is not empty and contains no fit; give another folder.")
         pace = measure_pace(model, self.items, self.on_progress)
         plan = make_plan(model, workload_of(model, self.items), pace, self.hours, self.distil)
         for name in ("closed", "trained", "fills", "menu", "static", "router"):

@@ -167,7 +167,7 @@ class Healer:
         if method.texts_only:
             items = [item for item in items if not isinstance(item, ChoiceItem)]
         if not items:
-            raise MapError(f"{method.kind}s are fitted on prompts that are answered in text, and there is none.")
+            raise MapError(f"{method.kind}s are fitted on prompts that are answered in text, but there are none.")
         return items
 
     def _tasks(self, items: Sequence[Item], split: str) -> list[Task]:

@@ -211,7 +211,7 @@ class Method(ABC):
         last = int(match[2] or (end if self.to_the_end else first))
         if not self.lowest <= first <= last <= end:
             raise MapError(
-                f"segment {text.strip()!r} does not fit: first ≤ last is needed, both between {self.lowest} and {end}."
+                f"segment {text.strip()!r} does not fit: it needs first ≤ last, both between {self.lowest} and {end}."
             )
         return first, last
 

@@ -33,7 +33,7 @@ class Gsm8kProblem(Problem, frozen=True):
     @classmethod
     def _has_a_number(cls, answer: str) -> str:
         if not _NUMBER.fullmatch(_right(answer)):
-            raise ValueError("it ends in no number; the data set writes it after ####")
+            raise ValueError("it does not end in a number; the data set writes it after ####")
         return answer
 
     @property

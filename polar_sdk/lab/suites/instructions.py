@@ -80,7 +80,7 @@ class Form(BaseModel):
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
         if self == Form.model_construct():
-            raise ValueError("it asks for nothing; name one thing that an answer must be")
+            raise ValueError("it demands nothing; name at least one demand")
         return self
 
     def flaw(self, answer: str) -> str:

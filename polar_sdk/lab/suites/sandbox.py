@@ -89,8 +89,8 @@ def require_sandbox() -> None:
         )
     if not (ended := _run(_TRIAL, "", "", DEFAULT_LIMITS)).passed:
         raise SandboxError(
-            f"this kernel does not confine code as asked (its trial: {ended.reason}); use one with seccomp filters, "
-            "outside of containers that forbid them."
+            f"this kernel does not confine code as needed (the trial: {ended.reason}); use one with seccomp filters, "
+            "outside containers that forbid them."
         )
 
 

@@ -125,7 +125,7 @@ def check_shots(suite: Suite[Any], count: int, file: Path | None) -> None:
         InvalidRequestError: The suite takes none, or no file holds them.
     """
     if count and not suite.takes_shots:
-        raise InvalidRequestError(f"suite {suite.name} is asked without examples (got {count} shots); use 0.")
+        raise InvalidRequestError(f"suite {suite.name} takes no examples (got {count} shots); use 0.")
     if count and file is None:
         raise InvalidRequestError(
             f"{count} shots need solved problems; name a file of them, in the same form, with --shots-from."

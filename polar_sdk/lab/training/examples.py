@@ -114,7 +114,7 @@ class Examples:
         keep = matrix.labelled if loss == "harms" else torch.ones(len(matrix), dtype=torch.bool)
         if loss != "differs" and not bool(matrix.labelled.any()):
             raise DataError(
-                f"the loss {loss!r} needs prompts with answers, and none has one; use 'differs', or give answers."
+                f"the loss {loss!r} needs prompts with answers, but none has one; use 'differs', or give answers."
             )
         least = -1.0 if loss == "drops" else 0.0
         names = sorted(set(matrix.kinds))

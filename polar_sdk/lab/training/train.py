@@ -149,7 +149,7 @@ class RouterTrainer:
     def _order(self) -> list[int]:
         """Programs cheaper than identity, cheapest first."""
         if len(self.matrix.programs) < 2:
-            raise DataError("the menu holds identity alone; search again with more budgets.")
+            raise DataError("the menu has only identity; search again with more budgets.")
         return self._pricing(own_length=False).cheaper
 
     def _pricing(self, *, own_length: bool, loss: Loss = "differs") -> Pricing:
@@ -192,7 +192,7 @@ class RouterTrainer:
         rows = {name: [row for row, task in enumerate(tasks) if split[task.id] == name] for name in ("train", "dev")}
         if not rows["train"] or not rows["dev"]:
             raise DataError(
-                "the items hold no train or no dev prompt of the reward matrix; pass the items that were searched on."
+                "the items have no train or no dev prompt of the reward matrix; pass the items that were searched on."
             )
         outcomes = bench.outcomes(tasks, [], labels=False)
 
