@@ -1,7 +1,7 @@
 """The bill at the end of every example: what one run used, and what that costs, by tenant and tier.
 
-Each run has a ledger of its own in a temporary folder, so yours stays as it is. In your own code, leave `ledger=` out
-of the model: usage then goes to your ledger, and `polar usage` shows it.
+Each run has its own ledger in a temporary folder, so yours is not touched. In your own code, leave out `ledger=`: usage
+then goes to your ledger, and `polar usage` shows it.
 """
 
 from __future__ import annotations

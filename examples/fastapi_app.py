@@ -6,8 +6,8 @@ Run it with `python examples/fastapi_app.py [PORT]` and end it with Ctrl-C; the 
         -d '{"question": "Why is the sky blue?"}'
     curl http://127.0.0.1:8000/bill -H 'X-API-Key: key-of-acme'
 
-A client that leaves ends the computing of its answer; what had run until then is on its bill. For an API in front of a
-model, rather than of a chain, there is `polar serve`.
+When a client leaves, its answer stops, and what had run by then is on its bill. For an API in front of a model instead
+of a chain, there is `polar serve`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_app(chat: ChatPolar, ledger: Ledger) -> FastAPI:
 
     @app.get("/bill")
     def bill(tenant: Tenant) -> list[UsageRow]:
-        """The use of the caller, and of nobody else, so far."""
+        """The caller's own usage so far."""
         return usage_rows(ledger, Selection(tenant))
 
     return app

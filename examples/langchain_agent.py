@@ -2,10 +2,10 @@
 
 Run it with `python examples/langchain_agent.py [MODEL]`. MODEL is a hub id or a folder; `POLAR_MODEL` may name it, too.
 
-What the default model of 135 million parameters can do: choose among a few tools that differ clearly, and fill in their
-arguments from the question. What it cannot: put a result into words, or plan. Asked again with a result before it, it
-calls the same tool again. So for it the tool's own words are the answer (`return_direct`). A model of a billion
-parameters or more may take several steps and answer itself; nothing else changes.
+The default model of 135 million parameters can choose among a few clearly different tools and fill in their arguments
+from the question. It cannot put a result into words, or plan: given a result, it calls the same tool again. So with
+this model the tool's own words are the answer (`return_direct`). A model of a billion parameters or more may take
+several steps and answer itself; nothing else changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from langchain_polar import ChatPolar
 
 Day = Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MOST_CALLS = 4
-"""Calls of the model per question; an agent that goes round in circles ends there."""
+"""Maximum calls of the model per question, which ends an agent that goes round in circles."""
 QUESTIONS = (
     ("acme", "When is the library open on Thursday?"),
     ("globex", "What does it cost to print 12 pages?"),

@@ -2,7 +2,7 @@
 
 Run it with `python examples/llama_index_rag.py`. A query engine answers single questions, a chat engine remembers what
 was said. The text is `handbook.md` beside this file; `minilm.py` turns its paragraphs into vectors. Each question is
-charged to a tenant of its own, although the engines in between know nothing of tenants.
+charged to its own tenant, although the engines in between know nothing of tenants.
 """
 
 from __future__ import annotations

