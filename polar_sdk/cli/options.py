@@ -118,7 +118,7 @@ def with_model(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**{name: values[name] for name in own}, chosen=chosen)
         except KeyboardInterrupt:
-            metered = () if chosen.model["no_ledger"] else ("what was executed before that is in the ledger",)
+            metered = () if chosen.model["no_ledger"] else ("what was executed until then is in the ledger",)
             raise KeyboardInterrupt(*metered) from None
 
     return _described(run, command, {**arguments, **request, **own, **model})

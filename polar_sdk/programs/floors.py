@@ -40,7 +40,7 @@ class Topic(_Frozen):
     def _has_examples(self) -> Self:
         if len(self.examples) < FEWEST_EXAMPLES:
             raise ValueError(
-                f"a topic is recognised by its examples, but there are only {len(self.examples)}; give at "
+                f"a topic is recognised by its examples, but there are {len(self.examples)}; give at "
                 f"least {FEWEST_EXAMPLES}"
             )
         return self

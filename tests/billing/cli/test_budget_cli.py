@@ -135,7 +135,7 @@ def test_close_lifts_a_budget(filled: Budgets, polar: Callable[..., Result]) -> 
 
 
 def test_recheck_finds_what_is_wrong(filled: Budgets, polar: Callable[..., Result]) -> None:
-    assert polar("recheck").output == "Every counter agrees with what holds and usage add up to.\n"
+    assert polar("recheck").output == "Every counter agrees with holds and usage.\n"
     with filled.ledger.transaction() as connection:
         connection.execute(update(counter_table).where(counter_table.c.level == "user").values(held=7))
     wrong = polar("recheck", "--tenant", "acme")

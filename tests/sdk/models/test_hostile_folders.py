@@ -56,7 +56,7 @@ def spoil(folder: Path) -> Any:
         ("torch_dtype", "__class__", "torch_dtype = '__class__'"),
         ("max_position_embeddings", 10**30, "max_position_embeddings = 1000"),
         ("num_hidden_layers", 10_000, "num_hidden_layers = 10000; it must be a whole number from 1 to 4,096"),
-        ("num_hidden_layers", 4_000, "it has 4000 layers, and the weights are those of 6"),
+        ("num_hidden_layers", 4_000, "it has 4000 layers, but the weights are those of 6"),
         ("vocab_size", 10**12, "vocab_size = 1000000000000"),
         ("hidden_size", "48", "hidden_size = '48'"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps = nan; it must be finite"),
