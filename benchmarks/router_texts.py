@@ -1,4 +1,4 @@
-"""Prompts as chains send them, by kind, for fills and for the router; and a fact at every depth of a long prompt.
+"""Prompts as chains send them, by kind, for fills and for the router.
 
 Used by `train_router.py`. Kinds come from the package's own prompts, from `lab.fit.synthetic`, and, where
 POLAR_DATA names a folder, from its passages, abstracts, trivia and sums. A hash deals each prompt to one of two parts:
@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from polar_sdk.lab.evaluation.text_answers import f1
 from polar_sdk.lab.fit.synthetic import TASKS as ABOUT_A_TEXT
-from polar_sdk.lab.fit.synthetic import long_items, notes
+from polar_sdk.lab.fit.synthetic import long_items
 from polar_sdk.lab.items import (
     AnswerItem,
     ChoiceItem,
@@ -27,18 +25,12 @@ from polar_sdk.lab.items import (
     split_of,
 )
 from polar_sdk.reading import parse_json
-from polar_sdk.router.artifact import load_router
-from polar_sdk.router.exact_tests import mean_difference
-from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.menu import MenuRouter
-from polar_sdk.router.store import attach_router
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from benchmarks.results import Recorder
     from polar_sdk.lab.items import Item
-    from polar_sdk.model import PolarModel
     from polar_sdk.programs.program import Program
     from polar_sdk.router.base import Router
 
@@ -49,16 +41,12 @@ __all__ = [
     "PER_TASK",
     "ROUTED",
     "TASKS",
-    "by_tier",
     "filling",
-    "record_depths",
-    "record_drop",
     "route_texts",
     "rows",
     "tasks_about",
     "texts",
     "unused_passages",
-    "written_answers",
 ]
 
 Part = Literal["fit", "route"]
@@ -67,7 +55,6 @@ _NEIGHBOURS: Final = 5
 """Passages in one prompt, as a search would return them."""
 FITTED, ROUTED, PER_TASK, COMPARISONS = 120, 100, 25, 110
 """Prompts of each kind for fills and for the router; for it also of each task, and comparisons."""
-DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASKS: Final = {
     **ABOUT_A_TEXT,
     "choice of a text": (
@@ -184,66 +171,3 @@ def filling(router: Router | None) -> list[Program]:
     """The programs of a menu that fill and cross nothing by a bridge: those for texts. None where no menu serves."""
     programs = router.programs if isinstance(router, MenuRouter) else ()
     return [program for program in programs if program.fills and not program.bridges]
-
-
-def by_tier(model: PolarModel, folder: Path) -> dict[str, Router]:
-    """A certified router at each of its tiers, `exact` first."""
-    router = attach_router(load_router(folder), model, folder)
-    assert isinstance(router, LearnedRouter)
-    tiers = {} if router.certificate is None else router.certificate.tiers
-    return {"exact": router.at(0.0), **{tier: router.at(promise.theta) for tier, promise in tiers.items()}}
-
-
-def record_depths(
-    recorder: Recorder, model: PolarModel, tiers: dict[str, Router], per_depth: int, facts: int = 34, seed: int = 11
-) -> None:
-    """Record how well tiers find a fact at every depth of long notes, beside full depth: F1 to the answer.
-
-    Args:
-        recorder: Takes the figures.
-        model: The model.
-        tiers: Routers by tier, `exact` among them.
-        per_depth: Prompts at each depth.
-        facts: Facts in each prompt; 34 make about 1,000 tokens.
-        seed: Seed of the prompts.
-    """
-    scores: dict[str, list[float]] = {tier: [] for tier in tiers}
-    for depth in DEPTHS:
-        asked = notes(per_depth, seed=seed, facts=(facts, facts), depth=depth)
-        for tier, router in tiers.items():
-            written = written_answers(model, [text.prompt for text in asked], router)
-            own = [_found(text, right.answer) for text, right in zip(written, asked, strict=True)]
-            scores[tier] += own
-            recorder.add(f"{tier}: at {depth:.0%}", 100 * fmean(own), "%", topic="depths", note=f"{per_depth} prompts")
-    for tier, found in scores.items():
-        if tier != "exact":
-            record_drop(recorder, f"{tier}: drop against exact", scores["exact"], found, topic="depths")
-
-
-def record_drop(
-    recorder: Recorder, name: str, exact: Sequence[float], found: Sequence[float], *, topic: str | None = None
-) -> None:
-    """Record the drop of scores against full depth, prompt by prompt, with the paired interval."""
-    drop = mean_difference(exact, found)
-    recorder.add(
-        name,
-        100 * drop.value,
-        "points",
-        topic=topic,
-        low=100 * drop.low,
-        high=100 * drop.high,
-        interval="95%",
-        goal=2,
-        better="lower",
-        note=f"{len(found)} prompts",
-    )
-
-
-def _found(written: str, right: str) -> float:
-    """1 where the answer stands in the text, else the overlap of words."""
-    return 1.0 if right.casefold() in written.casefold() else f1(written, right)
-
-
-def written_answers(model: PolarModel, prompts: Sequence[str], router: Router) -> list[str]:
-    """Greedy answers of at most 32 tokens."""
-    return [model.decode(answer) for answer in model.greedy_answers(prompts, max_tokens=32, router=router)]

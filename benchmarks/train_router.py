@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_seeds import record_router, record_seeds
-from benchmarks.router_texts import COMPARISONS, FITTED, PER_TASK, ROUTED, by_tier, record_depths, route_texts, texts
+from benchmarks.router_texts import COMPARISONS, FITTED, PER_TASK, ROUTED, route_texts, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import engine_version
 from polar_sdk.lab.checkpoint import run_key
@@ -374,11 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-kind", type=int, default=ROUTED, help="texts of each kind for the router")
     parser.add_argument("--per-task", type=int, default=PER_TASK, help="texts of each task about passages not yet used")
     parser.add_argument("--comparisons", type=int, default=COMPARISONS, help="texts that compare two of them")
-    parser.add_argument("--depth-facts", type=int, default=34, help="facts in those notes: 34 are some 1,000 tokens")
     parser.add_argument("--distil", type=int, default=900, help="training steps of the fills, without labels")
     parser.add_argument("--fill-rate", type=float, default=3e-4, help="learning rate of those steps")
     parser.add_argument("--free", type=int, default=FREE, help="test prompts that every tier also answers freely")
-    parser.add_argument("--depth-prompts", type=int, default=24, help="prompts at each of five depths of long notes")
     parser.add_argument(
         "--tune", type=int, default=380, help="training steps of the bridges for choices, with the right choices"
     )
@@ -421,8 +419,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shipped, mains = work.run([*OTHERS, *(["policy"] if options.epochs else [])])
     print(record_seeds(recorder, [router.with_suffix(".json") for router in mains]))
     record_router(recorder, shipped.with_suffix(".json"))
-    if options.depth_prompts:
-        record_depths(recorder, model, by_tier(model, shipped), options.depth_prompts, options.depth_facts)
     print(f"wrote {recorder.path}")
     ship(shipped, options.out)
 

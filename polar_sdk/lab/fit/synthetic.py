@@ -198,30 +198,28 @@ _EVENTS: Final[tuple[Callable[[random.Random], str], ...]] = (
 )
 
 
-def notes(count: int, *, seed: int = 0, facts: tuple[int, int] = (8, 24), depth: float | None = None) -> list[Written]:
+def notes(count: int, *, seed: int = 0, facts: tuple[int, int] = (8, 24)) -> list[Written]:
     """Notes of a meeting, and a question about one fact in them.
 
     Args:
         count: How many.
         seed: Others for each.
         facts: Fewest and most facts in one text, some 30 tokens each with what stands between them.
-        depth: Where the asked fact stands, from 0 to 1; None = anywhere.
     """
-    return [_note(random.Random(f"notes {seed} {place}"), facts, depth) for place in range(count)]
+    return [_note(random.Random(f"notes {seed} {place}"), facts) for place in range(count)]
 
 
-def _note(dice: random.Random, facts: tuple[int, int], depth: float | None) -> Written:
+def _note(dice: random.Random, facts: tuple[int, int]) -> Written:
     size = dice.randint(*facts)
     projects = [_PROJECTS[place % len(_PROJECTS)] for place in range(size)]
     suffix = [f" {2 + place // len(_PROJECTS)}" if place >= len(_PROJECTS) else "" for place in range(size)]
     dice.shuffle(projects)
     entries = [_project_fact(dice, f"{name}{more}") for name, more in zip(projects, suffix, strict=True)]
-    at = dice.randrange(size) if depth is None else round(depth * (size - 1))
+    at = dice.randrange(size)
     lines = [f"Notes of the meeting of {dice.choice(_TEAMS)}, {_day(dice)}. Present: {_person(dice)}, {_person(dice)}."]
     lines += [f"{fact.sentence} {dice.choice(_FILLERS)}" for fact in entries]
     question = entries[at].question
     style = dice.choice(("{text}\n\nQuestion: {question}", "Read the notes and answer: {question}\n\n{text}"))
-    style = "{text}\n\n{question}" if depth is not None else style
     prompt = style.format(text="\n".join(lines), question=question)
     return Written(prompt, entries[at].answer, at / max(size - 1, 1))
 
