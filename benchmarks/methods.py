@@ -7,6 +7,8 @@ as well; what a method has to learn, it learns from the train split. *Tokens kep
 that a method would choose too, given what stands before them; *right* is the share of answers with a known text that
 hold it (else the overlap of words); *likeness* is chrF to full depth's answer, written freely. FLOPs are of all
 prompts, by the formula; times, `right` and likeness are of prompts with a known answer, one at a time, without drafts.
+Full depth answers each of them just before a method does: times are ratios, prompt by prompt. Memory is that of a
+process after its first method, since what later ones leave behind adds up.
 
 PoLar's tiers are those of the model's own router; for a model without one, fills in closed form stand for them, with
 nothing certified. Each system is a process of its own. Early exit runs in Hugging Face's model in float32, so its
@@ -28,7 +30,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import psutil
 import torch
@@ -60,14 +62,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from polar_sdk.lab.items import Item
+    from polar_sdk.request.generation import Generation
     from polar_sdk.serving.drafts import Speculate
+    from polar_sdk.usage import UsageRecord
 
 System = Literal["base", "int4", "smaller", "exit"]
 _NEW: Final = 32
 """Tokens of an answer."""
 _TAIL: Final = 16
 """Last tokens of a prompt that run all layers where it is filled."""
-_PER_KIND, _SEED = 40, 41
+_PER_KIND, _SEED = 80, 41
 """Prompts of each kind that are made, of which those of the test split are drawn, and the seed of those with notes."""
 _LEARN: Final = 24
 """Prompts of the train split for whatever has to learn; fills take `_FIT` of them."""
@@ -217,7 +221,7 @@ class Bench:
             shares = [_share(ours[prompt], self.prompts.chosen[prompt]) for prompt in asked]
             row["kept"] = 100 * fmean(shares)
         row["note"] = "; ".join(filter(None, [f"promise: {method.promise}", method.note]))
-        return row | {"memory": psutil.Process().memory_info().rss / 1e6}
+        return row
 
     def _cost(self, prompt: str, program: Program, answer: int) -> int:
         return self.model.decoder.cost.request(program, len(self.model.prompt_tokens(prompt)), answer).total
@@ -237,28 +241,55 @@ class Bench:
 
     def _free(self, method: Method, router: Router) -> dict[str, float]:
         """Figures of answers that are written one at a time; each has a tenant, so that no start is shared."""
-        host = PolarModel(self.model.loaded, policy=Policy(), router=router, ledger=None)
-        first, steps, seconds, right, like = list[float](), 0, 0.0, list[float](), list[float]()
+        full = self._host(IdentityRouter(self.model.depth))
+        host = self._host(router)
+        first, speed, right, like = list[_Paired](), list[_Paired](), list[float](), list[float]()
         needed = executed = 0
         for place, item in enumerate([self.prompts.known[0], *self.prompts.known]):  # the first one warms up
+            exact = full.generate(item.prompt, tenant=f"{FULL} beside {method.name} {place}", max_tokens=_NEW)
             options: dict[str, Any] = {"max_tokens": _NEW, "speculate": method.speculate}
             answer = host.generate(method.rewrite(item.prompt), tenant=f"{method.name} {place}", **options)
             if not place:
                 continue
             if method.name == FULL:
                 self.prompts.written[item.prompt] = answer.text
-            first.append((answer.usage.queue_ns + answer.usage.prefill_ns) / 1e6)
-            steps, seconds = steps + len(answer.token_ids) - 1, seconds + answer.usage.decode_ns / 1e9
+            first.append(_Paired(_first_ms(answer.usage), _first_ms(exact.usage)))
+            if min(len(answer.token_ids), len(exact.token_ids)) > 1:
+                speed.append(_Paired(_tokens_a_second(answer), _tokens_a_second(exact)))
             needed, executed = needed + answer.usage.flops.total, executed + answer.usage.flops.executed
             right.append(_found(answer.text, item.answer))
             like.append(chrf(answer.text, self.prompts.written[item.prompt]))
         return {
-            "first": median(first),
-            "speed": steps / seconds,
+            "first": median(pair.ours for pair in first),
+            "first_ratio": median(pair.ratio for pair in first),
+            "speed": median(pair.ours for pair in speed),
+            "speed_ratio": median(pair.ratio for pair in speed),
             "right": 100 * fmean(right),
             "likeness": 100 * fmean(like),
             "executed": executed / needed,
         }
+
+    def _host(self, router: Router) -> PolarModel:
+        return PolarModel(self.model.loaded, policy=Policy(), router=router, ledger=None)
+
+
+class _Paired(NamedTuple):
+    """The same of a method and of full depth, one just after the other."""
+
+    ours: float
+    full: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.full
+
+
+def _first_ms(usage: UsageRecord) -> float:
+    return (usage.queue_ns + usage.prefill_ns) / 1e6
+
+
+def _tokens_a_second(answer: Generation) -> float:
+    return (len(answer.token_ids) - 1) / answer.usage.decode_ns * 1e9
 
 
 def _share(ours: Sequence[int], theirs: Sequence[int]) -> float:
@@ -390,9 +421,9 @@ def early_exit(model: PolarModel, prompts: Prompts) -> dict[str, Any]:
     asked = [(item, model.prompt_tokens(item.prompt)) for item in prompts.known[:_EXITS]]
     cost = model.decoder.cost
     above = cost.layers[layer:]
-    full_seconds = seconds = 0.0
     exits = steps = spent = 0
-    shares, first, right, like = list[float](), list[float](), list[float](), list[float]()
+    firsts, speeds = list[_Paired](), list[_Paired]()
+    shares, right, like = list[float](), list[float](), list[float]()
     for item, tokens in asked:
         answer = prompts.answers[item.prompt]
         plain = peer.answer(tokens, len(answer), 2.0, answer)
@@ -401,8 +432,9 @@ def early_exit(model: PolarModel, prompts: Prompts) -> dict[str, Any]:
         shares.append(_share(forced.chosen, plain.chosen))
         right.append(_found(free, item.answer))
         like.append(chrf(free, prompts.written[item.prompt]))
-        first.append(1_000 * forced.first)
-        full_seconds, seconds = full_seconds + plain.rest, seconds + forced.rest
+        firsts.append(_Paired(1_000 * forced.first, 1_000 * plain.first))
+        if len(answer) > 1:
+            speeds.append(_Paired((len(answer) - 1) / forced.rest, (len(answer) - 1) / plain.rest))
         exits, steps = exits + forced.exits, steps + len(answer) - 1
         # A token that stops leaves keys and values above; the head was asked for all tokens, and again for the others.
         keys = len(tokens) + len(answer) // 2
@@ -416,13 +448,13 @@ def early_exit(model: PolarModel, prompts: Prompts) -> dict[str, Any]:
     return {
         "row": f"early exit after {layer} layers",
         "saved": 100 * (1 - spent / full),
-        "first": median(first),
-        "speed": steps / seconds,
-        "peer_speed": steps / full_seconds,
+        "first": median(pair.ours for pair in firsts),
+        "first_ratio": median(pair.ratio for pair in firsts),
+        "speed": median(pair.ours for pair in speeds),
+        "speed_ratio": median(pair.ratio for pair in speeds),
         "kept": 100 * fmean(shares),
         "right": 100 * fmean(right),
         "likeness": 100 * fmean(like),
-        "memory": psutil.Process().memory_info().rss / 1e6,
         "training": 0.0,
         "note": f"promise: none; Hugging Face, float32, {len(asked)} prompts; {exits} of {steps} tokens stop early",
     }
@@ -433,7 +465,12 @@ def measure(system: System, options: argparse.Namespace) -> None:
     prompts = Prompts.drawn(options.prompts, options.folder)
     load: dict[str, Any] = {"ledger": None, "speculate": "off"}
 
+    shown: list[str] = []
+
     def show(row: dict[str, Any]) -> None:
+        if not shown:
+            row |= {"memory": psutil.Process().memory_info().rss / 1e6}
+        shown.append(row["row"])
         print(json.dumps(row), flush=True)
 
     if system == "smaller":
@@ -458,7 +495,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--smaller", default="smollm2-135m-instruct", help="what a user may take instead")
-    parser.add_argument("--prompts", type=int, default=54)
+    parser.add_argument("--prompts", type=int, default=72)
     parser.add_argument("--folder", type=Path, default=Path("out/methods"), help="for what the systems share")
     parser.add_argument("--system", choices=["base", "int4", "smaller", "exit"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -515,9 +552,8 @@ def record(recorder: Recorder, row: dict[str, Any], full: dict[str, Any]) -> Non
         facts: dict[str, Any] = {"note": row["note"] if column == "saved" else None}
         if column in ("first", "memory"):
             facts["better"] = "lower"
-        if column == "speed":
-            peer = row.get("peer_speed", full["speed"])
-            facts |= {"peer": FULL, "peer_value": peer, "ratio": row["speed"] / peer}
+        if f"{column}_ratio" in row:
+            facts |= {"peer": FULL, "ratio": row[f"{column}_ratio"]}
         recorder.add(f"{row['row']}: {words}", float(row[column]), _unit(column), **facts)
 
 

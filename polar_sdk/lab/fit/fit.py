@@ -301,8 +301,9 @@ class _Work:
         if gain >= _ROUTING_EARNS:
             return self._certified(menu, tiers)
         self.notes.append(
-            "Each tier runs one program for every prompt: at equal FLOPs, a network that reads them saves "
-            f"{100 * gain:.1f} of 100 held-out prompts from losing 5 % of their tokens, which is too few."
+            "Each tier runs one program for every prompt: at equal FLOPs, with a network that reads them, "
+            f"{abs(100 * gain):.1f} of 100 held-out prompts {'fewer' if gain > 0 else 'more'} lose 5 % of their "
+            "tokens, so a network is not worth it."
         )
         certified = self._certified(self._trained("static", matrix), tiers)
         used = self._used(certified)
