@@ -5,9 +5,10 @@
 Fetches two aliases, builds llama.cpp for this machine and for AVX2, and ends with one line of JSON per file and
 instruction set. `_vs_llamacpp` is our speed divided by its; of loading, our seconds by its. Every measurement is a
 process of its own, so that neither system has the other's threads beside it. All is at full depth. Drafts are off but
-where a figure says so: they are copied from the prompt and change no answer. `callers16` are 16 prompts at once, which
-llama.cpp decodes as sequences of one batch. `fill_time_over_flops` is the time to the first token of 1,000 tokens, of
-which upper layers are filled, over full depth's, divided by its share of the FLOPs: the worst of three cuts.
+where a figure says so: there they are as the engine drafts by default, and change no answer. `callers16` are 16 prompts
+at once, which llama.cpp decodes as sequences of one batch. `fill_time_over_flops` is the time to the first token of
+1,000 tokens, of which upper layers are filled, over full depth's, divided by its share of the FLOPs: the worst of three
+cuts.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _MODELS: Final = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 """Aliases, less `-instruct`."""
 _AVX2: Final = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF"
 _RESTRICTED: Final = {"POLAR_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+_PARTS: Final = ("load", "prefill", "decode", "callers", "drafts", "fills")
 _FIGURES: Final = {
     "decode": ("tokens/s", None, "higher"),
     "prefill512": ("tokens/s", 1.5, "higher"),
@@ -104,7 +106,7 @@ class _Ours:
         return _NEW / (seconds[1] - seconds[0])
 
     def draft(self, prompt: str) -> float:
-        answer = self._model.generate(prompt, max_tokens=_NEW, compute="exact", speculate="prompt")
+        answer = self._model.generate(prompt, max_tokens=_NEW, compute="exact", speculate="auto")
         return float((len(answer.token_ids) - 1) / answer.usage.decode_ns * 1e9)
 
     def callers(self, prompts: list[str]) -> float:
@@ -220,25 +222,33 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _measure(system: str, file: str, asked: str) -> dict[str, float]:
+def _measure(system: str, file: str, asked: str, parts: list[str]) -> dict[str, float]:
     import psutil
 
     run: Any = _Ours(file) if system == "ours" else _LlamaCpp(file)
     text = Path(__file__).with_name("train_router.py").read_text(encoding="utf-8") * 3
-    figures = {"load": run.load, "rss": psutil.Process().memory_info().rss / 1e6}
-    for tokens in _TOKENS:
-        figures[f"prefill{tokens}"] = statistics.median(run.read(text, tokens, 97 * turn) for turn in range(_TURNS))
-    figures["decode"] = statistics.median(run.decode(_STORY.format(turn)) for turn in range(_TURNS))
-    figures["callers16"] = run.callers([_STORY.format(turn) for turn in range(_CALLERS)])
-    for kind, prompts in json.loads(Path(asked).read_text(encoding="utf-8")).items():
-        figures[f"{kind} with drafts"] = statistics.median(map(run.draft, prompts))
-    if system == "ours":
+    figures = dict[str, float]()
+    if "load" in parts:
+        figures |= {"load": run.load, "rss": psutil.Process().memory_info().rss / 1e6}
+    if "prefill" in parts:
+        for tokens in _TOKENS:
+            figures[f"prefill{tokens}"] = statistics.median(run.read(text, tokens, 97 * turn) for turn in range(_TURNS))
+    if "decode" in parts:
+        figures["decode"] = statistics.median(run.decode(_STORY.format(turn)) for turn in range(_TURNS))
+    if "callers" in parts:
+        figures["callers16"] = run.callers([_STORY.format(turn) for turn in range(_CALLERS)])
+    if "drafts" in parts:
+        for kind, prompts in json.loads(Path(asked).read_text(encoding="utf-8")).items():
+            figures[f"{kind} with drafts"] = statistics.median(map(run.draft, prompts))
+    if "fills" in parts and system == "ours":
         figures["fill_time_over_flops"] = run.over_flops(text)
     return figures
 
 
-def _child(python: Path, system: str, file: Path, asked: Path, environment: dict[str, str]) -> dict[str, float]:
-    command = [str(python), str(Path(__file__)), "--measure", system, str(file), str(asked)]
+def _child(
+    python: Path, system: str, file: Path, asked: Path, parts: list[str], environment: dict[str, str]
+) -> dict[str, float]:
+    command = [str(python), str(Path(__file__)), "--measure", system, str(file), str(asked), *parts]
     done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -247,12 +257,13 @@ def _child(python: Path, system: str, file: Path, asked: Path, environment: dict
 def main() -> None:
     """Measure both systems in turn, or one of them in this process."""
     if sys.argv[1:2] == ["--measure"]:  # in a process of its own
-        print(json.dumps(_measure(*sys.argv[2:5])))
+        print(json.dumps(_measure(*sys.argv[2:5], sys.argv[5:])))
         return
     parser = arguments(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for builds")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each system, in turn")
     parser.add_argument("--models", nargs="*", default=_MODELS, choices=_MODELS)
+    parser.add_argument("--only", nargs="*", default=[*_PARTS], choices=_PARTS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     native = _peer(options.folder / "native", "")
@@ -267,8 +278,8 @@ def main() -> None:
         for isa, (peer, restricted) in sets.items():
             ours, theirs = list[dict[str, float]](), list[dict[str, float]]()
             for _ in range(options.rounds):
-                ours.append(_child(Path(sys.executable), "ours", file, asked, restricted))
-                theirs.append(_child(peer, "llama.cpp", file, asked, {}))
+                ours.append(_child(Path(sys.executable), "ours", file, asked, options.only, restricted))
+                theirs.append(_child(peer, "llama.cpp", file, asked, options.only, {}))
             lines.append({"isa": isa, "model": name} | _record(recorder, name, isa, file, ours, theirs))
     for line in lines:
         print(json.dumps(line))
@@ -280,16 +291,20 @@ def _record(
     """Record the figures of a file and an instruction set; returns the ratios by their names."""
     row, ratios = f"{model}, {isa}", dict[str, float]()
     for each, (unit, goal, better) in _FIGURES.items():
+        if each not in ours[0]:
+            continue
         values = [run[each] for run in ours], [run[each] for run in theirs]
         facts: dict[str, Any] = {"goal": _decode_goal(model, isa) if each == "decode" else goal, "better": better}
         ratio = recorder.compare(f"{row}: {each}", *values, unit, peer="llama.cpp", **facts)
-        ratios[f"{each.replace(' with ', '_')}_vs_llamacpp"] = round(ratio, 2)
-    over = statistics.median(run["rss"] for run in ours) * 1e6 / file.stat().st_size
-    recorder.add(f"{row}: rss over file", over, "×", goal=_OVER_FILE, better="lower")
-    slow = statistics.median(run["fill_time_over_flops"] for run in ours)
-    note = f"first token of {_LONG} tokens; the worst of three cuts"
-    recorder.add(f"{row}: time over FLOPs, filled", slow, "×", goal=_OVER_FLOPS, better="lower", note=note)
-    return ratios | {"rss_over_file": round(over, 2), "fill_time_over_flops": round(slow, 2)}
+        ratios[f"{each.replace(' with ', '_')}_vs_llamacpp"] = ratio
+    if "rss" in ours[0]:
+        ratios["rss_over_file"] = over = statistics.median(run["rss"] for run in ours) * 1e6 / file.stat().st_size
+        recorder.add(f"{row}: rss over file", over, "×", goal=_OVER_FILE, better="lower")
+    if "fill_time_over_flops" in ours[0]:
+        ratios["fill_time_over_flops"] = slow = statistics.median(run["fill_time_over_flops"] for run in ours)
+        note = f"first token of {_LONG} tokens; the worst of three cuts"
+        recorder.add(f"{row}: time over FLOPs, filled", slow, "×", goal=_OVER_FLOPS, better="lower", note=note)
+    return {name: round(ratio, 2) for name, ratio in ratios.items()}
 
 
 if __name__ == "__main__":
