@@ -4,7 +4,8 @@ Calibration counts how many of its prompts are nearest to each of the router's c
 lengths, and how many are far from all centres. Each count gives an upper limit for the true share of such prompts. A
 detector then bets, for each of these regions, that more prompts fall into it, as `monitor` bets on losses: the mean of
 all stakes is a supermartingale while prompts are like those of the calibration. Regions that become rare are not bet
-on, because others then become frequent.
+on, because others then become frequent. A prompt for which the tier runs all layers cannot break a promise, however
+unlike the others it is. It counts as one that falls into no region, which only lowers the stakes.
 
 Knows no prompts and no requests, only the regions in which they fall. Standard library only.
 """
@@ -44,6 +45,8 @@ class Likeness(NamedTuple):
     """Distance to the nearest centre of the prompts that the router was trained on, squared, per feature."""
     centre: int
     """Index of that centre."""
+    harmless: bool = False
+    """Whether the tier that was asked for runs all layers for it, so that its answer cannot be lost."""
 
 
 class Usualness(StrEnum):
@@ -145,7 +148,7 @@ class Novelty:
         each = begun / len(self._stakes)
         self._kept_back -= begun
         self._stakes = [(stake + each) * missed for stake, missed in zip(self._stakes, self._missed, strict=True)]
-        for region in self.usual.regions(prompt):
+        for region in () if prompt.harmless else self.usual.regions(prompt):
             for place, odds in enumerate(_ODDS, region * len(_ODDS)):
                 self._stakes[place] = min(self._stakes[place] * odds, self._limits[1] * _BEYOND)
         return self.found

@@ -220,7 +220,7 @@ class LearnedRouter(Router):
         safer = [tier for tier, promise in tiers.items() if promise.theta < limit and tier not in broken]
         if not safer:
             # Where prompts are watched, the network still reads them: else none would ever be found usual again.
-            full = AtTheta(self, 0.0) if self.certificate.usual else IdentityRouter(self.facts.depth)
+            full = AtTheta(self, 0.0, asked=limit) if self.certificate.usual else IdentityRouter(self.facts.depth)
             return Serving("exact", full, instead_of=asked)
         tier = max(safer, key=lambda name: tiers[name].theta)
         return Serving(tier, self.at(tiers[tier].theta), self.audited.get(tier, ()), asked)
@@ -247,12 +247,15 @@ class LearnedRouter(Router):
         return self.serving(None).router.route(tokens)
 
     @torch.inference_mode()
-    def choose(self, tokens: Sequence[int], theta: float, *, writes: bool = False) -> Route:
-        """Choose for one prompt with the dial at θ; `writes` as in `AtTheta`."""
+    def choose(self, tokens: Sequence[int], theta: float, *, asked: float = 0.0, writes: bool = False) -> Route:
+        """Choose for one prompt with the dial at θ; `asked` and `writes` as in `AtTheta`."""
         read = self._running.read(self.reader(tokens))
-        likeness = Likeness(len(tokens), float(read.distance), int(read.centre))
         outputs = self.for_texts(read.outputs) if writes else read.outputs
-        program = self.decide(outputs, theta, len(tokens)) if theta else self.programs[0]
+        program, wanted = (
+            self.decide(outputs, each, len(tokens)) if each else self.programs[0] for each in (theta, asked or theta)
+        )
+        harmless = wanted == self.programs[0]
+        likeness = Likeness(len(tokens), float(read.distance), int(read.centre), harmless)
         return Route(program, self.network.flops, likeness)
 
     def for_texts(self, outputs: Tensor) -> Tensor:
@@ -328,12 +331,26 @@ class Margin(NamedTuple):
 
 
 class AtTheta(Router):
-    """A learned router with its dial set, for one request."""
+    """A learned router with its dial set, for one request.
+
+    Args:
+        router: The router.
+        theta: The dial.
+        margin: Lowers it at random.
+        asked: The dial of the tier that full depth serves in place of; 0 = of none.
+        writes: Whether the answer is a text.
+    """
 
     def __init__(
-        self, router: LearnedRouter, theta: float, margin: Margin | None = None, *, writes: bool = False
+        self,
+        router: LearnedRouter,
+        theta: float,
+        margin: Margin | None = None,
+        *,
+        asked: float = 0.0,
+        writes: bool = False,
     ) -> None:
-        self._router, self._theta, self._margin, self._writes = router, theta, margin, writes
+        self._router, self._theta, self._margin, self._asked, self._writes = router, theta, margin, asked, writes
         self.version = router.version
 
     @property
@@ -349,17 +366,17 @@ class AtTheta(Router):
     def route(self, tokens: Sequence[int]) -> Route:
         """Choose the program for one prompt."""
         theta = self._theta if self._margin is None else self._margin.lowered(self._theta, tokens)
-        return self._router.choose(tokens, theta, writes=self._writes)
+        return self._router.choose(tokens, theta, asked=self._asked, writes=self._writes)
 
     def for_texts(self) -> AtTheta:
         """The same for a request that is answered in text, however much its prompt looks like a question with choices.
 
         Bridges that were fitted to choices hardly keep a text: who makes a prompt look like choices must not get them.
         """
-        return AtTheta(self._router, self._theta, self._margin, writes=True)
+        return AtTheta(self._router, self._theta, self._margin, asked=self._asked, writes=True)
 
     def within(self, share: float, key: bytes) -> AtTheta:
         """The same with its dial lowered at random by at most that share."""
         certificate = self._router.certificate
         margin = Margin(share, key, certificate.thetas if certificate else (0.0,))
-        return AtTheta(self._router, self._theta, margin, writes=self._writes)
+        return AtTheta(self._router, self._theta, margin, asked=self._asked, writes=self._writes)

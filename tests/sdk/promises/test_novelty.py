@@ -57,6 +57,15 @@ class TestAlarms:
         assert Usualness.UNUSUAL in [novelty.observe(flood(dice)) for _ in range(60)]
         assert [novelty.observe(usual_prompt(dice)) for _ in range(600)][-1] is Usualness.USUAL
 
+    @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())
+    def test_prompts_that_cannot_lose_raise_none_and_take_one_back(
+        self, flood: Callable[[random.Random], Likeness]
+    ) -> None:
+        novelty, dice = detector(1), random.Random(2)
+        assert {novelty.observe(flood(dice)._replace(harmless=True)) for _ in range(300)} == {Usualness.USUAL}
+        assert Usualness.UNUSUAL in [novelty.observe(flood(dice)) for _ in range(300)]
+        assert [novelty.observe(flood(dice)._replace(harmless=True)) for _ in range(600)][-1] is Usualness.USUAL
+
     def test_suspicion_comes_no_later_than_the_alarm(self) -> None:
         novelty, dice = detector(1), random.Random(2)
         found = [novelty.observe(FLOODS["one kind"](dice)) for _ in range(60)]

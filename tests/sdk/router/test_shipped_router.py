@@ -9,6 +9,7 @@ import pytest
 
 from polar_sdk import PolarModel
 from polar_sdk.lab.fit.synthetic import notes
+from polar_sdk.promises.novelty import Novelty, Usualness
 from polar_sdk.router.menu import MenuRouter
 
 pytestmark = pytest.mark.model
@@ -67,3 +68,22 @@ def test_another_precision_is_not_certified_and_falls_back_to_the_policy() -> No
 def test_it_is_small() -> None:
     folder = Path(str(resources.files("polar_sdk") / "shipped" / "routers" / "smollm2-135m-instruct"))
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 12_000_000
+
+
+def test_short_prompts_that_run_all_layers_are_never_unusual(model: PolarModel, router: MenuRouter) -> None:
+    assert router.certificate is not None
+    usual = router.certificate.usual["prompt"]
+    watching, blind = Novelty(usual), Novelty(usual)
+    for risky in (False, True):  # while full depth serves in its place, the tier that was asked for counts
+        serving = router.serving("standard", lambda _, risky=risky: risky)
+        assert serving.tier == ("exact" if risky else "standard")
+        for number in range(40):
+            likeness = serving.router.route(model.prompt_tokens(f"Name colour {number}.")).likeness
+            assert likeness is not None and likeness.harmless
+            assert watching.observe(likeness) is Usualness.USUAL
+            blind.observe(likeness._replace(harmless=False))
+    assert blind.found is Usualness.UNUSUAL
+    (asked,) = notes(1, seed=3, facts=(30, 30))
+    for risky in (False, True):
+        route = router.serving("standard", lambda _, risky=risky: risky).router.route(model.prompt_tokens(asked.prompt))
+        assert route.likeness is not None and not route.likeness.harmless
