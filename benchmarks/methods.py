@@ -196,11 +196,12 @@ class Bench:
         self.prompts.answers = {prompt: list(answer) for prompt, answer in zip(asked, answers, strict=True)}
         self.prompts.chosen = self._choices(asked, [Program.identity(self.model.depth)] * len(asked), asked)
 
-    def row(self, method: Method, *, tokens_compare: bool = True) -> dict[str, Any]:
+    def row(self, method: Method, *, other_weights: bool = False, tokens_compare: bool = True) -> dict[str, Any]:
         """The figures of a method.
 
         Args:
             method: What to measure.
+            other_weights: Whether it runs other weights than the reference.
             tokens_compare: Whether the model's tokens are those of the reference.
         """
         asked = list(map(_text, self.prompts.items))
@@ -213,6 +214,8 @@ class Bench:
             for prompt, program, route, own in zip(given, programs, routes, asked, strict=True)
         )
         facts = self._free(method, router)
+        if other_weights:  # full depth of these is not what they are compared with
+            del facts["first_ratio"], facts["speed_ratio"]
         row = {"row": method.name, "spent": spent * facts.pop("executed"), **facts}
         if method.training is not None:
             row["training"] = method.training
@@ -241,13 +244,13 @@ class Bench:
 
     def _free(self, method: Method, router: Router) -> dict[str, float]:
         """Figures of answers that are written one at a time; each has a tenant, so that no start is shared."""
-        full = self._host(IdentityRouter(self.model.depth))
-        host = self._host(router)
+        full, host = self._host(IdentityRouter(self.model.depth)), self._host(router)
+        alone: dict[str, Any] = {"max_tokens": _NEW, "speculate": "off"}
         first, speed, right, like = list[_Paired](), list[_Paired](), list[float](), list[float]()
         needed = executed = 0
         for place, item in enumerate([self.prompts.known[0], *self.prompts.known]):  # the first one warms up
-            exact = full.generate(item.prompt, tenant=f"{FULL} beside {method.name} {place}", max_tokens=_NEW)
-            options: dict[str, Any] = {"max_tokens": _NEW, "speculate": method.speculate}
+            exact = full.generate(item.prompt, tenant=f"{FULL} beside {method.name} {place}", **alone)
+            options = alone | {"speculate": method.speculate}
             answer = host.generate(method.rewrite(item.prompt), tenant=f"{method.name} {place}", **options)
             if not place:
                 continue
@@ -475,14 +478,16 @@ def measure(system: System, options: argparse.Namespace) -> None:
 
     if system == "smaller":
         model = PolarModel.from_pretrained(options.smaller, router=None, **load)
-        show(Bench(model, prompts).row(Method(f"{model.name}, {model.dtype}"), tokens_compare=False))
+        show(
+            Bench(model, prompts).row(Method(f"{model.name}, {model.dtype}"), other_weights=True, tokens_compare=False)
+        )
         return
     model = PolarModel.from_pretrained(options.model, precision="int4" if system == "int4" else "auto", **load)
     bench = Bench(model, prompts)
     if system == "exit":
         show(early_exit(model, prompts))
     elif system == "int4":
-        show(bench.row(Method("int4")))
+        show(bench.row(Method("int4"), other_weights=True))
     else:
         bench.answer_all()
         for method in base_methods(model, options.folder):
@@ -552,8 +557,8 @@ def record(recorder: Recorder, row: dict[str, Any], full: dict[str, Any]) -> Non
         facts: dict[str, Any] = {"note": row["note"] if column == "saved" else None}
         if column in ("first", "memory"):
             facts["better"] = "lower"
-        if f"{column}_ratio" in row:
-            facts |= {"peer": FULL, "ratio": row[f"{column}_ratio"]}
+        if column in ("first", "speed"):
+            facts |= {"peer": FULL, "ratio": row.get(f"{column}_ratio", row[column] / full[column])}
         recorder.add(f"{row['row']}: {words}", float(row[column]), _unit(column), **facts)
 
 
