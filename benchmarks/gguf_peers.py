@@ -222,7 +222,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _measure(system: str, file: str, asked: str, parts: list[str]) -> dict[str, float]:
+def _measure(system: str, file: str, asked: str, *parts: str) -> dict[str, float]:
     import psutil
 
     run: Any = _Ours(file) if system == "ours" else _LlamaCpp(file)
@@ -257,7 +257,7 @@ def _child(
 def main() -> None:
     """Measure both systems in turn, or one of them in this process."""
     if sys.argv[1:2] == ["--measure"]:  # in a process of its own
-        print(json.dumps(_measure(*sys.argv[2:5], sys.argv[5:])))
+        print(json.dumps(_measure(*sys.argv[2:])))
         return
     parser = arguments(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for builds")

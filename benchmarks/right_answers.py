@@ -47,7 +47,7 @@ def systems(model: PolarModel, programs: Sequence[str]) -> Iterator[tuple[str, R
             if promise.theta > 0:
                 yield tier, router.at(promise.theta)
     for text in programs:
-        yield text, StaticRouter(Program.parse(text, model.depth))
+        yield text, StaticRouter(Program.parse(text))
 
 
 def _score(written: str, right: str) -> float:

@@ -74,9 +74,10 @@ def test_short_prompts_that_run_all_layers_are_never_unusual(model: PolarModel, 
     assert router.certificate is not None
     usual = router.certificate.usual["prompt"]
     watching, blind = Novelty(usual), Novelty(usual)
-    for risky in (False, True):  # while full depth serves in its place, the tier that was asked for counts
-        serving = router.serving("standard", lambda _, risky=risky: risky)
-        assert serving.tier == ("exact" if risky else "standard")
+    served = router.serving("standard")
+    fallen = router.serving("standard", at_risk=bool)  # full depth serves in its place, and what was asked for counts
+    assert (served.tier, fallen.tier) == ("standard", "exact")
+    for serving in (served, fallen):
         for number in range(40):
             likeness = serving.router.route(model.prompt_tokens(f"Name colour {number}.")).likeness
             assert likeness is not None and likeness.harmless
@@ -84,6 +85,6 @@ def test_short_prompts_that_run_all_layers_are_never_unusual(model: PolarModel, 
             blind.observe(likeness._replace(harmless=False))
     assert blind.found is Usualness.UNUSUAL
     (asked,) = notes(1, seed=3, facts=(30, 30))
-    for risky in (False, True):
-        route = router.serving("standard", lambda _, risky=risky: risky).router.route(model.prompt_tokens(asked.prompt))
+    for serving in (served, fallen):
+        route = serving.router.route(model.prompt_tokens(asked.prompt))
         assert route.likeness is not None and not route.likeness.harmless
