@@ -98,6 +98,11 @@ class Caller:
             options.get("request_id") or self.request_id,
         )
 
+    def named(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a call, with this caller where they name none."""
+        caller = self.with_call(options)
+        return {**options, "tenant": caller.tenant, "usage_tags": caller.tags, "request_id": caller.request_id}
+
 
 def _is_label(key: object, value: object) -> bool:
     if not isinstance(key, str) or key.startswith(_FRAMEWORK_KEYS) or not isinstance(value, _SCALAR):

@@ -162,7 +162,8 @@ class ChatPolar(PolarBase, BaseChatModel):
             configs[0]["max_concurrency"] = min(len(inputs), _MAX_THREADS)
         return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
-    # --- LangChain tells `_generate` about the run, but not `_stream`.
+    # --- LangChain tells `_generate` about the run, but not `_stream`, which it calls for `invoke` as well: with
+    # --- `streaming=True`, and where somebody looks on (`astream_events`, `stream_mode="messages"` of LangGraph).
 
     if not TYPE_CHECKING:  # callers see LangChain's own signatures
 
@@ -174,12 +175,19 @@ class ChatPolar(PolarBase, BaseChatModel):
             config = _with_run_id(config)
             return super().astream(input, config, **self._with_caller(config, options))
 
+        def _generate_with_cache(self, messages, stop=None, run_manager=None, **options):
+            named = Caller.of_run(run_manager).named(options)
+            return super()._generate_with_cache(messages, stop, run_manager, **named)
+
+        async def _agenerate_with_cache(self, messages, stop=None, run_manager=None, **options):
+            named = Caller.of_run(run_manager).named(options)
+            return await super()._agenerate_with_cache(messages, stop, run_manager, **named)
+
     def _with_caller(self, config: RunnableConfig, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a stream, including what its config says about the caller."""
         about = {**(self.metadata or {}), **(config.get("metadata") or {})}
-        caller = Caller.of(about, [*(config.get("tags") or []), *(self.tags or [])], config.get("run_id"))
-        named = caller.with_call(options)
-        return {**options, "tenant": named.tenant, "usage_tags": named.tags, "request_id": named.request_id}
+        tags = [*(config.get("tags") or []), *(self.tags or [])]
+        return Caller.of(about, tags, config.get("run_id")).named(options)
 
     # --- LangChain's cache. ---
 

@@ -173,6 +173,31 @@ async def test_a_config_is_on_the_record(kind: Any, engine: PolarModel, sink: Li
 
 
 @BOTH
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_a_config_is_on_the_record_where_invoke_streams(
+    kind: Any, engine: PolarModel, sink: ListSink, way: str
+) -> None:
+    config: Any = {"metadata": {"tenant": "acme", "team": "search"}, "tags": ["nightly"], "run_id": RUN}
+    await _ask(kind(engine=engine, max_tokens=2, streaming=True), way, config)
+    (record,) = sink.records
+    assert (record.tenant, record.request_id) == ("acme", str(RUN))
+    assert record.tags == {"team": "search", "langchain_tags": "nightly"}
+
+
+async def test_whoever_looks_on_changes_nothing_of_who_is_billed(sink: ListSink) -> None:
+    chat = ChatPolar(engine=scripted_model(lambda _: "Sunny.", context_window=1024, sink=sink), max_tokens=20)
+
+    def ask(text: str, config: Any) -> Any:
+        return chat.invoke(text, config)
+
+    config: Any = {"metadata": {"tenant": "acme", "team": "search"}}
+    _ = [event async for event in RunnableLambda(ask).astream_events("Hello", config, version="v2")]
+    agent: Any = create_agent(chat, [])
+    list(agent.stream({"messages": [HumanMessage("Hello")]}, config, stream_mode="messages"))
+    assert [(record.tenant, record.tags["team"]) for record in sink.records] == [("acme", "search")] * 2
+
+
+@BOTH
 @pytest.mark.parametrize("way", ["invoke", "astream"])
 async def test_a_thread_of_a_chain_is_on_the_record(kind: Any, engine: PolarModel, sink: ListSink, way: str) -> None:
     chain = RunnableLambda(str) | kind(engine=engine, max_tokens=1) | StrOutputParser()
