@@ -93,6 +93,8 @@ class World:
             self.meter.reserve(self.bound(tenant, "running", tags=tags))
         self.meter.flush()
         self.issued = {one: issue_statement(self.ledger, one, NOVEMBER, now=AFTER) for one in (VICTIM, ATTACKER)}
+        victims, least = self.issued[VICTIM].statement.id, Decimal("0.000001")
+        credit_note(self.ledger, VICTIM, victims, least, reason=SECRET, reference="n1", now=AFTER)
         with self.ledger.transaction() as connection:
             self.paid = {one: post(connection, one, "payment", "p1", payment(1), AFTER) for one in (VICTIM, ATTACKER)}
 
@@ -346,16 +348,17 @@ def statements(world: World) -> None:
     for line in own.statement.lines:
         assert set(usage_of_line(world.ledger, own, line)) <= seqs
     assert recheck(world.ledger, own) == []
-    assert credit_notes(world.ledger, own) == []
     for tenant in (ATTACKER, *LOOKALIKES):
         made = [
             attempt(partial(draft_statement, world.ledger, tenant, NOVEMBER)),
             attempt(partial(issue_statement, world.ledger, tenant, NOVEMBER, now=AFTER)),
             attempt(partial(reprice, world.ledger, tenant, NOVEMBER, world.book)),
             issued_statements(world.ledger, tenant),
+            credit_notes(world.ledger, tenant),
         ]
         told = repr(made).replace(repr(tenant), "")
         assert f"'{VICTIM}'" not in told
+        assert SECRET not in told
         assert world.issued[VICTIM].statement.id not in told
 
 

@@ -5,19 +5,22 @@ Arguments in, text out; the work is done by `statements` and `reports`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from polar_billing.cli import options as opt
-from polar_billing.errors import QueryError, UnknownTenantError
+from polar_billing.errors import BillingError, QueryError, StoreDamagedError, StoreError, UnknownTenantError
 from polar_sdk.show.lines import print_json, print_line
 from polar_sdk.show.progress import ProgressBars, through
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.issue import CreditNote
     from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.statement import Statement
@@ -54,7 +57,8 @@ def statement(
     """Show what tenants owe for a period, line by line; without a period, list the issued statements.
 
     A statement is a draft until it is issued, and never changes afterwards: usage that is stored later becomes a
-    correction on the next one.
+    correction on the next one. A tenant whose statement fails keeps no other back: it is a line on standard error, and
+    the exit code is 1.
     """
     if tenant is None and (trace is not None or csv is not None):
         raise QueryError("--trace and --csv need a single statement.", hint="Name its tenant with --tenant.")
@@ -65,22 +69,25 @@ def statement(
             "--issue, --book, --trace and --csv need a period, and none is given.", hint="Add --month YYYY-MM."
         )
     opt.period_of(month, since, until, zone or "UTC")  # refuses what no tenant's calendar has
+    prices = opt.book_of(book)
     with opt.open_ledger(ledger) as store:
-        tenants = [tenant] if tenant is not None else _tenants(store)
         if listing:
-            _list(store, tenants, as_json)
+            _list(store, tenant, as_json)
             return
+        tenants = [tenant] if tenant is not None else _tenants(store)
+        found, failed = [], []
         with ProgressBars(at_once=False) as show:
-            each = through(show, "statements", tenants, len(tenants))
-            found = []
-            for one in each:
+            for one in through(show, "statements", tenants, len(tenants)):
                 try:
-                    found.append(_statement(store, one, period, issue, book))
-                except UnknownTenantError:  # a price book names it, and that is all
-                    if tenant is not None:
+                    found.append(_statement(store, one, period, issue, prices))
+                except BillingError as error:
+                    of_store = isinstance(error, StoreError) and not isinstance(error, StoreDamagedError)
+                    if tenant is not None or of_store:  # the next tenant would fare no better
                         raise
+                    if not isinstance(error, UnknownTenantError):  # a price book names it, and that is all
+                        failed.append(f"error: no statement of {one}: {' '.join(str(error).split())}")
         if tenant is None:
-            _show_all(found, as_json)
+            _show_all(found, failed, as_json)
         elif trace is not None:
             _trace(store, found[0][1], trace, as_json)
         else:
@@ -94,13 +101,17 @@ def _tenants(store: Ledger) -> list[str]:
         return list(known_tenants(connection))
 
 
-def _show_all(found: list[tuple[Statement, IssuedStatement | None]], as_json: bool) -> None:
+def _show_all(found: list[tuple[Statement, IssuedStatement | None]], failed: list[str], as_json: bool) -> None:
     if as_json:
         print_json([_document(*one) for one in found])
-    elif not found:
+    elif not (found or failed):
         print_line("There is no usage yet.")
     for one in [] if as_json else found:
         _show(*one, as_json, None)
+    for line in failed:
+        print_line(line, err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _statement(
@@ -108,13 +119,12 @@ def _statement(
     tenant: str,
     period_options: tuple[str | None, str | None, str | None, str | None],
     issue: bool,
-    book: Path | None,
+    prices: PriceBook | None,
 ) -> tuple[Statement, IssuedStatement | None]:
     """The statement, and its issued form in the ledger if there is one."""
     import polar_billing
     from polar_billing.statements.books import zone_of
 
-    prices = opt.book_of(book)
     month, since, until, zone = period_options
     period = opt.period_of(month, since, until, zone or zone_of(store, tenant, prices, month))
     if issue:
@@ -131,28 +141,34 @@ def _document(document: Statement, issued: IssuedStatement | None) -> dict[str, 
     return {"issued_at": issued_at, **document.model_dump(mode="json")}
 
 
-def _list(store: Ledger, tenants: list[str], as_json: bool) -> None:
+def _list(store: Ledger, tenant: str | None, as_json: bool) -> None:
     from polar_billing.reports.billing_tables import issued_view
     from polar_billing.statements.issue import credit_notes, issued_statements
 
-    issued = {
-        tenant: [(one, credit_notes(store, one)) for one in issued_statements(store, tenant)] for tenant in tenants
-    }
+    def owner(one: IssuedStatement) -> str:
+        return one.statement.tenant
+
+    whose = opt.tenant_or_all(tenant)
+    issued = sorted(issued_statements(store, whose), key=owner)
+    notes: defaultdict[str, list[CreditNote]] = defaultdict(list)
+    for note in credit_notes(store, whose):
+        notes[note.statement].append(note)
     if as_json:
         print_json(
             [
-                {**one.statement.model_dump(mode="json"), "credit_notes": [_note_row(note) for note in notes]}
-                for each in issued.values()
-                for one, notes in each
+                {
+                    **one.statement.model_dump(mode="json"),
+                    "credit_notes": [_note_row(note) for note in notes[one.statement.id]],
+                }
+                for one in issued
             ]
         )
         return
-    for tenant, statements in issued.items():
-        if statements:
-            opt.show(issued_view(statements, tenant))
-    if not any(issued.values()):
-        whose = f" of {tenants[0]}" if len(tenants) == 1 else ""
-        print_line(f"No statement{whose} has been issued yet. For a draft, name a month: --month 2026-11.")
+    for name, own in groupby(issued, owner):
+        opt.show(issued_view([(one, notes[one.statement.id]) for one in own], name))
+    if not issued:
+        of_tenant = "" if tenant is None else f" of {tenant}"
+        print_line(f"No statement{of_tenant} has been issued yet. For a draft, name a month: --month 2026-11.")
 
 
 def _note_row(note: CreditNote) -> dict[str, str]:

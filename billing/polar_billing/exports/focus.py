@@ -5,8 +5,8 @@
 
 A line of a statement has one unit price, also where prices come in bands, so each row's quantity times its unit price
 is its cost. `BilledCost` is the line's amount on the statement, rounded once; `ListCost` and `ContractedCost` are not
-rounded. The rounding line and prepaid money are separate rows, so that over one invoice `BilledCost` sums to the amount
-due. Columns that FOCUS does not have begin with `x_`. Knows no ledger.
+rounded. The rounding line, prepaid money and credit notes are separate rows, so that over one invoice `BilledCost` sums to
+the amount due less its credit notes. Columns that FOCUS does not have begin with `x_`. Knows no ledger.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _UNITS: Final = {
 
 
 def focus_rows(statements: Iterable[StatementOfPeriod], *, provider: str = "PoLar") -> Iterator[dict[str, Any]]:
-    """One row per line of each statement, one for its rounding and one per prepaid credit that paid of it.
+    """One row per line of each statement, one for its rounding, and one per prepaid credit or credit note on it.
 
     `provider` serves and bills: `ProviderName`, `PublisherName` and `InvoiceIssuerName`.
     """
@@ -85,6 +85,14 @@ def focus_rows(statements: Iterable[StatementOfPeriod], *, provider: str = "PoLa
             if credit.used:
                 what = f"Prepaid credit {credit.id}"
                 yield {**common, **_other("Credit", what, credit.used.copy_negate(), "prepaid")}
+        for note in of_period.credit_notes:
+            yield {
+                **common,
+                **_other("Credit", f"Credit note {note.reference}", note.amount.copy_negate(), "credit note"),
+                "ChargeClass": "Correction",
+                "x_Corrects": statement.id,
+                "x_Note": note.reason,
+            }
 
 
 def focus_csv(rows: Iterable[Mapping[str, Any]]) -> str:

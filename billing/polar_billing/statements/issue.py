@@ -12,14 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sqlalchemy import insert, select
+from sqlalchemy import and_, insert, select
 
 from polar_billing.errors import AmountError, ConflictError, CurrencyMixError, PeriodError, QueryError
 from polar_billing.ledger import chain
 from polar_billing.ledger.append import store_books
-from polar_billing.ledger.schema import NO_TENANT, credit_note_table, transaction_table
+from polar_billing.ledger.records import AllTenants
+from polar_billing.ledger.schema import NO_TENANT, credit_note_table, statement_table, transaction_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, check_kept, compute_statement, find_late_usage
 from polar_billing.statements.issued import (
@@ -38,7 +39,7 @@ from polar_billing.values.money import exact_sum, to_scaled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import Connection, Row
+    from sqlalchemy import ColumnElement, Connection
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
@@ -103,8 +104,8 @@ def issue_statement(
                 return stored
 
 
-def issued_statements(ledger: Ledger, tenant: str) -> list[IssuedStatement]:
-    """A tenant's statements, in the order they were issued."""
+def issued_statements(ledger: Ledger, tenant: str | AllTenants) -> list[IssuedStatement]:
+    """A tenant's statements, or those of `ALL_TENANTS`, in the order they were issued."""
     with ledger.snapshot() as connection:
         return read_statements(connection, tenant)
 
@@ -186,16 +187,14 @@ def credit_note(
                 hint="`polar statement --tenant NAME` lists them.",
             )
         note = credit_note_table.c
-        query = select(credit_note_table).where(note.tenant == tenant, note.reference == reference)
-        stored = connection.execute(query).one_or_none()
-        if stored is not None:
-            if (stored.statement, Decimal(stored.amount), stored.reason) != (issued.number, amount, reason):
+        for stored in _notes(connection, note.tenant == tenant, note.reference == reference):
+            if (stored.statement, stored.amount, stored.reason) != (statement_id, amount, reason):
                 raise ConflictError(
                     f"credit note {reference!r} of tenant {tenant!r} exists with other content.",
                     hint="Give every note its own reference.",
                 )
-            return _from_row(stored, statement_id)
-        _check_amount(amount, issued, _notes(connection, issued))
+            return stored
+        _check_amount(amount, issued, _notes(connection, note.tenant == tenant, note.statement == issued.number))
         moment, booked = now or datetime.now(UTC), transaction_table.c
         booking = select(booked.id).where(
             booked.tenant == tenant, booked.kind == STATEMENT, booked.reference == statement_id
@@ -210,10 +209,11 @@ def credit_note(
         return CreditNote(number, statement_id, reference, amount, reason, moment)
 
 
-def credit_notes(ledger: Ledger, issued: IssuedStatement) -> list[CreditNote]:
-    """The credit notes of a statement, in order."""
+def credit_notes(ledger: Ledger, tenant: str | AllTenants) -> list[CreditNote]:
+    """The credit notes on a tenant's statements, or on those of `ALL_TENANTS`, in the order they were issued."""
+    own = () if isinstance(tenant, AllTenants) else (credit_note_table.c.tenant == tenant,)
     with ledger.snapshot() as connection:
-        return _notes(connection, issued)
+        return _notes(connection, *own)
 
 
 def _check_amount(amount: Decimal, issued: IssuedStatement, earlier: list[CreditNote]) -> None:
@@ -229,11 +229,9 @@ def _check_amount(amount: Decimal, issued: IssuedStatement, earlier: list[Credit
         )
 
 
-def _notes(connection: Connection, issued: IssuedStatement) -> list[CreditNote]:
-    note = credit_note_table.c
-    query = select(credit_note_table).where(note.statement == issued.number, note.tenant == issued.statement.tenant)
-    return [_from_row(row, issued.statement.id) for row in connection.execute(query.order_by(note.number))]
-
-
-def _from_row(row: Row[Any], statement_id: str) -> CreditNote:
-    return CreditNote(row.number, statement_id, row.reference, Decimal(row.amount), row.reason, row.issued_at)
+def _notes(connection: Connection, *conditions: ColumnElement[bool]) -> list[CreditNote]:
+    note, statement = credit_note_table.c, statement_table.c
+    columns = (note.number, statement.id, note.reference, note.amount, note.reason, note.issued_at)
+    own = and_(statement.number == note.statement, statement.tenant == note.tenant)
+    query = select(*columns).join(statement_table, own).where(*conditions).order_by(note.number)
+    return [CreditNote(*row[:3], Decimal(row.amount), *row[4:]) for row in connection.execute(query)]

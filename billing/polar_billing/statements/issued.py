@@ -16,6 +16,7 @@ from sqlalchemy import insert, select
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger import chain
 from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.ledger.records import AllTenants
 from polar_billing.ledger.schema import statement_table
 from polar_billing.statements.period_usage import SeqRange
 from polar_billing.statements.statement import Statement
@@ -97,10 +98,14 @@ def store_statement(
     return IssuedStatement(number, statement, seq_until, audits_until, late, issued_at)
 
 
-def read_statements(connection: Connection, tenant: str, *, before: int | None = None) -> list[IssuedStatement]:
+def read_statements(
+    connection: Connection, tenant: str | AllTenants, *, before: int | None = None
+) -> list[IssuedStatement]:
     """A tenant's statements in the order they were issued; with `before`, only those of a lower number."""
     issued = statement_table.c
-    query = select(statement_table).where(issued.tenant == tenant).order_by(issued.number)
+    query = select(statement_table).order_by(issued.number)
+    if not isinstance(tenant, AllTenants):
+        query = query.where(issued.tenant == tenant)
     if before is not None:
         query = query.where(issued.number < before)
     return [_from_row(row) for row in connection.execute(query)]

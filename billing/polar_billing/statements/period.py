@@ -23,7 +23,7 @@ from polar_billing.ledger.rollups import usage_of
 from polar_billing.ledger.schema import rollup_table, statement_table, usage_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, compute_statement, draft_statement
-from polar_billing.statements.issue import issued_statements
+from polar_billing.statements.issue import credit_notes, issued_statements
 from polar_billing.statements.lines import bounds
 from polar_billing.statements.period_usage import SeqRange, last_seq
 from polar_billing.values.money import exact_difference
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.issue import CreditNote
     from polar_billing.statements.statement import Statement
     from polar_billing.values.periods import Period
     from polar_sdk.show.progress import Progress
@@ -44,12 +45,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StatementOfPeriod:
-    """A statement, the book that it charges by, and when it was issued."""
+    """A statement, the book that it charges by, when it was issued, and what was taken off it since."""
 
     statement: Statement
     book: PriceBook
     issued_at: datetime | None
     """UTC; None for a draft."""
+    credit_notes: tuple[CreditNote, ...] = ()
 
 
 class Repriced(BaseModel):
@@ -120,23 +122,24 @@ def known_tenants(connection: Connection) -> Sequence[str]:
 
 def _of_tenant(ledger: Ledger, tenant: str, period: Period, book: PriceBook | None) -> Iterator[StatementOfPeriod]:
     within = [issued for issued in issued_statements(ledger, tenant) if issued.statement.period.is_within(period)]
+    notes = credit_notes(ledger, tenant) if within else []
     for issued in sorted(within, key=lambda one: one.statement.since):
-        digest = issued.statement.price_book_hash
-        charged_by = ledger.find_books([digest]).get(digest)
-        if charged_by is None:
-            raise StoreDamagedError(
-                f"price book {digest[:12]} of statement {issued.statement.id!r} is not in the ledger.",
-                hint="Run `polar verify`.",
-            )
-        yield StatementOfPeriod(issued.statement, charged_by, issued.issued_at)
-    if within:
-        return
-    draft = draft_statement(ledger, tenant, period, book=book)
-    if book is None:
-        with ledger.snapshot() as connection:
-            in_force = {charging.content_hash: charging for charging in books_in_force(connection).values()}
-        book = in_force[draft.price_book_hash]
-    yield StatementOfPeriod(draft, book, None)
+        off = tuple(note for note in notes if note.statement == issued.statement.id)
+        yield StatementOfPeriod(issued.statement, _charged_by(ledger, issued.statement), issued.issued_at, off)
+    if not within:
+        draft = draft_statement(ledger, tenant, period, book=book)
+        yield StatementOfPeriod(draft, book or _charged_by(ledger, draft), None)
+
+
+def _charged_by(ledger: Ledger, statement: Statement) -> PriceBook:
+    """The book that a statement charges by, which may not be in force any more."""
+    digest = statement.price_book_hash
+    found = ledger.find_books([digest]).get(digest)
+    if found is None:
+        raise StoreDamagedError(
+            f"price book {digest[:12]} of statement {statement.id!r} is not in the ledger.", hint="Run `polar verify`."
+        )
+    return found
 
 
 def reprice(

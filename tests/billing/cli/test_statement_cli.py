@@ -11,9 +11,10 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import Engine, event
 from typer.testing import Result
 
-from polar_billing.errors import PriceBookError, QueryError
+from polar_billing.errors import PriceBookError, QueryError, StoreFullError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.statements.issue import issue_statement
@@ -24,7 +25,7 @@ from polar_sdk.errors import ModelNotFoundError
 from polar_sdk.model import PolarModel
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 from polar_sdk.usage import FlopUsage, Outcome
-from tests.billing.storing import store_record
+from tests.billing.storing import DOLLARS, store_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +125,70 @@ def test_tenants_of_a_plan_are_billed_without_usage(plans: Path, ok: Callable[..
     assert [one["tenant"] for one in issued] == ["acme", "globex", "initech"]
     assert issued[0]["total"] == "19.0000"
     assert issued[0]["id"] in ok("statement")
+
+
+def test_a_tenant_that_fails_keeps_no_other_statement_back(
+    filled: Ledger, plans: Path, polar: Callable[..., Result], ok: Callable[..., str]
+) -> None:
+    for book in (PLANS, DOLLARS):
+        store_record(filled, usage_record(f"by {book.id}", tenant="hooli", started_at=OCTOBER), book, "test")
+    runs = [polar("statement", *MONTH, "--issue", "--json") for _ in range(2)]
+    for run in runs:
+        (line,) = [line for line in run.stderr.splitlines() if "error" in line]
+        assert run.exit_code == 1
+        assert "hooli" in line and "--book FILE" in line
+    first, again = (json.loads(run.stdout) for run in runs)
+    assert [one["tenant"] for one in first] == ["acme", "globex", "initech"]
+    assert again == first
+    mended = json.loads(ok("statement", "--tenant", "hooli", *MONTH, "--book", str(plans), "--issue", "--json"))
+    issued = json.loads(ok("statement", *MONTH, "--issue", "--json"))
+    assert issued == [*first[:2], mended, first[2]]
+    assert len(json.loads(ok("statement", "--json"))) == 4
+
+
+def test_a_ledger_that_fails_ends_the_run_at_once(
+    filled: Ledger, monkeypatch: pytest.MonkeyPatch, polar: Callable[..., Result]
+) -> None:
+    tried: list[str] = []
+
+    def full(_: Ledger, tenant: str, *__: object, **___: object) -> IssuedStatement:
+        tried.append(tenant)
+        raise StoreFullError("no space is left.")
+
+    monkeypatch.setattr("polar_billing.issue_statement", full)
+    assert isinstance(polar("statement", *MONTH, "--issue").exception, StoreFullError)
+    assert tried == ["acme"]
+
+
+@pytest.mark.usefixtures("filled")
+def test_the_list_takes_as_many_queries_whatever_is_on_it(ok: Callable[..., str]) -> None:
+    queries: list[str] = []
+
+    def listed() -> tuple[int, Any]:
+        queries.clear()
+        found = json.loads(ok("statement", "--json"))
+        return len(queries), found
+
+    event.listen(Engine, "before_cursor_execute", note := lambda _c, _u, query, *_: queries.append(query))
+    try:
+        ok("statement", "--tenant", "globex", *MONTH, "--issue")
+        few, (one,) = listed()
+        for month in ("2026-09", "2026-08"):
+            ok("statement", "--month", month, "--issue")
+        ok("statement", *MONTH, "--issue")
+        for issued in json.loads(ok("statement", "--json")):
+            if Decimal(issued["total"]):
+                options = ("--tenant", issued["tenant"], "--reason", "outage", "--reference", issued["id"])
+                ok("credit-note", issued["id"], "0.0001", *options)
+        many, statements = listed()
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert few == many
+    assert [issued["tenant"] for issued in statements] == [*["acme"] * 3, *["globex"] * 3, *["initech"] * 3]
+    for issued in statements:
+        credited = [note["reference"] for note in issued["credit_notes"]]
+        assert credited == ([issued["id"]] if Decimal(issued["total"]) else [])
+    assert one in [{**issued, "credit_notes": []} for issued in statements]
 
 
 @pytest.mark.usefixtures("filled")

@@ -2,8 +2,8 @@
 
 The validator needs Python 3.12 and other versions of libraries than ours, so it gets the environment `.focus`. A ledger
 is made with plain rates, a plan with bands, packages, a discount and a minimum, prepaid credit, an issued statement, a
-draft, and a correction; its statements are exported as CSV and as Parquet. No rule may fail but those two of which one
-always does: InvoiceId must be null (C-004), and must not be (C-005).
+credit note, a draft, and a correction; its statements are exported as CSV and as Parquet. No rule may fail but those
+two of which one always does: InvoiceId must be null (C-004), and must not be (C-005).
 
     python -m tests.billing.exports.focus_check [PYTHON]
 """
@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -22,6 +23,7 @@ from polar_billing.exports.focus import focus_csv, focus_rows
 from polar_billing.exports.parquet import write_focus
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS
+from polar_billing.statements.issue import credit_note, issued_statements
 from polar_billing.statements.period import statements_of_period
 from tests.billing.exports.conftest import NOVEMBER, OCTOBER, make_usage
 
@@ -73,6 +75,8 @@ def main() -> None:
     broken: set[str] = set()
     with TemporaryDirectory() as folder, Ledger(f"sqlite:///{folder}/ledger.sqlite3") as ledger:
         make_usage(ledger)
+        (issued,) = issued_statements(ledger, "acme")
+        credit_note(ledger, "acme", issued.statement.id, Decimal("0.001"), reason="outage", reference="1")
         for period in (OCTOBER, NOVEMBER):
             statements = statements_of_period(ledger, ALL_TENANTS, {"acme": period, "globex": period}.__getitem__)
             assert period.since is not None

@@ -15,6 +15,7 @@ from polar_billing.exports.focus import COLUMNS, OWN_COLUMNS, focus_csv, focus_r
 from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.metering.meter import Meter
 from polar_billing.statements.draft import draft_statement
+from polar_billing.statements.issue import credit_note, issue_statement
 from polar_billing.statements.period import StatementOfPeriod, statements_of_period
 from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
@@ -52,6 +53,33 @@ def test_the_billed_cost_of_an_invoice_is_what_is_due(billed: Ledger, period: Pe
     for each in statements:
         costs = [Decimal(row["BilledCost"]) for row in rows if row["InvoiceId"] == each.statement.id]
         assert exact_sum(costs, 6) == each.statement.due
+
+
+def test_an_export_sums_to_what_is_due_less_credit_notes(billed: Ledger) -> None:
+    issue_statement(billed, "globex", OCTOBER)
+    before = of(billed)
+    rows = written(before)
+    for each in before:
+        statement = each.statement
+        for number, amount in enumerate((Decimal("0.000001"), statement.total / 2)):
+            units = amount.quantize(Decimal("0.000001"))
+            credit_note(billed, statement.tenant, statement.id, units, reason="=outage", reference=f"n{number}")
+    after = of(billed)
+    notes = [row for row in written(after) if row["x_LineKind"] == "credit note"]
+    assert [row for row in written(after) if row not in notes] == rows
+    for each in after:
+        own = [row for row in notes if row["InvoiceId"] == each.statement.id]
+        assert [-Decimal(row["BilledCost"]) for row in own] == [note.amount for note in each.credit_notes]
+        assert len(own) == 2
+    due = exact_sum((each.statement.due for each in after), 6)
+    taken = exact_sum((note.amount for each in after for note in each.credit_notes), 6)
+    assert exact_sum((Decimal(row["BilledCost"]) for row in written(after)), 6) == due - taken
+    for row in notes:
+        kind = [row[name] for name in ("ChargeCategory", "ChargeClass", "ChargeFrequency")]
+        assert kind == ["Credit", "Correction", "One-Time"]
+        assert (row["x_Corrects"], row["x_Note"]) == (row["InvoiceId"], "'=outage")
+        assert {row[name] for name in ("ListCost", "ContractedCost", "EffectiveCost")} == {row["BilledCost"]}
+        assert not row["PricingQuantity"]
 
 
 def test_quantity_times_unit_price_is_cost(billed: Ledger) -> None:

@@ -215,7 +215,8 @@ def test_credit_notes_take_off_at_most_what_was_asked_for(store: Ledger, put: Ca
     note = credit_note(store, "someone", issued.statement.id, Decimal(15), reason="outage", reference="n1")
     again = credit_note(store, "someone", issued.statement.id, Decimal(15), reason="outage", reference="n1")
     assert note == again
-    assert credit_notes(store, issued) == [note]
+    assert credit_notes(store, "someone") == credit_notes(store, ALL_TENANTS) == [note]
+    assert credit_notes(store, "other") == []
     with pytest.raises(ConflictError):
         credit_note(store, "someone", issued.statement.id, Decimal(14), reason="outage", reference="n1")
     for amount in ("0", "-1", "NaN", "Infinity", "0.00001", str(total)):
