@@ -5,8 +5,8 @@
 
 A line of a statement has one unit price, also where prices come in bands, so each row's quantity times its unit price
 is its cost. `BilledCost` is the line's amount on the statement, rounded once; `ListCost` and `ContractedCost` are not
-rounded. The rounding line, prepaid money and credit notes are separate rows, so that over one invoice `BilledCost` sums to
-the amount due less its credit notes. Columns that FOCUS does not have begin with `x_`. Knows no ledger.
+rounded. The rounding line, prepaid money and credit notes are separate rows, so that over one invoice `BilledCost` sums
+to the amount due less its credit notes. Columns that FOCUS does not have begin with `x_`. Knows no ledger.
 """
 
 from __future__ import annotations

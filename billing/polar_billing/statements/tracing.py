@@ -51,10 +51,11 @@ def recheck_in(connection: Connection, issued: IssuedStatement) -> list[str]:
 
 def rests_on_hashes(connection: Connection, issued: IssuedStatement) -> bool:
     """True where usage that the statement is about may have been deleted by retention."""
-    since = min([issued.statement.since, *(line.since for line in issued.statement.lines)])
-    query = select(prune_table.c.id).where(
-        prune_table.c.tenant == issued.statement.tenant, prune_table.c.before > since
-    )
+    tenant = issued.statement.tenant
+    # Not by its lines: late usage may have come to none.
+    corrected = (find_statement(connection, tenant, late.statement) for late in issued.late)
+    since = min([issued.statement.since, *(one.statement.since for one in corrected if one is not None)])
+    query = select(prune_table.c.id).where(prune_table.c.tenant == tenant, prune_table.c.before > since)
     return connection.execute(query.limit(1)).first() is not None
 
 

@@ -451,6 +451,19 @@ def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger
     assert verify_ledger(store).sound
 
 
+def test_late_usage_that_came_to_no_line_may_be_pruned_as_well(store: Ledger, put: Callable[..., int]) -> None:
+    put(store, "r")
+    issue_statement(store, "someone", NOVEMBER, now=END)
+    put(store, "late", tier="gold")
+    december = issue_statement(store, "someone", DECEMBER, now=LATER)
+    assert (december.statement.requests_late, december.statement.lines) == (1, ())
+    assert recheck(store, december) == []
+    with store.transaction() as connection:
+        prune(connection, "someone", END)
+    assert recheck(store, december) == []
+    assert verify_ledger(store).sound
+
+
 def test_a_plan_in_another_book_than_the_receipts_is_not_passed_over(ledger: Ledger, put: Callable[..., int]) -> None:
     put(ledger, "r", tenant="acme", book=PriceBook.example())
     assert draft_statement(ledger, "acme", NOVEMBER).price_book == "polar-example"
