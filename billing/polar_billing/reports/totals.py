@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
-from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -202,8 +201,8 @@ class Rater:
     """Rates stored usage by the book that each receipt was made by, or all of it by another book.
 
     Args:
-        read_books: Reads every book of the ledger, by content hash. Called once, after the first usage was read: a
-            record stored in between may have brought its book in.
+        read_books: Reads every book of the ledger, by content hash. Called after usage was read, and again where that
+            is of another book: a record stored in between may have brought it in.
         instead: Rate everything by this book, whatever the receipts say.
         currency: Leave out what is rated in another currency; without it, several currencies are an error.
     """
@@ -215,7 +214,8 @@ class Rater:
         instead: PriceBook | None = None,
         currency: str | None = None,
     ) -> None:
-        self._books = cache(read_books)
+        self._read_books = read_books
+        self._books: Mapping[str, PriceBook] = {}
         self._instead = instead
         self._currency = currency
         self._among: Rater | None = None
@@ -230,8 +230,13 @@ class Rater:
         """The same by the content hash of the book that its receipt was made by."""
         if self._among is not None and self._among.book_of_receipt(digest) is None:
             return None
-        book = self._instead or self._books()[digest]
+        book = self._instead or self._find(digest)
         return None if self._currency is not None and book.currency != self._currency else book
+
+    def _find(self, digest: str) -> PriceBook:
+        if digest not in self._books:
+            self._books = self._read_books()
+        return self._books[digest]
 
     def under(self, book: PriceBook) -> Rater:
         """Rates what this one rates by another book."""
@@ -241,7 +246,9 @@ class Rater:
 
     def changes(self) -> list[datetime]:
         """Every moment at which a price of any tenant can change, in order."""
-        books = [self._instead] if self._instead is not None else list(self._books().values())
+        if self._instead is None:
+            self._books = self._read_books()
+        books = self._books.values() if self._instead is None else [self._instead]
         return sorted({moment for book in books for moment in book.changes()})
 
     def rate(self, stored: StoredUsage) -> Rating | None:

@@ -34,6 +34,7 @@ from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import Period
 from polar_sdk.show.tables import show
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord
+from tests.billing.storing import DOLLARS, store_record
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
@@ -246,6 +247,18 @@ def test_a_tier_that_saves_nothing_costs_what_full_depth_costs(ledger: Ledger, t
     figures = build_report(ledger).tiers[0].figures
     assert figures.compute_units_saved == 0
     assert figures.charge_full_depth == figures.charge
+
+
+def test_a_book_may_be_used_for_the_first_time_while_a_report_reads(ledger: Ledger) -> None:
+    Meter(ledger).emit(usage_record("before"))
+
+    def meanwhile(stage: str, done: int, _: int) -> None:
+        if stage == "single requests" and not done:
+            store_record(ledger, usage_record("meanwhile"), DOLLARS)
+
+    report = build_report(ledger, questions=Questions(promises={"standard": 1}), progress=meanwhile)
+    assert report.figures.requests == 1
+    assert build_report(ledger).figures.requests == 2
 
 
 def test_issued_statements_are_in_the_report_of_their_period(ledger: Ledger) -> None:
