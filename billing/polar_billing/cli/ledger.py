@@ -93,7 +93,9 @@ def _read_receipt(path: Path) -> dict[str, object]:
 
 
 def receipt(
-    request: Annotated[str, typer.Argument(help="Id of the request.", metavar="REQUEST")],
+    request: Annotated[
+        str, typer.Argument(help="Id of the request, or its first 6 characters or more.", metavar="REQUEST")
+    ],
     ledger: opt.Ledger = None,
     tenant: Annotated[
         str | None, typer.Option(help="Its tenant, if several have a request of this id.", metavar="NAME")
@@ -106,8 +108,8 @@ def receipt(
     from polar_billing.proof.receipts import find_request, make_receipt
 
     with opt.existing_ledger(ledger) as store, store.snapshot() as connection:
-        owner, stored_by, _ = find_request(connection, request, tenant, source)
-        print_json(make_receipt(connection, owner, request, source=stored_by))
+        owner, stored_by, whole = find_request(connection, request, tenant, source)
+        print_json(make_receipt(connection, owner, whole, source=stored_by))
 
 
 def prune(

@@ -117,7 +117,11 @@ def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool
 
 def explain(
     what: Annotated[
-        str, typer.Argument(help="Id of a request, or a line of an issued statement: st-…/1.", metavar="REQUEST|LINE")
+        str,
+        typer.Argument(
+            help="Id of a request, or its first 6 characters or more; or a line of an issued statement: st-…/1.",
+            metavar="REQUEST|LINE",
+        ),
     ],
     ledger: opt.Ledger = None,
     tenant: Annotated[

@@ -11,13 +11,13 @@ import reprlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select, union_all
 
 from polar_billing.errors import QueryError
 from polar_billing.ledger.append import find_known
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.chain import Head, Link, digest_of, hash_of, raw_rows
-from polar_billing.ledger.records import StoredUsage, source_named
+from polar_billing.ledger.records import Identity, StoredUsage, source_named
 from polar_billing.ledger.schema import (
     CHAINED,
     head_table,
@@ -35,7 +35,7 @@ from polar_sdk.reading import shown
 from polar_sdk.usage import COMPUTE_UNIT_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Connection
 
@@ -49,6 +49,13 @@ _LOST_WITH_FACTS: Final = "compute_units"
 """The field of a receipt that a pruned ledger no longer knows."""
 _MAX_SHOWN: Final = 100
 """Unit: characters."""
+_MIN_PREFIX: Final = 6
+"""Characters of an id that stand for the whole, where no other id begins so."""
+_MAX_LISTED: Final = 5
+_requests: Final = union_all(
+    *(select(table.c.tenant, table.c.source, table.c.request_id) for table in (usage_table, pruned_table))
+).subquery()
+"""The identity of every request, pruned ones included."""
 
 
 @dataclass(frozen=True)
@@ -61,36 +68,55 @@ class ReceiptCheck:
     """Fields that the ledger can no longer check, because retention deleted the facts."""
 
 
-def find_request(
-    connection: Connection, request_id: str, tenant: str | None, source: str | None
-) -> tuple[str, str, str]:
-    """Tenant, source and id of the one request of that id; tenant and source may be left out.
+def find_request(connection: Connection, request_id: str, tenant: str | None, source: str | None) -> Identity:
+    """The one request of that id, or else whose id alone begins so; tenant and source may be left out.
 
     Raises:
         QueryError: There is none, or there are several.
     """
-    found: set[tuple[str, str]] = set()
-    storable = all(can_be_stored(name) for name in (request_id, tenant, source) if name is not None)
-    for table in (usage_table, pruned_table) if storable else ():
-        query = select(table.c.tenant, table.c.source).where(table.c.request_id == request_id)
-        query = query if tenant is None else query.where(table.c.tenant == tenant)
-        query = query if source is None else query.where(table.c.source == source)
-        found |= {(row.tenant, row.source) for row in connection.execute(query)}
+    requests = _requests.c
+    named = ((requests.tenant, tenant), (requests.source, source))
+    of = [column == name for column, name in named if name is not None]
+
+    def of_id(name: str) -> set[Identity]:
+        rows = connection.execute(select(_requests).where(requests.request_id == name, *of))
+        return {(row.tenant, row.source, row.request_id) for row in rows}
+
+    found: set[Identity] = set()
+    if all(can_be_stored(name) for name in (request_id, tenant, source) if name is not None):
+        found = of_id(request_id) or of_id(_whole_id(connection, request_id, of))
     if not found:
-        of = "" if tenant is None else f" of tenant {tenant!r}"
+        whose = "" if tenant is None else f" of tenant {tenant!r}"
         by = "" if source is None else f" from source {source!r}"
         raise QueryError(
-            f"no request {shown(request_id)}{of}{by} is in the ledger.",
-            hint="`polar usage --requests` lists requests, and statement lines are named like st-…/1.",
+            f"no request {shown(request_id)}{whose}{by} is in the ledger.",
+            hint=f"`polar usage --requests` lists requests, and {_MIN_PREFIX} characters of an id may suffice; "
+            "statement lines are named like st-…/1.",
         )
     if len(found) > 1:
-        tenants, sources = (sorted(names) for names in map(set, zip(*found, strict=True)))
-        option, names = ("--tenant", tenants) if len(tenants) > 1 else ("--source", sources)
+        tenants, sources, (name,) = (sorted(names) for names in map(set, zip(*found, strict=True)))
+        option, others = ("--tenant", tenants) if len(tenants) > 1 else ("--source", sources)
         raise QueryError(
-            f"{len(found)} requests have the id {shown(request_id)}.",
-            hint=f"Name one with {option}: {', '.join(map(shown, names[:5]))}.",
+            f"{len(found)} requests have the id {shown(name)}.",
+            hint=f"Name one with {option}: {', '.join(map(shown, others[:_MAX_LISTED]))}.",
         )
-    return (*found.pop(), request_id)
+    return found.pop()
+
+
+def _whole_id(connection: Connection, prefix: str, of: Sequence[ColumnElement[bool]]) -> str:
+    """The one id that begins with a prefix; the prefix itself where it is too short, or no id begins so."""
+    if len(prefix) < _MIN_PREFIX:
+        return prefix
+    name = _requests.c.request_id
+    begins = func.substr(name, 1, len(prefix)) == prefix  # on SQLite, LIKE takes small letters for capital ones
+    query = select(name).where(begins, *of).distinct().order_by(name).limit(_MAX_LISTED)
+    ids = list(connection.execute(query).scalars())
+    if len(ids) > 1:
+        raise QueryError(
+            f"several requests have an id that begins with {shown(prefix)}.",
+            hint=f"Give more characters; the first ids are {', '.join(map(shown, ids))}.",
+        )
+    return ids[0] if ids else prefix
 
 
 def make_receipt(connection: Connection, tenant: str, request_id: str, *, source: str | None = None) -> dict[str, Any]:

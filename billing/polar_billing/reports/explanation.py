@@ -147,7 +147,7 @@ def explain_request(
     source: str | None = None,
     costs: Callable[[UsageRecord], CostModel | str] = lambda _: "no sizes of the model were given",
 ) -> RequestExplanation:
-    """Explain the cost of a request; its tenant and source may be left out if only one has such a request.
+    """Explain the cost of a request; see `find_request` for how it is named.
 
     `costs` finds the sizes of the model that served a record, or says why it cannot.
 
@@ -155,14 +155,14 @@ def explain_request(
         QueryError: There is no such request, there are several, or retention has deleted its facts.
     """
     with ledger.snapshot() as connection:
-        identity = find_request(connection, request_id, tenant, source)
+        identity = tenant, source, request_id = find_request(connection, request_id, tenant, source)
         _, stored = find_known(connection, [identity])[identity]
         if not isinstance(stored, StoredUsage):
             raise QueryError(
                 f"the facts of request {request_id!r} were deleted by `polar prune`.",
-                hint=f"Its receipt is still there: polar receipt {request_id} --tenant {identity[0]}.",
+                hint=f"Its receipt is still there: polar receipt {request_id} --tenant {tenant}.",
             )
-        receipt = make_receipt(connection, identity[0], request_id, source=identity[1])
+        receipt = make_receipt(connection, tenant, request_id, source=source)
         book = read_book(connection, stored.price_book_hash)
         assert book is not None  # or there was no receipt
     record = stored.record
