@@ -211,11 +211,14 @@ def load_model(
 ) -> PolarModel:
     """Load the model that the options describe; `tag` holds texts such as `team=search`."""
     with _collecting_seldom():
-        from polar_sdk.model import PolarModel
-        from polar_sdk.sinks import AUTO_LEDGER
+        from polar_sdk.sinks import AUTO_LEDGER, find_sink
 
-        options["ledger"] = None if no_ledger else options.get("ledger") or AUTO_LEDGER
         options["tags"] = dict(name_and_value("--tag", text, "team=search") for text in tag or ())
+        ledger = options.pop("ledger", None) or AUTO_LEDGER
+        sink = options["sink"] = find_sink(None if no_ledger else ledger)
+        sink.check()  # before seconds are spent on loading the model
+        from polar_sdk.model import PolarModel
+
         return PolarModel.from_pretrained(model, **options)
 
 
