@@ -268,10 +268,7 @@ class Work:
             maps=[folder for name in ("bridges", "fills") if (folder := self.folder / name).is_dir()],
             on_progress=self.show,
         )
-        router = router.with_facts(
-            training={**router.facts.training, "seen": self._seen()},
-            bridges="choices" if self.labelled else "all",  # with labels, bridges are fitted to choices
-        )
+        router = router.with_facts(training={**router.facts.training, "seen": self._seen()})
         if kind == "policy":  # every θ has programs of its own, which would all have to be measured: one θ is enough
             router = router.with_facts(dial=(0.0, router.facts.default_theta))
         save_router(router, self.folder / name)

@@ -93,6 +93,9 @@ def train(
         router = trainer.layerwise(builtin_items() if items is None else items, settings)
     else:
         router = trainer.menu(settings) if kind == "menu" else trainer.static(settings)
+    # What was tuned to right choices knows nothing of answers in text.
+    if any(each.facts.training.get("distil") and each.facts.training.get("labels") for each in used):
+        router = router.with_facts(bridges="choices")
     if out is not None:
         save_with_maps(router, Path(out), used)
     return router

@@ -13,6 +13,8 @@ from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, frontier
 from polar_sdk.lab.training.train import RouterTrainer
+from polar_sdk.model import PolarModel
+from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.layerwise import ACTIONS, LayerwiseRouter, program_of
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from polar_sdk.lab.items import Item
     from polar_sdk.lab.program_search.matrix import RewardMatrix
-    from polar_sdk.model import PolarModel
 
 QUICK = MenuSettings(hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
 
@@ -116,6 +118,24 @@ def test_training_writes_what_can_be_loaded(
     assert read.facts.training["prompts"] == {"train": 300, "dev": 200}
     with pytest.raises(RouterError):
         lab.train(model, path, settings=LayerwiseSettings())
+
+
+@pytest.mark.parametrize("labels", [0.5, 0.0])
+def test_bridges_that_are_tuned_to_right_choices_serve_requests_with_choices(
+    matrix: Callable[..., RewardMatrix], mixed_items: list[Item], tmp_path: Path, labels: float
+) -> None:
+    """In the process that trained them, too."""
+    model = tiny_model(policy=Policy.permissive())
+    lab.heal(model, mixed_items, "1-4", out=tmp_path, distil=1, labels=labels, answer_tokens=4)
+    skip, bridge = Program.skipping(6, [2]), Program.parse("0 [1-4] 5")
+    measured = replace(matrix(), programs=(Program.identity(6), skip, bridge))
+    router = lab.train(model, measured, kind="static", settings=QUICK, maps=tmp_path)
+    assert router.facts.bridges == ("choices" if labels else "all")
+    loosest = router.with_facts(default_theta=1.0)
+    engine = PolarModel(model.loaded, router=loosest, policy=Policy.permissive(), ledger=None)
+    assert engine.generate("which one?", choice=["yes", "no"]).usage.program == bridge.text
+    text = engine.generate("which one? yes or no?", max_tokens=1).usage.program
+    assert text == (skip if labels else bridge).text
 
 
 # -- the article's router ------------------------------------------------------------------------------------------
