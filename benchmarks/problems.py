@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.exact_tests import Interval
 
 SUITES: Final = ("mmlu", "arc", "gsm8k", "humaneval")
-_DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0}
+_DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0, "formats": 2.0, "refusals": 2.0}
 """Points that standard may lose."""
 
 
@@ -39,13 +39,14 @@ def in_percent(value: Interval) -> dict[str, Any]:
     return {"low": 100 * value.low, "high": 100 * value.high, "interval": "95%"}
 
 
-def record_suite(recorder: Recorder, found: SuiteEvaluation) -> None:
-    """Record what full depth gets right, and what each tier saves and loses."""
+def record_suite(recorder: Recorder, found: SuiteEvaluation, topic: str | None = None) -> None:
+    """Record what full depth gets right, and what each tier saves and loses; `topic` as in `Recorder.add`."""
     right = found.baseline.accuracy
     recorder.add(
         f"{found.suite}, exact: right",
         100 * right.value,
         "%",
+        topic=topic,
         **in_percent(right),
         note=f"{found.problems} problems of {found.prompt_tokens:.0f} tokens",
     )
@@ -57,13 +58,14 @@ def record_suite(recorder: Recorder, found: SuiteEvaluation) -> None:
             f"{found.suite}, {tier.name}: drop",
             100 * drop.value,
             "points",
+            topic=topic,
             **in_percent(drop),
             note=note,
             **goal,
         )
         saved = tier.flops_saved, tier.same_tokens_flops_saved
         note = f"{100 * saved[1]:.3g} % of what its own answers would take"
-        recorder.add(f"{found.suite}, {tier.name}: FLOPs saved", 100 * saved[0], "%", note=note)
+        recorder.add(f"{found.suite}, {tier.name}: FLOPs saved", 100 * saved[0], "%", topic=topic, note=note)
 
 
 def main() -> None:

@@ -9,15 +9,13 @@ changes the time that it takes, and no figure.
 
 from __future__ import annotations
 
-from benchmarks.problems import in_percent
+from benchmarks.problems import in_percent, record_suite
 from benchmarks.results import Recorder, arguments
 from polar_sdk import PolarModel, lab
 from polar_sdk.show.progress import ProgressBars
 
 SUITES = ("formats", "refusals")
 TIERS = ("standard", "economy")
-_WITHIN = 2.0
-"""Points that standard may keep less than full depth."""
 _FEWER = 90.0
 """Unit: percent."""
 
@@ -37,25 +35,7 @@ def main() -> None:
     for suite in SUITES if args.only is None else set(SUITES) & {args.only}:
         with ProgressBars(quiet=False) as show:
             found = lab.evaluate_suite(model, suite, compute=TIERS, on_progress=show)
-        recorder.add(
-            f"{suite}, exact: kept",
-            100 * found.baseline.accuracy.value,
-            "%",
-            topic="instructions",
-            **in_percent(found.baseline.accuracy),
-            note=f"{found.problems} problems",
-        )
-        for tier in found.tiers[1:]:
-            goal = {"goal": _WITHIN, "better": "lower"} if tier.name == "standard" else {}
-            recorder.add(
-                f"{suite}, {tier.name}: drop",
-                100 * tier.accuracy_drop.value,
-                "points",
-                topic="instructions",
-                **in_percent(tier.accuracy_drop),
-                **goal,
-                note=f"{tier.flops_saved:.1%} of the FLOPs saved; McNemar p = {tier.mcnemar_p:.2g}",
-            )
+        record_suite(recorder, found, topic="instructions")
     if args.only in SUITES:
         return
     with ProgressBars(quiet=False) as show:
