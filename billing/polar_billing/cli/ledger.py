@@ -119,9 +119,14 @@ def prune(
     zone: opt.Zone = "UTC",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete the facts of old requests; hashes, receipts and totals stay, and `polar verify` still passes."""
+    """Delete the facts of old requests; hashes, receipts and totals stay, and `polar verify` still passes.
+
+    A tenant whose next statement is to charge some of it, stored late, is left out; the exit code is then 1.
+    """
+    from polar_billing.ledger import chain
     from polar_billing.ledger.retention import prune as prune_tenant
     from polar_billing.ledger.retention import tenants_before
+    from polar_billing.statements.draft import count_uncharged
     from polar_billing.values.periods import Period
 
     until = Period.between(None, before, zone).until
@@ -134,10 +139,20 @@ def prune(
     ):
         with store.snapshot() as connection:
             tenants = tenants_before(connection, until) if tenant is None else [tenant]
+        left_out = False
         for name in tenants:
             with store.transaction() as connection:
-                requests = prune_tenant(connection, name, until)
-            print_line(f"{name}: {requests:,} requests pruned.")
+                chain.lock_heads(connection, [name])  # no usage of this tenant is being stored now
+                late = count_uncharged(connection, name, until)
+                requests = 0 if late else prune_tenant(connection, name, until)
+            if late:
+                left_out = True
+                why = f"{late:,} requests were stored after the statement of their period, and are on none yet"
+                print_line(f"error: {name} is not pruned: {why}. Issue its next statement first.", err=True)
+            else:
+                print_line(f"{name}: {requests:,} requests pruned.")
+        if left_out:
+            raise typer.Exit(1)
         if not tenants:
             print_line(f"Nothing was served before {until.isoformat()}.")
 

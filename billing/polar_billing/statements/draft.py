@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, false, func, or_, select
 
 from polar_billing.errors import PeriodError, StoreDamagedError
 from polar_billing.ledger.books import read_book
-from polar_billing.ledger.schema import prune_table
+from polar_billing.ledger.schema import prune_table, usage_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.charges import Charges, charges_of
 from polar_billing.statements.issued import LateUsage, read_statements
@@ -30,6 +30,7 @@ from polar_billing.statements.period_usage import (
     last_audit,
     last_seq,
     read_usage,
+    within,
 )
 from polar_billing.statements.statement import (
     Statement,
@@ -115,6 +116,15 @@ def check_kept(connection: Connection, tenant: str, period: Period) -> None:
             "needs it.",
             hint="Issue statements before you prune.",
         )
+
+
+def count_uncharged(connection: Connection, tenant: str, before: datetime) -> int:
+    """Number of requests served before a moment that are late for their statement, and on no later one yet."""
+    issued = read_statements(connection, tenant)
+    late = SeqRange(last_seq(connection, tenant), after=max((one.seq_until for one in issued), default=0))
+    spans = ((one.statement.since, min(one.statement.until, before)) for one in issued)
+    conditions = or_(false(), *(and_(*within(tenant, since, until, late)) for since, until in spans))
+    return connection.execute(select(func.count()).select_from(usage_table).where(conditions)).scalar_one()
 
 
 def find_late_usage(connection: Connection, basis: Basis, earlier: Sequence[IssuedStatement]) -> tuple[LateUsage, ...]:

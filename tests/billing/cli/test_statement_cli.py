@@ -243,6 +243,20 @@ def test_a_further_book_says_whom_it_charges(
     assert ledger_url.removeprefix("sqlite:///") in ok("price", "add", str(other))
 
 
+def test_usage_that_the_next_statement_is_to_charge_is_not_pruned(
+    filled: Ledger, polar: Callable[..., Result], ok: Callable[..., str]
+) -> None:
+    prune = ("prune", "--before", "2026-11-01", "--yes")
+    ok("statement", "--tenant", "globex", *MONTH, "--issue")
+    store_record(filled, usage_record("late", tenant="globex", tier="premium", started_at=OCTOBER), PLANS, "test")
+    refused = polar(*prune)
+    assert refused.exit_code == 1
+    assert "globex" in refused.stderr and "1 requests" in refused.stderr
+    assert refused.stdout == "initech: 1 requests pruned.\n"
+    assert json.loads(ok("statement", "--tenant", "globex", "--month", "2026-09", "--issue", "--json"))["requests_late"]
+    assert ok(*prune) == "globex: 3 requests pruned.\n"
+
+
 OCTOBER = "2026-10-15T12:00:00Z"
 
 

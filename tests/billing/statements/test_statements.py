@@ -20,7 +20,7 @@ from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import statement_table, transaction_table
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.proof.verify import verify_ledger
-from polar_billing.statements.draft import draft_statement
+from polar_billing.statements.draft import count_uncharged, draft_statement
 from polar_billing.statements.issue import credit_note, credit_notes, issue_statement, issued_statements
 from polar_billing.statements.period import reprice
 from polar_billing.statements.tracing import lines_of_usage, recheck, usage_of_line
@@ -454,8 +454,13 @@ def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger
 def test_late_usage_that_came_to_no_line_may_be_pruned_as_well(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r")
     issue_statement(store, "someone", NOVEMBER, now=END)
-    put(store, "late", tier="gold")
+    late = datetime(2026, 11, 20, tzinfo=UTC)
+    put(store, "late", tier="gold", started_at=late)
+    with store.snapshot() as connection:
+        assert [count_uncharged(connection, "someone", before) for before in (late, END)] == [0, 1]
     december = issue_statement(store, "someone", DECEMBER, now=LATER)
+    with store.snapshot() as connection:
+        assert count_uncharged(connection, "someone", END) == 0
     assert (december.statement.requests_late, december.statement.lines) == (1, ())
     assert recheck(store, december) == []
     with store.transaction() as connection:
