@@ -371,20 +371,22 @@ def test_an_id_of_two_tenants_needs_one_named(
     assert explained(ok, "twice", "--tenant", "globex")["tenant"] == "globex"
 
 
-def test_the_beginning_of_an_id_will_do(ledger: Ledger, polar: Callable[..., Result], ok: Callable[..., str]) -> None:
+def test_the_beginning_of_an_id_will_do(store: Ledger, polar: Callable[..., Result], ok: Callable[..., str]) -> None:
+    ledger = ("--ledger", store.url.render_as_string(hide_password=False))
     for name in ("abcdef", "abcdefg-1", "abcdefg-2", "ABCDEF-9"):
-        Meter(ledger).emit(usage_record(name))
+        Meter(store).emit(usage_record(name))
     for words, whole in (("abcdef", "abcdef"), ("abcdefg-2", "abcdefg-2"), ("ABCDEF", "ABCDEF-9")):
-        assert explained(ok, words)["request_id"] == json.loads(ok("receipt", words))["request_id"] == whole
+        assert explained(ok, words, *ledger)["request_id"] == whole
+        assert json.loads(ok("receipt", words, *ledger))["request_id"] == whole
     for command in ("explain", "receipt"):
-        several = polar(command, "abcdefg")
+        several = polar(command, "abcdefg", *ledger)
         assert isinstance(several.exception, QueryError)
         assert "Give more characters" in str(several.exception)
         assert "'abcdefg-1', 'abcdefg-2'" in str(several.exception)
         for words in ("ABCDE", "ABCDE%", "ABCDEF-9x", "BCDEF-9"):
-            assert "no request" in str(polar(command, words).exception)
-    ok("prune", "--before", "2200-01-01", "--yes")
-    assert json.loads(ok("receipt", "abcdefg-1"))["request_id"] == "abcdefg-1"
+            assert "no request" in str(polar(command, words, *ledger).exception)
+    ok("prune", "--before", "2200-01-01", "--yes", *ledger)
+    assert json.loads(ok("receipt", "abcdefg-1", *ledger))["request_id"] == "abcdefg-1"
 
 
 def test_a_pruned_request_points_to_its_receipt(
