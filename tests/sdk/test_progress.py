@@ -130,4 +130,4 @@ def test_a_command_that_is_ended_keeps_its_work_and_says_so(tmp_path: Path) -> N
         running.send_signal(signal.SIGTERM)
         rest = running.stderr.read()
     assert running.returncode == 128 + signal.SIGTERM
-    assert re.search("^note: .*goes on", rest, re.MULTILINE)
+    assert re.search("^note: .*resumes", rest, re.MULTILINE)

@@ -107,7 +107,7 @@ class TestFiles:
             ("mmlu", {"choices": ["one"]}, "choices"),
             ("arc", {"answerKey": "D"}, "not one of the labels"),
             ("arc", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "1 labels"),
-            ("gsm8k", {"answer": "twelve"}, "no number"),
+            ("gsm8k", {"answer": "twelve"}, "####"),
             ("humaneval", {"test": ""}, "test"),
         ],
     )
@@ -303,7 +303,7 @@ class TestEvaluation:
         [
             ({"suite": "mnlu"}, "did you mean 'mmlu'"),
             ({"suite": "humaneval", "run_code": False}, "--run-code"),
-            ({"suite": "humaneval", "shots": 1}, "without examples"),
+            ({"suite": "humaneval", "shots": 1}, "takes no examples"),
             ({"suite": "mmlu", "shots": 5}, "--shots-from"),
             ({"suite": "mmlu", "template": "chatty"}, "chatty"),
             ({"suite": "mmlu", "thetas": [0.5]}, "learned router"),
