@@ -38,13 +38,14 @@ import torch
 from benchmarks.early_exit import EarlyExit
 from benchmarks.peers import plain_folder
 from benchmarks.results import Figure, Recorder, arguments
+from benchmarks.right_answers import rightness
 from benchmarks.router_texts import rows
 from benchmarks.shorter_prompts import by_bm25, by_lexrank, shortened
 from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.engine.maps import Fill
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
-from polar_sdk.lab.evaluation.text_answers import chrf, f1
+from polar_sdk.lab.evaluation.text_answers import chrf
 from polar_sdk.lab.fit.synthetic import long_items
 from polar_sdk.lab.healing.packs import make_packs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, builtin_items, data_hash, item_id, split_of
@@ -260,7 +261,7 @@ class Bench:
             if min(len(answer.token_ids), len(exact.token_ids)) > 1:
                 speed.append(_Paired(_tokens_a_second(answer), _tokens_a_second(exact)))
             needed, executed = needed + answer.usage.flops.total, executed + answer.usage.flops.executed
-            right.append(_found(answer.text, item.answer))
+            right.append(rightness(answer.text, item.answer))
             like.append(chrf(answer.text, self.prompts.written[item.prompt]))
         return {
             "first": median(pair.ours for pair in first),
@@ -297,10 +298,6 @@ def _tokens_a_second(answer: Generation) -> float:
 
 def _share(ours: Sequence[int], theirs: Sequence[int]) -> float:
     return fmean(one == other for one, other in zip(ours, theirs, strict=True))
-
-
-def _found(written: str, right: str) -> float:
-    return 1.0 if right.casefold() in written.casefold() else f1(written, right)
 
 
 def base_methods(model: PolarModel, folder: Path) -> Iterator[Method]:
@@ -433,7 +430,7 @@ def early_exit(model: PolarModel, prompts: Prompts) -> dict[str, Any]:
         forced = peer.answer(tokens, len(answer), _SURE, answer)
         free = model.decode(peer.answer(tokens, _NEW, _SURE).chosen)
         shares.append(_share(forced.chosen, plain.chosen))
-        right.append(_found(free, item.answer))
+        right.append(rightness(free, item.answer))
         like.append(chrf(free, prompts.written[item.prompt]))
         firsts.append(_Paired(1_000 * forced.first, 1_000 * plain.first))
         if len(answer) > 1:

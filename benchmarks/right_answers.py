@@ -50,7 +50,8 @@ def systems(model: PolarModel, programs: Sequence[str]) -> Iterator[tuple[str, R
         yield text, StaticRouter(Program.parse(text))
 
 
-def _score(written: str, right: str) -> float:
+def rightness(written: str, right: str) -> float:
+    """1 if the right answer stands in the text, else the overlap of words."""
     return 1.0 if right.casefold() in written.casefold() else f1(written, right)
 
 
@@ -84,11 +85,11 @@ def main() -> None:
             for start in range(0, len(prompts), _AT_ONCE):
                 answers += model.greedy_answers(prompts[start : start + _AT_ONCE], max_tokens=_NEW, router=router)
                 show(name, len(answers), len(prompts))
-            found = [_score(model.decode(ids), text.answer) for ids, text in zip(answers, asked, strict=True)]
-            if name == FULL:
-                exact, lengths = found, [len(ids) for ids in answers]
-                full = _flops(model, router, prompts, lengths)
-            _record(recorder, name, asked, exact, found, 1 - _flops(model, router, prompts, lengths) / full)
+            found = [rightness(model.decode(ids), text.answer) for ids, text in zip(answers, asked, strict=True)]
+            exact, lengths = exact or found, lengths or [len(ids) for ids in answers]  # full depth is first
+            spent = _flops(model, router, prompts, lengths)
+            full = full or spent
+            _record(recorder, name, asked, exact, found, 1 - spent / full)
 
 
 def _record(

@@ -251,11 +251,10 @@ class LearnedRouter(Router):
         """Choose for one prompt with the dial at θ; `asked` and `writes` as in `AtTheta`."""
         read = self._running.read(self.reader(tokens))
         outputs = self.for_texts(read.outputs) if writes else read.outputs
-        program, wanted = (
-            self.decide(outputs, each, len(tokens)) if each else self.programs[0] for each in (theta, asked or theta)
-        )
-        harmless = wanted == self.programs[0]
-        likeness = Likeness(len(tokens), float(read.distance), int(read.centre), harmless)
+        full = self.programs[0]
+        program = self.decide(outputs, theta, len(tokens)) if theta else full
+        wanted = self.decide(outputs, asked, len(tokens)) if asked else program
+        likeness = Likeness(len(tokens), float(read.distance), int(read.centre), harmless=wanted == full)
         return Route(program, self.network.flops, likeness)
 
     def for_texts(self, outputs: Tensor) -> Tensor:
