@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -198,8 +199,12 @@ def test_an_audit_waits_while_anybody_has_something_to_run(certified: MenuRouter
     assert len(engine.scheduler) == engine.scheduler.waiting == 0
 
 
-def test_an_audit_gives_its_pages_up_and_goes_on_later(certified: MenuRouter) -> None:
-    """The pool holds one long request: an audit that has begun loses its pages to it, and ends after it."""
+@pytest.mark.parametrize("kept_share", [0.0, 0.25])
+def test_an_audit_gives_its_pages_up_and_goes_on_later(certified: MenuRouter, kept_share: float) -> None:
+    """The pool holds one long request: an audit that has begun loses its pages to it, and ends after it.
+
+    An audit that begins while the start of its prompt is still kept reads that instead of running it, and costs less.
+    """
     from polar_sdk.model import PolarModel
     from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 
@@ -209,13 +214,19 @@ def test_an_audit_gives_its_pages_up_and_goes_on_later(certified: MenuRouter) ->
         tiny_llama(), tiny_tokenizer(), policy=tiny_policy(6), router=certified, sink=sink, audit_share=1.0,
         kv_memory=page * 6 * 8,
     )  # fmt: skip
+    engine.scheduler.limits = replace(engine.scheduler.limits, prefix_share=kept_share)
     for number in range(6):
         engine.generate("x" * 120, compute="economy", max_tokens=60, request_id=f"r{number}")
         time.sleep(0.06 + 0.01 * number)  # the audit is on its way
         engine.generate("y" * 400, compute="exact", max_tokens=100)
     until(lambda: len(sink.audits) == 6)
-    free = {audit.request_id: (audit.kept, audit.flops) for audit in sink.audits}
-    assert len(set(free.values())) == 1, "what gave way was judged, and metered, as what did not"
+    read = Counter[str]()
+    for record in sink.records:
+        read[record.tags.get(AUDIT_TAG, "")] += record.tokens.cached
+    found = {(read[audit.request_id], audit.kept, audit.flops) for audit in sink.audits}
+    assert len(found) == len({cached for cached, _, _ in found}), "what gave way was metered as what did not"
+    assert len({kept for _, kept, _ in found}) == 1, "what gave way was judged as what did not"
+    assert kept_share or not any(cached for cached, _, _ in found)
     pool = engine.decoder.pool
     until(lambda: pool.free + sum(engine.scheduler.prefixes.kept_pages) == sum(pool.sizes))
 
