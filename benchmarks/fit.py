@@ -7,8 +7,10 @@ calibrated on.
 
 from __future__ import annotations
 
+import ast
 import json
 import random
+import sysconfig
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.fit import PROMISES
 from polar_sdk.lab.fit.plan import SHARES
 from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.fit.synthetic import notes
 from polar_sdk.lab.suites.letters import Mmlu, MmluProblem
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import least_prompts
@@ -37,6 +40,13 @@ LETTERED = ("arc_easy", "arc_challenge", "openbookqa")
 """Sets of questions with choices, which are shown under letters."""
 _OWN = 520
 """Prompts of the package's own."""
+_COMPLETE = (
+    "Complete this Python function:\n\n```python\n{function}\n```",
+    "{function}\n\nWrite the body of this function.",
+    "Implement this function. Answer with the code only.\n```python\n{function}\n```",
+)
+_LINES = range(4, 24)
+"""Of a function that is to be written, docstring included."""
 _FITTED = 28
 """Prompts of each task of `TASKS` to fit on; the others of it are held back."""
 
@@ -76,7 +86,7 @@ class _Sets:
 
 
 def kinds(sets: _Sets) -> Iterator[Row]:
-    """Questions about passages, summaries, extraction, facts, sums, and questions with lettered choices."""
+    """Questions about texts and facts, summaries, extraction, sums, lettered choices, and functions to write."""
     for _ in range(70):
         found = sets.take("passages", 5)
         asked = sets.dice.randrange(5)
@@ -100,6 +110,23 @@ def kinds(sets: _Sets) -> Iterator[Row]:
     for name in LETTERED:
         problems = (MmluProblem(subject="science", **row) for row in sets.take(name, 60))
         yield from ({"prompt": Mmlu().ask(one, (), chat=True).text, "task": f"letters, {name}"} for one in problems)
+    yield from ({"prompt": text.prompt, "task": "facts in notes"} for text in notes(90, seed=5))
+    for turn, function in enumerate(sets.dice.sample(sorted(_functions()), 90)):
+        yield {"prompt": _COMPLETE[turn % len(_COMPLETE)].format(function=function), "task": "functions to write"}
+
+
+def _functions() -> Iterator[str]:
+    """Functions of Python's own library up to the end of their docstrings, which say what the rest is to do."""
+    for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = text.split("\n")
+        for node in ast.parse(text).body:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and ast.get_docstring(node)
+                and (node.end_lineno or 0) - node.lineno in _LINES
+            ):
+                yield "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
 
 
 def tasks(sets: _Sets) -> Iterator[Row]:

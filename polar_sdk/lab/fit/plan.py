@@ -41,7 +41,7 @@ _MEASURED_ANSWER: Final = 16
 """… and tokens of their answers."""
 _RESERVE: Final = 0.8
 """Share of the hours that is planned; the rest is for what the measurement cannot know."""
-_DISTIL_STEPS: Final = 250
+_DISTIL_STEPS: Final = 400
 """Maximum training steps by default."""
 _FEWEST_STEPS: Final = 50
 """Minimum training steps by default: fewer are not worth the prompts that they take the place of."""
