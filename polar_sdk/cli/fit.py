@@ -31,7 +31,8 @@ def fit(
     promise: Annotated[
         list[str] | None,
         typer.Option(
-            help="What a tier promises, written as for polar lab calibrate, e.g. economy=0.1:strict=0.5; repeatable."
+            help="What a tier promises, written as for polar lab calibrate, e.g. economy=0.1:strict=0.5, or "
+            "standard=0.05:drops where the data has right answers; repeatable."
         ),
     ] = None,
     limit: Annotated[

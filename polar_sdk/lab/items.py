@@ -85,6 +85,15 @@ class ChoiceItem(_Item):
 
 
 Item = PromptItem | TokensItem | AnswerItem | ChoiceItem
+PromptKind = Literal["choice", "prompt", "answer"]
+"""A question with choices, a bare prompt, or a prompt whose right answer is known."""
+
+
+def kind_of(item: Item) -> PromptKind:
+    """The kind of an item, for each of which a promise holds by itself."""
+    if isinstance(item, ChoiceItem):
+        return "choice"
+    return "answer" if isinstance(item, AnswerItem) else "prompt"
 
 
 def builtin_items() -> list[Item]:

@@ -29,7 +29,7 @@ from polar_sdk.lab.fit.prompts import prompts_of, text_of
 from polar_sdk.lab.fit.summary import figures, tiers_in_words
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
-from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, split_of
+from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, kind_of, split_of
 from polar_sdk.lab.program_search.matrix import RewardMatrix, measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
@@ -63,6 +63,8 @@ PROMISES: Final[dict[str, TierPromise]] = {
     "premium": TierPromise(0.01, strict=0.1),
 }
 """Promises of tiers by default; a tier that the prompts are too few for is left out."""
+_OF_RIGHT: Final = ("harms", "drops")
+"""Losses that count right answers."""
 _DELTA: Final = 0.1
 _HALVES: Final = Shares(0.6, 0.4, 0.0, 0.0)
 """Shares of the prompts that the menu is chosen on: to train the router on, and to choose by."""
@@ -147,7 +149,8 @@ def fit(
     folder = fit_folder(model.fingerprint, model.dtype) if out is None else Path(out)
     with disk_errors(), RewardCache(cache_path(model.fingerprint, model.dtype)) as cache:
         asked = dict(PROMISES if promises is None else promises)
-        work = _Work(model, prompts_of(data, limit), hours, asked, folder, distil, seed, cache, on_progress)
+        items = prompts_of(data, limit, right=any(promise.loss in _OF_RIGHT for promise in asked.values()))
+        work = _Work(model, items, hours, asked, folder, distil, seed, cache, on_progress)
         return work.run(on_plan)
 
 
@@ -233,7 +236,7 @@ class _Work:
         """The promises that the calibration prompts are enough for.
 
         Raises:
-            DataError: They are enough for none.
+            DataError: They are enough for none, or lack the right answers that one counts.
         """
         for split, use in _USES.items():
             if (left := len(self._of(split))) < _FEWEST:
@@ -241,12 +244,18 @@ class _Work:
                     f"{len(self.items)} prompts are too few to be split: {left} are left {use}, and {_FEWEST} are "
                     "needed; give more prompts."
                 )
-        counts = Counter(isinstance(item, ChoiceItem) for item in self._of("calibration"))
-        fewest = min(counts.values())
+        counts = Counter(map(kind_of, self._of("calibration")))
+        fewest, bare = min(counts.values()), counts["prompt"]
         possible, needed = {}, {}
         for tier, promise in self.promises.items():
+            if promise.loss in _OF_RIGHT and (bare == counts.total() or (bare and promise.loss == "harms")):
+                raise DataError(
+                    f"tier {tier!r} counts right answers (loss {promise.loss!r}), but {bare} of {counts.total()} "
+                    "calibration prompts have none; give prompts with answers, or promise another loss."
+                )
             tests = {
-                least_paired_prompts if promise.loss == "drops" and is_choice else least_prompts for is_choice in counts
+                least_paired_prompts if promise.loss == "drops" and kind != "prompt" else least_prompts
+                for kind in counts
             }
             needed[tier] = max(prompts(promise.alpha, _DELTA) for prompts in tests)
             if fewest >= needed[tier]:
@@ -353,7 +362,6 @@ class _Work:
             [Program.identity(self.model.depth), *programs],
             splits=[split_of(task.id, _HALVES, seed=1) for task in tasks],
             data=data_hash(task.item for task in tasks),
-            write_tokens=None,
             stage="measuring programs",
         )
 

@@ -17,7 +17,7 @@ from polar_sdk.engine.scoring import score_questions
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.prompts import text_of
 from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
-from polar_sdk.lab.items import ChoiceItem, Shares
+from polar_sdk.lab.items import ChoiceItem, Shares, kind_of
 from polar_sdk.programs.program import TAIL, Program
 from polar_sdk.promises.losses import ANSWER_TOKENS
 
@@ -67,12 +67,14 @@ class Pace(BaseModel, frozen=True):
 
 
 class Workload(NamedTuple):
-    """Number and length of the prompts of a fit."""
+    """The prompts of a fit."""
 
     prompts: int
     """Distinct prompts that are there."""
     tokens: float
     """Mean length of a prompt as the model reads it."""
+    answered: float = 0.0
+    """Share of the prompts whose right answers in text count, for which every program writes its own."""
 
 
 class Plan(BaseModel, frozen=True):
@@ -143,7 +145,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     cuts = cuts_of(model.depth)
     if not cuts:
         raise DataError(f"a model of {model.depth} layer has nothing to fill; polar fit needs at least 2 layers.")
-    per_prompt = _seconds(model, workload.tokens, pace, cuts)
+    per_prompt = _seconds(model, workload, pace, cuts)
     seconds = hours * 3600 * _RESERVE
     step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
     training = min(_DISTIL_STEPS * step, _DISTIL_SHARE * seconds) if distil is None else distil * step
@@ -187,14 +189,17 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     )
 
 
-def _seconds(model: PolarModel, length: float, pace: Pace, cuts: Sequence[int]) -> dict[str, float]:
+def _seconds(model: PolarModel, workload: Workload, pace: Pace, cuts: Sequence[int]) -> dict[str, float]:
     """Seconds of each step per prompt: programs share what they begin with; above a cut only a prompt's end runs."""
+    length = workload.tokens
     tokens = length + ANSWER_TOKENS
+    answering = length / pace.read + ANSWER_TOKENS / pace.write
     above = sum((model.depth - cut) / model.depth * (min(TAIL, length) + ANSWER_TOKENS) / tokens for cut in cuts)
     return {
-        "answers": length / pace.read + ANSWER_TOKENS / pace.write,
+        "answers": answering,
         "fitting": SHARES.train * tokens / pace.read * _PASS_OF_FIT,
-        "measuring": (1 - SHARES.train + SHARES.dev) * tokens / pace.read * (1 + 1.3 * above),
+        "measuring": (1 - SHARES.train + SHARES.dev) * tokens / pace.read * (1 + 1.3 * above)
+        + workload.answered * (SHARES.dev + SHARES.calibration) * (len(cuts) + 1) * answering,
     }
 
 
@@ -209,7 +214,8 @@ def _seek_seconds(model: PolarModel, tokens: float, prompts: int, pace: Pace) ->
 
 
 def workload_of(model: PolarModel, items: Sequence[Item]) -> Workload:
-    """Number and mean length of the prompts, by a sample of them."""
+    """Number of the prompts, their mean length by a sample of them, and how many have right answers that count."""
     step = max(1, len(items) // 200)
     sample = [text_of(item) for item in items[::step]]
-    return Workload(len(items), fmean(len(model.prompt_tokens(text)) for text in sample))
+    answered = sum(kind_of(item) == "answer" for item in items) / len(items)
+    return Workload(len(items), fmean(len(model.prompt_tokens(text)) for text in sample), answered)

@@ -23,15 +23,15 @@ _LENGTHS: Final = (400, 2000)
 """Characters between which lengths differ: some 100 and 500 tokens."""
 
 
-def prompts_of(data: Sequence[Item] | None, limit: int | None = None) -> list[Item]:
+def prompts_of(data: Sequence[Item] | None, limit: int | None = None, *, right: bool = False) -> list[Item]:
     """The distinct prompts in the order in which they are taken: kinds and lengths in turn, each by hash.
 
-    So the first N of them are as mixed as all are, and a larger N keeps what a smaller one had. Texts whose right
-    answer is known count as bare prompts: a fit compares with full depth.
+    So the first N of them are as mixed as all are, and a larger N keeps what a smaller one had.
 
     Args:
         data: The caller's; None = the package's own.
         limit: Maximum number.
+        right: Whether right answers in text count; if not, such prompts are bare ones, compared with full depth.
 
     Raises:
         DataError: There is none, or all are copies of one.
@@ -41,8 +41,9 @@ def prompts_of(data: Sequence[Item] | None, limit: int | None = None) -> list[It
         raise DataError("the data holds no prompt; give at least one.")
     lots: dict[tuple[str, int], list[Item]] = {}
     for item in sorted(distinct_items(items), key=item_id):
-        bare = PromptItem(prompt=item.prompt, task=item.task) if isinstance(item, AnswerItem) else item
-        lots.setdefault((item.task or "", _length(item)), []).append(bare)
+        bare = isinstance(item, AnswerItem) and not right
+        taken = PromptItem(prompt=text_of(item), task=item.task) if bare else item
+        lots.setdefault((item.task or "", _length(item)), []).append(taken)
     return list(_in_turn(lots[name] for name in sorted(lots)))[:limit]
 
 

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.items import Split
+    from polar_sdk.lab.items import PromptKind, Split
     from polar_sdk.lab.rewards.measure import Measurer
-    from polar_sdk.lab.rewards.tasks import PromptKind, Task
+    from polar_sdk.lab.rewards.tasks import Task
 
 
 _FORMAT: Final = "polar-rewards-1"

@@ -192,13 +192,13 @@ def _flops(task: Task, program: Program, cost: CostModel) -> int:
 def is_right(written: str, answer: str) -> bool:
     """Whether a written text is the answer.
 
-    Texts are compared after case, punctuation and spacing are evened out. Where the answer is a number, the last
-    number in the text counts, so that working may come before it.
+    It must hold the answer's words one after another; case, punctuation and spacing do not count. Where the answer is a
+    number, the last number in the text counts, so that working may come before it.
     """
     if _NUMBER.fullmatch(answer.strip()):
         numbers = _NUMBER.findall(written)
         return bool(numbers) and _value(numbers[-1]) == _value(answer.strip())
-    return normalised(written) == normalised(answer)
+    return f" {normalised(answer)} " in f" {normalised(written)} "
 
 
 def _value(number: str) -> float:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from polar_sdk.engine.pack import Question
-from polar_sdk.lab.items import AnswerItem, ChoiceItem, TokensItem, item_id
+from polar_sdk.lab.items import ChoiceItem, TokensItem, item_id, kind_of
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.losses import ANSWER_TOKENS
 from polar_sdk.show.progress import Progress, silent
@@ -21,13 +21,10 @@ from polar_sdk.show.progress import Progress, silent
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from polar_sdk.lab.items import Item
+    from polar_sdk.lab.items import Item, PromptKind
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
     from polar_sdk.request.options import Prompt
-
-
-PromptKind = Literal["choice", "prompt", "answer"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ class Task:
     @property
     def kind(self) -> PromptKind:
         """The kind of the item."""
-        if isinstance(self.item, ChoiceItem):
-            return "choice"
-        return "answer" if isinstance(self.item, AnswerItem) else "prompt"
+        return kind_of(self.item)
 
     @property
     def characters(self) -> tuple[int, ...]:

@@ -18,9 +18,11 @@ from polar_sdk.lab.fit.fit import fit_folder
 from polar_sdk.lab.fit.frontier import near
 from polar_sdk.lab.fit.plan import SHARES, Pace, Workload, cuts_of, make_plan
 from polar_sdk.lab.fit.prompts import prompts_of
-from polar_sdk.lab.items import PromptItem, item_id, split_of
+from polar_sdk.lab.items import AnswerItem, PromptItem, item_id, split_of
 from polar_sdk.programs.program import Program
+from polar_sdk.router.artifact import load_router
 from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.fit.fit import FitResult
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.router.certificate import Loss
 
 PROMPTS = 240
 LOOSE = {"economy": TierPromise(0.9), "standard": TierPromise(0.6)}
@@ -91,6 +94,33 @@ def test_whoever_loads_the_model_gets_the_fitted_tiers(
 def test_a_tier_that_needs_more_prompts_is_left_out(finished: FitResult) -> None:
     assert "premium" not in finished.facts.figures
     assert "premium" in finished.facts.sentences[-1]
+
+
+def test_right_answers_count_where_a_promise_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the prompts have an answer: full depth's own for every other of them, and one that is wrong."""
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    model, items = tiny_fresh(), made_items()
+    texts = [item.prompt for item in items[:120]]  # type: ignore[union-attr]
+    written = [model.decode(ids) for ids in model.greedy_answers(texts, max_tokens=64)]
+    known: list[Item] = [
+        AnswerItem(prompt=text, answer=answer if place % 2 else "never", task="known")
+        for place, (text, answer) in enumerate(zip(texts, written, strict=True))
+    ]
+    promises = {"economy": TierPromise(0.7, "drops"), "standard": TierPromise(0.5, "differs")}
+    made = fitted(model, [*known, *items[120:]], promises=promises)
+    router = load_router(made.folder / "router")
+    assert isinstance(router, LearnedRouter) and router.certificate is not None
+    kinds = router.certificate.kinds
+    assert set(kinds) == {"answer", "prompt"} and "drops" not in kinds["prompt"].lost
+    assert kinds["answer"].lost["drops"][0] == 0 < max(kinds["answer"].lost["drops"]) <= kinds["answer"].n
+    assert router.certificate.tiers["economy"].loss == "drops"
+    losses: tuple[Loss, ...] = ("drops", "harms")
+    for loss in losses:
+        with pytest.raises(DataError):
+            fitted(model, items, promises={"economy": TierPromise(0.7, loss)}, out=tmp_path / loss)
+        assert not (tmp_path / loss / "fills").exists()
+    with pytest.raises(DataError):
+        fitted(model, [*known, *items[120:]], promises={"economy": TierPromise(0.7, "harms")}, out=tmp_path / "some")
 
 
 def test_a_finished_fit_is_returned_as_it_is(finished: FitResult, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

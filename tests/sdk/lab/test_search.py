@@ -108,7 +108,9 @@ def test_rewards_are_what_scoring_by_hand_gives(model: PolarModel, all_items: li
     ("written", "answer", "right"),
     [
         ("The answer is Paris", "the answer is PARIS.", True),
-        ("Paris, of course", "Paris", False),
+        ("Paris, of course", "Paris", True),
+        ("A Parisian, of course", "Paris", False),
+        ("It was Rosa who met Castro", "Rosa Castro", False),
         ("3 apples and 4 make 1,007", "1007", True),
         ("It is 12. No, 13", "12", False),
         ("minus -2.50", "-2.5", True),
