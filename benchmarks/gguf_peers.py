@@ -110,9 +110,10 @@ class _Ours:
         return float((len(answer.token_ids) - 1) / answer.usage.decode_ns * 1e9)
 
     def callers(self, prompts: list[str]) -> float:
+        call = partial(self._model.generate, template="raw", max_tokens=_NEW, compute="exact")  # the tokens of the peer
         with ThreadPoolExecutor(len(prompts)) as callers:
             begin = time.perf_counter()
-            answers = list(callers.map(partial(self._model.generate, max_tokens=_NEW, compute="exact"), prompts))
+            answers = list(callers.map(call, prompts))
             return sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - begin)
 
     def over_flops(self, text: str) -> float:
