@@ -150,9 +150,7 @@ REASONS = {
     "takes and returns nothing": """
         Ledger.check Ledger.check_exists Ledger.close Budgets.renew Budgets.stop
         Meter.check Meter.close Meter.flush Meter.recover""",
-    "the schema's version": "Ledger.stored_version Ledger.wrong_version",
-    "a bare connection, for the operator's programs": """
-        Ledger.as_stored Ledger.unprepared Ledger.snapshot Ledger.transaction""",
+    "a bare connection, for the operator's programs": "Ledger.as_stored Ledger.snapshot Ledger.transaction",
     "promises, which are made to no tenant alone": "Meter.standings",
 }
 NOTHING_TO_TRY = {name for names in REASONS.values() for name in names.split()}

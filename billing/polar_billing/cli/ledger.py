@@ -1,4 +1,4 @@
-"""The commands about the ledger itself: `polar verify` and `receipt` prove it, `prune` and `migrate` keep it.
+"""The commands about the ledger itself: `polar verify` and `receipt` prove it, `prune` deletes old facts.
 
 Arguments in, text out; the work is done by `proof` and `ledger`.
 """
@@ -25,7 +25,6 @@ def register(app: typer.Typer) -> None:
     app.command("verify", epilog="Example: polar verify --ledger ledger.sqlite3")(verify)
     app.command("receipt", epilog="Example: polar receipt 01a21448-fc9b-79f1-b119-920a961c1e1e")(receipt)
     app.command("prune", epilog="Example: polar prune --before 2026-01-01")(prune)
-    app.command("migrate", epilog="Example: polar migrate --ledger postgresql://polar@db/polar")(migrate)
 
 
 def verify(
@@ -155,15 +154,3 @@ def prune(
             raise typer.Exit(1)
         if not tenants:
             print_line(f"Nothing was served before {until.isoformat()}.")
-
-
-def migrate(ledger: opt.Ledger = None) -> None:
-    """Migrate a ledger of an earlier version to the current schema, in one transaction; back it up first."""
-    from polar_billing.ledger.migrate import migrate as migrate_ledger
-
-    with opt.open_ledger(ledger, recover=False) as store, interruptible("the ledger is unchanged; start again"):
-        before, after = migrate_ledger(store)
-        if before == after:
-            print_line(f"The ledger {store.location} already has schema version {after}.")
-        else:
-            print_line(f"The ledger {store.location} was migrated from schema version {before} to {after}.")

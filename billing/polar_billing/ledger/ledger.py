@@ -41,7 +41,6 @@ from polar_billing.ledger.pending_writers import drain
 from polar_billing.ledger.records import from_row
 from polar_billing.ledger.rollups import raw_usage_query, read_sums, usage_of
 from polar_billing.ledger.schema import (
-    FIRST_VERSION,
     SCHEMA_VERSION,
     metadata,
     probe_table,
@@ -374,7 +373,7 @@ class Ledger:
         if is_absent(self.url):
             return False
         with self._database.reading() as connection:
-            return self._version(connection) is not None
+            return self._has_schema(connection)
 
     def _prepare(self) -> None:
         """Create the tables on first use, once, even if many threads and processes start together."""
@@ -387,8 +386,8 @@ class Ledger:
             if self._database.is_sqlite and not self._database.in_memory:
                 self._database.use_write_ahead_log()
             with self._database.reading() as connection:
-                version = self._version(connection)
-            if version is None:
+                exists = self._has_schema(connection)
+            if not exists:
                 self._create()
             self._prepared_file = self._file_identity()
 
@@ -409,40 +408,19 @@ class Ledger:
         with self._database.writing() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
-            if self._version(connection) is None:  # another process may have been first
+            if not self._has_schema(connection):  # another process may have been first
                 metadata.create_all(connection)
                 first = {"version": SCHEMA_VERSION, "applied_at": datetime.now(UTC)}
                 connection.execute(insert(version_table).values(first))
 
-    @contextmanager
-    def unprepared(self) -> Iterator[Connection]:
-        """A write transaction on a ledger of any schema version, tables untouched; for migrations."""
-        drain(self.identity)
-        with self._database.writing() as connection:
-            yield connection
-
-    def stored_version(self, connection: Connection) -> int | None:
-        """The schema version of what is stored; None if there are no tables."""
+    def _has_schema(self, connection: Connection) -> bool:
+        """True if the tables are there; those of another version are refused."""
         if not inspect(connection).has_table(version_table.name):
-            return None
+            return False
         version: int | None = connection.execute(select(func.max(version_table.c.version))).scalar()
-        return version
-
-    def _version(self, connection: Connection) -> int | None:
-        version = self.stored_version(connection)
-        if version is None or version == SCHEMA_VERSION:
-            return version
-        raise self.wrong_version(version)
-
-    def wrong_version(self, version: int) -> SchemaVersionError:
-        """The error of a ledger of another schema version, which says what to do."""
-        if version < FIRST_VERSION:
-            hint = "Start a new one with --ledger or POLAR_LEDGER; the polar-llm that created this one still reads it."
-        elif version < SCHEMA_VERSION:
-            hint = "Back it up, then run `polar migrate`."
-        else:
-            hint = "Use the polar-llm version that created it."
-        return SchemaVersionError(
-            f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
-            hint=hint,
-        )
+        if version not in {None, SCHEMA_VERSION}:
+            raise SchemaVersionError(
+                f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
+                hint="Name a new one with --ledger or POLAR_LEDGER; the polar-llm that created this one reads it.",
+            )
+        return version is not None

@@ -26,13 +26,10 @@ from polar_billing.errors import (
     OutputError,
     PeriodError,
     QueryError,
-    SchemaVersionError,
     StoreError,
-    StoreNotFoundError,
 )
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
-from polar_billing.ledger.schema import SCHEMA_VERSION
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.report import Report, build_report
 from polar_billing.reports.text import Amounts
@@ -78,7 +75,6 @@ def test_a_misspelt_ledger_is_not_made_by_looking_into_it(tmp_path: Path, polar:
             "budget recheck",
             "verify",
             "receipt r1",
-            "migrate",
             "explain r",
         ),
         *("statement --tenant acme", "statement --tenant acme --month 2026-10", "prune --before 2026-01-01 --yes"),
@@ -363,14 +359,6 @@ def test_pruning_asks_and_keeps_the_proof(served: Ledger, tmp_path: Path, polar:
     assert checked.exit_code == 0
     assert checked.output.endswith(", but compute_units cannot be checked: the facts of the request were pruned.\n")
     assert isinstance(polar("prune", "--before", "yesterday", "--yes").exception, PeriodError)
-
-
-def test_migrating_says_from_where_to_where(served: Ledger, tmp_path: Path, polar: Callable[..., Result]) -> None:
-    result = polar("migrate")
-    assert result.output == f"The ledger {served.location} already has schema version {SCHEMA_VERSION}.\n"
-    for missing, error in (("x.sqlite3", SchemaVersionError), ("none/x.sqlite3", StoreNotFoundError)):
-        assert isinstance(polar("migrate", "--ledger", str(tmp_path / missing)).exception, error)
-        assert not (tmp_path / missing).exists()
 
 
 def test_a_receipt_is_found_whoever_it_is_of(filled: Ledger, polar: Callable[..., Result]) -> None:

@@ -195,7 +195,6 @@ def test_no_command_prints_names_as_they_are(hostile: Ledger, books: list[Path],
     checked("verify")
     checked("prune", "--before", "2026-11-01", "--yes")
     checked("prune", "--before", "2026-11-01", "--yes")
-    checked("migrate")
 
 
 def test_json_says_the_names_as_they_are(hostile: Ledger) -> None:

@@ -20,7 +20,7 @@ from polar_billing.ledger.schema.access import (
     reply_table,
     running_table,
 )
-from polar_billing.ledger.schema.base import FIRST_VERSION, NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
+from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
 from polar_billing.ledger.schema.ledger import (
     credit_note_table,
     entry_table,
@@ -46,7 +46,6 @@ from polar_billing.ledger.schema.usage import (
 
 __all__ = [
     "CHAINED",
-    "FIRST_VERSION",
     "NO_TENANT",
     "ROLLUP_KEYS",
     "ROLLUP_QUANTITIES",

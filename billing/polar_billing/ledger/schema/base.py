@@ -120,10 +120,7 @@ def _meaningless(text: str, wanted: str) -> StoreDamagedError:
 
 
 SCHEMA_VERSION: Final = 11
-"""The version of these tables; it rises with every migration."""
-
-FIRST_VERSION: Final = 11
-"""The version that migrations begin with. Those before it were drafts, whose ledgers are refused."""
+"""The version of these tables; it rises when one changes. A ledger of another version is refused."""
 
 metadata: Final = MetaData()
 
