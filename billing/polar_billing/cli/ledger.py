@@ -123,9 +123,9 @@ def prune(
     A tenant whose next statement is to charge some of it, stored late, is left out; the exit code is then 1.
     """
     from polar_billing.ledger import chain
-    from polar_billing.ledger.retention import prune as prune_tenant
     from polar_billing.ledger.retention import tenants_before
-    from polar_billing.statements.draft import count_uncharged
+    from polar_billing.statements.retention import count_uncharged
+    from polar_billing.statements.retention import prune as prune_tenant
     from polar_billing.values.periods import Period
 
     until = Period.between(None, before, zone).until

@@ -25,8 +25,8 @@ from polar_billing.errors import QueryError
 from polar_billing.ledger.books import books_in_force, read_books
 from polar_billing.ledger.records import AllTenants
 from polar_billing.prices.rating import COMPUTE, ITEMS, Counts, charged_flops, rate
-from polar_billing.statements.draft import check_kept
 from polar_billing.statements.period import known_tenants
+from polar_billing.statements.retention import check_kept
 from polar_billing.values.money import from_scaled
 from polar_billing.values.periods import Period, Window
 from polar_sdk import reading

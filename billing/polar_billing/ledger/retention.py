@@ -30,15 +30,18 @@ _KEPT: Final = ("seq", "tenant", "source", "request_id", "content_hash", "stored
 _KEPT_OF_RECEIPT: Final = ("price_book_hash", "cost", "unrated")
 
 
-def prune(connection: Connection, tenant: str, before: datetime) -> int:
-    """Delete the facts of a tenant's requests served before a moment, and return the number of requests."""
+def prune(connection: Connection, tenant: str, before: datetime, statements: str) -> int:
+    """Delete the facts of a tenant's requests served before a moment, and return the number of requests.
+
+    `statements` is what issued statements need of them later, as JSON (`polar_billing.statements.retention`).
+    """
     chain.lock_heads(connection, [tenant])
     lock_counts(connection, [tenant])  # who counts now must not find some of it gone halfway through
     old = (usage_table.c.tenant == tenant, usage_table.c.started_at < before)
     sums = sum_up(usage_shares(connection, *old))
     requests = sum(quantities[0] for quantities in sums.values())
     if requests:
-        _keep_proofs(connection, tenant, before, requests, sums)
+        _keep_proofs(connection, tenant, before, requests, sums, statements)
         pruned = select(pruned_table.c.seq).where(pruned_table.c.tenant == tenant)
         connection.execute(delete(receipt_table).where(receipt_table.c.usage_seq.in_(pruned)))
         connection.execute(delete(usage_table).where(usage_table.c.tenant == tenant, usage_table.c.seq.in_(pruned)))
@@ -51,11 +54,13 @@ def tenants_before(connection: Connection, before: datetime) -> list[str]:
     return list(connection.execute(query.order_by(usage_table.c.tenant)).scalars())
 
 
-def _keep_proofs(connection: Connection, tenant: str, before: datetime, requests: int, sums: Sums) -> None:
+def _keep_proofs(
+    connection: Connection, tenant: str, before: datetime, requests: int, sums: Sums, statements: str
+) -> None:
     # Not canonical JSON, which ends at 64 bits; the text is hashed as it is stored.
     totals = json.dumps([[*key, *quantities] for key, quantities in sorted(sums.items())], ensure_ascii=False)
     values = {"tenant": tenant, "before": before, "pruned_at": datetime.now(UTC), "requests": requests}
-    added = insert(prune_table).values(**values, totals=totals).returning(prune_table.c.id)
+    added = insert(prune_table).values(**values, totals=totals, statements=statements).returning(prune_table.c.id)
     prune_id: int = connection.execute(added).scalar_one()
     kept = [usage_table.c[name] for name in _KEPT] + [receipt_table.c[name] for name in _KEPT_OF_RECEIPT]
     query = (

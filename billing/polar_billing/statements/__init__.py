@@ -7,5 +7,5 @@
 * `credit_note`, `credit_notes`         credit an amount on an issued one, read credit notes back
 
 Inside, arrows point one way: `lines` → `bands`, `charges` (pure rating over a period) → `period_usage`
-(summed in the database) → `statement`, `issued` → `draft` → `issue`, `tracing`, `period`.
+(summed in the database) → `statement`, `issued`, `books` → `retention` → `draft` → `issue`, `tracing`, `period`.
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
-from polar_billing.errors import PriceBookError, UnknownTenantError
+from polar_billing.errors import PriceBookError, StoreDamagedError, UnknownTenantError
 from polar_billing.ledger.books import books_in_force, read_book
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.revisions import past_changes
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.period_usage import SeqRange
+    from polar_billing.statements.statement import Statement
 
 
 def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange) -> PriceBook:
@@ -62,6 +63,21 @@ def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange
                 f"were made by ({former.content_hash[:12]}).",
                 hint="Name the book to charge by with --book FILE.",
             )
+    return book
+
+
+def charging_book(connection: Connection, statement: Statement) -> PriceBook:
+    """The book that a statement charges by, which may not be in force any more.
+
+    Raises:
+        StoreDamagedError: It is gone from the ledger.
+    """
+    book = read_book(connection, statement.price_book_hash)
+    if book is None:
+        raise StoreDamagedError(
+            f"price book {statement.price_book_hash[:12]} of statement {statement.id!r} is not in the ledger.",
+            hint="Run `polar verify`.",
+        )
     return book
 
 

@@ -14,12 +14,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from sqlalchemy import and_, false, func, or_, select
-
-from polar_billing.errors import PeriodError, StoreDamagedError
-from polar_billing.ledger.books import read_book
-from polar_billing.ledger.schema import prune_table, usage_table
-from polar_billing.statements.books import book_for
+from polar_billing.statements.books import book_for, charging_book
 from polar_billing.statements.charges import Charges, charges_of
 from polar_billing.statements.issued import LateUsage, read_statements
 from polar_billing.statements.lines import bounds, phases_of
@@ -30,8 +25,8 @@ from polar_billing.statements.period_usage import (
     last_audit,
     last_seq,
     read_usage,
-    within,
 )
+from polar_billing.statements.retention import PrunedUsage, check_kept, pruned_of
 from polar_billing.statements.statement import (
     Statement,
     agreement_by_tier,
@@ -45,7 +40,6 @@ from polar_billing.values.money import EXACT_SCALE, exact_difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from datetime import datetime
 
     from sqlalchemy import Connection
 
@@ -104,29 +98,6 @@ def draft_statement(
         return compute_statement(connection, basis, earlier, find_late_usage(connection, basis, earlier))
 
 
-def check_kept(connection: Connection, tenant: str, period: Period) -> None:
-    """Refuse a period of which retention has deleted usage: a statement over it would be too low."""
-    since, _ = bounds(period)
-    pruned = prune_table.c
-    query = select(func.max(pruned.before)).where(pruned.tenant == tenant, pruned.before > since, pruned.requests > 0)
-    before: datetime | None = connection.execute(query).scalar()
-    if before is not None:
-        raise PeriodError(
-            f"usage of tenant {tenant!r} served before {before.isoformat()} was pruned, and period {period.label} "
-            "needs it.",
-            hint="Issue statements before you prune.",
-        )
-
-
-def count_uncharged(connection: Connection, tenant: str, before: datetime) -> int:
-    """Number of requests served before a moment that are late for their statement, and on no later one yet."""
-    issued = read_statements(connection, tenant)
-    late = SeqRange(last_seq(connection, tenant), after=max((one.seq_until for one in issued), default=0))
-    spans = ((one.statement.since, min(one.statement.until, before)) for one in issued)
-    conditions = or_(false(), *(and_(*within(tenant, since, until, late)) for since, until in spans))
-    return connection.execute(select(func.count()).select_from(usage_table).where(conditions)).scalar_one()
-
-
 def find_late_usage(connection: Connection, basis: Basis, earlier: Sequence[IssuedStatement]) -> tuple[LateUsage, ...]:
     """Find usage and audits of earlier statements' periods that are not on any statement yet."""
     charged = {issued.statement.id: (issued.seq_until, issued.audits_until) for issued in earlier}
@@ -153,7 +124,7 @@ def compute_statement(
     `late` is usage of the periods of earlier statements, which are given in order.
     """
     tenant, period, book = basis.tenant, basis.period, basis.book
-    usage, charges = _charges(connection, basis)
+    usage, charges = _charges(connection, basis, PrunedUsage())
     by_id = {issued.statement.id: issued.statement for issued in earlier}
     corrections = [_correction(connection, by_id[late_usage.statement], late_usage) for late_usage in late]
     correction_lines = (line for correction in corrections for line in correction.lines)
@@ -187,33 +158,20 @@ def compute_statement(
     )
 
 
-def basis_of(connection: Connection, statement: Statement, seq_until: int, audits_until: int) -> Basis:
-    """Rebuild the basis of an issued statement.
-
-    Raises:
-        StoreDamagedError: Its price book is gone from the ledger.
-    """
-    book = read_book(connection, statement.price_book_hash)
-    if book is None:
-        raise StoreDamagedError(
-            f"price book {statement.price_book_hash[:12]} of statement {statement.id!r} is not in the ledger.",
-            hint="Run `polar verify`.",
-        )
-    return Basis(statement.tenant, statement.period, book, seq_until, audits_until)
-
-
-def _charges(connection: Connection, basis: Basis) -> tuple[PeriodUsage, Charges]:
+def _charges(connection: Connection, basis: Basis, pruned: PrunedUsage) -> tuple[PeriodUsage, Charges]:
     phases = phases_of(basis.book, basis.tenant, basis.period)
     seqs, audits = SeqRange(basis.seq_until), SeqRange(basis.audits_until)
-    usage = read_usage(connection, basis.tenant, phases, seqs, audits, basis.book)
+    usage = pruned.together_with(read_usage(connection, basis.tenant, phases, seqs, audits, basis.book), phases)
     return usage, charges_of(basis.book, basis.period, phases, usage)
 
 
 def _correction(connection: Connection, statement: Statement, late: LateUsage) -> Charges:
     """Rate an earlier period with its late usage and audits, less the same without them; by that statement's book."""
-    basis = basis_of(connection, statement, late.seqs.until, late.audits.until)
-    _, after = _charges(connection, basis)
-    _, before = _charges(connection, replace(basis, seq_until=late.seqs.after, audits_until=late.audits.after))
+    book, pruned = charging_book(connection, statement), pruned_of(connection, statement)  # charged already, all of it
+    basis = Basis(statement.tenant, statement.period, book, late.seqs.until, late.audits.until)
+    _, after = _charges(connection, basis, pruned)
+    without = replace(basis, seq_until=late.seqs.after, audits_until=late.audits.after)
+    _, before = _charges(connection, without, pruned)
     unrated = {reason: count - before.unrated.get(reason, 0) for reason, count in after.unrated.items()}
     lines = (replace(line, corrects=statement.id) for line in _difference(after.lines, before.lines))
     return Charges(tuple(lines), {reason: count for reason, count in unrated.items() if count})

@@ -22,7 +22,7 @@ from polar_billing.ledger.append import store_books
 from polar_billing.ledger.records import AllTenants
 from polar_billing.ledger.schema import NO_TENANT, credit_note_table, statement_table, transaction_table
 from polar_billing.statements.books import book_for
-from polar_billing.statements.draft import Basis, check_kept, compute_statement, find_late_usage
+from polar_billing.statements.draft import Basis, compute_statement, find_late_usage
 from polar_billing.statements.issued import (
     STATEMENT,
     book_credit_note,
@@ -33,6 +33,7 @@ from polar_billing.statements.issued import (
 )
 from polar_billing.statements.lines import bounds
 from polar_billing.statements.period_usage import SeqRange, last_audit, last_seq
+from polar_billing.statements.retention import check_kept
 from polar_billing.statements.statement import credits_left
 from polar_billing.values.money import exact_sum, to_scaled
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
-from polar_billing.errors import CurrencyMixError, StoreDamagedError, UnknownTenantError
+from polar_billing.errors import CurrencyMixError, UnknownTenantError
 from polar_billing.ledger.books import books_in_force
 from polar_billing.ledger.records import AllTenants, Selection
 from polar_billing.ledger.rollups import usage_of
 from polar_billing.ledger.schema import rollup_table, statement_table, usage_table
-from polar_billing.statements.books import book_for
+from polar_billing.statements.books import book_for, charging_book
 from polar_billing.statements.draft import Basis, compute_statement, draft_statement
 from polar_billing.statements.issue import credit_notes, issued_statements
 from polar_billing.statements.lines import bounds
@@ -121,25 +121,18 @@ def known_tenants(connection: Connection) -> Sequence[str]:
 
 
 def _of_tenant(ledger: Ledger, tenant: str, period: Period, book: PriceBook | None) -> Iterator[StatementOfPeriod]:
+    def charged_by(statement: Statement) -> PriceBook:
+        with ledger.snapshot() as connection:
+            return charging_book(connection, statement)
+
     within = [issued for issued in issued_statements(ledger, tenant) if issued.statement.period.is_within(period)]
     notes = credit_notes(ledger, tenant) if within else []
     for issued in sorted(within, key=lambda one: one.statement.since):
         off = tuple(note for note in notes if note.statement == issued.statement.id)
-        yield StatementOfPeriod(issued.statement, _charged_by(ledger, issued.statement), issued.issued_at, off)
+        yield StatementOfPeriod(issued.statement, charged_by(issued.statement), issued.issued_at, off)
     if not within:
         draft = draft_statement(ledger, tenant, period, book=book)
-        yield StatementOfPeriod(draft, book or _charged_by(ledger, draft), None)
-
-
-def _charged_by(ledger: Ledger, statement: Statement) -> PriceBook:
-    """The book that a statement charges by, which may not be in force any more."""
-    digest = statement.price_book_hash
-    found = ledger.find_books([digest]).get(digest)
-    if found is None:
-        raise StoreDamagedError(
-            f"price book {digest[:12]} of statement {statement.id!r} is not in the ledger.", hint="Run `polar verify`."
-        )
-    return found
+        yield StatementOfPeriod(draft, book or charged_by(draft), None)
 
 
 def reprice(

@@ -19,7 +19,8 @@ from polar_billing.errors import QueryError
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.postings import transaction_lines
 from polar_billing.ledger.schema import prune_table, statement_table, transaction_table, usage_table
-from polar_billing.statements.draft import basis_of, compute_statement, find_late_usage
+from polar_billing.statements.books import charging_book
+from polar_billing.statements.draft import Basis, compute_statement, find_late_usage
 from polar_billing.statements.issued import STATEMENT, find_statement, read_statements, statement_lines
 from polar_billing.statements.lines import USAGE_KINDS, phases_of
 from polar_billing.statements.period_usage import SeqRange, uses_beyond_receipt, within
@@ -161,7 +162,8 @@ def _check_usage(connection: Connection, issued: IssuedStatement) -> Iterator[st
     if unknown:
         yield f"it corrects statement {unknown[0]}, which was not issued before it"
         return
-    basis = basis_of(connection, statement, issued.seq_until, issued.audits_until)
+    book = charging_book(connection, statement)
+    basis = Basis(statement.tenant, statement.period, book, issued.seq_until, issued.audits_until)
     if find_late_usage(connection, basis, earlier) != issued.late:
         yield "it leaves out late usage of earlier statements, or charges it twice"
     recomputed = compute_statement(connection, basis, earlier, issued.late)
@@ -208,7 +210,7 @@ def rated_in(connection: Connection, statement: Statement, line: StatementLine) 
     """The book and period that a line was rated in: for late usage those of the statement it corrects."""
     if line.corrects is not None and (corrected := find_statement(connection, statement.tenant, line.corrects)):
         statement = corrected.statement
-    return basis_of(connection, statement, 0, 0).book, statement.period
+    return charging_book(connection, statement), statement.period
 
 
 def _is_rated(

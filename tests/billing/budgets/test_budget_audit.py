@@ -17,9 +17,9 @@ from polar_billing.budgets.holds import write_budget
 from polar_billing.budgets.settlement import settle
 from polar_billing.ledger import chain
 from polar_billing.ledger.records import ALL_TENANTS, Entry
-from polar_billing.ledger.retention import prune
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage

@@ -19,8 +19,8 @@ from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.enforcement import HOLD_LIFETIME, Budgets
 from polar_billing.budgets.settlement import settle
 from polar_billing.ledger.records import Entry, Selection
-from polar_billing.ledger.retention import prune
 from polar_billing.prices.rating import rate
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_sdk.usage import FlopUsage
 from tests.billing.storing import CU, DOLLARS, NOON, ONE_DOLLAR_PER_CU, bound_of

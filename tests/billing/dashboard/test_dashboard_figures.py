@@ -18,13 +18,13 @@ from polar_billing.dashboard.layers import heat_of
 from polar_billing.dashboard.service import ledger_health, spool_health
 from polar_billing.dashboard.view import LastUses, Looks, keys_of, latest_requests, receipt_of
 from polar_billing.ledger.records import ALL_TENANTS, Selection
-from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import link_table
 from polar_billing.metering.meter import Meter
 from polar_billing.metering.spool import spool_folder
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.report import build_report
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.usage import Outcome, TokenUsage, VisitUsage

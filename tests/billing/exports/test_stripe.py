@@ -21,10 +21,10 @@ from polar_billing.exports.stripe import (
     whole_months,
 )
 from polar_billing.ledger.records import ALL_TENANTS, Selection, StoredUsage
-from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.statements.draft import draft_statement
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import FlopUsage

@@ -14,11 +14,11 @@ from polar_billing.budgets.settlement import settle
 from polar_billing.errors import ConflictError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Entry, Selection, StoredUsage
-from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.query import usage_rows
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome, UsageRecord

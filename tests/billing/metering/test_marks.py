@@ -23,13 +23,13 @@ from polar_billing.cli.statement import register
 from polar_billing.errors import StoreError, StoreLockedError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import INTERRUPTED_TAG, REUSED_TAG, Selection
-from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter, open_meter
 from polar_billing.metering.spool import recover_abandoned, spool_folder
 from polar_billing.metering.spool_file import InterimUsage, Unfinished
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.programs.program import Program

@@ -19,12 +19,12 @@ from polar_billing.budgets.enforcement import Budgets
 from polar_billing.errors import ConflictError, PriceBookError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, REUSED_TAG, Selection
-from polar_billing.ledger.retention import prune
 from polar_billing.metering import meter as meter_module
 from polar_billing.metering.meter import Meter, open_meter
 from polar_billing.metering.spool import Spool, recover_abandoned
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.testing import tiny_model

@@ -19,10 +19,10 @@ from polar_billing.ledger.audits import Audits
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, post
-from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.statements.issue import credit_note, issue_statement
+from polar_billing.statements.retention import prune
 from polar_billing.testing import audit, usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Offer, UsageBound

@@ -354,6 +354,7 @@ JSON_COLUMNS = (
     ("polar_usage", "visits_prefill_filled"),
     ("polar_usage", "visits_decode"),
     ("polar_prune", "totals"),
+    ("polar_prune", "statements"),
     ("polar_statement", "document"),
     ("polar_statement", "late"),
     ("polar_price_book", "document"),

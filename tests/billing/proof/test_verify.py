@@ -23,13 +23,13 @@ from polar_billing.ledger.chain import Head, digest_of, hash_of, raw_rows
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.records import Entry
-from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import CHAINED
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.rating import rate
 from polar_billing.proof.receipts import ReceiptCheck, check_receipt, make_receipt
 from polar_billing.proof.verify import Verification, check_head, verify_ledger
 from polar_billing.statements.issue import credit_note, issue_statement
+from polar_billing.statements.retention import prune
 from polar_billing.testing import usage_record
 from polar_billing.values.canonical import canonical_json
 from polar_billing.values.periods import Period

@@ -16,13 +16,13 @@ from polar_billing.ledger.audits import Audits
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.postings import Account, balances
 from polar_billing.ledger.records import ALL_TENANTS
-from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import statement_table, transaction_table
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.proof.verify import verify_ledger
-from polar_billing.statements.draft import count_uncharged, draft_statement
+from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import credit_note, credit_notes, issue_statement, issued_statements
 from polar_billing.statements.period import reprice
+from polar_billing.statements.retention import count_uncharged, prune
 from polar_billing.statements.tracing import lines_of_usage, recheck, usage_of_line
 from polar_billing.testing import audit
 from polar_billing.values.money import exact_sum

@@ -119,7 +119,7 @@ def _meaningless(text: str, wanted: str) -> StoreDamagedError:
     )
 
 
-SCHEMA_VERSION: Final = 11
+SCHEMA_VERSION: Final = 12
 """The version of these tables; it rises when one changes. A ledger of another version is refused."""
 
 metadata: Final = MetaData()

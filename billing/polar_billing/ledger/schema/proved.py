@@ -67,7 +67,7 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
             "the sums of usage and receipts, and of what was pruned",
         ),
     ),
-    "polar_prune": _chained("id tenant before pruned_at requests totals"),
+    "polar_prune": _chained("id tenant before pruned_at requests totals statements"),
     "polar_pruned": _chained(
         "seq prune_id tenant source request_id content_hash stored_at price_book_hash cost unrated"
     ),

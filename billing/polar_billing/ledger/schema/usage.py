@@ -6,7 +6,8 @@
 * `polar_usage`           one row per request: facts only, no prices
 * `polar_receipt`         the cost of a request as the caller was informed, and by which book
 * `polar_usage_hour`      usage summed up by hour: a cache that makes queries quick, and that `verify` recomputes
-* `polar_prune`           one row per tenant and pruning: up to when, how many, and their totals by hour
+* `polar_prune`           one row per tenant and pruning: up to when, how many, and their totals by hour and by
+                          issued statement
 * `polar_pruned`          one row per pruned request: identity, content hash and receipt, so that a replay is still
                           recognised and the chain still closes; the facts themselves are gone
 * `polar_probe`           always empty; `check` inserts here and rolls back
@@ -178,6 +179,7 @@ prune_table: Final = Table(
     Column("pruned_at", UtcMicroseconds, nullable=False),
     count("requests"),
     Column("totals", Text, nullable=False),  # JSON: the rollup rows that these requests made
+    Column("statements", Text, nullable=False),  # JSON: id of an issued statement → what rating it again needs of them
     sqlite_autoincrement=True,
 )
 
