@@ -133,14 +133,12 @@ def export_billing(
 def _statements(
     store: Ledger, tenant: str | None, options: tuple[str | None, str | None, str | None, str | None], book: Path | None
 ) -> list[StatementOfPeriod]:
-    from polar_billing.statements.books import zone_of
     from polar_billing.statements.period import statements_of_period
 
-    month, since, until, zone = options
     prices = opt.book_of(book)
 
     def period_of(name: str) -> Period:
-        return opt.period_of(month, since, until, zone or zone_of(store, name, prices, month))
+        return opt.period_of_tenant(store, name, prices, options)
 
     return statements_of_period(store, opt.tenant_or_all(tenant), period_of, book=prices)
 

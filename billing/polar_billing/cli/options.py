@@ -108,6 +108,21 @@ def period_of(month: str | None, since: str | None, until: str | None, zone: str
     return Period.month(month, zone)
 
 
+def period_of_tenant(
+    store: LedgerStore,
+    tenant: str,
+    book: PriceBook | None,
+    options: tuple[str | None, str | None, str | None, str | None],
+) -> Period:
+    """The period of a tenant's statement that the options name: month, start, end, and zone; None for the tenant's."""
+    from polar_billing.statements.books import month_of, zone_of
+
+    month, since, until, zone = options
+    if month is not None and since is None and until is None and zone is None:
+        return month_of(store, tenant, month, book)
+    return period_of(month, since, until, zone or zone_of(store, tenant, book))
+
+
 def tenant_or_all(tenant: str | None) -> str | AllTenants:
     """The tenant, or all of them where none is named."""
     from polar_billing.ledger.records import ALL_TENANTS

@@ -123,10 +123,8 @@ def _statement(
 ) -> tuple[Statement, IssuedStatement | None]:
     """The statement, and its issued form in the ledger if there is one."""
     import polar_billing
-    from polar_billing.statements.books import zone_of
 
-    month, since, until, zone = period_options
-    period = opt.period_of(month, since, until, zone or zone_of(store, tenant, prices, month))
+    period = opt.period_of_tenant(store, tenant, prices, period_options)
     if issue:
         new = polar_billing.issue_statement(store, tenant, period, book=prices)
         return new.statement, new

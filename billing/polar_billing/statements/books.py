@@ -81,12 +81,23 @@ def charging_book(connection: Connection, statement: Statement) -> PriceBook:
     return book
 
 
-def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | None) -> str:
-    """The time zone of a tenant's statement periods: what its book, or the books in force, say, or UTC.
+def month_of(ledger: Ledger, tenant: str, month: str, book: PriceBook | None = None) -> Period:
+    """The month `YYYY-MM` of a tenant's statements: from the end of the month before to its own.
 
-    The last day of the month of the statement decides; today without one.
+    Each month ends in the time zone that the tenant has on its last day, by a book or by those in force. So months
+    partition time also where the zone changes.
     """
-    moment = datetime.now(UTC) if month is None else bounds(Period.month(month))[1] - timedelta(microseconds=1)
+    borders = bounds(Period.month(month))
+    before, zone = (zone_of(ledger, tenant, book, border - timedelta(microseconds=1)) for border in borders)
+    return Period(Period.month(month, before).since, Period.month(month, zone).until, zone)
+
+
+def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None = None, at: datetime | None = None) -> str:
+    """The time zone of a tenant's statement periods at a moment, now by default: what the book says, or UTC.
+
+    Without a book, it is what the books in force say.
+    """
+    moment = at or datetime.now(UTC)
     if book is None:
         with ledger.snapshot() as connection:
             books = list(books_in_force(connection).values())

@@ -10,9 +10,9 @@ changes; if another statement of the tenant is issued in between, usage is read 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import and_, insert, select
 
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from polar_billing.values.periods import Period
 
 
+_ZONES_APART: Final = timedelta(hours=26)
+"""The longest time between the same border in two time zones."""
+
+
 def issue_statement(
     ledger: Ledger,
     tenant: str,
@@ -69,8 +73,8 @@ def issue_statement(
         The statement as stored. Issued again, it is still the first one, whatever was stored since.
 
     Raises:
-        PeriodError: The period is not over, has no end, overlaps an issued statement's, or some of its usage was
-            deleted by retention.
+        PeriodError: The period is not over, has no end, overlaps an issued statement's, leaves a gap to one in another
+            time zone, or some of its usage was deleted by retention.
         CurrencyMixError: The tenant's earlier statements are in another currency.
         QueryError: The ledger knows nothing of the tenant.
         PriceBookError: It is not clear which book to charge by.
@@ -123,8 +127,8 @@ def _issued(earlier: Sequence[IssuedStatement], period: Period, book: PriceBook 
 
 def _check_fits(basis: Basis, earlier: Sequence[IssuedStatement]) -> None:
     since, until = bounds(basis.period)
-    for issued in earlier:
-        statement = issued.statement
+    statements = [issued.statement for issued in earlier]
+    for statement in statements:
         if statement.currency != basis.book.currency:
             raise CurrencyMixError(
                 f"tenant {basis.tenant!r} has statements in {statement.currency}, and price book "
@@ -135,6 +139,14 @@ def _check_fits(basis: Basis, earlier: Sequence[IssuedStatement]) -> None:
             raise PeriodError(
                 f"period {basis.period.label} overlaps statement {statement.id!r} over {statement.period.label}.",
                 hint="Begin where that one ends; usage that is missing from it becomes late usage.",
+            )
+        begins, ends = min(until, statement.until), max(since, statement.since)
+        is_open = not any(other.since < ends and begins < other.until for other in statements)
+        if statement.zone != basis.period.zone and begins < ends <= begins + _ZONES_APART and is_open:
+            raise PeriodError(
+                f"period {basis.period.label} leaves a gap of {ends - begins} to statement {statement.id!r} over "
+                f"{statement.period.label}, in another time zone; usage of that time would be on no statement.",
+                hint=f"Close it: --since {min(since, begins).isoformat()} --until {max(until, ends).isoformat()}.",
             )
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, event
 from typer.testing import Result
 
 from polar_billing.errors import PriceBookError, QueryError, StoreFullError
+from polar_billing.ledger.books import add_book
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.statements.issue import issue_statement
@@ -125,6 +126,24 @@ def test_tenants_of_a_plan_are_billed_without_usage(plans: Path, ok: Callable[..
     assert [one["tenant"] for one in issued] == ["acme", "globex", "initech"]
     assert issued[0]["total"] == "19.0000"
     assert issued[0]["id"] in ok("statement")
+
+
+def test_the_months_of_a_tenant_whose_zone_changes_leave_no_gap(
+    ledger: Ledger, tmp_path: Path, ok: Callable[..., str]
+) -> None:
+    moved = {"tenant": "someone", "effective_from": "2026-11-15T00:00:00Z", "zone": "America/Los_Angeles"}
+    book = PriceBook.model_validate({**PLANS.model_dump(), "customers": [moved]})
+    add_book(ledger, book)
+    store_record(ledger, usage_record(tenant="someone", started_at="2026-11-01T03:00:00Z"), book)
+    months = [ok("statement", "--tenant", "someone", "--month", month, "--json") for month in ("2026-10", "2026-11")]
+    october, november = map(json.loads, months)
+    assert (october["requests"], november["requests"]) == (0, 1)
+    assert october["until"] == november["since"]
+    out = tmp_path / "focus.csv"
+    ok("export-billing", "--format", "focus", "--tenant", "someone", "--month", "2026-11", "--out", str(out))
+    row = next(csv.DictReader(io.StringIO(out.read_text(encoding="utf-8"))))
+    assert row["BillingPeriodStart"] == "2026-11-01T00:00:00Z"
+    assert row["BillingPeriodEnd"] == "2026-12-01T08:00:00Z"
 
 
 def test_a_tenant_that_fails_keeps_no_other_statement_back(
