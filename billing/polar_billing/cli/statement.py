@@ -9,7 +9,7 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -19,11 +19,37 @@ from polar_sdk.show.lines import print_json, print_line
 from polar_sdk.show.progress import ProgressBars, through
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.issue import CreditNote
     from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.statement import Statement
+
+
+class _Found(NamedTuple):
+    statement: Statement
+    issued: IssuedStatement | None
+    """None for a draft."""
+    notes: Sequence[CreditNote] = ()
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """It as JSON."""
+        return {
+            "issued_at": None if self.issued is None else self.issued.issued_at.isoformat(),
+            **self.statement.model_dump(mode="json"),
+            "credit_notes": [
+                {
+                    "reference": note.reference,
+                    "amount": f"{note.amount:f}",
+                    "reason": note.reason,
+                    "issued_at": note.issued_at.isoformat(),
+                }
+                for note in self.notes
+            ],
+        }
 
 
 def register(app: typer.Typer) -> None:
@@ -89,9 +115,9 @@ def statement(
         if tenant is None:
             _show_all(found, failed, as_json)
         elif trace is not None:
-            _trace(store, found[0][1], trace, as_json)
+            _trace(store, found[0].issued, trace, as_json)
         else:
-            _show(*found[0], as_json, csv)
+            _show(found[0], as_json, csv)
 
 
 def _tenants(store: Ledger) -> list[str]:
@@ -101,13 +127,13 @@ def _tenants(store: Ledger) -> list[str]:
         return list(known_tenants(connection))
 
 
-def _show_all(found: list[tuple[Statement, IssuedStatement | None]], failed: list[str], as_json: bool) -> None:
+def _show_all(found: list[_Found], failed: list[str], as_json: bool) -> None:
     if as_json:
-        print_json([_document(*one) for one in found])
+        print_json([one.document for one in found])
     elif not (found or failed):
         print_line("There is no usage yet.")
     for one in [] if as_json else found:
-        _show(*one, as_json, None)
+        _show(one, as_json, None)
     for line in failed:
         print_line(line, err=True)
     if failed:
@@ -120,23 +146,21 @@ def _statement(
     period_options: tuple[str | None, str | None, str | None, str | None],
     issue: bool,
     prices: PriceBook | None,
-) -> tuple[Statement, IssuedStatement | None]:
-    """The statement, and its issued form in the ledger if there is one."""
+) -> _Found:
     import polar_billing
+    from polar_billing.statements.issue import credit_notes
 
     period = opt.period_of_tenant(store, tenant, prices, period_options)
     if issue:
-        new = polar_billing.issue_statement(store, tenant, period, book=prices)
-        return new.statement, new
-    for issued in polar_billing.issued_statements(store, tenant) if prices is None else []:
-        if issued.statement.period == period:
-            return issued.statement, issued
-    return polar_billing.draft_statement(store, tenant, period, book=prices), None
-
-
-def _document(document: Statement, issued: IssuedStatement | None) -> dict[str, Any]:
-    issued_at = None if issued is None else issued.issued_at.isoformat()
-    return {"issued_at": issued_at, **document.model_dump(mode="json")}
+        issued = polar_billing.issue_statement(store, tenant, period, book=prices)
+    else:
+        earlier = polar_billing.issued_statements(store, tenant) if prices is None else []
+        same = next((one for one in earlier if one.statement.period == period), None)
+        if same is None:
+            return _Found(polar_billing.draft_statement(store, tenant, period, book=prices), None)
+        issued = same
+    notes = [note for note in credit_notes(store, tenant) if note.statement == issued.statement.id]
+    return _Found(issued.statement, issued, notes)
 
 
 def _list(store: Ledger, tenant: str | None, as_json: bool) -> None:
@@ -152,15 +176,7 @@ def _list(store: Ledger, tenant: str | None, as_json: bool) -> None:
     for note in credit_notes(store, whose):
         notes[note.statement].append(note)
     if as_json:
-        print_json(
-            [
-                {
-                    **one.statement.model_dump(mode="json"),
-                    "credit_notes": [_note_row(note) for note in notes[one.statement.id]],
-                }
-                for one in issued
-            ]
-        )
+        print_json([_Found(one.statement, one, notes[one.statement.id]).document for one in issued])
         return
     for name, own in groupby(issued, owner):
         opt.show(issued_view([(one, notes[one.statement.id]) for one in own], name))
@@ -169,21 +185,16 @@ def _list(store: Ledger, tenant: str | None, as_json: bool) -> None:
         print_line(f"No statement{of_tenant} has been issued yet. For a draft, name a month: --month 2026-11.")
 
 
-def _note_row(note: CreditNote) -> dict[str, str]:
-    facts = {"reference": note.reference, "amount": f"{note.amount:f}", "reason": note.reason}
-    return {**facts, "issued_at": note.issued_at.isoformat()}
-
-
-def _show(document: Statement, issued: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
+def _show(found: _Found, as_json: bool, csv: Path | None) -> None:
     from polar_billing.reports.billing_tables import statement_view
     from polar_billing.reports.csv import statement_csv
 
     if csv is not None:
-        opt.write_file(csv, statement_csv(document))
+        opt.write_file(csv, statement_csv(found.statement, found.notes))
     if as_json:
-        print_json(_document(document, issued))
+        print_json(found.document)
     elif csv is None:
-        opt.show(statement_view(document, issued))
+        opt.show(statement_view(*found))
 
 
 def _trace(store: Ledger, issued: IssuedStatement | None, number: int, as_json: bool) -> None:

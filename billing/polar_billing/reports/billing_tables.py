@@ -11,8 +11,9 @@ from rich.text import Text
 from polar_billing.prices.plans import Banded
 from polar_billing.reports import text
 from polar_billing.reports.usage_tables import unrated_notes
+from polar_billing.statements.issue import due_after
 from polar_billing.statements.lines import USAGE_KINDS
-from polar_billing.values.money import exact_difference, exact_sum, plain
+from polar_billing.values.money import exact_sum, plain
 from polar_billing.values.periods import load_zone
 from polar_sdk.show.tables import add_labels, add_numbers, add_row, as_text, new_table
 
@@ -159,8 +160,10 @@ def rows_view(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def statement_view(statement: Statement, issued: IssuedStatement | None) -> RenderableType:
-    """A statement, line by line; `issued` None for a draft."""
+def statement_view(
+    statement: Statement, issued: IssuedStatement | None, notes: Sequence[CreditNote] = ()
+) -> RenderableType:
+    """A statement, line by line, and its credit notes; `issued` None for a draft."""
     state = "draft" if issued is None else f"issued {issued.issued_at:%Y-%m-%d %H:%M} UTC"
     heading = f"Statement of {statement.tenant}, {statement.period.label} · {state}"
     table = new_table(heading, ["line", "tier", "item"])
@@ -168,11 +171,11 @@ def statement_view(statement: Statement, issued: IssuedStatement | None) -> Rend
     for line in statement.lines:
         has_tier = line.kind == "usage" or line.tier is not None
         late = "" if line.corrects is None else f", late on {line.corrects}"
-        note = "" if line.kind in USAGE_KINDS or line.note is None else f": {line.note}"
+        why = "" if line.kind in USAGE_KINDS or line.note is None else f": {line.note}"
         figures = ("", "")
         if line.quantity is not None and line.unit_price is not None:
             figures = (f"{plain(line.quantity)} {line.unit}", f"{plain(line.unit_price)} / {line.unit}")
-        tier, item = text.tier_name(line.tier) if has_tier else text.DASH, f"{line.item}{late}{note}"
+        tier, item = text.tier_name(line.tier) if has_tier else text.DASH, f"{line.item}{late}{why}"
         add_row(table, str(line.number), tier, item, *figures, text.money(line.amount))
     add_row(table, "", "", "rounding", "", "", text.money(statement.rounding))
     table.add_section()
@@ -180,12 +183,15 @@ def statement_view(statement: Statement, issued: IssuedStatement | None) -> Rend
     for use in statement.credits:
         left = f"{text.money(use.after)} left" + (f", {text.money(use.expired)} expired" if use.expired else "")
         add_row(table, "", "", f"prepaid {use.id} ({left})", "", "", text.money(use.used.copy_negate() or use.used))
-    if statement.credits:
-        add_row(table, "", "", "due", "", "", text.money(statement.due), style="bold")
+    for note in notes:
+        what = f"credit note {note.reference}: {note.reason}"
+        add_row(table, "", "", what, "", "", text.money(note.amount.copy_negate()))
+    if statement.credits or notes:
+        add_row(table, "", "", "due", "", "", text.money(due_after(statement, notes)), style="bold")
     facts = f"{statement.id} · price book {statement.price_book} {statement.price_book_hash[:12]}"
-    notes = [as_text(line, style="dim") for line in (facts, *map(_agreement, statement.agreement.items()))]
-    notes += [as_text(f"Not settled: {one}.", style="yellow") for one in statement.unsettled]
-    return Group(table, *notes, *unrated_notes(statement.unrated.items()))
+    remarks = [as_text(line, style="dim") for line in (facts, *map(_agreement, statement.agreement.items()))]
+    remarks += [as_text(f"Not settled: {one}.", style="yellow") for one in statement.unsettled]
+    return Group(table, *remarks, *unrated_notes(statement.unrated.items()))
 
 
 def _agreement(of_tier: tuple[str, TierAgreement]) -> str:
@@ -201,7 +207,7 @@ def issued_view(issued: Sequence[tuple[IssuedStatement, Sequence[CreditNote]]], 
     for entry, notes in issued:
         statement = entry.statement
         credited = exact_sum((note.amount for note in notes), statement.decimals)
-        due = exact_difference(statement.due, credited, statement.decimals)
+        due = due_after(statement, notes)
         amounts = (f"{text.money(amount)} {statement.currency}" for amount in (statement.total, credited, due))
         add_row(table, statement.id, statement.period.label, f"{entry.issued_at:%Y-%m-%d %H:%M}", *amounts)
     return table

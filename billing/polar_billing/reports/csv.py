@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from polar_billing.reports.query import UsageRow
     from polar_billing.reports.report import Report
+    from polar_billing.statements.issue import CreditNote
     from polar_billing.statements.period import Repriced
     from polar_billing.statements.statement import Statement
 
@@ -79,12 +80,16 @@ def _endings(unrated: Mapping[str, int], outcomes: Mapping[str, int]) -> dict[st
     return {"unrated": sum(unrated.values()), **{outcome: outcomes.get(outcome, 0) for outcome in _OUTCOMES}}
 
 
-def statement_csv(statement: Statement) -> str:
-    """One row per line; the amounts of all rows sum to what is due."""
+def statement_csv(statement: Statement, notes: Iterable[CreditNote] = ()) -> str:
+    """One row per line, and per credit note; the amounts of all rows sum to what is due."""
     rows: list[dict[str, Any]] = [{name: getattr(line, name) for name in _LINE} for line in statement.lines]
     rows.append({"kind": "rounding", "amount": statement.rounding})
     rows += [
         {"kind": "prepaid", "item": use.id, "amount": use.used.copy_negate()} for use in statement.credits if use.used
+    ]
+    rows += [
+        {"kind": "credit note", "item": note.reference, "amount": note.amount.copy_negate(), "note": note.reason}
+        for note in notes
     ]
     common = {"statement": statement.id, "tenant": statement.tenant, "currency": statement.currency}
     return write_rows([*common, *_LINE], ({**common, **row} for row in rows))

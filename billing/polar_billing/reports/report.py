@@ -24,7 +24,7 @@ from polar_billing.reports.summary import Figures, TenantReport, TierReport, sum
 from polar_billing.reports.tier_totals import shown, totals_by_tier
 from polar_billing.reports.totals import Rater
 from polar_billing.reports.what_if import Charged, TokenPricing, UsageByBook, WhatIf, token_pricing, what_if
-from polar_billing.statements.issue import issued_statements
+from polar_billing.statements.issue import credit_notes, issued_statements
 from polar_sdk.show.progress import silent
 from polar_sdk.usage import DISPUTED_TAG
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from polar_billing.reports.hardware import Hardware
     from polar_billing.reports.mix import Mix, Savings
     from polar_billing.reports.summary import Summary
+    from polar_billing.values.periods import Period
     from polar_sdk.show.progress import Progress
 
 
@@ -142,14 +143,9 @@ def build_report(
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
     groups = totals_by_tier(ledger, selection, rater, progress)
     tenants = tenants_of(groups, rater.decimals)
-    # A report on one tier, or by another book, is not about what was owed.
-    names = [] if prices or selection.tier else [tenant.tenant for tenant in tenants]
     period = selection.period
-    issued = {
-        name: tuple(one.statement for one in issued_statements(ledger, name) if one.statement.period.is_within(period))
-        for name in names
-    }
-    tenants = [tenant.model_copy(update={"statements": issued.get(tenant.tenant, ())}) for tenant in tenants]
+    if not (prices or selection.tier):  # else it is not about what is owed
+        tenants = [tenant.model_copy(update=_issued(ledger, tenant.tenant, period)) for tenant in tenants]
     summary = summarise(tenants, groups, rater.currency, rater.decimals)
     return Report(
         generated_at=now or datetime.now(UTC),
@@ -169,6 +165,19 @@ def build_report(
         **summary._asdict(),
         **(_answers(ledger, selection, rater, summary, questions, progress) if summary.figures.requests else {}),
     )
+
+
+def _issued(ledger: Ledger, tenant: str, period: Period) -> dict[str, Any]:
+    """A tenant's statements that were issued over a period or parts of it, with their credit notes."""
+    issued = (one.statement for one in issued_statements(ledger, tenant))
+    statements = [statement for statement in issued if statement.period.overlaps(period)]
+    within = {statement.id: statement for statement in statements if statement.period.is_within(period)}
+    notes = credit_notes(ledger, tenant) if within else []
+    return {
+        "statements_cut": tuple(f"{one.id} over {one.period.label}" for one in statements if one.id not in within),
+        "statements": tuple(within.values()),
+        "credit_notes": tuple(note for note in notes if note.statement in within),
+    }
 
 
 def _audited(ledger: Ledger, selection: Selection) -> tuple[PromiseDrift, ...]:

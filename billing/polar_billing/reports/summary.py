@@ -15,11 +15,12 @@ from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE, product
 from polar_billing.reports import Part
 from polar_billing.reports.depth import DepthPanel, depth_of
+from polar_billing.statements.issue import CreditNote, due_after
 from polar_billing.statements.statement import Statement
 from polar_billing.values.money import EXACT_SCALE, divide_half_even, exact_sum, from_scaled, quotient, round_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from polar_billing.reports.totals import UsageTotals
 
@@ -112,6 +113,16 @@ class TenantReport(Part):
     figures: Figures
     statements: tuple[Statement, ...] = ()
     """Issued over the period or parts of it; they include what plans add, so they may differ from the lines above."""
+    credit_notes: tuple[CreditNote, ...] = ()
+    """Credit notes on them, in the order they were issued."""
+    statements_cut: tuple[str, ...] = ()
+    """Issued over periods that are only partly within the report's, as of another time zone: id and period of each."""
+
+    def statements_due(self) -> Iterator[tuple[Statement, list[CreditNote], Decimal]]:
+        """Each issued statement with its credit notes, and what is left to pay of it."""
+        for statement in self.statements:
+            notes = [note for note in self.credit_notes if note.statement == statement.id]
+            yield statement, notes, due_after(statement, notes)
 
 
 def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | None) -> Figures:

@@ -14,12 +14,12 @@ from rich.text import Text
 from polar_billing.reports import text
 from polar_billing.reports.text import Amounts
 from polar_billing.reports.what_if_tables import energy_view, what_if_view
-from polar_billing.values.money import plain
+from polar_billing.values.money import exact_sum, plain
 from polar_sdk.show.lines import printable
 from polar_sdk.show.tables import LABEL_WIDTH, add_labels, add_numbers, add_row, as_text, new_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -123,7 +123,7 @@ def report_view(report: Report) -> RenderableType:
     parts += what_if_view(report, amounts)
     parts += energy_view(report)
     for tenant in report.tenants:
-        parts += [_statement(tenant, report, amounts), Text()]
+        parts += [_charges(tenant, report, amounts), *_issued(tenant), Text()]
     parts += unrated_notes(report.figures.unrated.items())
     parts += [
         as_text(f"{requests:,} disputed ({claim}), charged by what the server counted itself.", style="yellow")
@@ -195,9 +195,9 @@ def _comparison(report: Report, amounts: Amounts) -> Table:
     return _by_tier(report, f"Charges, {' and '.join(units) or 'nothing rated'}", columns, rounding=charges)
 
 
-def _statement(tenant: TenantReport, report: Report, amounts: Amounts) -> Table:
+def _charges(tenant: TenantReport, report: Report, amounts: Amounts) -> Table:
     unit = amounts.charges
-    table = new_table(f"Statement of {tenant.tenant}, {report.period}", ["tier", "item"])
+    table = new_table(f"Charges of {tenant.tenant}, {report.period}", ["tier", "item"])
     add_numbers(table, "quantity", f"{report.currency or ''} per unit".strip(), f"amount {unit.name}".strip())
     for line in tenant.lines:
         add_row(
@@ -212,6 +212,21 @@ def _statement(tenant: TenantReport, report: Report, amounts: Amounts) -> Table:
     table.add_section()
     add_row(table, "total", "", "", "", unit.show(tenant.total), style="bold")
     return table
+
+
+def _issued(tenant: TenantReport) -> Iterator[Text]:
+    """A line for each issued statement, which says what is to be paid, and how it comes to another sum."""
+    for statement, notes, due in tenant.statements_due():
+        amounts = {
+            "total with plan and late usage": statement.total,
+            "prepaid": exact_sum((use.used for use in statement.credits), statement.decimals),
+            "credit notes": exact_sum((note.amount for note in notes), statement.decimals),
+            "due": due,
+        }
+        shown = (f"{what} {text.money(amount)}" for what, amount in amounts.items())
+        yield as_text(f"Statement {statement.id}, {statement.period.label}: {', '.join(shown)} {statement.currency}.")
+    for cut in tenant.statements_cut:
+        yield as_text(f"Not shown, as its period is only partly this one: statement {cut}.")
 
 
 def unrated_notes(reasons: Iterable[tuple[str, int]]) -> list[Text]:

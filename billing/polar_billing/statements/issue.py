@@ -35,16 +35,17 @@ from polar_billing.statements.lines import bounds
 from polar_billing.statements.period_usage import SeqRange, last_audit, last_seq
 from polar_billing.statements.retention import check_kept
 from polar_billing.statements.statement import credits_left
-from polar_billing.values.money import exact_sum, to_scaled
+from polar_billing.values.money import exact_difference, exact_sum, to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from sqlalchemy import ColumnElement, Connection
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.issued import IssuedStatement
+    from polar_billing.statements.statement import Statement
     from polar_billing.values.periods import Period
 
 
@@ -135,7 +136,7 @@ def _check_fits(basis: Basis, earlier: Sequence[IssuedStatement]) -> None:
                 f"{basis.book.id!r} is in {basis.book.currency}.",
                 hint=f"Name a book in {statement.currency} with --book FILE.",
             )
-        if statement.since < until and since < statement.until:
+        if statement.period.overlaps(basis.period):
             raise PeriodError(
                 f"period {basis.period.label} overlaps statement {statement.id!r} over {statement.period.label}.",
                 hint="Begin where that one ends; usage that is missing from it becomes late usage.",
@@ -227,6 +228,12 @@ def credit_notes(ledger: Ledger, tenant: str | AllTenants) -> list[CreditNote]:
     own = () if isinstance(tenant, AllTenants) else (credit_note_table.c.tenant == tenant,)
     with ledger.snapshot() as connection:
         return _notes(connection, *own)
+
+
+def due_after(statement: Statement, notes: Iterable[CreditNote]) -> Decimal:
+    """The amount left to pay of a statement, its credit notes taken off; negative where money is owed to the tenant."""
+    credited = exact_sum((note.amount for note in notes), statement.decimals)
+    return exact_difference(statement.due, credited, statement.decimals)
 
 
 def _check_amount(amount: Decimal, issued: IssuedStatement, earlier: list[CreditNote]) -> None:

@@ -108,6 +108,11 @@ class Period:
         begins = other.since is None or (self.since is not None and self.since >= other.since)
         return begins and (other.until is None or (self.until is not None and self.until <= other.until))
 
+    def overlaps(self, other: Period) -> bool:
+        """True if some instant is in both."""
+        starts_before = self.since is None or other.until is None or self.since < other.until
+        return starts_before and (self.until is None or other.since is None or other.since < self.until)
+
     @property
     def label(self) -> str:
         """The period in words, for headings."""

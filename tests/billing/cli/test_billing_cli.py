@@ -131,8 +131,8 @@ def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger, 
         filled.location,
         "polar-example",
         "rounding",
-        "Statement of acme",
-        "Statement of globex",
+        "Charges of acme",
+        "Charges of globex",
     ):
         assert expected in text
     for tenant in report["tenants"]:

@@ -232,7 +232,15 @@ def test_credit_note_and_reprice(plans: Path, ok: Callable[..., str]) -> None:
     assert f"1.5 off statement {issued['id']}" in ok(*note)
     (listed,) = json.loads(ok("statement", "--tenant", "globex", "--json"))
     assert [(one["reference"], one["amount"]) for one in listed["credit_notes"]] == [("7", "1.5")]
-    assert f" {Decimal(issued['due']) - Decimal('1.5'):,f} USD" in ok("statement", "--tenant", "globex")
+    due = Decimal(issued["due"]) - Decimal("1.5")
+    assert f" {due:,f} USD" in ok("statement", "--tenant", "globex")
+    of_month = ("statement", "--tenant", "globex", *MONTH)
+    assert json.loads(ok(*of_month, "--json")) == listed
+    assert re.search(rf" due +{re.escape(f'{due:,f}')}$", ok(*of_month), re.MULTILINE)
+    rows = list(csv.DictReader(io.StringIO(ok(*of_month, "--csv", "-"))))
+    assert sum(Decimal(row["amount"]) for row in rows) == due
+    assert f"due {due:,f} USD" in ok("report", *MONTH, "--zone", "America/New_York")
+    assert f"partly this one: statement {issued['id']}" in ok("report", *MONTH)
     plans.write_text(TOML.replace("0.0004", "0.0008"), encoding="utf-8")
     rows = json.loads(ok("reprice", "--book", str(plans), *MONTH, "--json"))
     assert [row["tenant"] for row in rows] == ["globex", "initech"]

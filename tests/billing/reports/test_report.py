@@ -28,7 +28,7 @@ from polar_billing.reports.report import Questions, Report, build_report
 from polar_billing.reports.text import Amounts, unit_for
 from polar_billing.reports.usage_tables import report_view
 from polar_billing.statements.draft import draft_statement
-from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.issue import credit_note, issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import Period
@@ -271,10 +271,34 @@ def test_issued_statements_are_in_the_report_of_their_period(ledger: Ledger) -> 
     assert {tenant.tenant: tenant.statements for tenant in report.tenants} == {"globex": (statement,), "other": ()}
     assert Report.model_validate_json(report.model_dump_json()) == report
     assert build_report(ledger, Selection("globex", november, "premium")).tenants[0].statements == ()
-    assert build_report(ledger, Selection("globex", Period.month("2026-11", "Asia/Tokyo"))).tenants[0].statements == ()
+    (cut,) = build_report(ledger, Selection("globex", Period.month("2026-11", "Asia/Tokyo"))).tenants
+    assert (cut.statements, [one.split()[0] for one in cut.statements_cut]) == ((), [statement.id])
+    assert {tenant.statements_cut for tenant in report.tenants} == {()}
     html = report_html(report)
     assert statement.id in html
     assert "minimum of growth" in html
+
+
+def test_what_is_due_in_a_report_is_what_the_statement_and_its_credit_notes_leave(ledger: Ledger) -> None:
+    meter, november = Meter(ledger, prices=PriceBook.example(EXAMPLE_PLANS)), Period.month("2026-11")
+    meter.emit(usage_record(tenant="initech", tier="premium", flops=FlopUsage(head=10**18, total=10**18)))
+    meter.close()
+    statement = issue_statement(ledger, "initech", november, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
+    assert statement.credits
+    notes = [
+        credit_note(ledger, "initech", statement.id, Decimal(amount), reason="outage", reference=amount)
+        for amount in ("1.5", "0.25")
+    ]
+    report = build_report(ledger, Selection(ALL_TENANTS, november))
+    (tenant,) = report.tenants
+    assert tenant.credit_notes == tuple(notes)
+    due = statement.due - Decimal("1.75")
+    assert [of_statement[2] for of_statement in tenant.statements_due()] == [due]
+    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert build_report(ledger, Selection("initech", november, "premium")).tenants[0].credit_notes == ()
+    html = report_html(report)
+    assert re.search(rf">Due</th><td>{re.escape(Amounts.of(report).charges.show(due))}<", html)
+    assert html.count("credit note") >= len(notes)
 
 
 MONTH = Period.month("2026-11")
