@@ -285,14 +285,6 @@ def _due(connection: Connection) -> list[Row[Any]]:
 
 
 def _body(row: Row[Any]) -> dict[str, Any]:
-    return {
-        "id": f"{row.promise[:16]}-{row.audit_seq}",
-        "kind": "promise.state_changed",
-        "promise": row.promise,
-        "tier": row.tier,
-        "state": row.state,
-        "audits": row.audits,
-        "losses": row.losses,
-        "since": row.since.isoformat(),
-        "reason": row.reason,
-    }
+    facts = {name: getattr(row, name) for name in ("promise", "tier", "state", "audits", "losses", "reason")}
+    identity = {"id": f"{row.promise[:16]}-{row.audit_seq}", "kind": "promise.state_changed"}
+    return {**identity, **facts, "since": row.since.isoformat()}

@@ -36,6 +36,7 @@ from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
 from polar_billing.budgets.offers import Standing
 from polar_billing.ledger.books import read_books
 from polar_billing.ledger.connection import KeyedQuery
+from polar_billing.ledger.records import in_span
 from polar_billing.ledger.rollups import joined_sum, split_sum
 from polar_billing.ledger.schema import counter_table, hold_table, receipt_table, usage_table
 from polar_billing.values.money import STORED_SCALE
@@ -96,7 +97,7 @@ def _over_holds(group: _Group, names: set[str] | None, state: str) -> Select[Any
     compute = group.unit == COMPUTE_UNIT
     name = _NAME_COLUMNS.get(group.level)
     query = _sums(type_coerce(flops if compute else money, BigInteger), group.decimals, name, names)
-    query = query.where(hold.tenant == group.tenant, hold.state == state, *_within(hold.at, group.period))
+    query = query.where(hold.tenant == group.tenant, hold.state == state, *in_span(hold.at, *group.period.ends))
     return query if compute else query.where(hold.currency == group.unit)
 
 
@@ -109,7 +110,7 @@ def _over_usage(connection: Connection, group: _Group, names: set[str] | None) -
     charged = func.coalesce(type_coerce(receipt.cost, BigInteger), settled.scalar_subquery())
     name = None if group.level is Level.TENANT else tag_of(connection, group.level)
     query = _sums(usage.flops_total if compute else charged, group.decimals, name, names)
-    query = query.where(usage.tenant == group.tenant, *_within(usage.started_at, group.period))
+    query = query.where(usage.tenant == group.tenant, *in_span(usage.started_at, *group.period.ends))
     if not compute:
         query = query.join_from(usage_table, receipt_table, receipt.usage_seq == usage.seq)
         books = [digest for digest, book in read_books(connection).items() if book.currency == group.unit]
@@ -141,11 +142,6 @@ def _sums(
 
 def _totals(connection: Connection, sums: Select[Any]) -> Counter[str]:
     return Counter({name: joined_sum(*parts) for name, *parts in connection.execute(sums)})
-
-
-def _within(column: ColumnElement[datetime], period: Period) -> list[ColumnElement[bool]]:
-    since = [] if period.since is None else [column >= period.since]
-    return since if period.until is None else [*since, column < period.until]
 
 
 def tag_of(connection: Connection, name: str) -> ColumnElement[Any]:

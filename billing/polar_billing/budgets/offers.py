@@ -18,6 +18,7 @@ from polar_sdk.errors import BudgetExceededError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
     from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
@@ -46,6 +47,12 @@ class Standing:
     held: int
 
     @property
+    def resets_at(self) -> datetime | None:
+        """The end of the window, in the budget's time zone; None if it has none."""
+        until = self.period.until
+        return None if until is None else until.astimezone(load_zone(self.budget.zone))
+
+    @property
     def left(self) -> int:
         """The amount neither spent nor held; negative if the limit was lowered, or if usage came without a hold."""
         return self.budget.limit_count - self.spent - self.held
@@ -62,8 +69,7 @@ class Refusal:
         """The error, which says whose budget it is, what is left, what was needed and when it resets."""
         budget, standing = self.standing.budget, self.standing
         amount = needed(self.cost, budget)
-        until = standing.period.until
-        resets = None if until is None else until.astimezone(load_zone(budget.zone))
+        resets = standing.resets_at
         what = f"{what_happened}the {budget.window}'s budget of {budget.who}"
         if amount is None:
             message = f"{what} cannot be kept, since the request has no price: {self.cost.unrated}."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from sqlalchemy import func, select
 
 from polar_billing.ledger.books import read_books
-from polar_billing.ledger.records import Selection
+from polar_billing.ledger.records import Selection, in_span
 from polar_billing.ledger.rollups import joined_sum, read_sums, split_sum
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.rating import Counts, Rating, rate_counts, rate_of
@@ -57,12 +57,8 @@ class Books:
 
     def parts(self, period: Period) -> Iterator[Period]:
         """The parts of a period in which no rate of any tenant changes."""
-        within = (
-            moment
-            for moment in self._changes
-            if (period.since is None or period.since < moment) and (period.until is None or moment < period.until)
-        )
-        for since, until in pairwise([period.since, *sorted(within), period.until]):
+        within = sorted(moment for moment in self._changes if period.contains(moment) and moment != period.since)
+        for since, until in pairwise([period.since, *within, period.until]):
             yield Period(since, until, period.zone)
 
 
@@ -161,11 +157,9 @@ def _drafts(connection: Connection, usage: Sum, part: Period) -> int:
             receipt.price_book_hash == usage.price_book_hash,
             receipt.unrated.is_(None) if usage.unrated is None else receipt.unrated == usage.unrated,
             columns.flops_drafts.is_not(None),
-            columns.started_at >= part.since,
+            *in_span(columns.started_at, *part.ends),
         )
     )
-    if part.until is not None:
-        query = query.where(columns.started_at < part.until)
     return joined_sum(*connection.execute(query).one())
 
 

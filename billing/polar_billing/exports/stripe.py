@@ -17,7 +17,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,7 +46,6 @@ FLOPS_PER_UNIT: Final = 10**9
 MAX_AGE_DAYS: Final = 35
 """Stripe refuses older events."""
 _MAX_NAME: Final = 100
-_INSTANT: Final = timedelta(microseconds=1)
 _PLAIN: Final = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
 _CUSTOMER: Final = re.compile(r"cus_[A-Za-z0-9]+")
 
@@ -86,10 +84,9 @@ class MeterEvents:
 
     def of(self, usage: Iterable[StoredUsage]) -> Iterator[dict[str, Any]]:
         """The events of usage, which comes in the order it was stored."""
-        since, until = self.period.since, self.period.until
         for stored in usage:
             moment = stored.record.started_at
-            wanted = (since is None or moment >= since) and (until is None or moment < until)
+            wanted = self.period.contains(moment)
             for item, count in self._charged(stored, wanted):
                 value = self._grow(stored.record, item, count)
                 if value and wanted:
@@ -129,7 +126,7 @@ class MeterEvents:
 
     def _month_of(self, moment: datetime) -> str:
         zone = self.period.zone
-        if self._month is None or not Period(moment, moment + _INSTANT, zone).is_within(self._month):
+        if self._month is None or not self._month.contains(moment):
             self._month = Period.containing(moment, Window.MONTH, zone)
         begin = self._month.since or moment
         return f"{self._month.local_date(begin):%Y-%m}"

@@ -263,15 +263,7 @@ def from_row(row: Row[Any]) -> StoredUsage:
         prefill_ns=row.prefill_ns,
         decode_ns=row.decode_ns,
     )
-    return StoredUsage(
-        seq=row.seq,
-        source=row.source,
-        record=record,
-        stored_at=row.stored_at,
-        price_book_hash=row.price_book_hash,
-        cost=row.cost,
-        unrated=row.unrated,
-    )
+    return StoredUsage(row.seq, row.source, record, row.stored_at, row.price_book_hash, row.cost, row.unrated)
 
 
 def conditions(selection: Selection, columns: Any, moment: Any, since: Any, until: Any) -> list[ColumnElement[bool]]:
@@ -282,5 +274,10 @@ def conditions(selection: Selection, columns: Any, moment: Any, since: Any, unti
     where = [] if isinstance(selection.tenant, AllTenants) else [columns.tenant == selection.tenant]
     where += [] if selection.tier is None else [columns.tier == selection.tier]
     where += [] if selection.model is None else [columns.model == selection.model]
-    where += [] if since is None else [moment >= since]
-    return where + ([] if until is None else [moment < until])
+    return where + in_span(moment, since, until)
+
+
+def in_span(moment: Any, since: Any, until: Any) -> list[ColumnElement[bool]]:
+    """The conditions of a half-open span in SQL; None for no limit."""
+    begun = [] if since is None else [moment >= since]
+    return begun if until is None else [*begun, moment < until]

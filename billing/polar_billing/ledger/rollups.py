@@ -210,16 +210,14 @@ def usage_shares(connection: Connection, *conditions: ColumnElement[bool]) -> It
 
 def usage_of(selection: Selection) -> list[ColumnElement[bool]]:
     """The conditions of a selection in SQL, over usage; its tags are left to the caller."""
-    period = selection.period
-    return conditions(selection, usage_table.c, usage_table.c.started_at, period.since, period.until)
+    return conditions(selection, usage_table.c, usage_table.c.started_at, *selection.period.ends)
 
 
 def raw_usage_query(selection: Selection) -> Select[Any]:
     """The query of a selection, whose tags are ignored; its columns are those of `RawUsage`, in no order of rows."""
     names = {name: f"polar_{'receipt' if name in _RECEIPT_COLUMNS else 'usage'}.{name}" for name in RawUsage._fields}
     served = type_coerce(usage_table.c.started_at, BigInteger)
-    ends = (selection.period.since, selection.period.until)
-    bounds = (None if moment is None else to_microseconds(moment) for moment in ends)
+    bounds = (None if moment is None else to_microseconds(moment) for moment in selection.period.ends)
     return _joined_usage(names | _COMPUTED).where(*conditions(selection, usage_table.c, served, *bounds))
 
 
@@ -260,8 +258,7 @@ def read_sums(connection: Connection, selection: Selection, *, hourly: bool, rol
     Hours are kept apart (`hourly`) where the query asks for days or months; without `rollups` it is all added up from
     usage.
     """
-    ends = (selection.period.since, selection.period.until)
-    since, until = (None if moment is None else to_microseconds(moment) for moment in ends)
+    since, until = (None if moment is None else to_microseconds(moment) for moment in selection.period.ends)
     first, last = (None if since is None else -(-since // _HOUR)), (None if until is None else until // _HOUR)
     if not rollups or (first is not None and last is not None and first >= last):
         yield from _from_usage(connection, selection, since, until)

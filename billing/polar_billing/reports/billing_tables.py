@@ -14,7 +14,6 @@ from polar_billing.reports.usage_tables import unrated_notes
 from polar_billing.statements.issue import due_after
 from polar_billing.statements.lines import USAGE_KINDS
 from polar_billing.values.money import exact_sum, plain
-from polar_billing.values.periods import load_zone
 from polar_sdk.show.tables import add_labels, add_numbers, add_row, as_text, new_table
 
 if TYPE_CHECKING:
@@ -109,7 +108,6 @@ def _moment(moment: datetime | None) -> str:
 def standing_row(standing: Standing) -> dict[str, Any]:
     """One budget in one window, as a row for JSON, CSV and tables; amounts are exact decimals as text, in `unit`."""
     budget = standing.budget
-    until = standing.period.until
     return {
         "tenant": budget.tenant,
         "level": str(budget.level),
@@ -122,7 +120,7 @@ def standing_row(standing: Standing) -> dict[str, Any]:
         "left": plain(budget.amount(standing.left)),
         "over_budget": str(budget.over_budget),
         "zone": budget.zone,
-        "resets_at": None if until is None else until.astimezone(load_zone(budget.zone)).isoformat(),
+        "resets_at": None if standing.resets_at is None else standing.resets_at.isoformat(),
     }
 
 

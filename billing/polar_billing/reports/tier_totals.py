@@ -38,36 +38,18 @@ Key = tuple[str, str | None]
 _MAX_WAITING: Final = 20_000
 """Different visits of alike requests that wait to be added up."""
 _NO_VISITS: Final = "[]"
-_SUMMED: Final = (
-    "requests", "tokens_input", "tokens_cached", "tokens_output", "flops", "identity_flops", "receipts",
-    "flops_router", "flops_answer", "tokens_drafted", "tokens_accepted", "flops_drafts",
-)  # fmt: skip
 
 
-@dataclass(slots=True)
-class _Alike:
-    """Sums over requests with one tenant, tier, model, program, outcome and book, and one price in force."""
+@dataclass(kw_only=True)
+class _Alike(UsageTotals):
+    """Requests with one tenant, tier, model, program, outcome and book, and one price in force; not yet rated."""
 
     served: datetime
     """When one of them was."""
-    requests: int = 0
-    tokens_input: int = 0
-    tokens_cached: int = 0
-    tokens_output: int = 0
-    flops: int = 0
-    identity_flops: int = 0
-    flops_router: int = 0
-    flops_answer: int = 0
-    tokens_drafted: int = 0
-    tokens_accepted: int = 0
-    flops_drafts: int = 0
-    receipts: int = 0
-    """Unit: 10^-12 of the currency."""
     flops_most: int = 0
     """Maximum of one request, drafts included."""
     tokens_input_most: int = 0
     tokens_output_most: int = 0
-    latencies_ns: list[int] = field(default_factory=list)
     layers: LayerVisits = field(default_factory=LayerVisits)
     with_visits: int = 0
     waiting: dict[tuple[str, str | None, str], int] = field(default_factory=dict)
@@ -136,7 +118,7 @@ def _grouped(usage: Iterable[RawUsage], rater: Rater) -> dict[_Group, _Alike]:
         key = (tenant, tier, model, program, outcome, book, unrated, bisect_right(changes, at))
         alike = groups.get(key)
         if alike is None:
-            alike = groups[key] = _Alike(EPOCH + timedelta(microseconds=at))
+            alike = groups[key] = _Alike(served=EPOCH + timedelta(microseconds=at))
         visits = (prefill, filled, decode)
         waiting = alike.waiting
         waiting[visits] = waiting.get(visits, 0) + 1
@@ -196,8 +178,7 @@ def _rate(key: _Group, alike: _Alike, book: PriceBook) -> Rating | None:
 def _add(totals: UsageTotals, key: _Group, alike: _Alike, rating: Rating) -> None:
     _, _, model, program, outcome, *_ = key
     alike.add_waiting()
-    for name in _SUMMED:
-        setattr(totals, name, getattr(totals, name) + getattr(alike, name))
+    totals.add_counts(alike)
     totals.outcomes[outcome] += alike.requests
     totals.visits += sum(alike.layers.prefill) + sum(alike.layers.decode)
     totals.latencies_ns += alike.latencies_ns

@@ -150,13 +150,17 @@ class UsageTotals(UsageSums):
 
         What would have been charged otherwise is rounded to `decimals` here, once per group.
         """
-        for name in _SUMMED:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.add_counts(other)
         self.full_depth_exact += _rounded(other.full_depth_exact, decimals)
         self.per_token_exact += _rounded(other.per_token_exact, decimals)
         self.outcomes.update(other.outcomes)
         self.unrated.update(other.unrated)
         self.charged.update(other.charged)
+
+    def add_counts(self, other: UsageTotals) -> None:
+        """Add another group's numbers, those that rating and rounding have no part in."""
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def add_amounts(self, rating: Rating, requests: int, tokens: int) -> None:
         """Count in what requests cost that were rated together; nothing if they have no price."""

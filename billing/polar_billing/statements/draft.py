@@ -26,7 +26,7 @@ from polar_billing.statements.period_usage import (
     last_seq,
     read_usage,
 )
-from polar_billing.statements.retention import PrunedUsage, check_kept, pruned_of
+from polar_billing.statements.retention import KeptUsage, check_kept, pruned_of
 from polar_billing.statements.statement import (
     Statement,
     agreement_by_tier,
@@ -124,7 +124,7 @@ def compute_statement(
     `late` is usage of the periods of earlier statements, which are given in order.
     """
     tenant, period, book = basis.tenant, basis.period, basis.book
-    usage, charges = _charges(connection, basis, PrunedUsage())
+    usage, charges = _charges(connection, basis, KeptUsage())
     by_id = {issued.statement.id: issued.statement for issued in earlier}
     corrections = [_correction(connection, by_id[late_usage.statement], late_usage) for late_usage in late]
     correction_lines = (line for correction in corrections for line in correction.lines)
@@ -158,7 +158,7 @@ def compute_statement(
     )
 
 
-def _charges(connection: Connection, basis: Basis, pruned: PrunedUsage) -> tuple[PeriodUsage, Charges]:
+def _charges(connection: Connection, basis: Basis, pruned: KeptUsage) -> tuple[PeriodUsage, Charges]:
     phases = phases_of(basis.book, basis.tenant, basis.period)
     seqs, audits = SeqRange(basis.seq_until), SeqRange(basis.audits_until)
     usage = pruned.together_with(read_usage(connection, basis.tenant, phases, seqs, audits, basis.book), phases)

@@ -50,7 +50,7 @@ class _KeptUse(NamedTuple):
     tokens_output: int
 
 
-class PrunedUsage(BaseModel):
+class KeptUsage(BaseModel):
     """What is left of a statement's usage that was pruned."""
 
     model_config = ConfigDict(frozen=True)
@@ -77,7 +77,7 @@ class PrunedUsage(BaseModel):
 
 
 _HOUR: Final = timedelta(hours=1)
-_BY_STATEMENT: Final = TypeAdapter(dict[str, PrunedUsage])
+_BY_STATEMENT: Final = TypeAdapter(dict[str, KeptUsage])
 
 
 def prune(connection: Connection, tenant: str, before: datetime) -> int:
@@ -96,7 +96,7 @@ def prune(connection: Connection, tenant: str, before: datetime) -> int:
     return facts.prune(connection, tenant, before, _BY_STATEMENT.dump_json(kept).decode())
 
 
-def _summed(connection: Connection, statement: Statement, before: datetime) -> PrunedUsage:
+def _summed(connection: Connection, statement: Statement, before: datetime) -> KeptUsage:
     """Add up a statement's usage before a moment."""
     book, former = charging_book(connection, statement), pruned_of(connection, statement)
     phases = [
@@ -114,7 +114,7 @@ def _summed(connection: Connection, statement: Statement, before: datetime) -> P
     seqs = SeqRange(last_seq(connection, statement.tenant))
     usage = read_usage(connection, statement.tenant, phases, seqs, SeqRange(0), book)
     settled = former.together_with(usage, phases).latency_ns_p95
-    return PrunedUsage(
+    return KeptUsage(
         uses=tuple(
             _KeptUse(use.stretch.since, use.tier, use.outcome, use.beyond, *vars(use.counts).values())
             for use in usage.uses
@@ -123,7 +123,7 @@ def _summed(connection: Connection, statement: Statement, before: datetime) -> P
     )
 
 
-def pruned_of(connection: Connection, statement: Statement) -> PrunedUsage:
+def pruned_of(connection: Connection, statement: Statement) -> KeptUsage:
     """What is left of a statement's pruned usage; nothing if none was pruned."""
     pruned = prune_table.c
     query = select(pruned.statements).where(pruned.tenant == statement.tenant, pruned.before > statement.since)
@@ -132,7 +132,7 @@ def pruned_of(connection: Connection, statement: Statement) -> PrunedUsage:
         for text in connection.execute(query.order_by(pruned.id)).scalars()
         if (kept := _BY_STATEMENT.validate_json(text).get(statement.id)) is not None
     ]
-    return PrunedUsage(
+    return KeptUsage(
         uses=tuple(use for kept in found for use in kept.uses),
         latency_ns_p95=tuple(latency for kept in found for latency in kept.latency_ns_p95),
     )

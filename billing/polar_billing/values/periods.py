@@ -108,6 +108,15 @@ class Period:
         begins = other.since is None or (self.since is not None and self.since >= other.since)
         return begins and (other.until is None or (self.until is not None and self.until <= other.until))
 
+    @property
+    def ends(self) -> tuple[datetime | None, datetime | None]:
+        """Its beginning and its end."""
+        return self.since, self.until
+
+    def contains(self, moment: datetime) -> bool:
+        """True if an instant is in it."""
+        return (self.since is None or self.since <= moment) and (self.until is None or moment < self.until)
+
     def overlaps(self, other: Period) -> bool:
         """True if some instant is in both."""
         starts_before = self.since is None or other.until is None or self.since < other.until
