@@ -16,7 +16,7 @@ from polar_billing.reports.query import usage_rows
 from polar_billing.values.periods import Period, Window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 MAX_ROWS: Final = 10_000
 """Groups of usage that one call may list."""
@@ -27,12 +27,10 @@ class Accounts:
 
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        clock: Returns the time, UTC; None for this machine's.
     """
 
-    def __init__(self, ledger: Ledger | str | None = None, *, clock: Callable[[], datetime] | None = None) -> None:
+    def __init__(self, ledger: Ledger | str | None = None) -> None:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        self._now = clock or (lambda: datetime.now(UTC))
 
     def usage(
         self,
@@ -61,7 +59,7 @@ class Accounts:
             QueryError: It cannot be grouped so, several currencies were charged, or there are too many groups.
             StoreError: The ledger cannot be read.
         """
-        period = self._period(month, since, until, zone)
+        period = _period(month, since, until, zone)
         try:
             rows = usage_rows(self.ledger, Selection(tenant, period), by=by, currency=currency)
         except CurrencyMixError as error:  # its hint is for the command line
@@ -88,11 +86,12 @@ class Accounts:
             except QueryError:  # or its price book is gone, which is for `polar verify` to tell
                 return None
 
-    def _period(self, month: str | None, since: str | None, until: str | None, zone: str) -> Period:
-        if month is not None and not (since is None and until is None):
-            raise QueryError("month was given together with since or until; give one of them.")
-        if month is not None:
-            return Period.month(month, zone)
-        if since is None and until is None:
-            return Period.containing(self._now(), Window.MONTH, zone)
-        return Period.between(since, until, zone)
+
+def _period(month: str | None, since: str | None, until: str | None, zone: str) -> Period:
+    if month is not None and not (since is None and until is None):
+        raise QueryError("month was given together with since or until; give one of them.")
+    if month is not None:
+        return Period.month(month, zone)
+    if since is None and until is None:
+        return Period.containing(datetime.now(UTC), Window.MONTH, zone)
+    return Period.between(since, until, zone)

@@ -18,12 +18,12 @@ from sqlalchemy import func, insert, select
 from polar_billing.errors import AccessError
 from polar_billing.ledger import chain
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.records import AllTenants
+from polar_billing.ledger.records import ALL_TENANTS, AllTenants
 from polar_billing.ledger.schema import api_key_table
 from polar_sdk.usage import flaw_of_name, flaw_of_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy import Connection, Row
 
@@ -161,7 +161,7 @@ class ApiKeys:
         """Whether there is a key that opens something now; with a `scope`, one that opens that."""
         now = self._now()
         with self.ledger.snapshot() as connection:
-            active = (key for key in _latest(connection, None) if key.state(now) == "active")
+            active = (key for key in latest_keys(connection, ALL_TENANTS) if key.state(now) == "active")
             return any(scope is None or scope in key.scopes for key in active)
 
     def rotate(self, key_id: str, overlap: timedelta) -> tuple[ApiKey, str]:
@@ -225,15 +225,12 @@ def _write(connection: Connection, key: ApiKey, now: datetime) -> None:
 
 def latest_keys(connection: Connection, tenant: str | AllTenants) -> list[ApiKey]:
     """The keys of a tenant, or of all of them, as they are in force; by tenant and name."""
-    return list(_latest(connection, None if isinstance(tenant, AllTenants) else tenant))
-
-
-def _latest(connection: Connection, tenant: str | None) -> Iterator[ApiKey]:
     column = api_key_table.c
     last = select(func.max(column.seq)).group_by(column.key_id)
     query = select(api_key_table).where(column.seq.in_(last)).order_by(column.tenant, column.name, column.seq)
-    rows = connection.execute(query if tenant is None else query.where(column.tenant == tenant))
-    return map(_key, rows)
+    if not isinstance(tenant, AllTenants):
+        query = query.where(column.tenant == tenant)
+    return list(map(_key, connection.execute(query)))
 
 
 def _key(row: Row[Any]) -> ApiKey:

@@ -127,7 +127,6 @@ class Rates:
 
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        lifetime: How long until answers that nobody renewed are counted no more.
         clock: Returns the time, UTC; None for the database's clock, see `ledger.clock`.
     """
 
@@ -135,11 +134,9 @@ class Rates:
         self,
         ledger: Ledger | str | None = None,
         *,
-        lifetime: timedelta = LIFETIME,
         clock: Callable[[], datetime] | None = None,
     ) -> None:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        self.lifetime = lifetime
         self._clock = clock
         self._replica = uuid4().hex
 
@@ -155,7 +152,7 @@ class Rates:
             asking: The key of each call that wants in.
             used: Tokens of answers that have ended.
             running: Answers of this replica by the ids of their keys, those of this call not yet included; its former
-                count of each key named is superseded. Whoever has any calls at least every quarter of `lifetime`.
+                count of each key named is superseded. Whoever has any calls at least every quarter of `LIFETIME`.
 
         Returns:
             One verdict per call.
@@ -209,7 +206,7 @@ class Rates:
         listed = [account.key_id for account in accounts]
         connection.execute(delete(running_table).where(column.key_id.in_(listed), old))
         rows = [
-            {"key_id": one.key_id, "replica": self._replica, "answers": one.own, "expires_at": now + self.lifetime}
+            {"key_id": one.key_id, "replica": self._replica, "answers": one.own, "expires_at": now + LIFETIME}
             for one in accounts
             if one.own
         ]

@@ -97,10 +97,13 @@ def statement(
     opt.period_of(month, since, until, zone or "UTC")  # refuses what no tenant's calendar has
     prices = opt.book_of(book)
     with opt.open_ledger(ledger) as store:
+        from polar_billing.statements.period import known_tenants
+
         if listing:
             _list(store, tenant, as_json)
             return
-        tenants = [tenant] if tenant is not None else _tenants(store)
+        with store.snapshot() as connection:
+            tenants = [tenant] if tenant is not None else known_tenants(connection)
         found, failed = [], []
         with ProgressBars(at_once=False) as show:
             for one in through(show, "statements", tenants, len(tenants)):
@@ -118,13 +121,6 @@ def statement(
             _trace(store, found[0].issued, trace, as_json)
         else:
             _show(found[0], as_json, csv)
-
-
-def _tenants(store: Ledger) -> list[str]:
-    from polar_billing.statements.period import known_tenants
-
-    with store.snapshot() as connection:
-        return list(known_tenants(connection))
 
 
 def _show_all(found: list[_Found], failed: list[str], as_json: bool) -> None:

@@ -141,14 +141,10 @@ def read_energy(
             )
         return None
     return EnergyBasis(
-        flops_per_joule=None
-        if flops_per_joule is None
-        else read_bounded(flops_per_joule, "--flops-per-joule", most=_MAX_EFFICIENCY, decimals=_SCALE),
+        flops_per_joule=read_bounded(flops_per_joule, "--flops-per-joule", most=_MAX_EFFICIENCY, decimals=_SCALE),
         source=source if source is not None else f"energy log {log.name}" if log is not None else "",
         intervals=() if log is None else tuple(read_energy_log(log)),
-        grid_grams_per_kwh=None
-        if grid is None
-        else read_bounded(grid, "--grid-intensity", most=_MAX_INTENSITY, decimals=_SCALE),
+        grid_grams_per_kwh=read_bounded(grid, "--grid-intensity", most=_MAX_INTENSITY, decimals=_SCALE),
         grid_source=grid_source,
     )
 

@@ -89,16 +89,14 @@ def read_hardware(per_device_hour: str | None, tokens_per_second: str | None) ->
     Raises:
         QueryError: A number is out of range, or a throughput was given without a price.
     """
-    if per_device_hour is None:
-        if tokens_per_second is not None:
+    price = read_bounded(per_device_hour, "--device-hour", most=_MAX_PRICE, decimals=STORED_SCALE)
+    rate = read_bounded(tokens_per_second, "--tokens-per-second", most=_MAX_RATE, decimals=_RATE_DECIMALS)
+    if price is None:
+        if rate is not None:
             raise QueryError(
                 "--tokens-per-second was given without a price of the device.", hint="Add one, e.g. --device-hour 0.80."
             )
         return None
-    price = read_bounded(per_device_hour, "--device-hour", most=_MAX_PRICE, decimals=STORED_SCALE)
-    rate = None
-    if tokens_per_second is not None:
-        rate = read_bounded(tokens_per_second, "--tokens-per-second", most=_MAX_RATE, decimals=_RATE_DECIMALS)
     return Hardware(per_device_hour=price, tokens_per_second=rate)
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 DIMENSIONS: Final = ("tenant", "tier", "model", "program", "router", "outcome", "device", "day", "month", "source")
+_COUNTED: Final = ("requests", "tokens_input", "tokens_cached", "tokens_output", "visits", "flops")
+"""Fields of a row that are fields of `UsageSums`."""
 _TAG: Final = "tag:"
 _QUARTER: Final = timedelta(minutes=15)
 _QUARTER_US: Final = 900_000_000
@@ -165,13 +167,8 @@ def _rows(
     return [
         UsageRow(
             group=dict(zip(by, group, strict=True)),
-            requests=sums.requests,
+            **{name: getattr(sums, name) for name in _COUNTED},
             outcomes=dict(sorted(sums.outcomes.items())),
-            tokens_input=sums.tokens_input,
-            tokens_cached=sums.tokens_cached,
-            tokens_output=sums.tokens_output,
-            visits=sums.visits,
-            flops=sums.flops,
             compute_units=COMPUTE.quantity(sums.flops),
             compute_units_saved=COMPUTE.quantity(sums.identity_flops - sums.flops),
             cost=from_scaled(costs[group], STORED_SCALE) if sums.rated else None,

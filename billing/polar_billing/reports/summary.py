@@ -140,14 +140,10 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
     unrated: Counter[str] = sum((part.unrated for part in parts), Counter())
     latencies = sorted(chain.from_iterable(part.latencies_ns for part in parts))
     comparable = rated and not total("without_reference")
+    tokens = ("tokens_input", "tokens_cached", "tokens_output", "tokens_drafted", "tokens_accepted")
     return Figures(
-        requests=total("requests"),
+        **{name: total(name) for name in ("requests", *tokens)},
         outcomes=dict(sorted(outcomes.items())),
-        tokens_input=total("tokens_input"),
-        tokens_cached=total("tokens_cached"),
-        tokens_output=total("tokens_output"),
-        tokens_drafted=total("tokens_drafted"),
-        tokens_accepted=total("tokens_accepted"),
         compute_units=COMPUTE.quantity(flops),
         compute_units_prompt=COMPUTE.quantity(flops - total("flops_answer") - total("flops_router")),
         compute_units_answer=COMPUTE.quantity(total("flops_answer")),
@@ -249,14 +245,7 @@ def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) ->
     charges = _charges(report_lines, decimals)
     return TenantReport(
         tenant=tenant,
-        tiers=tuple(
-            TierReport(
-                tier=tier,
-                figures=figures_of([totals], decimals, charges.get(tier)),
-                depth=depth_of(tier, [totals]),
-            )
-            for tier, totals in tiers.items()
-        ),
+        tiers=tuple(_tier(tier, [totals], decimals, charges) for tier, totals in tiers.items()),
         lines=report_lines,
         rounding=rounded.residue,
         total=rounded.total,
@@ -268,18 +257,17 @@ def _over_tenants(
     tenants: Sequence[TenantReport], groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int
 ) -> tuple[TierReport, ...]:
     charges = _charges([line for tenant in tenants for line in tenant.lines], decimals)
-    tiers = sorted({tier for _, tier in groups}, key=tier_order)
-    members: dict[str | None, list[UsageTotals]] = {tier: [] for tier in tiers}
+    members: defaultdict[str | None, list[UsageTotals]] = defaultdict(list)
     for (_, tier), totals in groups.items():
         members[tier].append(totals)
-    return tuple(
-        TierReport(
-            tier=tier,
-            figures=figures_of(members[tier], decimals, charges.get(tier)),
-            depth=depth_of(tier, members[tier]),
-        )
-        for tier in tiers
-    )
+    return tuple(_tier(tier, members[tier], decimals, charges) for tier in sorted(members, key=tier_order))
+
+
+def _tier(
+    tier: str | None, groups: Sequence[UsageTotals], decimals: int, charges: Mapping[str | None, Decimal]
+) -> TierReport:
+    figures = figures_of(groups, decimals, charges.get(tier))
+    return TierReport(tier=tier, figures=figures, depth=depth_of(tier, groups))
 
 
 def _charges(lines: Iterable[ReportLine], decimals: int) -> dict[str | None, Decimal]:

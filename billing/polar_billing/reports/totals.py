@@ -41,9 +41,8 @@ class LayerVisits:
 
     def add(self, prefill: Sequence[int], filled: Sequence[int], decode: Sequence[int]) -> None:
         """Add visits layer by layer; a shorter list counts as zeros at its end."""
-        self.prefill = [a + b for a, b in zip_longest(self.prefill, prefill, fillvalue=0)]
-        self.filled = [a + b for a, b in zip_longest(self.filled, filled, fillvalue=0)]
-        self.decode = [a + b for a, b in zip_longest(self.decode, decode, fillvalue=0)]
+        pairs = ((self.prefill, prefill), (self.filled, filled), (self.decode, decode))
+        self.prefill, self.filled, self.decode = (list(map(sum, zip_longest(*pair, fillvalue=0))) for pair in pairs)
 
 
 @dataclass

@@ -102,13 +102,15 @@ def read_amount(text: str | int | Decimal) -> Decimal:
     return amount
 
 
-def read_bounded(text: str, option: str, *, most: int, decimals: int) -> Decimal:
-    """A number above 0 and at most `most` that somebody wrote in an option.
+def read_bounded(text: str | None, option: str, *, most: int, decimals: int) -> Decimal | None:
+    """A number above 0 and at most `most` that somebody wrote in an option; None if it is not given.
 
     Raises:
         AmountError: It is not a finite number.
         QueryError: It is out of range, or has more decimals.
     """
+    if text is None:
+        return None
     value = read_amount(text)
     exponent = value.as_tuple().exponent
     if not 0 < value <= most or not isinstance(exponent, int) or exponent < -decimals:

@@ -29,25 +29,18 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 
 class ScaledDecimal(TypeDecorator[Decimal]):
-    """A Decimal as an int64 count of 10^-scale; by default the 10^-12 of stored amounts.
-
-    Refuses what it cannot hold exactly: an int64 at scale 12 ends at ±9,223,372.036854775807.
-    """
+    """A Decimal as an int64 count of 10^-12, which ends at ±9,223,372.036854775807; refuses what that cannot hold."""
 
     impl = BigInteger
     cache_ok = True
 
-    def __init__(self, scale: int = STORED_SCALE) -> None:
-        super().__init__()
-        self.scale = scale
-
     def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> int | None:
         """Count the units, or refuse."""
-        return None if value is None else to_units(value, self.scale)
+        return None if value is None else to_units(value)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> Decimal | None:
         """Give the Decimal back, digit for digit."""
-        return None if value is None else from_scaled(value, self.scale)
+        return None if value is None else from_scaled(value, STORED_SCALE)
 
 
 class UtcMicroseconds(TypeDecorator[datetime]):
