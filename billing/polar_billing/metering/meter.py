@@ -267,8 +267,8 @@ class Meter(UsageSink):
         self._budgets.forget(entry.identity)
         # What was reserved has computed already: it is charged, under another id if need be.
         reserved = self._ids.served(record.tenant, record.request_id)
-        (ticket,), safe = self._writer.submit([entry], told=self._waits and not reserved)
-        stored = ticket.result() if self._waits or not safe else None
+        ticket = self._writer.submit(entry, told=self._waits and not reserved)
+        stored = ticket.result() if self._waits or not ticket.spooled else None
         self._writer.end_marks(entry.identity)
         if stored is not None and (digest := stored.price_book_hash) != book.content_hash:
             book = self.ledger.find_books([digest])[digest]  # a replay, first rated under another book

@@ -53,7 +53,7 @@ class Ticket:
     told: bool = True
     """Whether its caller is informed if another record has taken its request id; else it is stored under a new one."""
     spooled: bool = False
-    """Whether the spool's file has it."""
+    """Whether the spool's file has it, so that it survives the end of this process."""
     done: bool = False
     stored: StoredUsage | None = None
     """As stored; None while it waits in the spool."""
@@ -123,25 +123,21 @@ class Writer:
                 self._spool.abandon(self._segments())
             self._start_anew()
 
-    def submit(self, entries: list[Entry], *, told: bool = True) -> tuple[list[Ticket], bool]:
-        """Hand records over, and return their tickets and whether they survive the end of this process already.
-
-        If another record has taken a request id, its caller is `told`; else a new id is made.
-        """
+    def submit(self, entry: Entry, *, told: bool = True) -> Ticket:
+        """Hand a record over; if another one has taken its request id, the caller is `told`; else a new id is made."""
         self._restart_after_fork()
         with self._lock:
             self._turn.wait_for(lambda: len(self._queue) < _CAPACITY)
-            safe = self._spool_entries(entries)
-            tickets = [Ticket(entry, self._lock, self._turn, told, spooled=safe) for entry in entries]
+            ticket = Ticket(entry, self._lock, self._turn, told, spooled=self._spool_entries([entry]))
             idle = not self._queue
-            self._queue += tickets
+            self._queue.append(ticket)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="polar-meter", daemon=True)
             if self._thread.ident is None:  # a signal may have cut off the call that made it
                 self._thread.start()
             if idle:
                 self._turn.notify_all()
-            return tickets, safe
+            return ticket
 
     def _spool_entries(self, entries: list[Entry]) -> bool:
         if self._spool is None:

@@ -7,7 +7,7 @@ what the receipts say, plus what plans add.
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import func, select
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.period_usage import SeqRange
     from polar_billing.statements.statement import Statement
+
+
+_INSTANT: Final = timedelta(microseconds=1)
+_SECOND_INSTANT: Final = datetime.min.replace(tzinfo=UTC) + _INSTANT
 
 
 def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange) -> PriceBook:
@@ -87,8 +91,8 @@ def month_of(ledger: Ledger, tenant: str, month: str, book: PriceBook | None = N
     Each month ends in the time zone that the tenant has on its last day, by a book or by those in force. So months
     partition time also where the zone changes.
     """
-    borders = bounds(Period.month(month))
-    before, zone = (zone_of(ledger, tenant, book, border - timedelta(microseconds=1)) for border in borders)
+    ends = (max(border, _SECOND_INSTANT) - _INSTANT for border in bounds(Period.month(month)))
+    before, zone = (zone_of(ledger, tenant, book, last) for last in ends)
     return Period(Period.month(month, before).since, Period.month(month, zone).until, zone)
 
 

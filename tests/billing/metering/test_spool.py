@@ -57,15 +57,15 @@ def test_a_record_that_the_kept_file_lacks_is_not_taken_for_safe(
     """The disk is full for a moment while the ledger is locked: one record is in the file, the next one is not."""
     meter = Meter(ledger_url)
     writer = Writer(meter.ledger, gather_s=60.0)
-    (first,), safe = writer.submit([meter.entry(usage_record("written"))])
-    assert safe
+    first = writer.submit(meter.entry(usage_record("written")))
+    assert first.spooled
 
     def full(self: Segment, entries: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Segment, "append", full)
-    (second,), safe = writer.submit([meter.entry(usage_record("not written"))])
-    assert not safe
+    second = writer.submit(meter.entry(usage_record("not written")))
+    assert not second.spooled
     writer.drain()
     assert first.result() is None
     with pytest.raises(StoreLockedError):
@@ -82,10 +82,10 @@ def test_who_waits_for_records_does_not_wait_for_later_ones(ledger_url: str, mon
 
     def more_come_meanwhile(tickets: list[Ticket]) -> None:
         commit(tickets)
-        writer.submit([meter.entry(usage_record(f"r{next(names)}"))])
+        writer.submit(meter.entry(usage_record(f"r{next(names)}")))
 
     monkeypatch.setattr(writer, "_commit", more_come_meanwhile)
-    (first,), _ = writer.submit([meter.entry(usage_record("first"))])
+    first = writer.submit(meter.entry(usage_record("first")))
     writer.drain()
     assert first.done
     monkeypatch.setattr(writer, "_commit", commit)

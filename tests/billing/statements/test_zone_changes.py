@@ -66,7 +66,8 @@ def test_every_instant_is_on_one_statement(
 def test_a_month_without_a_change_is_that_of_its_zone(ledger: Ledger) -> None:
     add_book(ledger, book_of(("2026-01-01T00:00:00Z", "Europe/Berlin")))
     assert month_of(ledger, "someone", "2026-03") == Period.month("2026-03", "Europe/Berlin")
-    assert month_of(ledger, "nobody", "2026-03") == Period.month("2026-03")
+    for month in ("0001-01", "2026-03", "9998-12"):
+        assert month_of(ledger, "nobody", month) == Period.month(month)
     other = book_of(("2026-01-01T00:00:00Z", "Asia/Tokyo"))
     assert month_of(ledger, "someone", "2026-03", other) == Period.month("2026-03", "Asia/Tokyo")
 
