@@ -131,7 +131,7 @@ def export_billing(
 
 
 def _statements(
-    store: Ledger, tenant: str | None, options: tuple[str | None, str | None, str | None, str | None], book: Path | None
+    store: Ledger, tenant: str | None, options: opt.PeriodOptions, book: Path | None
 ) -> list[StatementOfPeriod]:
     from polar_billing.statements.period import statements_of_period
 

@@ -52,6 +52,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 Csv = Annotated[Path | None, typer.Option(help="Write CSV to this file; - is standard output.", metavar="FILE")]
 
 
+PeriodOptions = tuple[str | None, str | None, str | None, str | None]
+"""Month, start, end and zone."""
+
+
 @contextmanager
 def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerStore]:
     """Open the ledger; if its database library is missing, the error says which extra installs it.
@@ -108,13 +112,8 @@ def period_of(month: str | None, since: str | None, until: str | None, zone: str
     return Period.month(month, zone)
 
 
-def period_of_tenant(
-    store: LedgerStore,
-    tenant: str,
-    book: PriceBook | None,
-    options: tuple[str | None, str | None, str | None, str | None],
-) -> Period:
-    """The period of a tenant's statement that the options name: month, start, end, and zone; None for the tenant's."""
+def period_of_tenant(store: LedgerStore, tenant: str, book: PriceBook | None, options: PeriodOptions) -> Period:
+    """The period of a tenant's statement that the options name; the zone is the tenant's where none is named."""
     from polar_billing.statements.books import month_of, zone_of
 
     month, since, until, zone = options

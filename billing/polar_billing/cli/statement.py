@@ -139,7 +139,7 @@ def _show_all(found: list[_Found], failed: list[str], as_json: bool) -> None:
 def _statement(
     store: Ledger,
     tenant: str,
-    period_options: tuple[str | None, str | None, str | None, str | None],
+    period_options: opt.PeriodOptions,
     issue: bool,
     prices: PriceBook | None,
 ) -> _Found:
