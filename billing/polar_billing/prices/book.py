@@ -17,10 +17,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
-from pydantic import Field, StringConstraints, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_serializer, model_validator
 
 from polar_billing.errors import AmountError, PriceBookError
-from polar_billing.prices.entries import Checked, Name, PriceEntry, entry_at, timeline
+from polar_billing.prices.entries import Checked, Name, Timeline, entry_at
 from polar_billing.prices.plans import Credit, Customer, Plan, in_order
 from polar_billing.values.canonical import canonical_text
 from polar_billing.values.money import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
+    from polar_billing.prices.entries import PriceEntry
     from polar_billing.prices.plans import Terms
 
 
@@ -64,30 +65,14 @@ class PriceBook(Checked):
     charge_drafts: Annotated[bool, Field(strict=True)] = False
     """Whether compute units include work on drafted tokens that were not kept. By default, they are
     what the answers needed, as without drafts."""
-    prices: Annotated[tuple[PriceEntry, ...], Field(min_length=1)]
-    """In order of `effective_from`, whatever the order in the file."""
+    prices: Annotated[Timeline, Field(min_length=1)]
 
     plans: dict[Name, Plan] = Field(default_factory=dict)
     """Terms of customers' contracts, by name."""
-    customers: tuple[Customer, ...] = ()
+    customers: Annotated[tuple[Customer, ...], in_order("customers", "tenant", "effective_from")] = ()
     """Tenants with a plan, and from when; others pay the plain rates."""
-    credits: tuple[Credit, ...] = ()
+    credits: Annotated[tuple[Credit, ...], in_order("credits", "id")] = ()
     """Prepaid money of tenants."""
-
-    @field_validator("prices")
-    @classmethod
-    def _one_price_at_a_time(cls, entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
-        return timeline(entries)
-
-    @field_validator("customers")
-    @classmethod
-    def _one_plan_at_a_time(cls, customers: tuple[Customer, ...]) -> tuple[Customer, ...]:
-        return tuple(in_order(customers, lambda customer: (customer.tenant, customer.effective_from), "customers"))
-
-    @field_validator("credits")
-    @classmethod
-    def _one_credit_per_id(cls, credits_: tuple[Credit, ...]) -> tuple[Credit, ...]:
-        return tuple(in_order(credits_, lambda credit: (credit.id,), "credits"))
 
     @model_validator(mode="after")
     def _plans_exist(self) -> Self:

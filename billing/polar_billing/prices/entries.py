@@ -147,6 +147,10 @@ def timeline(entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
     return ordered
 
 
+Timeline = Annotated[tuple[PriceEntry, ...], AfterValidator(timeline)]
+"""In order of `effective_from`, whatever the order in the file."""
+
+
 def entry_at(entries: tuple[PriceEntry, ...], moment: datetime) -> PriceEntry | None:
     """The entry in force at a time of use, or None before the first and in a gap."""
     for entry in reversed(entries):

@@ -9,9 +9,10 @@ This module holds and checks terms; `statements.charges` applies them.
 from __future__ import annotations
 
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from polar_billing.prices.entries import (
     Amount,
@@ -20,22 +21,35 @@ from polar_billing.prices.entries import (
     Name,
     Percent,
     Price,
-    PriceEntry,
     Quantity,
     Share,
-    timeline,
+    Timeline,
 )
 from polar_billing.values.money import to_scaled
 from polar_billing.values.periods import load_zone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
     from datetime import datetime
     from decimal import Decimal
 
 Item = TypeVar("Item")
 Counted = Literal["compute_units", "million_input_tokens", "million_output_tokens", "requests"]
 _DECIMALS: Final = {"compute_units": 12, "million_input_tokens": 6, "million_output_tokens": 6, "requests": 0}
+
+
+def in_order(what: str, *key: str) -> AfterValidator:
+    """A check of a list in a book, which sorts its entries and refuses two with one key; `what` names the list."""
+    read = attrgetter(*key)
+
+    def ordered(items: tuple[Item, ...]) -> tuple[Item, ...]:
+        entries = sorted(items, key=read)
+        for item, following in pairwise(entries):
+            if read(item) == read(following):
+                name = " from ".join(str(getattr(item, part)) for part in key)
+                raise ValueError(f"two {what} are {name}; keep one")
+        return tuple(entries)
+
+    return AfterValidator(ordered)
 
 
 class Band(Checked):
@@ -153,20 +167,10 @@ class Terms(Checked):
 class Plan(Checked):
     """A plan: its own rates, if any, and terms."""
 
-    prices: tuple[PriceEntry, ...] = ()
+    prices: Timeline = ()
     """Rates of a request that replace the book's for tenants on this plan; empty for the book's."""
-    terms: tuple[Terms, ...] = ()
+    terms: Annotated[tuple[Terms, ...], in_order("terms", "effective_from")] = ()
     """In order of `effective_from`; before the first the plan adds nothing."""
-
-    @field_validator("prices")
-    @classmethod
-    def _one_price_at_a_time(cls, entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
-        return timeline(entries)
-
-    @field_validator("terms")
-    @classmethod
-    def _one_set_of_terms_at_a_time(cls, terms: tuple[Terms, ...]) -> tuple[Terms, ...]:
-        return tuple(in_order(terms, lambda terms_: (terms_.effective_from,), "terms"))
 
     def terms_at(self, moment: datetime) -> Terms | None:
         """The terms in force at a moment."""
@@ -216,13 +220,3 @@ class Credit(Checked):
         """Sort key: what is used first."""
         expires = "" if self.expires_at is None else self.expires_at.isoformat()
         return (self.priority, self.expires_at is None, expires, self.effective_from.isoformat(), self.id)
-
-
-def in_order(items: Iterable[Item], key: Callable[[Item], tuple[object, ...]], what: str) -> list[Item]:
-    """Sort the entries of a list in a book, and refuse two with one key (`ValueError`); `what` names the list."""
-    ordered = sorted(items, key=key)
-    for item, following in pairwise(ordered):
-        if key(item) == key(following):
-            name = " from ".join(str(part) for part in key(item))
-            raise ValueError(f"two {what} are {name}; keep one")
-    return ordered
