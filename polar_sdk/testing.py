@@ -95,7 +95,13 @@ class _ScriptedMaker(RequestMaker):
 
 
 def random_fill(
-    decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, rank: int | None = None, units: int = 0
+    decoder: Decoder,
+    segment: tuple[int, int],
+    *,
+    seed: int = 0,
+    rank: int | None = None,
+    units: int = 0,
+    token: int = 0,
 ) -> Fill:
     """A random map that fills a segment, for `decoder.set_fills`; it writes what no layer would.
 
@@ -107,6 +113,7 @@ def random_fill(
         seed: For the random weights, together with the first layer.
         rank: Of a map of two factors; None = full rank.
         units: Hidden units of the map.
+        token: Rank of what it reads of the token's embedding; 0 = nothing.
     """
     import torch
 
@@ -123,7 +130,9 @@ def random_fill(
         torch.randn(family.hidden, generator=generator) / 10,
     )
     chosen = (hidden if units else (), carry if segment[1] < decoder.depth - 1 else ())
-    return Fill(weight, bias, *chosen).to(decoder.dtype, decoder.device)
+    ends = pairwise([family.hidden, token, bias.numel()]) if token else ()
+    read = tuple(torch.randn(a, b, generator=generator) / a**0.5 for a, b in ends)
+    return Fill(weight, bias, *chosen, read).to(decoder.dtype, decoder.device)
 
 
 def random_draft_head(width: int, tokens: Sequence[int], *, units: int = 32, seed: int = 0) -> dict[str, Tensor]:

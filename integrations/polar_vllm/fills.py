@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import Tensor
 
     from polar_sdk.programs.cost import Segment
 
@@ -76,7 +77,11 @@ class Fills:
 
 
 def _part(fill: Fill, heads: slice) -> Fill:
-    last = fill.weight[-1]
-    chosen = last.view(last.shape[0], *fill.bias.shape)[..., heads, :].reshape(last.shape[0], -1)
-    bias = fill.bias[..., heads, :]
-    return Fill((*fill.weight[:-1], chosen.contiguous()), bias.contiguous(), fill.hidden, fill.carry)
+    def of(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not factors:
+            return ()
+        chosen = factors[-1].view(len(factors[-1]), *fill.bias.shape)[..., heads, :]
+        return *factors[:-1], chosen.reshape(len(chosen), -1).contiguous()
+
+    bias = fill.bias[..., heads, :].contiguous()
+    return Fill(of(fill.weight), bias, fill.hidden, fill.carry, of(fill.token))

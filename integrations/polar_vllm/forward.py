@@ -67,7 +67,7 @@ class Layered:
         residual = torch.zeros_like(hidden)
         for number, stretch in enumerate(plan):
             for segment, spans in stretch.filled.items():
-                self._fill(segment, batch.indices(spans), positions, hidden, residual, batch)
+                self._fill(segment, batch.indices(spans), tokens, positions, hidden, residual, batch)
             if stretch.leaving:
                 self._leave(stretch.first, batch.indices(stretch.leaving), positions, hidden, residual, batch)
             if not stretch.running:
@@ -92,12 +92,20 @@ class Layered:
         return hidden, residual
 
     def _fill(
-        self, segment: Segment, index: Tensor, positions: Tensor, hidden: Tensor, residual: Tensor, batch: Batch
+        self,
+        segment: Segment,
+        index: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor,
+        batch: Batch,
     ) -> None:
         """Write keys and values of a segment's layers, and carry the states over it."""
         first, last = segment
-        state = hidden[index] + residual[index]
-        written, carried = self._fills[segment].crossed(state)
+        state, fill = hidden[index] + residual[index], self._fills[segment]
+        embedded = self._core.embed_input_ids(tokens[index]) if fill.token else None
+        written, carried = fill.crossed(state, embedded)
         keys = written[:, :, 0].reshape(len(index), -1)  # (N, L × G × d): as many heads, all at one position
         turned, _ = self._layers[first].self_attn.rotary_emb(positions[index], keys, None)
         turned = turned.view(len(index), last - first + 1, -1)

@@ -294,6 +294,11 @@ class Decoder:
         """Embed token ids (N,) at positions (N,) as hidden states (N, E)."""
         return self.family.embed(tokens, positions, self.start)
 
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """As `embed`, for tokens on any device, where the states stay."""
+        first = self.placement.first
+        return self.embed(tokens.to(first), positions.to(first)).to(tokens.device)
+
     def rotary(self, positions: Tensor, longest: int) -> list[Rotary]:
         """Cosine and sine at positions (N,), all below `longest`: (N, 1, r) each, one pair per kind of layer."""
         device = positions.device

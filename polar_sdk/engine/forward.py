@@ -249,7 +249,8 @@ def _fill(decoder: Decoder, members: Members, segment: Segment, tokens: Tokens, 
     Returns the hidden states of all rows, those of the tokens carried over the segment.
     """
     fill = decoder.fill(segment)
-    written, carried = fill.crossed(tokens.of(hidden))  # (M, L, 2, G, d) and (M, E)
+    embedded = decoder.embedded(tokens.of(members.layout.tokens), tokens.positions) if fill.token else None
+    written, carried = fill.crossed(tokens.of(hidden), embedded)  # (M, L, 2, G, d) and (M, E)
     for index, layer in enumerate(range(segment[0], segment[1] + 1)):
         device = decoder.placement.layers[layer]
         there = members.layout.on(device).some(tokens.ranges)

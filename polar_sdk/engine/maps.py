@@ -5,9 +5,9 @@ nearly the same for every prompt. It would distort the map fitted to the others,
 
 A *fill* writes the keys and values of a segment for prompt tokens that do not run it. It reads their state where the
 segment begins and gives, for every layer of the segment, its keys before their turn by position (and after their norm,
-where the family has one), and its values. It is affine, in the state alone or in the state and some hidden units of it.
-Where layers run after the segment, its *carry* gives the state that they read; without one it is the state that the
-segment began with.
+where the family has one), and its values. It is affine in the state, in the embedding that the token entered the model
+with, and in some hidden units of the state; all but the first are optional. Where layers run after the segment, its
+*carry* gives the state that they read; without one it is the state that the segment began with.
 """
 
 from __future__ import annotations
@@ -154,27 +154,30 @@ class Bridge(Map):
 
 @dataclass(frozen=True)
 class Fill(Map):
-    """Keys and values = [n, max(0, n U + u)] W + b with n = normalise(x), for the L layers of a segment.
+    """Keys and values = [n, max(0, n U + u)] W + m T + b, for the L layers of a segment.
 
-    W is (E + H, L × 2 × G × d); b is (L, 2, G, d), for each layer its keys, then its values.
+    Here n = normalise(x) of the state x, and m that of the token's embedding, as it enters the first layer. W is
+    (E + H, L × 2 × G × d); b is (L, 2, G, d), for each layer its keys, then its values.
 
     Attributes:
         hidden: U (E, H) and u (H,) of H hidden units; empty if there are none.
         carry: V (E + H, E) and v (E,): the state after the segment is x + rms(x) ([n, max(0, n U + u)] V + v). Empty
             where states pass unchanged.
+        token: T, (E, L × 2 × G × d), or its two factors; empty if embeddings are not read.
     """
 
     hidden: tuple[Tensor, ...] = ()
     carry: tuple[Tensor, ...] = ()
+    token: tuple[Tensor, ...] = ()
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """`hidden.weight`, `hidden.bias`, `weight.0` (`weight.1`), `bias`, `carry.weight`, `carry.bias`."""
+        """`hidden.weight`, `hidden.bias`, `weight.0` (`weight.1`), `bias`, `carry.weight`, `carry.bias`, `token.0`."""
         hidden, carry = (
             {f"{name}.{part}": tensor for part, tensor in zip(("weight", "bias"), pair, strict=False)}
             for name, pair in (("hidden", self.hidden), ("carry", self.carry))
         )
-        return {**hidden, **_numbered(self.weight), "bias": self.bias, **carry}
+        return {**hidden, **_numbered(self.weight), "bias": self.bias, **carry, **_numbered(self.token, "token")}
 
     @classmethod
     def of(cls, parts: Mapping[str, Tensor]) -> Self:
@@ -183,7 +186,8 @@ class Fill(Map):
             (parts[f"{name}.weight"], parts[f"{name}.bias"]) if f"{name}.weight" in parts else ()
             for name in ("hidden", "carry")
         )
-        made = cls(_factors(parts), parts["bias"], hidden, carry)
+        token = _factors(parts, "token") if "token.0" in parts else ()
+        made = cls(_factors(parts), parts["bias"], hidden, carry, token)
         inputs, shapes = made.weight[0].shape[0], {name: tuple(part.shape) for name, part in parts.items()}
         if made.bias.dim() != 4 or made.bias.shape[1] != 2 or made.weight[-1].shape[1] != made.bias.numel():
             raise ValueError(f"weight and bias do not form keys and values: {shapes}")
@@ -191,30 +195,37 @@ class Fill(Map):
             raise ValueError(f"hidden units do not fit {inputs} inputs: {shapes}")
         if carry and (carry[0].shape != (inputs, made.width) or carry[1].shape != (made.width,)):
             raise ValueError(f"the carry does not fit states of {made.width}: {shapes}")
+        if token and (token[0].shape[0], token[-1].shape[1]) != (made.width, made.bias.numel()):
+            raise ValueError(f"what it reads of the token does not fit states of {made.width}: {shapes}")
         return made
 
     def layer(self, index: int) -> Fill:
         """The map of one of the layers alone, 0 … L − 1, without the carry."""
-        width = self.bias[0].numel()
-        last = self.weight[-1][:, index * width : (index + 1) * width]
-        return Fill((*self.weight[:-1], last), self.bias[index : index + 1], self.hidden)
+        own = slice(index * self.bias[0].numel(), (index + 1) * self.bias[0].numel())
+        weight, token = ((*each[:-1], each[-1][:, own]) if each else () for each in (self.weight, self.token))
+        return Fill(weight, self.bias[index : index + 1], self.hidden, (), token)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Keys and values (N, L, 2, G, d) for states (N, E) at the segment's entry."""
-        return self._written(reads(x, self.hidden))
+    def __call__(self, x: Tensor, embedded: Tensor | None) -> Tensor:
+        """Keys and values (N, L, 2, G, d) for states (N, E) at the segment's entry and, if read, embeddings (N, E)."""
+        return self._written(reads(x, self.hidden), embedded)
 
     def carried(self, x: Tensor) -> Tensor:
         """States (N, E) after the segment, for states at its entry; the same ones where there is no carry."""
         return self._carried(x, reads(x, self.hidden)) if self.carry else x
 
-    def crossed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def crossed(self, x: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values of all layers, and the states after the segment; hidden units are computed once for both."""
         read = reads(x, self.hidden)
-        return self._written(read), self._carried(x, read) if self.carry else x
+        return self._written(read, embedded), self._carried(x, read) if self.carry else x
 
-    def _written(self, read: Tensor) -> Tensor:
+    def _written(self, read: Tensor, embedded: Tensor | None) -> Tensor:
         for factor in self.weight:
             read = times(read, factor)
+        if self.token and embedded is not None:
+            token = normalise(embedded).to(read.dtype)
+            for factor in self.token:
+                token = times(token, factor)
+            read = read + token
         return read.view(-1, *self.bias.shape).add_(self.bias)
 
     def _carried(self, x: Tensor, read: Tensor) -> Tensor:
@@ -222,14 +233,14 @@ class Fill(Map):
         return x + (rms(x) * times(read, weight, bias).float()).to(x.dtype)
 
 
-def _numbered(weight: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"weight.{index}": factor for index, factor in enumerate(weight)}
+def _numbered(factors: Sequence[Tensor], name: str = "weight") -> dict[str, Tensor]:
+    return {f"{name}.{index}": factor for index, factor in enumerate(factors)}
 
 
-def _factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    found = tuple(parts[name] for name in sorted(parts) if name.startswith("weight."))
+def _factors(parts: Mapping[str, Tensor], name: str = "weight") -> tuple[Tensor, ...]:
+    found = tuple(parts[part] for part in sorted(parts) if part.startswith(f"{name}."))
     if not found:
-        raise KeyError("weight.0")
+        raise KeyError(f"{name}.0")
     if any(factor.dim() != 2 for factor in found) or any(a.shape[1] != b.shape[0] for a, b in pairwise(found)):
         raise ValueError(f"factors of shapes {[tuple(factor.shape) for factor in found]} do not form a product")
     return found

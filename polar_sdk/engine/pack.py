@@ -182,7 +182,7 @@ class PackedQuestions:
             attend = partial(packed.attend, decoder.kernels, kind)
             return decoder.run_step(step, x, packed.positions, packed.rotary, attend)
         running = _without(filled, len(x))
-        after = packed.visit(decoder, step, x, running, [(filled, _written(decoder, step, x[filled]))])
+        after = packed.visit(decoder, step, x, running, [(filled, self._written(decoder, step, x, filled))])
         if step.ends_segment:
             x = x.index_copy(0, filled, _map(decoder, step, device).carried(x[filled]))
         return x.index_copy(0, running, after)
@@ -207,7 +207,7 @@ class PackedQuestions:
         leaving = _without(torch.cat((running, filled)), len(x))
         others = [(leaving, _left(decoder, step, x[leaving]))]
         if len(filled):
-            others.append((filled, _written(decoder, step, x[filled])))
+            others.append((filled, self._written(decoder, step, x, filled)))
         x = packed.visit(decoder, step, x, running, others)
         for bridge in bridges:
             device = decoder.placement.layers[bridge.first]
@@ -215,17 +215,17 @@ class PackedQuestions:
             x = decoder.bridge(bridge)(x.to(device), positions)
         return x
 
+    def _written(self, decoder: Decoder, step: Step, x: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before their turn, and values, that the map of a step's segment writes for its layer, from states x."""
+        fill = _map(decoder, step, x.device).layer(step.first - step.segment[0])
+        keys_values = fill(x[filled], self.embedded.to(x.device)[filled])[:, 0]
+        return keys_values[:, 0], keys_values[:, 1]
+
 
 def _without(index: Tensor, count: int) -> Tensor:
     """The numbers 0 … count − 1 but those in `index`, ascending."""
     others = torch.ones(count, dtype=torch.bool, device=index.device).index_fill(0, index, False)
     return others.nonzero().squeeze(1)
-
-
-def _written(decoder: Decoder, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys before their turn, and values, that the map of a step's segment writes for its layer, from states (M, E)."""
-    keys_values = _map(decoder, step, x.device).layer(step.first - step.segment[0])(x)[:, 0]
-    return keys_values[:, 0], keys_values[:, 1]
 
 
 def _map(decoder: Decoder, step: Step, device: torch.device) -> Fill:
@@ -235,7 +235,7 @@ def _map(decoder: Decoder, step: Step, device: torch.device) -> Fill:
 
 
 def _left(decoder: Decoder, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, of the layer itself."""
+    """Keys before their turn, and values, of the layer itself, from states (M, E)."""
     return decoder.keys_values(step.first, x)
 
 

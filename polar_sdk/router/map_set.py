@@ -49,7 +49,7 @@ class MapRecord(BaseModel, frozen=True, extra="forbid"):
     first: int
     last: int
     form: str
-    """`full rank` or `rank 64`, of a map with hidden units `full rank, 256 units`."""
+    """`full rank` or `rank 64`; with more that is read, `full rank, 256 units, token rank 96`."""
     flops_per_token: int
     error: float | None = None
     """On held-out prompts; None without such prompts. Of a bridge, the squared error of states, divided by that of a
@@ -66,6 +66,8 @@ class MapRecord(BaseModel, frozen=True, extra="forbid"):
         """The record of a map."""
         form = "full rank" if fitted.rank is None else f"rank {fitted.rank}"
         form += f", {fitted.units} units" if fitted.units else ""
+        if isinstance(fitted, Fill) and fitted.token:
+            form += f", token rank {min(min(factor.shape) for factor in fitted.token)}"
         return cls(first=segment[0], last=segment[1], form=form, flops_per_token=fitted.flops, error=error)
 
 

@@ -53,7 +53,7 @@ _DISTIL_SHARE: Final = 0.35
 """Share of the hours that is kept for training, where it is enough."""
 _SEEK_SHARE: Final = 0.2
 """Share of the hours that a search for layers to spare may take."""
-_PASS_OF_FIT: Final = 1.15
+_PASS_OF_FIT: Final = 1.25
 """A pass that collects the sums of all cuts, over one that does not."""
 
 
@@ -151,7 +151,8 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     training = min(_DISTIL_STEPS * step, _DISTIL_SHARE * seconds) if distil is None else distil * step
     most = min(workload.prompts, _MAX_PROMPTS)
     prompts = min(most, int(max(0.0, seconds - training) / sum(per_prompt.values())))
-    needed = _MIN_TOKENS * model.decoder.family.hidden
+    inputs = 2 * model.decoder.family.hidden  # the state, and the embedding of the token
+    needed = _MIN_TOKENS * inputs
     enough = int(needed / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
     if distil is None and (prompts < enough or training < _FEWEST_STEPS * step):
         training, prompts = 0.0, min(most, int(seconds / sum(per_prompt.values())))
@@ -162,7 +163,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
             else f"about {enough * sum(per_prompt.values()) / _RESERVE / 3600:.2g} hours are needed here"
         )
         raise DataError(
-            f"maps of {model.decoder.family.hidden:,} inputs need {needed:,} tokens to be fitted on, some {enough:,} "
+            f"maps of {inputs:,} inputs need {needed:,} tokens to be fitted on, some {enough:,} "
             f"prompts of {workload.tokens:.0f} tokens in all; {advice}."
         )
     left = seconds - prompts * sum(per_prompt.values())

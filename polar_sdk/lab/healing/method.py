@@ -122,6 +122,8 @@ class FillOptions(HealOptions):
     """Maximum tokens of identity's answers to prompts."""
     units: int = Field(default=0, ge=0)
     """Hidden units of each map; 0 = none, so that it is affine."""
+    token: int | None = Field(default=None, ge=0)
+    """Rank of what each map reads of the token's embedding; None = a sixth of its size, 0 = nothing."""
     prompts: int = Field(default=2000, ge=1)
     """Maximum prompts to fit and to train on, drawn by hash."""
     tail: int = Field(default=TAIL, ge=1)

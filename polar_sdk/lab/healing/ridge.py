@@ -22,6 +22,8 @@ class Affine(NamedTuple):
     """(E, O), or its two factors (E, r) and (r, O)."""
     bias: Tensor
     """(O,)."""
+    beside: tuple[Tensor, ...] = ()
+    """Factors of a second map, of other inputs, that is added; empty if there is none."""
 
 
 class RidgeSums:
@@ -68,7 +70,15 @@ class RidgeSums:
                 each.copy_(tensors[name])
         self._count = int(tensors["count"])
 
-    def solve(self, strength: float, rank: int | None = None, sets: slice = slice(None)) -> Affine:
+    def solve(
+        self,
+        strength: float,
+        rank: int | None = None,
+        sets: slice = slice(None),
+        *,
+        inputs: int | None = None,
+        beside: int = 0,
+    ) -> Affine:
         """One map to sets of outputs, side by side.
 
         Args:
@@ -76,17 +86,39 @@ class RidgeSums:
             rank: Maximum rank of the map: of all maps of that rank, the one whose outputs are nearest to the full
                 map's. None = full.
             sets: Which; by default all.
+            inputs: Number of inputs that the map reads, the first ones; None = all.
+            beside: Maximum rank of a second map, which reads the other inputs; 0 = there is none.
         """
-        count = max(self._count, 1)
+        count, own = max(self._count, 1), slice(inputs)
         input_mean, mean = self._inputs / count, torch.cat(self._outputs[sets]) / count
         gram = self._gram - count * torch.outer(input_mean, input_mean)
         cross = torch.cat(self._cross[sets], 1) - count * torch.outer(input_mean, mean)
         penalty = strength * gram.diagonal().mean().clamp(min=1e-12)
-        ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.linalg.solve(ridged, cross)
-        bias = mean - input_mean @ weight
-        factors = (weight,) if rank is None or rank >= min(weight.shape) else _low_rank(weight, ridged, rank)
-        return Affine(tuple(factor.float().contiguous() for factor in factors), bias.float())
+        gram += penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        added: Tensor = torch.zeros_like(cross)
+        second: tuple[Tensor, ...] = ()
+        if beside:
+            # What the others explain of the outputs beyond the first inputs; these are then fitted to what is left.
+            others = slice(inputs, None)
+            shared = torch.linalg.solve(gram[own, own], gram[own, others])
+            left = gram[others, others] - gram[others, own] @ shared
+            map_of_others = torch.linalg.solve(left, cross[others] - shared.T @ cross[own])
+            second = _factors(map_of_others, left, beside)
+            whole = second[0] if len(second) == 1 else second[0] @ second[1]
+            added, mean = gram[:, others] @ whole, mean - input_mean[others] @ whole
+        weight = torch.linalg.solve(gram[own, own], (cross - added)[own])
+        bias = mean - input_mean[own] @ weight
+        first = _factors(weight, gram[own, own], rank)
+        return Affine(_floats(first), bias.float(), _floats(second))
+
+
+def _floats(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(factor.float().clone() for factor in factors)
+
+
+def _factors(weight: Tensor, gram: Tensor, rank: int | None) -> tuple[Tensor, ...]:
+    """A map, or two factors of that rank where it has more."""
+    return (weight,) if rank is None or rank >= min(weight.shape) else _low_rank(weight, gram, rank)
 
 
 def _low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -155,10 +155,12 @@ def test_workers_of_a_group_compute_their_heads_of_the_whole_map(factors: int) -
     inner = [12, 5, 3 * 2 * 4 * 2] if factors == 2 else [12, 3 * 2 * 4 * 2]
     weight = tuple(torch.randn(a, b) for a, b in itertools.pairwise(inner))
     hidden, carry = (torch.randn(8, 4), torch.randn(4)), (torch.randn(12, 8), torch.randn(8))
-    fills = Fills({(1, 3): Fill(weight, torch.randn(3, 2, 4, 2), hidden, carry)}, "", "")
-    states = torch.randn(6, 8)
-    whole, carried = fills.maps[1, 3].crossed(states)
-    parts = [fills.part(slice(at, at + 2), torch.float32, torch.device("cpu"))[1, 3].crossed(states) for at in (0, 2)]
+    token = (torch.randn(8, 3), torch.randn(3, 48))
+    fills = Fills({(1, 3): Fill(weight, torch.randn(3, 2, 4, 2), hidden, carry, token)}, "", "")
+    states, embedded = torch.randn(6, 8), torch.randn(6, 8)
+    whole, carried = fills.maps[1, 3].crossed(states, embedded)
+    device = torch.device("cpu")
+    parts = [fills.part(slice(at, at + 2), torch.float32, device)[1, 3].crossed(states, embedded) for at in (0, 2)]
     assert torch.allclose(torch.cat([part for part, _ in parts], 3), whole, atol=1e-5)
     assert all(torch.equal(other, carried) for _, other in parts)
 

@@ -74,35 +74,39 @@ def test_keys_and_values_apart_in_integers(precision: str, tiny_family: TinyFami
 
 @pytest.mark.parametrize("rank", [None, 5])
 @pytest.mark.parametrize("units", [0, 3])
-def test_a_map_is_affine_in_the_normalised_state_and_its_units(
-    rank: int | None, units: int, tiny_family: TinyFamily
+@pytest.mark.parametrize("token", [0, 4])
+def test_a_map_is_affine_in_the_normalised_state_its_units_and_the_embedding(
+    rank: int | None, units: int, token: int, tiny_family: TinyFamily
 ) -> None:
     decoder = build_decoder(tiny_family("llama"))
-    fill = random_fill(decoder, (2, 4), rank=rank, units=units)
-    x = torch.randn(7, decoder.family.hidden)
-    found = fill(x)
+    fill = random_fill(decoder, (2, 4), rank=rank, units=units, token=token)
+    x, embedded = torch.randn(7, decoder.family.hidden), torch.randn(7, decoder.family.hidden)
+    found = fill(x, embedded)
     weight = fill.weight[0] if rank is None else fill.weight[0] @ fill.weight[1]
-    state = (x / x.square().mean(-1, keepdim=True).sqrt()).double()
+    state, entered = ((each / each.square().mean(-1, keepdim=True).sqrt()).double() for each in (x, embedded))
     if units:
         state = torch.cat((state, (state @ fill.hidden[0].double() + fill.hidden[1].double()).clamp(min=0)), -1)
     expected = state @ weight.double() + fill.bias.flatten().double()
+    if token:
+        expected += entered @ fill.token[0].double() @ fill.token[1].double()
     assert found.shape == (7, 3, 2, decoder.family.kv_heads, decoder.family.head_dim)
     assert torch.allclose(found.flatten(1).double(), expected, atol=1e-4)
-    assert torch.allclose(fill(3 * x), found, atol=1e-4)  # the length of a state does not matter
+    assert torch.allclose(fill(3 * x, 2 * embedded), found, atol=1e-4)  # the length of a state does not matter
+    assert token or torch.equal(fill(x, None), found)
     for layer in range(3):
-        assert torch.allclose(fill.layer(layer)(x), found[:, layer : layer + 1], atol=1e-5)
+        assert torch.allclose(fill.layer(layer)(x, embedded), found[:, layer : layer + 1], atol=1e-5)
     assert (fill.rank, fill.units, fill.width) == (rank, units, decoder.family.hidden)
     with FlopCounterMode(display=False) as counted:
-        written, after = fill.crossed(x)
+        written, after = fill.crossed(x, embedded)
     assert counted.get_total_flops() == 7 * fill.flops
     assert torch.equal(written, found)
     move = state @ fill.carry[0].double() + fill.carry[1].double()
     assert torch.allclose(after.double(), x + x.double().square().mean(-1, keepdim=True).sqrt() * move, atol=1e-4)
     assert torch.equal(fill.carried(x), after)
-    assert len({fill.digest, random_fill(decoder, (2, 4), rank=rank).digest}) == (2 if units else 1)
+    assert len({fill.digest, random_fill(decoder, (2, 4), rank=rank).digest}) == (2 if units or token else 1)
     passing = replace(fill, carry=())
     assert passing.carried(x) is x
-    assert passing.crossed(x)[1] is x
+    assert passing.crossed(x, embedded)[1] is x
     assert passing.digest != fill.digest
     assert passing.flops == fill.flops - 2 * fill.carry[0].numel()
     assert Fill.of(fill.parts).digest == fill.like(fill.parts.values()).digest == fill.digest
@@ -139,13 +143,17 @@ def hooked(model: PreTrainedModel, decoder: Decoder, program: Program, prompt: i
     modules = family.layer_modules(model)
     written: dict[int, Tensor] = {}
     """Keys and values of each filled layer, (T, 2, G, d)."""
+    entered: list[Tensor] = []
+    """The states before the first layer, (T, E)."""
     with ExitStack() as stack:
+        enter = modules[0].register_forward_pre_hook(lambda _, given: entered.append(given[0][0]))
+        stack.enter_context(_removed(enter))
         for segment in program.fills:
             for layer in range(segment[0], segment[1] + 1):
                 step = next(step for step in program if step.first == layer)
                 filled = slice(1, max(1, prompt - step.fill))
                 if layer == segment[0]:
-                    stack.enter_context(_removed(_write_on_entry(modules[layer], decoder, segment, written)))
+                    stack.enter_context(_removed(_write_on_entry(modules[layer], decoder, segment, entered, written)))
                 for handle in _replace_keys_values(modules[layer], layer, family, written, filled):
                     stack.enter_context(_removed(handle))
                 carry = decoder.fill(segment) if layer == segment[1] else None
@@ -159,9 +167,11 @@ def _removed(handle: Any) -> Iterator[None]:
     handle.remove()
 
 
-def _write_on_entry(module: Any, decoder: Decoder, segment: tuple[int, int], written: dict[int, Tensor]) -> Any:
+def _write_on_entry(
+    module: Any, decoder: Decoder, segment: tuple[int, int], entered: list[Tensor], written: dict[int, Tensor]
+) -> Any:
     def write(_: Any, given: tuple[Tensor, ...]) -> None:
-        for index, each in enumerate(decoder.fill(segment)(given[0][0]).unbind(1)):
+        for index, each in enumerate(decoder.fill(segment)(given[0][0], entered[-1]).unbind(1)):
             written[segment[0] + index] = each
 
     return module.register_forward_pre_hook(write)
@@ -212,7 +222,8 @@ def _replace_keys_values(module: Any, layer: int, family: Any, written: dict[int
 def with_fills(decoder: Decoder, program: Program) -> Program:
     """The program, for which the decoder now has random maps."""
     segments = {
-        (first, last): random_fill(decoder, (first, last), units=3 * (first % 2)) for first, last in program.fills
+        (first, last): random_fill(decoder, (first, last), units=3 * (first % 2), token=2 * (first % 3))
+        for first, last in program.fills
     }
     decoder.set_fills({**decoder.fills, **segments})
     return program

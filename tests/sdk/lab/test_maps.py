@@ -21,6 +21,7 @@ from polar_sdk.lab.healing.fills import FillMethod, candidates
 from polar_sdk.lab.healing.heal import Healer
 from polar_sdk.lab.healing.method import BridgeOptions, FillOptions, LossWeights
 from polar_sdk.lab.healing.packs import make_packs
+from polar_sdk.lab.healing.ridge import RidgeSums
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer
@@ -84,7 +85,8 @@ def fit(texts: list[Item], mixed_items: list[Item]) -> Fit:
         **options: object,
     ) -> MapSet:
         items = mixed_items if kind is BRIDGES else texts
-        chosen = OPTIONS[kind.name].of(**{"answer_tokens": 6, **options})
+        few = {"answer_tokens": 6} if kind is BRIDGES else {"answer_tokens": 6, "token": 2}
+        chosen = OPTIONS[kind.name].of(**{**few, **options})
         return Healer(model, chosen, items, segments or kind.segments, out, RewardCache(), on_progress).run()
 
     return run
@@ -153,7 +155,9 @@ def test_maps_of_lower_rank_and_without_hidden_units_miss_more(model: PolarModel
     made.append(fit(model, FILLS, "3", units=24, storage="float16"))
     shares = [errors(each)[0] for each in made]
     assert shares == sorted(set(shares), reverse=True)
-    assert [each.facts.segments[0].form for each in made] == ["rank 2", "rank 12", "full rank", "full rank, 24 units"]
+    forms = [each.facts.segments[0].form.split(", ") for each in made]
+    assert [form[:-1] for form in forms] == [["rank 2"], ["rank 12"], ["full rank"], ["full rank", "24 units"]]
+    assert all(form[-1].startswith("token rank ") for form in forms)
     assert (
         made[0].facts.segments[0].flops_per_token
         < made[2].facts.segments[0].flops_per_token
@@ -161,6 +165,39 @@ def test_maps_of_lower_rank_and_without_hidden_units_miss_more(model: PolarModel
     )
     other = fit(model, FILLS, "3", units=24, storage="float16", seed=1).fills[3, 5]
     assert not torch.equal(made[3].fills[3, 5].hidden[0], other.hidden[0])
+
+
+def test_a_fill_reads_as_much_of_the_embedding_as_is_asked_for(model: PolarModel, fit: Fit) -> None:
+    made = [fit(model, FILLS, "3", token=token) for token in (0, 2, None, 999)]  # a sixth of the size by default
+    forms = [each.facts.segments[0].form for each in made]
+    assert forms == ["full rank", *(f"full rank, token rank {rank}" for rank in (2, 8, 48))]
+    assert [len(each.fills[3, 5].token) for each in made] == [0, 2, 2, 1]
+    costs = [each.facts.segments[0].flops_per_token for each in made]
+    assert costs == sorted(set(costs))
+
+
+def test_a_second_map_beside_the_first_explains_what_that_leaves() -> None:
+    """Of full rank both are the map of all inputs; of lower rank they are as near as two such maps can be."""
+    dice = torch.Generator().manual_seed(1)
+    inputs, noise = torch.randn(400, 12, generator=dice) + 1, torch.randn(400, 7, generator=dice)
+    outputs = inputs @ torch.randn(12, 7, generator=dice) + 0.1 * noise + 3
+    sums = RidgeSums(12, [7], torch.device("cpu"))
+    sums.add_inputs(inputs)
+    sums.add_outputs(0, inputs, outputs)
+
+    def missed(rank: int) -> float:
+        found = sums.solve(1e-6, inputs=8, beside=rank)
+        (weight,), second = found.weight, found.beside
+        added = inputs[:, 8:] @ (second[0] if len(second) == 1 else second[0] @ second[1]) if second else 0.0
+        assert [factor.shape[1] for factor in second[:-1]] == ([rank] if 0 < rank < 4 else [])
+        return float((inputs[:, :8] @ weight + added + found.bias - outputs).square().sum())
+
+    whole = sums.solve(1e-6)
+    assert missed(4) == pytest.approx(float((inputs @ whole.weight[0] + whole.bias - outputs).square().sum()), rel=1e-3)
+    assert missed(0) > missed(1) > missed(2) > missed(3) > missed(4)
+    alone = sums.solve(1e-6, inputs=8)
+    assert not alone.beside
+    assert missed(0) == pytest.approx(float((inputs[:, :8] @ alone.weight[0] + alone.bias - outputs).square().sum()))
 
 
 def test_a_carry_brings_states_near_those_after_the_segment(model: PolarModel, texts: list[Item], fit: Fit) -> None:
@@ -415,7 +452,7 @@ def test_weights_of_any_precision_let_gradients_pass(
 ) -> None:
     monkeypatch.setattr("polar_sdk.lab.healing.distillation._halves_pay", lambda _: pays)
     model = PolarModel.from_hf(tiny_llama(), tiny_tokenizer(), precision=precision, ledger=None)
-    rows = fit(model, kind, distil=16, rate=1e-3).facts.training["held_out"]
+    rows = fit(model, kind, distil=16, rate=3e-4).facts.training["held_out"]
     assert any(row["trained"] < row["closed_form"] for row in rows)
 
 
@@ -521,7 +558,8 @@ def test_fitting_goes_on_from_maps_that_are_there(kind: Kind, model: PolarModel,
     first = fit(model, kind, "4-5", out=tmp_path / "first", rank=4, **exact)
     start = {"start": str(tmp_path / "first"), **exact}
     more = fit(model, kind, "2-3" + (";" if kind is BRIDGES else ",") + "4-5", **start)
-    assert [record.form for record in more.facts.segments] == ["full rank", "rank 4"]
+    read = "" if kind is BRIDGES else ", token rank 2"
+    assert [record.form for record in more.facts.segments] == [f"full rank{read}", f"rank 4{read}"]
     assert digests(more)[4, 5] == digests(first)[4, 5]
     assert digests(more)[2, 3] == digests(fit(model, kind, "2-3", **exact))[2, 3]
     trained = fit(model, kind, "4-5", distil=24, rate=5e-4, **start)
@@ -703,7 +741,7 @@ def test_the_command_fits_and_goes_on_after_ctrl_c(
     made, facts = MapSet.load(tmp_path / "cut"), json.loads(again.stdout)
     assert digests(made) == digests(MapSet.load(tmp_path / "whole"))
     assert (facts["bytes"], len(facts["segments"])) == (made.bytes, len(made.maps))
-    assert facts["segments"][0]["form"] == ("rank 4" if kind is BRIDGES else "rank 4, 4 units")
+    assert facts["segments"][0]["form"] == ("rank 4" if kind is BRIDGES else "rank 4, 4 units, token rank 8")
     for wrong in (
         [kind.flag, "9-12"],
         [kind.flag, kind.segments, "--set", "rank=no"],
