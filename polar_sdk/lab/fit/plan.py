@@ -150,7 +150,10 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
     training = min(_DISTIL_STEPS * step, _DISTIL_SHARE * seconds) if distil is None else distil * step
     most = min(workload.prompts, _MAX_PROMPTS)
-    prompts = min(most, int(max(0.0, seconds - training) / sum(per_prompt.values())))
+    # Where a few layers are what no map replaces, finding them is worth more than the last prompts.
+    seeking = _seek_seconds(model, workload.tokens + ANSWER_TOKENS, most, pace)
+    seeking = seeking if seeking <= _SEEK_SHARE * seconds else 0.0
+    prompts = min(most, int(max(0.0, seconds - training - seeking) / sum(per_prompt.values())))
     inputs = 2 * model.decoder.family.hidden  # the state, and the embedding of the token
     needed = _MIN_TOKENS * inputs
     enough = int(needed / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
@@ -167,8 +170,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
             f"prompts of {workload.tokens:.0f} tokens in all; {advice}."
         )
     left = seconds - prompts * sum(per_prompt.values())
-    seeking = _seek_seconds(model, workload.tokens + ANSWER_TOKENS, prompts, pace)
-    seek = seeking <= min(left - training, _SEEK_SHARE * seconds)
+    seek = 0 < seeking <= left - training
     left -= seeking if seek else 0.0
     if distil is None:
         allowed = min(_DISTIL_STEPS, int(left / step))

@@ -251,6 +251,14 @@ def test_time_is_kept_for_training_unless_it_is_too_little_to_train_in() -> None
         make_plan(model, workload, pace, 0.2, distil=10_000)
 
 
+def test_the_search_for_layers_to_spare_comes_before_the_last_prompts() -> None:
+    model, workload, pace = tiny_model(), Workload(prompts=50_000, tokens=300.0), Pace(read=1500, write=1500)
+    plan = make_plan(model, workload, pace, 0.75)
+    assert plan.seek and plan.distil and plan.prompts < workload.prompts
+    assert sum(plan.minutes.values()) <= 45
+    assert not make_plan(model, workload, pace, 0.2).seek
+
+
 def test_the_maps_that_decide_what_tiers_save_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
     made = fitted(tiny_fresh(), made_items(), distil=4)
