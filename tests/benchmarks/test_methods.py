@@ -66,7 +66,7 @@ def test_untrained_keys_and_values_are_those_of_the_layers(model: PolarModel) ->
     fill = own_keys_values(model, (7, 9))
     states = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)) * 3
     with torch.inference_mode():
-        written = fill(states)
+        written = fill(states, None)
         for index, layer in enumerate(range(7, 10)):
             own = torch.stack(model.decoder.keys_values(layer, states), 1)
             assert torch.allclose(written[:, index], own, atol=1e-4)
