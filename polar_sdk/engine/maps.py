@@ -146,10 +146,8 @@ class Bridge(Map):
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Carry states (N, E) at positions (N,) over the segment."""
-        product = x
-        for factor in self.weight:
-            product = times(product, factor)
-        return x + torch.where((positions == 0).unsqueeze(-1), self.first, product + self.bias)
+        moved = _through(x, self.weight) + self.bias
+        return x + torch.where((positions == 0).unsqueeze(-1), self.first, moved)
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,11 @@ class Fill(Map):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """`hidden.weight`, `hidden.bias`, `weight.0` (`weight.1`), `bias`, `carry.weight`, `carry.bias`, `token.0`."""
+        """All tensors by name.
+
+        `hidden.weight`, `hidden.bias`, `weight.0` (`weight.1`), `bias`, `carry.weight`, `carry.bias`, `token.0`
+        (`token.1`), as far as there are.
+        """
         hidden, carry = (
             {f"{name}.{part}": tensor for part, tensor in zip(("weight", "bias"), pair, strict=False)}
             for name, pair in (("hidden", self.hidden), ("carry", self.carry))
@@ -219,18 +221,22 @@ class Fill(Map):
         return self._written(read, embedded), self._carried(x, read) if self.carry else x
 
     def _written(self, read: Tensor, embedded: Tensor | None) -> Tensor:
-        for factor in self.weight:
-            read = times(read, factor)
-        if self.token and embedded is not None:
-            token = normalise(embedded).to(read.dtype)
-            for factor in self.token:
-                token = times(token, factor)
-            read = read + token
-        return read.view(-1, *self.bias.shape).add_(self.bias)
+        written = _through(read, self.weight)
+        if self.token:
+            assert embedded is not None, "a map that reads embeddings is given them"
+            written = written + _through(normalise(embedded).to(read.dtype), self.token)
+        return written.view(-1, *self.bias.shape).add_(self.bias)
 
     def _carried(self, x: Tensor, read: Tensor) -> Tensor:
         weight, bias = self.carry
         return x + (rms(x) * times(read, weight, bias).float()).to(x.dtype)
+
+
+def _through(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The product of states (N, E) with a matrix, given as one or two factors."""
+    for factor in factors:
+        x = times(x, factor)
+    return x
 
 
 def _numbered(factors: Sequence[Tensor], name: str = "weight") -> dict[str, Tensor]:

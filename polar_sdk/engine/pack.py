@@ -218,7 +218,8 @@ class PackedQuestions:
     def _written(self, decoder: Decoder, step: Step, x: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before their turn, and values, that the map of a step's segment writes for its layer, from states x."""
         fill = _map(decoder, step, x.device).layer(step.first - step.segment[0])
-        keys_values = fill(x[filled], self.embedded.to(x.device)[filled])[:, 0]
+        embedded = self.embedded.to(x.device)[filled] if fill.token else None
+        keys_values = fill(x[filled], embedded)[:, 0]
         return keys_values[:, 0], keys_values[:, 1]
 
 

@@ -22,7 +22,7 @@ from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, Tier
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -156,20 +156,36 @@ def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:
 
 def _check(outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float) -> None:
     """Check, before anything is measured, that the losses can be counted and that the prompts are enough."""
-    labelled = outcomes.matrix.labelled
-    countable = {"harms": bool(labelled.all()), "drops": bool(labelled.any())}
-    for _, loss, strict in tiers.values():
+    for _, _, strict in tiers.values():
         if strict is not None and all(kind == "choice" for kind in outcomes.matrix.kinds):
             raise DataError("a strict promise about texts needs calibration prompts that are answered in text.")
-        if not countable.get(loss, True):
-            needed = "an answer for every calibration prompt" if loss == "harms" else "calibration prompts with answers"
-            raise DataError(f"a tier that counts wrong answers (loss {loss!r}) needs {needed}.")
+    check_answered(tiers, outcomes.matrix.labelled.tolist())
     for kind, rows in grouped(range(len(outcomes)), lambda row: outcomes.matrix.kinds[row]).items():
         empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
         for alpha, loss, strict in tiers.values():
             empty.check_size(kind, alpha, delta, loss)
             if strict is not None and "strict" in empty.lost:
                 empty.check_size(kind, strict, delta, "strict")
+
+
+def check_answered(tiers: Mapping[str, TierPromise], answered: Collection[bool]) -> None:
+    """Check that right answers can be counted where a tier counts them.
+
+    Args:
+        tiers: What each tier is to promise.
+        answered: For each calibration prompt, whether its right answer is known.
+
+    Raises:
+        DataError: They cannot.
+    """
+    countable = {"harms": all(answered), "drops": any(answered)}
+    for _, loss, _ in tiers.values():
+        if not countable.get(loss, True):
+            needed = "an answer for every calibration prompt" if loss == "harms" else "calibration prompts with answers"
+            raise DataError(
+                f"a tier that counts wrong answers (loss {loss!r}) needs {needed}; {sum(answered)} of {len(answered)} "
+                "have one."
+            )
 
 
 class Resplits(NamedTuple):

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from polar_sdk.engine import engine_version
 from polar_sdk.errors import DataError
 from polar_sdk.lab.checkpoint import run_key
+from polar_sdk.lab.evaluation.calibrate import check_answered
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
 from polar_sdk.lab.fit.frontier import earned, near, undominated
@@ -244,15 +245,12 @@ class _Work:
                     f"{len(self.items)} prompts are too few to be split: {left} are left {use}, and {_FEWEST} are "
                     "needed; give more prompts."
                 )
-        counts = Counter(map(kind_of, self._of("calibration")))
-        fewest, bare = min(counts.values()), counts["prompt"]
+        kinds = [kind_of(item) for item in self._of("calibration")]
+        check_answered(self.promises, [kind != "prompt" for kind in kinds])
+        counts = Counter(kinds)
+        fewest = min(counts.values())
         possible, needed = {}, {}
         for tier, promise in self.promises.items():
-            if promise.loss in _OF_RIGHT and (bare == counts.total() or (bare and promise.loss == "harms")):
-                raise DataError(
-                    f"tier {tier!r} counts right answers (loss {promise.loss!r}), but {bare} of {counts.total()} "
-                    "calibration prompts have none; give prompts with answers, or promise another loss."
-                )
             tests = {
                 least_paired_prompts if promise.loss == "drops" and kind != "prompt" else least_prompts
                 for kind in counts
