@@ -10,13 +10,12 @@ from __future__ import annotations
 import ast
 import json
 import random
-import sysconfig
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import Recorder, arguments
-from benchmarks.router_texts import COMPARISON, TASKS, rows
+from benchmarks.router_texts import COMPARISON, TASKS, library_functions, rows
 from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
 from polar_sdk.lab.evaluation.judge import Judge
@@ -117,16 +116,9 @@ def kinds(sets: _Sets) -> Iterator[Row]:
 
 def _functions() -> Iterator[str]:
     """Functions of Python's own library up to the end of their docstrings, which say what the rest is to do."""
-    for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        lines = text.split("\n")
-        for node in ast.parse(text).body:
-            if (
-                isinstance(node, ast.FunctionDef)
-                and ast.get_docstring(node)
-                and (node.end_lineno or 0) - node.lineno in _LINES
-            ):
-                yield "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
+    for function, lines in library_functions(_LINES):
+        if ast.get_docstring(function):
+            yield "\n".join(lines[: (function.body[0].end_lineno or 0) - function.lineno + 1])
 
 
 def tasks(sets: _Sets) -> Iterator[Row]:

@@ -8,7 +8,9 @@ tasks about passages that neither part has as well.
 
 from __future__ import annotations
 
+import ast
 import os
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -28,7 +30,7 @@ from polar_sdk.reading import parse_json
 from polar_sdk.router.menu import MenuRouter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from polar_sdk.lab.items import Item
     from polar_sdk.programs.program import Program
@@ -42,6 +44,7 @@ __all__ = [
     "ROUTED",
     "TASKS",
     "filling",
+    "library_functions",
     "route_texts",
     "rows",
     "tasks_about",
@@ -93,6 +96,15 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON allows other breaks inside a text
     return [parse_json(line) for line in lines if line][:limit]
+
+
+def library_functions(lengths: range) -> Iterator[tuple[ast.FunctionDef, list[str]]]:
+    """Functions of Python's own library with a number of lines in this range, and their lines."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno in lengths:
+                yield node, text.split("\n")[node.lineno - 1 : node.end_lineno]
 
 
 def _from_data(limit: int | None) -> list[Item]:

@@ -9,14 +9,12 @@ The package's own prompts, on which drafts are measured, are left out. Ctrl-C lo
 from __future__ import annotations
 
 import argparse
-import ast
 import random
 import re
-import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.router_texts import rows, texts
+from benchmarks.router_texts import library_functions, rows, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.lab.items import PromptItem, builtin_items, item_id
 from polar_sdk.lab.rewards.cache import RewardCache
@@ -91,7 +89,7 @@ def _chains(per_kind: int) -> list[Item]:
 
 def _code(count: int) -> list[Item]:
     dice = random.Random(0)
-    functions = sorted(_functions())
+    functions = sorted("\n".join(lines) for _, lines in library_functions(_LINES))
     return [
         PromptItem(prompt=f"{dice.choice(_ASKED)}\n\n```python\n{function}\n```", task="code")
         for function in dice.sample(functions, min(count, len(functions)))
@@ -121,15 +119,6 @@ def _sentences() -> Iterator[str]:
 
 def _is_short(sentence: str) -> bool:
     return len(sentence.split()) in _WORDS
-
-
-def _functions() -> Iterator[str]:
-    """Short functions of Python's own library."""
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno in _LINES:
-                yield "\n".join(text.split("\n")[node.lineno - 1 : node.end_lineno])
 
 
 if __name__ == "__main__":
