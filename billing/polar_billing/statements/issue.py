@@ -103,6 +103,7 @@ def issue_statement(
             statement = compute_statement(connection, basis, earlier, late)
         with ledger.transaction() as connection:
             chain.lock_heads(connection, [NO_TENANT, tenant])
+            check_kept(connection, tenant, period)  # usage may have been pruned since
             if len(read_statements(connection, tenant)) == len(earlier):  # else another one came first
                 store_books(connection, {chosen.content_hash: chosen})
                 stored = store_statement(connection, statement, seqs.until, audits_until, late, moment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from shutil import copyfile
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from polar_billing.ledger.ledger import Ledger
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.statements.draft import draft_statement
-from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.issue import issue_statement, issued_statements
 from polar_billing.statements.retention import prune
 from polar_billing.statements.tracing import recheck
 from polar_billing.testing import usage_record
@@ -22,8 +23,10 @@ from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
 from tests.billing.storing import store_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from sqlalchemy import Connection
 
     from polar_billing.statements.statement import Statement
 
@@ -129,3 +132,22 @@ def test_only_a_period_of_which_usage_was_pruned_is_refused(ledger: Ledger, put:
     with pytest.raises(PeriodError):
         draft_statement(ledger, "someone", NOVEMBER)
     assert draft_statement(ledger, "someone", DECEMBER).requests == 1
+
+
+def test_a_statement_is_not_stored_over_usage_that_was_pruned_while_it_was_computed(
+    ledger: Ledger, put: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(ledger, "november")
+    snapshot = ledger.snapshot
+
+    @contextmanager
+    def pruned_after() -> Iterator[Connection]:
+        with snapshot() as connection:
+            yield connection
+        with ledger.transaction() as connection:
+            prune(connection, "someone", END)
+
+    with monkeypatch.context() as patched, pytest.raises(PeriodError):
+        patched.setattr(ledger, "snapshot", pruned_after)
+        issue_statement(ledger, "someone", NOVEMBER, now=LATER)
+    assert issued_statements(ledger, "someone") == []
