@@ -8,26 +8,32 @@ closes, and totals do not change. Knows no prices.
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+import math
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, insert, literal, select
 
 from polar_billing.ledger import chain
 from polar_billing.ledger.connection import lock_counts
+from polar_billing.ledger.records import AllTenants
 from polar_billing.ledger.rollups import sum_up, usage_shares
 from polar_billing.ledger.schema import prune_table, pruned_table, receipt_table, usage_table
+from polar_billing.values.canonical import EPOCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqlalchemy import Connection
+    from sqlalchemy import ColumnElement, Connection
 
+    from polar_billing.ledger.records import Selection
     from polar_billing.ledger.rollups import Sums
 
 
 _KEPT: Final = ("seq", "tenant", "source", "request_id", "content_hash", "stored_at")
 _KEPT_OF_RECEIPT: Final = ("price_book_hash", "cost", "unrated")
+_HOUR: Final = timedelta(hours=1)
 
 
 def prune(connection: Connection, tenant: str, before: datetime, statements: str) -> int:
@@ -75,6 +81,28 @@ def _keep_proofs(
 
 def pruned_totals(connection: Connection, tenant: str) -> Iterable[Sums]:
     """The sums by hour of what was pruned of a tenant, one per pruning."""
-    for text in connection.execute(select(prune_table.c.totals).where(prune_table.c.tenant == tenant)).scalars():
+    return _totals(connection, prune_table.c.tenant == tenant)
+
+
+def pruned_requests(connection: Connection, selection: Selection) -> dict[str, int]:
+    """Tenants of which requests were pruned that a selection may cover → how many, by name.
+
+    By whole hours, as sums are kept: a request within an hour of the period may be counted too, and tags are ignored.
+    """
+    period, pruned = selection.period, prune_table.c
+    owner = () if isinstance(selection.tenant, AllTenants) else (pruned.tenant == selection.tenant,)
+    begun = () if period.since is None else (pruned.before > period.since,)
+    first = -math.inf if period.since is None else (period.since - EPOCH) // _HOUR
+    end = math.inf if period.until is None else -((EPOCH - period.until) // _HOUR)
+    found: Counter[str] = Counter()
+    for sums in _totals(connection, *owner, *begun):
+        for (tenant, hour, tier, model, *_), (requests, *_) in sums.items():
+            if first <= hour < end and selection.tier in {None, tier} and selection.model in {None, model}:
+                found[tenant] += requests
+    return dict(sorted(found.items()))
+
+
+def _totals(connection: Connection, *conditions: ColumnElement[bool]) -> Iterable[Sums]:
+    for text in connection.execute(select(prune_table.c.totals).where(*conditions)).scalars():
         rows: list[list[Any]] = json.loads(text)
         yield {tuple(row[:8]): row[8:] for row in rows}

@@ -129,6 +129,9 @@ def report_view(report: Report) -> RenderableType:
         as_text(f"{requests:,} disputed ({claim}), charged by what the server counted itself.", style="yellow")
         for claim, requests in report.disputed.items()
     ]
+    if report.pruned:
+        line = f"{report.pruned:,} requests of this period were pruned, and are left out here."
+        parts.append(as_text(line, style="yellow"))
     return Group(*parts)
 
 

@@ -26,6 +26,7 @@ from polar_billing.statements.draft import Basis, compute_statement, draft_state
 from polar_billing.statements.issue import credit_notes, issued_statements
 from polar_billing.statements.lines import bounds
 from polar_billing.statements.period_usage import SeqRange, last_seq
+from polar_billing.statements.retention import check_kept
 from polar_billing.values.money import exact_difference
 from polar_sdk.show.progress import silent, through
 
@@ -152,12 +153,13 @@ def reprice(
 
     Raises:
         CurrencyMixError: The other book is in another currency.
-        PeriodError: The period has no beginning or no end.
+        PeriodError: The period has no beginning or no end, or usage of it was pruned.
         PriceBookError: It is not clear which book a tenant was charged by.
     """
     bounds(period)  # a statement needs both ends
     query = select(usage_table.c.tenant).where(*usage_of(Selection(tenant, period)))
     with ledger.snapshot() as connection:
+        check_kept(connection, tenant, period)
         names = sorted(connection.execute(query.distinct()).scalars())
         each = through(progress, "tenants", names, len(names))
         return [_reprice(connection, name, period, book) for name in each]

@@ -9,7 +9,7 @@ its phase was pruned. A period without a statement cannot be rated any more.
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -18,19 +18,20 @@ from sqlalchemy import and_, false, func, or_, select
 from polar_billing.errors import PeriodError
 from polar_billing.ledger import chain
 from polar_billing.ledger import retention as facts
+from polar_billing.ledger.records import Selection
 from polar_billing.ledger.schema import prune_table, usage_table
 from polar_billing.prices.rating import Counts
 from polar_billing.statements.books import charging_book
 from polar_billing.statements.issued import read_statements
-from polar_billing.statements.lines import PeriodUsage, Use, bounds, phases_of
+from polar_billing.statements.lines import PeriodUsage, Use, phases_of
 from polar_billing.statements.period_usage import SeqRange, last_seq, read_usage, within
-from polar_billing.values.canonical import EPOCH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy import Connection
 
+    from polar_billing.ledger.records import AllTenants
     from polar_billing.statements.lines import Phase
     from polar_billing.statements.statement import Statement
     from polar_billing.values.periods import Period
@@ -76,7 +77,6 @@ class KeptUsage(BaseModel):
         return replace(usage, uses=tuple(uses), latency_ns_p95={**usage.latency_ns_p95, **settled})
 
 
-_HOUR: Final = timedelta(hours=1)
 _BY_STATEMENT: Final = TypeAdapter(dict[str, KeptUsage])
 
 
@@ -138,20 +138,11 @@ def pruned_of(connection: Connection, statement: Statement) -> KeptUsage:
     )
 
 
-def check_kept(connection: Connection, tenant: str, period: Period) -> None:
+def check_kept(connection: Connection, tenant: str | AllTenants, period: Period) -> None:
     """Refuse a period of which retention has deleted usage: a statement over it would be too low."""
-    since, until = bounds(period)
-    pruned = prune_table.c
-    query = select(func.max(pruned.before)).where(pruned.tenant == tenant, pruned.before > since)
-    before: datetime | None = connection.execute(query).scalar()
-    if before is None:
-        return
-    # By whole hours, as totals are kept: a period that begins within an hour is refused for what was before it too.
-    hours = range((since - EPOCH) // _HOUR, -((EPOCH - until) // _HOUR))
-    if any(key[1] in hours for sums in facts.pruned_totals(connection, tenant) for key in sums):
+    for name, requests in facts.pruned_requests(connection, Selection(tenant, period)).items():
         raise PeriodError(
-            f"usage of tenant {tenant!r} served before {before.isoformat()} was pruned, and period {period.label} "
-            "needs it.",
+            f"{requests:,} requests of tenant {name!r} were pruned, and period {period.label} needs them.",
             hint="Issue statements before you prune.",
         )
 

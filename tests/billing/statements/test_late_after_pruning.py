@@ -11,14 +11,17 @@ import pytest
 
 from polar_billing.errors import PeriodError
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.proof.verify import verify_ledger
+from polar_billing.reports.report import build_report
 from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement, issued_statements
+from polar_billing.statements.period import reprice
 from polar_billing.statements.retention import prune
 from polar_billing.statements.tracing import recheck
 from polar_billing.testing import usage_record
-from polar_billing.values.periods import Period
+from polar_billing.values.periods import ALL_TIME, Period
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
 from tests.billing.storing import store_record
 
@@ -131,7 +134,24 @@ def test_only_a_period_of_which_usage_was_pruned_is_refused(ledger: Ledger, put:
         assert prune(connection, "someone", END + timedelta(days=10)) == 1
     with pytest.raises(PeriodError):
         draft_statement(ledger, "someone", NOVEMBER)
+    with pytest.raises(PeriodError):
+        reprice(ledger, ALL_TENANTS, NOVEMBER, PLANS)
     assert draft_statement(ledger, "someone", DECEMBER).requests == 1
+    assert [row.requests for row in reprice(ledger, ALL_TENANTS, DECEMBER, PLANS)] == [1]
+
+
+def test_a_report_counts_what_was_pruned_of_its_selection(ledger: Ledger, put: Callable[..., int]) -> None:
+    put(ledger, "november", tier="standard")
+    put(ledger, "december", started_at=END + timedelta(days=20))
+    with ledger.transaction() as connection:
+        prune(connection, "someone", END + timedelta(days=10))
+
+    def pruned(period: Period, tenant: str | AllTenants = ALL_TENANTS, tier: str | None = None) -> int:
+        return build_report(ledger, Selection(tenant, period, tier)).pruned
+
+    assert (pruned(NOVEMBER), pruned(DECEMBER), pruned(ALL_TIME)) == (1, 0, 1)
+    assert (pruned(NOVEMBER, tier="standard"), pruned(NOVEMBER, tier="economy")) == (1, 0)
+    assert (pruned(NOVEMBER, tenant="someone"), pruned(NOVEMBER, tenant="acme")) == (1, 0)
 
 
 def test_a_statement_is_not_stored_over_usage_that_was_pruned_while_it_was_computed(
