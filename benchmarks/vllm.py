@@ -1,8 +1,9 @@
 """Programs inside vLLM (`polar_vllm`): are tokens and bills right, and what do they save?
 
-    python -m benchmarks.vllm --env .vllm [--parts tokens,speed,schedules,bills]
+    python -m benchmarks.vllm --env .vllm [--parts tokens,speed,schedules,bills] [--fills FOLDER]
 
-`make vllm-env` makes the environment. The model is the default one, exported, in float32. Ends with a line of JSON, in
+`make vllm-env` makes the environment. The model is the default one, exported, in float32, with the fills that ship for
+it or with others of the same segments. Ends with a line of JSON, in
 shares of 1:
 
     identity_equal       answers at full depth, in a batch with filled ones, that are those of vLLM without programs
@@ -83,13 +84,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--env", type=Path, required=True, help="environment with vLLM and polar-llm")
     parser.add_argument("--parts", default="tokens,speed,schedules,bills")
+    parser.add_argument("--fills", type=Path, default=FILLS, help="folder of the model's maps")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--schedules", type=int, default=200)
     parser.add_argument("--seed", type=int, default=2, help="of the schedules")
     args = parser.parse_args()
     recorder = Recorder("vllm", args.results)
     with tempfile.TemporaryDirectory() as work:
-        bench = Bench(args.env.absolute(), Path(work))
+        bench = Bench(args.env.absolute(), Path(work), fills=args.fills.absolute())
         parts = {
             "tokens": lambda: bench.tokens(args.prompts),
             "speed": bench.speed,
@@ -165,7 +167,7 @@ class Bench:
     def _kept(self, prompts: list[str], chosen: list[str | None], theirs: list[list[int]]) -> tuple[int, int]:
         """Tokens of filled answers as in our engine on the folder that vLLM has, and of how many."""
         engine = PolarModel.from_pretrained(self.folder, precision="fp32", ledger=None)
-        maps = MapSet.load(FILLS)
+        maps = MapSet.load(self.fills)
         engine.use_maps(replace(maps, facts=maps.facts.model_copy(update={"fingerprint": engine.fingerprint})))
         ends, kept, total = set(engine.loaded.end_tokens), 0, 0
         for program in (LIGHT, DEEP):

@@ -9,20 +9,27 @@ import socket
 import threading
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
+from polar_billing import Meter
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
+from polar_billing.proof.verify import verify_ledger
 from polar_sdk import PolarModel
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.router.artifact import save_router
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 from polar_server.deployment.launch import Launch
 from tests.integrations.server.conftest import JSON
+from tests.sdk.promises.test_fallback import put_at_risk
+from tests.sdk.router.conftest import certified_router, known_router
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -235,6 +242,7 @@ def test_a_rolling_update_loses_no_call(cluster: Cluster, ledger_of_cluster: str
 
 
 SESSIONS, TURNS = 8, 10
+REPLICAS, CALLERS = 4, 24
 
 
 def test_a_replica_that_ends_stops_and_records_what_outlasts_the_drain(
@@ -321,3 +329,55 @@ def test_fewer_replicas_cut_no_stream(cluster: Cluster, ledger_of_cluster: str) 
     assert all(text.endswith(b"data: [DONE]\n\n") for text in texts)
     found = records(ledger_of_cluster, before + SESSIONS)[before:]
     assert [one.outcome for one in found] == ["completed"] * SESSIONS
+
+
+def test_replicas_fall_back_together_while_one_is_killed(
+    cluster: Cluster, ledger_of_cluster: str, tmp_path: Path
+) -> None:
+    """The callers reach every replica; each falls back, and of the killed one only running calls fail."""
+    model = PolarModel.from_pretrained(cluster.launch.model, precision="fp32", device="cpu", ledger=None)
+    certified = certified_router(known_router(model))
+    save_router(certified, tmp_path / "router")
+    routed = replace(cluster.launch, router=str(tmp_path / "router"), policy=None)
+    cluster.deploy(routed, REPLICAS)
+    before, replicas = len(records(ledger_of_cluster, 0)), replica_processes()
+    assert len(replicas) == REPLICAS
+
+    def call(session: int) -> tuple[int, dict[str, Any]]:
+        status, answer = cluster.call(body(compute="economy", max_tokens=2), {"x-session-id": f"falls-{session}"})
+        return status, answer.get("polar", {})
+
+    def until_fallen(session: int) -> tuple[list[int], float]:
+        """Statuses of a caller's calls, and when one of them was first served by a safer tier."""
+        statuses = []
+        while True:
+            status, polar = call(session)
+            statuses.append(status)
+            if polar.get("fallback_from") == "economy":
+                return statuses, time.monotonic()
+            assert time.monotonic() < began + WAIT_S, "a replica never fell back"
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        served = list(pool.map(call, range(CALLERS)))
+        assert {(status, polar["tier"]) for status, polar in served} == {(200, "economy")}
+        with Meter(ledger_of_cluster) as meter:
+            put_at_risk(meter, certified, "economy")
+        began = time.monotonic()
+        falling = [pool.submit(until_fallen, session) for session in range(CALLERS)]
+        replicas[0].kill()
+        found = [one.result() for one in falling]
+    seconds = sorted(at - began for _, at in found)
+    statuses = Counter(status for statuses, _ in found for status in statuses)
+    print(f"fallen back after {seconds[0]:.2f} to {seconds[-1]:.2f} s; answers by status: {dict(statuses)}")
+    assert set(statuses) <= {200, 500, 503}
+    stored = records(ledger_of_cluster, before + CALLERS + statuses[200])[before:]
+    answered = [one for one in stored if one.outcome == "completed"]
+    assert len(answered) >= CALLERS + statuses[200], "what was answered is on record"
+    with Ledger(ledger_of_cluster) as ledger:
+        assert verify_ledger(ledger).sound
+
+
+def replica_processes() -> list[psutil.Process]:
+    """The replicas that run on this machine."""
+    names = {process: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)}
+    return [process for process, name in names.items() if "ServeReplica" in name]

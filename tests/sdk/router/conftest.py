@@ -27,14 +27,12 @@ def model() -> PolarModel:
     return tiny_model()
 
 
-@pytest.fixture
-def router(model: PolarModel) -> MenuRouter:
+def known_router(model: PolarModel) -> MenuRouter:
     """Predicts losses of 0.1 and 0.5 for the two cheaper programs, whatever the prompt."""
     return fixed_router(model, MENU, (0.9, 0.5), dial=THETAS, default_theta=0.2)
 
 
-@pytest.fixture
-def certified(router: MenuRouter) -> MenuRouter:
+def certified_router(router: MenuRouter) -> MenuRouter:
     """None, 5, 18 and 120 of 500 prompts are lost at the four θ."""
     certificate = Certificate(
         subject=router.subject,
@@ -46,6 +44,18 @@ def certified(router: MenuRouter) -> MenuRouter:
     )
     tiers = {"economy": certificate.promise(0.3), "standard": certificate.promise(0.05)}
     return router.with_certificate(Certificate.model_validate({**certificate.model_dump(), "tiers": tiers}))
+
+
+@pytest.fixture
+def router(model: PolarModel) -> MenuRouter:
+    """Of `known_router`, without a certificate."""
+    return known_router(model)
+
+
+@pytest.fixture
+def certified(router: MenuRouter) -> MenuRouter:
+    """The same with a certificate."""
+    return certified_router(router)
 
 
 @pytest.fixture
