@@ -6,7 +6,7 @@ Knows measurements, no model.
 from __future__ import annotations
 
 from statistics import fmean
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program
     from polar_sdk.router.certificate import TierPromise
     from polar_sdk.router.learned import LearnedRouter
-
-_BEYOND: Final = 2
-"""Programs beyond the last that keeps a promise."""
 
 
 def earned(router: LearnedRouter, matrix: RewardMatrix) -> float:
@@ -57,8 +54,8 @@ def _mixed(points: Sequence[tuple[float, float]], spent: float) -> float:
 def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]:
     """The programs that decide what tiers with these promises save, from few to many FLOPs saved.
 
-    Of each promise the one that saves most of those that keep it here; the one before, since that may be luck; and the
-    next few, which maps that are trained may bring within it.
+    Of each promise the one that saves most of those that keep it here, and the next, which training may bring within
+    it. No more: they share the training steps, and a few well-trained maps save more than many.
     """
     flops, strict = matrix.flops.double().sum(0), losses(matrix, "strict").mean(0)
     ranked = sorted(range(1, len(matrix.programs)), key=lambda column: -float(flops[column]))
@@ -71,7 +68,7 @@ def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]
             if lost[column] <= promise.alpha and (promise.strict is None or strict[column] <= promise.strict)
         ]
         last = max(kept, default=-1)
-        chosen.update(ranked[max(last - 1, 0) : last + 1 + _BEYOND])
+        chosen.update(ranked[max(last, 0) : last + 2])
     return [matrix.programs[column] for column in ranked if column in chosen]
 
 
