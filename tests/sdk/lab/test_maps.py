@@ -493,6 +493,14 @@ def test_every_other_step_drops_bridges_but_never_all() -> None:
     assert set(used[2::4]) == {((1, 1),), ((3, 3),), groups[0]}
 
 
+def test_what_is_read_of_the_embedding_stays_as_it_was_solved(model: PolarModel, fit: Fit) -> None:
+    closed, trained = (fit(model, FILLS, "2", token=2, distil=steps, storage="float16") for steps in (0, 24))
+    assert trained.facts.training["held_out"][0]["kept"]
+    solved, later = closed.fills[2, 5], trained.fills[2, 5]
+    assert all(map(torch.equal, solved.token, later.token))
+    assert not torch.equal(solved.weight[0], later.weight[0])
+
+
 def test_hidden_units_train_on(model: PolarModel, fit: Fit) -> None:
     drawn, learned = (fit(model, FILLS, "2", units=24, distil=steps, storage="float16") for steps in (0, 24))
     assert learned.facts.training["losses"][-1] < 0.9 * learned.facts.training["losses"][0]
