@@ -23,7 +23,7 @@ from polar_billing.ledger.schema import prune_table, usage_table
 from polar_billing.prices.rating import Counts
 from polar_billing.statements.books import charging_book
 from polar_billing.statements.issued import read_statements
-from polar_billing.statements.lines import PeriodUsage, Use, phases_of
+from polar_billing.statements.lines import PeriodUsage, Use, bounds, phases_of
 from polar_billing.statements.period_usage import SeqRange, last_seq, read_usage, within
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def pruned_of(connection: Connection, statement: Statement) -> KeptUsage:
 
 
 def check_kept(connection: Connection, tenant: str | AllTenants, period: Period) -> None:
-    """Refuse a period of which retention has deleted usage: a statement over it would be too low."""
+    """Refuse a period of which retention has deleted usage, or without both ends: a statement would be too low."""
+    bounds(period)
     for name, requests in facts.pruned_requests(connection, Selection(tenant, period)).items():
         raise PeriodError(
             f"{requests:,} requests of tenant {name!r} were pruned, and period {period.label} needs them.",
