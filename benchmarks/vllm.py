@@ -3,8 +3,7 @@
     python -m benchmarks.vllm --env .vllm [--parts tokens,speed,schedules,bills] [--fills FOLDER]
 
 `make vllm-env` makes the environment. The model is the default one, exported, in float32, with the fills that ship for
-it or with others of the same segments. Ends with a line of JSON, in
-shares of 1:
+it or with others of the same segments. Ends with a line of JSON, in shares of 1:
 
     identity_equal       answers at full depth, in a batch with filled ones, that are those of vLLM without programs
     filled_equal         tokens of filled answers that are those of our engine on the same folder, up to the first other

@@ -157,12 +157,9 @@ def book_of(prices: Path | None) -> PriceBook | None:
 def say_nothing_found(store: LedgerStore, selection: Selection) -> None:
     """Print that there is no usage, and under which conditions."""
     from polar_billing.ledger.records import ALL_TENANTS, Selection
-    from polar_billing.ledger.retention import pruned_requests
 
-    with store.snapshot() as connection:
-        pruned = sum(pruned_requests(connection, selection).values())
-    if pruned:
-        print_line(f"What was used was pruned: {pruned:,} requests, of which `polar usage --by tier` keeps the sums.")
+    if pruned := store.count_pruned(selection):
+        print_line(f"No usage is left: {pruned:,} requests were pruned, and `polar usage --by tier` has their sums.")
         return
     if next(store.read(Selection(ALL_TENANTS), newest=1), None) is None:
         print_line(f'No usage yet in the ledger {store.location}. Run `polar run "Hello"` and look again.')

@@ -22,9 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.errors import QueryError
 from polar_billing.ledger.books import books_in_force, read_books
-from polar_billing.ledger.records import AllTenants
 from polar_billing.prices.rating import COMPUTE, ITEMS, Counts, charged_flops, rate
-from polar_billing.statements.period import known_tenants
 from polar_billing.statements.retention import check_kept
 from polar_billing.values.money import from_scaled
 from polar_billing.values.periods import Period, Window
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.ledger.records import AllTenants, StoredUsage
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageRecord
 
@@ -189,8 +187,7 @@ def charging_books(ledger: Ledger) -> dict[str, PriceBook]:
 def check_whole(ledger: Ledger, tenant: str | AllTenants, period: Period) -> None:
     """Refuse a period of which retention has deleted usage."""
     with ledger.snapshot() as connection:
-        for name in known_tenants(connection) if isinstance(tenant, AllTenants) else [tenant]:
-            check_kept(connection, name, period)
+        check_kept(connection, tenant, period)
 
 
 def read_customers(path: Path | None) -> dict[str, str]:

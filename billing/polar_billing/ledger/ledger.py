@@ -39,6 +39,7 @@ from polar_billing.ledger.location import (
 )
 from polar_billing.ledger.pending_writers import drain
 from polar_billing.ledger.records import from_row
+from polar_billing.ledger.retention import pruned_requests
 from polar_billing.ledger.rollups import raw_usage_query, read_sums, usage_of
 from polar_billing.ledger.schema import (
     SCHEMA_VERSION,
@@ -228,6 +229,11 @@ class Ledger:
         query = select(func.count()).select_from(usage_table).where(*usage_of(selection))
         with self.snapshot() as connection:
             return int(connection.execute(query).scalar_one())
+
+    def count_pruned(self, selection: Selection) -> int:
+        """Number of requests that a selection may cover whose facts retention deleted; see `pruned_requests`."""
+        with self.snapshot() as connection:
+            return sum(pruned_requests(connection, selection).values())
 
     def read(
         self, selection: Selection, *, newest: int | None = None, as_stored: bool = False

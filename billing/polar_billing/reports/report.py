@@ -13,7 +13,6 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
-from polar_billing.ledger.retention import pruned_requests
 from polar_billing.metering.spool import recover_abandoned
 from polar_billing.reports import Part
 from polar_billing.reports.drift import PromiseDrift, promises_of
@@ -163,7 +162,7 @@ def build_report(
             PriceBookUsed(id=book.id, content_hash=digest) for digest, book in sorted(rater.used.items())
         ),
         disputed=dict(sorted(ledger.tag_values(selection, DISPUTED_TAG).items())),
-        pruned=_pruned(ledger, selection),
+        pruned=ledger.count_pruned(selection),
         token_pricing=token_pricing(summary),
         audited=_audited(ledger, selection),
         **summary._asdict(),
@@ -182,11 +181,6 @@ def _issued(ledger: Ledger, tenant: str, period: Period) -> dict[str, Any]:
         "statements": tuple(within.values()),
         "credit_notes": tuple(note for note in notes if note.statement in within),
     }
-
-
-def _pruned(ledger: Ledger, selection: Selection) -> int:
-    with ledger.snapshot() as connection:
-        return sum(pruned_requests(connection, selection).values())
 
 
 def _audited(ledger: Ledger, selection: Selection) -> tuple[PromiseDrift, ...]:

@@ -139,8 +139,8 @@ def pruned_of(connection: Connection, statement: Statement) -> KeptUsage:
 
 
 def check_kept(connection: Connection, tenant: str | AllTenants, period: Period) -> None:
-    """Refuse a period of which retention has deleted usage, or without both ends: a statement would be too low."""
-    bounds(period)
+    """Refuse a period of which retention has deleted usage: a statement over it would be too low."""
+    bounds(period)  # a statement needs both ends
     for name, requests in facts.pruned_requests(connection, Selection(tenant, period)).items():
         raise PeriodError(
             f"{requests:,} requests of tenant {name!r} were pruned, and period {period.label} needs them.",
