@@ -51,6 +51,7 @@ from polar_billing import (
 )
 from polar_billing.errors import BillingError, ConflictError, QueryError
 from polar_billing.ledger.records import INTERRUPTED_TAG
+from polar_billing.statements.retention import prune
 from polar_billing.testing import audit, usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import Offer, UsageBound
@@ -66,6 +67,7 @@ LOOKALIKES = ("ACME", "a%", "acm_", "%", "*", "' OR 1=1 --", "acme\u0301", "acme
 """Names that a careless comparison would take for the victim's, or for everybody's. No record can have one with blanks
 around it or with invisible characters."""
 SECRET = "secret-of-acme"
+OLD = datetime(2026, 9, 15, 12, tzinfo=UTC)
 AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
 NOVEMBER = Period.month("2026-11")
 AFTER = datetime(2026, 12, 5, tzinfo=UTC)
@@ -88,6 +90,7 @@ class World:
             tags = {"project": "p", "user": "ann", "key": "k", "note": SECRET if tenant == VICTIM else "own"}
             for number in range(3):
                 self.meter.emit(usage_record(f"{tenant}-{number}", tenant=tenant, tags=tags, started_at=AT))
+            self.meter.emit(usage_record(f"{tenant}-old", tenant=tenant, tags=tags, started_at=OLD))
             self.budgets.set(Budget(tenant, Decimal(1), "USD"))
             self.budgets.set(Budget(tenant, Decimal(1), "CU", Level.USER, "ann"))
             self.meter.reserve(self.bound(tenant, "running", tags=tags))
@@ -96,6 +99,7 @@ class World:
         victims, least = self.issued[VICTIM].statement.id, Decimal("0.000001")
         credit_note(self.ledger, VICTIM, victims, least, reason=SECRET, reference="n1", now=AFTER)
         with self.ledger.transaction() as connection:
+            assert prune(connection, VICTIM, OLD + timedelta(days=1)) == 1
             self.paid = {one: post(connection, one, "payment", "p1", payment(1), AFTER) for one in (VICTIM, ATTACKER)}
 
     def bound(self, tenant: str, request_id: str, flops: int = 10**10, **changes: Any) -> UsageBound:
@@ -164,8 +168,17 @@ def attempt(call: Callable[[], object]) -> object:
         return str(error)
 
 
-@case("Ledger", "Ledger.read", "Ledger.count", "Ledger.usage_sums", "Ledger.raw_usage", "Ledger.tag_values")
+@case(
+    "Ledger",
+    "Ledger.read",
+    "Ledger.count",
+    "Ledger.count_pruned",
+    "Ledger.usage_sums",
+    "Ledger.raw_usage",
+    "Ledger.tag_values",
+)
 def read(world: World) -> None:
+    assert world.ledger.count_pruned(Selection(VICTIM)) == 1
     for tenant in (ATTACKER, *LOOKALIKES):
         for selection in (Selection(tenant), Selection(tenant, tags={"note": SECRET}), Selection(tenant, model="%")):
             for newest in (None, 100):
@@ -173,6 +186,7 @@ def read(world: World) -> None:
                 assert {one.record.tenant for one in found} <= {ATTACKER}
                 assert SECRET not in repr(found)
         assert {one.tenant for one in world.ledger.raw_usage(Selection(tenant))} <= {ATTACKER}
+        assert world.ledger.count_pruned(Selection(tenant)) == 0
         assert world.ledger.count(Selection(tenant)) == len(list(world.ledger.read(Selection(tenant))))
         assert SECRET not in world.ledger.tag_values(Selection(tenant), "note")
         for hourly in (True, False):
