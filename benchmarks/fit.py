@@ -23,7 +23,7 @@ from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.fit import PROMISES
 from polar_sdk.lab.fit.plan import SHARES
 from polar_sdk.lab.fit.prompts import prompts_of
-from polar_sdk.lab.fit.synthetic import notes
+from polar_sdk.lab.fit.synthetic import STEPS, notes
 from polar_sdk.lab.suites.letters import Mmlu, MmluProblem
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import least_prompts
@@ -44,10 +44,12 @@ _COMPLETE = (
     "{function}\n\nWrite the body of this function.",
     "Implement this function. Answer with the code only.\n```python\n{function}\n```",
 )
+_ASKED = ("grading", "checking", "merging", "two sources", "questions", "key words")
+"""Those of `STEPS` that are about texts."""
 _LINES = range(4, 24)
 """Of a function that is to be written, docstring included."""
 _FITTED = 28
-"""Prompts of each task of `TASKS` to fit on; the others of it are held back."""
+"""Prompts of each task of `TASKS` to fit on, the others of which are held back, and of each of `STEPS`."""
 
 Row = dict[str, Any]
 
@@ -133,6 +135,24 @@ def tasks(sets: _Sets) -> Iterator[Row]:
             yield {"prompt": wording.format(**parts), "task": kind}
 
 
+def steps(sets: _Sets) -> Iterator[Row]:
+    """Calls on the way to an answer about one text or two; every other one asks for what the text does not tell."""
+    for turn in range(_FITTED):
+        for kind in _ASKED:
+            row, other = (
+                sets.take(name)[0] for name in (("passages", "abstracts"), ("abstracts", "passages"))[turn % 2]
+            )
+            asked = (row, other)[turn // 2 % 2]
+            wording = STEPS[kind][turn % len(STEPS[kind])]
+            prompt = wording.format(
+                text=row["passage"],
+                other=other["passage"],
+                question=f"{asked['question'].rstrip('?')}?",
+                statement=f"{max(asked['passage'].split('. ')[:4], key=len).rstrip('.')}.",
+            )
+            yield {"prompt": prompt, "task": kind}
+
+
 def prompts(folder: Path) -> tuple[Path, Path]:
     """Write the prompts to fit on, and those that are held back."""
     sets = _Sets(seed=5)
@@ -142,7 +162,7 @@ def prompts(folder: Path) -> tuple[Path, Path]:
         by_kind[row["task"]].append(row)
     own = [{"prompt": item.prompt, "task": item.task} for item in prompts_of(None)[:_OWN]]  # type: ignore[union-attr]
     named = [kind for kind in by_kind if kind not in HELD]
-    fitted += [row for kind in named for row in by_kind[kind][:_FITTED]] + own
+    fitted += [row for kind in named for row in by_kind[kind][:_FITTED]] + [*steps(sets)] + own
     held = [row for kind in HELD for row in by_kind[kind]] + [row for kind in named for row in by_kind[kind][_FITTED:]]
     folder.mkdir(parents=True, exist_ok=True)
     for name, chosen in (("fit", fitted), ("held", held)):

@@ -1,7 +1,7 @@
-"""Long prompts made from a grammar: notes with a question, passages with a question, messages to summarise.
+"""Prompts made from a grammar: notes or passages with a question, messages, and what chains ask about texts.
 
-They are made up, so that no model can know the answers, and each seed gives different ones; 32 of each kind are among
-the prompts that come with the package (`shipped/prompts.jsonl`). In notes, the fact in question is at a known depth,
+They are made up, so that no model can know the answers, and each seed gives different ones; 32 notes, passages and
+messages each are among the prompts that come with the package (`shipped/prompts.jsonl`). In notes, the fact in question is at a known depth,
 which shows where in a long prompt a program stops finding it. Knows no model.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from polar_sdk.lab.items import AnswerItem, PromptItem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
 class Written(NamedTuple):
@@ -311,22 +311,92 @@ TASKS: Final = {
 """Tasks that chains give about one text, each in several wordings."""
 
 
+STEPS: Final = {
+    "grading": (
+        "Document:\n{text}\n\nQuestion: {question}\n\nDoes the document answer the question? Say yes or no, and why.",
+        "{text}\n\nIs the text above relevant to this question? {question} Give a score from 0 to 10 and a reason.",
+    ),
+    "checking": (
+        "{text}\n\nStatement: {statement}\n\nDoes the text support the statement? Quote what shows it.",
+        "Sources:\n{other}\n\n{text}\n\nAnswer: {statement}\n\nWhat in this answer do the sources not support?",
+    ),
+    "merging": (
+        "These are parts of one report.\n\n{text}\n\n{other}\n\nWrite one summary of all of it in four sentences.",
+        "Summary so far: {other}\n\nNew text: {text}\n\nRewrite the summary so that it covers the new text as well.",
+    ),
+    "two sources": (
+        "Source 1:\n{other}\n\nSource 2:\n{text}\n\nQuestion: {question} Name the source that you used.",
+        "{text}\n\n---\n\n{other}\n\nAnswer from these texts, and say so if they do not tell: {question}",
+    ),
+    "questions": (
+        "{text}\n\nWrite three questions that this text answers.",
+        "Write five questions and their answers from the following text, as JSON.\n\n{text}",
+    ),
+    "key words": (
+        "Give ten key words for this text, separated by commas.\n\n{text}",
+        "{text}\n\nWhich topics does the text above cover? Write them as tags, one per line.",
+    ),
+    "follow-up": (
+        "User: {question}\nAssistant: {answer}\nUser: And what about {name}?\n\nAsk the last question in full.",
+        "{text}\n\nUser: {question}\nAssistant: {answer}\nUser: Thank you. What else is said about {name}?\nAssistant:",
+    ),
+    "tools": (
+        "You can call these tools:\n{tools}\n\nRequest: {request}\n\nAnswer with the call only, as JSON.",
+        "Tools:\n{tools}\n\nRequest: {request}\n\nWhich tool serves it, and with which arguments? Explain briefly.",
+    ),
+}
+"""Calls that chains and agents make on the way to an answer, each in several wordings."""
+_TOOLS: Final = {
+    "search_notes(query: str, limit: int = 5)": "What was decided about {name}?",
+    "book_room(town: str, day: str, people: int)": "I need a room for {people} people in {place} on {day}.",
+    "send_mail(to: str, subject: str, body: str)": "Tell {person} that the delivery for {name} is late.",
+    "get_weather(town: str, day: str)": "Will it rain in {place} on {day}?",
+    "train_times(start: str, end: str, day: str)": "When can I travel from {place} to Thornley on {day}?",
+    "add_task(title: str, owner: str, due: str)": "{person} has to check the budget of {name} before {day}.",
+    "convert(amount: float, source: str, target: str)": "How much are {people}00 euros in Swiss francs?",
+    "run_sql(query: str)": "How many complaints about {name} are still open?",
+}
+"""Tools, and for each a request that it serves."""
+
+
 def task_items(count: int, *, seed: int = 0) -> list[PromptItem]:
-    """N prompts of each of `TASKS`, about letters, notes and passages of several lengths."""
+    """N prompts of each of `TASKS` and `STEPS`, about letters, notes and passages of several lengths."""
     made = []
     for place in range(count):
-        for kind, wordings in TASKS.items():
+        for kind, wordings in (TASKS | STEPS).items():
             dice = random.Random(f"{kind} {seed} {place}")
-            text = _TEXTS[place % len(_TEXTS)](dice)
-            made.append(PromptItem(prompt=wordings[place % len(wordings)].format(text=text), task=kind))
+            parts = _asked(dice) if kind in STEPS else {"text": _TEXTS[place % len(_TEXTS)](dice)}
+            made.append(PromptItem(prompt=wordings[place % len(wordings)].format(**parts), task=kind))
     return made
+
+
+def _asked(dice: random.Random) -> dict[str, str]:
+    """Parts of a step: two texts, a question that the first answers every other time, and tools for a request."""
+    *told, missing, name = dice.sample(_PROJECTS, dice.randint(5, 16))
+    facts = [_project_fact(dice, project) for project in told]
+    asked = dice.choice((dice.choice(facts), _project_fact(dice, missing)))
+    named = {"name": name, "place": dice.choice(_PLACES), "day": _day(dice), "person": _person(dice)}
+    tools = dice.sample(sorted(_TOOLS), 4)
+    return {
+        "text": _minutes(dice, facts),
+        "other": dice.choice(_TEXTS)(dice),
+        "question": asked.question,
+        "answer": asked.answer,
+        "statement": asked.sentence,
+        "name": name,
+        "tools": "\n".join(f"- {tool}" for tool in tools),
+        "request": _TOOLS[dice.choice(tools)].format(people=dice.randint(2, 30), **named),
+    }
 
 
 def _report(dice: random.Random) -> str:
     """Notes without a question."""
-    projects = dice.sample(_PROJECTS, dice.randint(4, 16))
-    facts = [f"{_project_fact(dice, project).sentence} {dice.choice(_FILLERS)}" for project in projects]
-    return f"Notes of the meeting of {dice.choice(_TEAMS)}, {_day(dice)}.\n" + "\n".join(facts)
+    return _minutes(dice, [_project_fact(dice, project) for project in dice.sample(_PROJECTS, dice.randint(4, 16))])
+
+
+def _minutes(dice: random.Random, facts: Iterable[_Fact]) -> str:
+    head = f"Notes of the meeting of {dice.choice(_TEAMS)}, {_day(dice)}."
+    return "\n".join([head, *(f"{fact.sentence} {dice.choice(_FILLERS)}" for fact in facts)])
 
 
 def _guide(dice: random.Random) -> str:
