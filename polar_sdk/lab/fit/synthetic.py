@@ -1,8 +1,8 @@
 """Prompts made from a grammar: notes or passages with a question, messages, and what chains ask about texts.
 
 They are made up, so that no model can know the answers, and each seed gives different ones; 32 notes, passages and
-messages each are among the prompts that come with the package (`shipped/prompts.jsonl`). In notes, the fact in question is at a known depth,
-which shows where in a long prompt a program stops finding it. Knows no model.
+messages each are among the prompts that come with the package (`shipped/prompts.jsonl`). In notes, the fact in question
+is at a known depth, which shows where in a long prompt a program stops finding it. Knows no model.
 """
 
 from __future__ import annotations
