@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.fit.synthetic import long_items, messages, notes, passages
+from polar_sdk.lab.fit.synthetic import STEPS, TASKS, long_items, messages, notes, passages, task_items
 from polar_sdk.lab.items import (
     NEAR,
     SPLITS,
@@ -233,6 +234,21 @@ def test_long_items_are_no_near_duplicates_of_each_other_and_name_their_kind() -
     assert len(distinct_items(items)) == len(items) == 300
     assert {item.task for item in items} == {"notes", "retrieval", "message"}
     assert all(isinstance(item, AnswerItem) == (item.task != "message") for item in items)
+
+
+def test_chains_ask_what_a_text_tells_and_what_it_does_not() -> None:
+    items = task_items(100, seed=2)
+    assert items[: 2 * len(TASKS | STEPS)] == task_items(2, seed=2)
+    assert len(distinct_items(items)) > 0.9 * len(items)
+    assert Counter(item.task for item in items) == dict.fromkeys(TASKS | STEPS, 100)
+    graded = [re.split("Question: |this question\\? ", item.prompt) for item in items if item.task == "grading"]
+    told = [any(f"{name} " in text or f"{name}." in text for name in _projects(asked)) for text, asked in graded]
+    assert 25 <= sum(told) <= 75
+
+
+def _projects(question: str) -> list[str]:
+    """Names in a question, without the word that it begins with."""
+    return re.findall(r" ([A-Z][a-z]+)", question.split("?", maxsplit=1)[0])
 
 
 def test_a_passage_stands_before_its_question_and_kind_is_another_word_for_task(tmp_path: Path) -> None:
