@@ -86,18 +86,22 @@ class _Lines:
 
     def __init__(self, label: str, total: int, written: Callable[[int], str] = "{:,}".format, *, said: bool) -> None:
         self._label, self._total, self._written = label, total, written
+        self._done = 0
         self._said: tuple[float, int] | None = (monotonic(), 0) if said else None
         self._wait = _SOON
 
-    def show(self, done: int) -> None:
-        """Print a line where it is time."""
-        now, total = monotonic(), self._written(self._total)
+    def show(self, done: int, total: int | None = None) -> None:
+        """Print a line where it is time; fewer steps than before begin the stage anew."""
+        if done < self._done:
+            self._said, self._wait = None, _SOON
+        self._done, self._total = done, self._total if total is None else total
+        now, of = monotonic(), f"{self._written(done)} of {self._written(self._total)}"
         if self._said is None:
             self._said = now, done
             if done < self._total:  # how long steps take is not known before some are done
-                say(f"{self._label}: {self._written(done)} of {total}; how long it takes shows in a moment")
+                say(f"{self._label}: {of}; how long it takes shows in a moment")
             else:
-                say(f"{self._label}: {self._written(done)} of {total}")
+                say(f"{self._label}: {of}")
             return
         before, earlier = self._said
         if now < before + self._wait:
@@ -106,7 +110,7 @@ class _Lines:
         left = (
             "" if done <= earlier else f", {_duration((now - before) / (done - earlier) * (self._total - done))} left"
         )
-        say(f"{self._label}: {self._written(done)} of {total}{left}")
+        say(f"{self._label}: {of}{left}")
 
 
 def _duration(seconds: float) -> str:
@@ -153,7 +157,7 @@ class ProgressBars:
         if self._in_lines:
             if stage not in self._lines:
                 self._lines[stage] = _Lines(stage, total, said=not self._at_once)
-            self._lines[stage].show(done)
+            self._lines[stage].show(done, total)
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
         self._bar.update(self._tasks[stage], completed=done, total=total)

@@ -53,6 +53,17 @@ def test_steps_that_were_done_before_do_not_count(clock: Clock, capsys: pytest.C
     assert "304 of 400, about 16 min left" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_stage_that_comes_again_is_counted_anew(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fit answers the prompts of one split, then those of another."""
+    with ProgressBars() as show:
+        for now, done, total in ((0, 10, 200), (10, 200, 200), (20, 10, 150), (30, 30, 150)):
+            clock.now = now
+            show("answers", done, total)
+    lines = capsys.readouterr().err.splitlines()
+    assert "10 of 150" in lines[-2]
+    assert "30 of 150, about 60 s left" in lines[-1]
+
+
 def test_each_stage_has_lines_and_quiet_ones_have_none(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBars() as show:
         assert list(through(show, "rows", "abc", 3)) == ["a", "b", "c"]
