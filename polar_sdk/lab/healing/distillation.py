@@ -272,7 +272,7 @@ class MapTrainer:
             checkpoint,
             CHECKPOINT,
             steps=method.options.distil,
-            rate=method.options.rate,
+            rate=method.options.learning_rate(decoder.family.hidden),
             warm_up=_WARM_UP * len(groups) // len(method.lessons(groups, 0)),
             floor=0.05,
             every=20,

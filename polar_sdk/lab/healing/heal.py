@@ -130,6 +130,7 @@ class Healer:
         fitted = {segment: fitted[segment] for segment in segments_of(groups)}
         training: dict[str, Any] = {
             **options.model_dump(),
+            "rate": options.learning_rate(decoder.family.hidden),
             "prompts": max(len(lots.fitted), len(lots.trained)),
             "programs": programs,
             "start": None if start is None else _provenance(start),

@@ -38,6 +38,10 @@ FIT_TOKENS: Final = 4096
 TRAIN_TOKENS: Final = 2048
 """Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
 _SEGMENT: Final = re.compile(r"[\[(]?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?[\])]?")
+_BRIDGE_RATE: Final = 2e-4
+_FILL_RATE: Final = 3e-4
+_FILL_RATE_BY_SIZE: Final = 0.27
+"""Maximum learning rate of fills times the size of a state: 896 numbers learn well at 3e-4, and 1,536 get worse."""
 _SOFTENING: Final = 2.0
 """Temperature at which token distributions are compared where fills are trained."""
 
@@ -64,8 +68,8 @@ class HealOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Maximum rank of each map; None = full."""
     distil: int = Field(default=0, ge=0)
     """Steps of training on top of the closed form."""
-    rate: float = Field(default=2e-4, gt=0)
-    """Learning rate of the training."""
+    rate: float | None = Field(default=None, gt=0)
+    """Highest learning rate of the training; None = that of `learning_rate`."""
     seed: int = 0
     """Seed of everything that is drawn."""
     answer_tokens: int = Field(default=24, ge=1)
@@ -77,6 +81,10 @@ class HealOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     def weights(self) -> LossWeights:
         """Weights of the terms of the training's loss."""
         return LossWeights()
+
+    def learning_rate(self, width: int) -> float:
+        """The highest learning rate, for a model with states of that size."""
+        return _BRIDGE_RATE if self.rate is None else self.rate
 
     @classmethod
     def of(cls, **options: object) -> Self:
@@ -116,8 +124,6 @@ class BridgeOptions(HealOptions):
 class FillOptions(HealOptions):
     """How fills are fitted."""
 
-    rate: float = Field(default=3e-4, gt=0)
-    """Learning rate of the training."""
     answer_tokens: int = Field(default=ANSWER_TOKENS, ge=1)
     """Maximum tokens of identity's answers to prompts."""
     units: int = Field(default=0, ge=0)
@@ -137,6 +143,10 @@ class FillOptions(HealOptions):
     def weights(self) -> LossWeights:
         """The divergence of softened distributions, and the error of the last states."""
         return LossWeights(temperature=_SOFTENING, hidden=self.hidden)
+
+    def learning_rate(self, width: int) -> float:
+        """See `HealOptions.learning_rate`; the wider a state, the more of its numbers move an output at once."""
+        return min(_FILL_RATE, _FILL_RATE_BY_SIZE / width) if self.rate is None else self.rate
 
 
 class Lots(NamedTuple):

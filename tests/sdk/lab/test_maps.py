@@ -456,6 +456,15 @@ def test_weights_of_any_precision_let_gradients_pass(
     assert any(row["trained"] < row["closed_form"] for row in rows)
 
 
+def test_maps_of_wide_states_learn_more_slowly(model: PolarModel, fit: Fit) -> None:
+    rates = [FillOptions().learning_rate(width) for width in (64, 576, 1536, 4096)]
+    assert rates[0] == rates[1] > rates[2] > rates[3]
+    assert rates[2] * 1536 == pytest.approx(rates[3] * 4096)
+    assert FillOptions(rate=1e-3).learning_rate(4096) == 1e-3
+    assert BridgeOptions().learning_rate(576) == BridgeOptions().learning_rate(4096)
+    assert fit(model, FILLS).facts.training["rate"] == rates[0]
+
+
 def test_programs_of_many_fills_take_turns() -> None:
     method, groups = FillMethod(FillOptions(), 24), [((cut, 23),) for cut in range(12, 24)]
     steps = [method.lessons(groups, step) for step in range(8)]
