@@ -86,14 +86,18 @@ class _Lines:
 
     def __init__(self, label: str, total: int, written: Callable[[int], str] = "{:,}".format, *, said: bool) -> None:
         self._label, self._total, self._written = label, total, written
+        self._silent_at_first = said
+        self._begin()
+
+    def _begin(self) -> None:
         self._done = 0
-        self._said: tuple[float, int] | None = (monotonic(), 0) if said else None
+        self._said: tuple[float, int] | None = (monotonic(), 0) if self._silent_at_first else None
         self._wait = _SOON
 
     def show(self, done: int, total: int | None = None) -> None:
         """Print a line where it is time; fewer steps than before begin the stage anew."""
         if done < self._done:
-            self._said, self._wait = None, _SOON
+            self._begin()
         self._done, self._total = done, self._total if total is None else total
         now, of = monotonic(), f"{self._written(done)} of {self._written(self._total)}"
         if self._said is None:

@@ -62,6 +62,10 @@ def test_a_stage_that_comes_again_is_counted_anew(clock: Clock, capsys: pytest.C
     lines = capsys.readouterr().err.splitlines()
     assert "10 of 150" in lines[-2]
     assert "30 of 150, about 60 s left" in lines[-1]
+    with ProgressBars(at_once=False) as show:
+        for done in (0, 3, 0, 3):  # twice what is done at once
+            show("requests", done, 3)
+    assert capsys.readouterr().err == ""
 
 
 def test_each_stage_has_lines_and_quiet_ones_have_none(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
