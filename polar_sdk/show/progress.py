@@ -95,7 +95,7 @@ class _Lines:
         self._wait = _SOON
 
     def show(self, done: int, total: int | None = None) -> None:
-        """Print a line where it is time; fewer steps than before begin the stage anew."""
+        """Print a line where it is time; if fewer steps are done than before, the stage has begun again."""
         if done < self._done:
             self._begin()
         self._done, self._total = done, self._total if total is None else total

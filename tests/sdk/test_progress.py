@@ -53,7 +53,7 @@ def test_steps_that_were_done_before_do_not_count(clock: Clock, capsys: pytest.C
     assert "304 of 400, about 16 min left" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_stage_that_comes_again_is_counted_anew(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_begins_again_counts_from_zero(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     """A fit answers the prompts of one split, then those of another."""
     with ProgressBars() as show:
         for now, done, total in ((0, 10, 200), (10, 200, 200), (20, 10, 150), (30, 30, 150)):

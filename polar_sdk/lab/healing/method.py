@@ -39,9 +39,11 @@ TRAIN_TOKENS: Final = 2048
 """Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
 _SEGMENT: Final = re.compile(r"[\[(]?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?[\])]?")
 _BRIDGE_RATE: Final = 2e-4
+"""Learning rate of bridges."""
 _FILL_RATE: Final = 3e-4
+"""Maximum learning rate of fills, …"""
 _FILL_RATE_BY_SIZE: Final = 0.27
-"""Maximum learning rate of fills times the size of a state: 896 numbers learn well at 3e-4, and 1,536 get worse."""
+"""… and that rate times the size of a state: at 3e-4, maps of 896 numbers improved, and one of 1,536 got worse."""
 _SOFTENING: Final = 2.0
 """Temperature at which token distributions are compared where fills are trained."""
 
