@@ -51,8 +51,8 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
     """
     if not sys.stderr.isatty():
         say(label)
-        lines = None if total is None else _Lines(label, total, lambda size: f"{size / 1e6:,.0f} MB", said=True)
-        yield lambda done: None if lines is None else lines.show(done)
+        lines = _Lines(label, lambda size: f"{size / 1e6:,.0f} MB", said=True)
+        yield lambda done: None if total is None else lines.show(done, total)
         return
     from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TimeElapsedColumn
 
@@ -79,13 +79,12 @@ class _Lines:
 
     Args:
         label: The stage.
-        total: Steps.
         written: A number of steps, as text.
         said: Whether the first line was printed, or is not to be.
     """
 
-    def __init__(self, label: str, total: int, written: Callable[[int], str] = "{:,}".format, *, said: bool) -> None:
-        self._label, self._total, self._written = label, total, written
+    def __init__(self, label: str, written: Callable[[int], str] = "{:,}".format, *, said: bool) -> None:
+        self._label, self._written = label, written
         self._silent_at_first = said
         self._begin()
 
@@ -94,15 +93,15 @@ class _Lines:
         self._said: tuple[float, int] | None = (monotonic(), 0) if self._silent_at_first else None
         self._wait = _SOON
 
-    def show(self, done: int, total: int | None = None) -> None:
+    def show(self, done: int, total: int) -> None:
         """Print a line where it is time; if fewer steps are done than before, the stage has begun again."""
         if done < self._done:
             self._begin()
-        self._done, self._total = done, self._total if total is None else total
-        now, of = monotonic(), f"{self._written(done)} of {self._written(self._total)}"
+        self._done = done
+        now, of = monotonic(), f"{self._written(done)} of {self._written(total)}"
         if self._said is None:
             self._said = now, done
-            if done < self._total:  # how long steps take is not known before some are done
+            if done < total:  # how long steps take is not known before some are done
                 say(f"{self._label}: {of}; how long it takes shows in a moment")
             else:
                 say(f"{self._label}: {of}")
@@ -111,9 +110,7 @@ class _Lines:
         if now < before + self._wait:
             return
         self._said, self._wait = (now, done), _EVERY
-        left = (
-            "" if done <= earlier else f", {_duration((now - before) / (done - earlier) * (self._total - done))} left"
-        )
+        left = "" if done <= earlier else f", {_duration((now - before) / (done - earlier) * (total - done))} left"
         say(f"{self._label}: {of}{left}")
 
 
@@ -160,7 +157,7 @@ class ProgressBars:
         """Show how far a stage is."""
         if self._in_lines:
             if stage not in self._lines:
-                self._lines[stage] = _Lines(stage, total, said=not self._at_once)
+                self._lines[stage] = _Lines(stage, said=not self._at_once)
             self._lines[stage].show(done, total)
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
