@@ -4,10 +4,10 @@ Letters used for shapes throughout: B rows, N packed tokens of all rows, T token
 E hidden size, H query heads, G key and value heads, d head size, V vocabulary.
 """
 
-import ctypes
 import os
-from contextlib import suppress
 from typing import Final
+
+from polar_sdk.engine.allocator import keep_few_arenas
 
 ENGINE_VERSION: Final = "6"
 """Incremented with every change to the arithmetic that may change an answer; certificates hold for one version only."""
@@ -24,18 +24,4 @@ def engine_version(dtype: str) -> str:
 for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, "64")
 
-_M_ARENA_MAX: Final = -8
-"""A constant of glibc's malloc.h."""
-
-
-def _keep_few_arenas() -> None:
-    """Have glibc's threads share two arenas of memory: with one for each thread, each keeps what it has free.
-
-    With 32 callers that added 7 % to the memory of a process within four minutes. Other C libraries have no arenas.
-    """
-    if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
-        with suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
-
-
-_keep_few_arenas()
+keep_few_arenas()

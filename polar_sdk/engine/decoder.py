@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from polar_sdk.engine import native
+from polar_sdk.engine.allocator import give_back_freed_memory
 from polar_sdk.engine.draft_head import DraftHead, NativeDraftHead, head_flops
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.kernels import NativeKernels, NativeLayers, TorchKernels
-from polar_sdk.engine.large_pages import LargePages, give_back_freed_memory
+from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.panels import Blocks
 from polar_sdk.engine.placement import Placement

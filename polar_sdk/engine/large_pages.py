@@ -7,9 +7,7 @@ that requests them; elsewhere, and if none are left, nothing changes. Memory tha
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -57,16 +55,6 @@ class LargePages:
         place = self._block[self._used : self._used + size]
         self._used += -(-size // _ALIGNED) * _ALIGNED
         return place
-
-
-def give_back_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it, as that of Linux does.
-
-    Loading and packing a model free about as much as a quarter of its weights, in pieces that nothing later asks for.
-    """
-    if sys.platform.startswith("linux"):
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def ask_for_large_pages(memory: mmap.mmap) -> None:

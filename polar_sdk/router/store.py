@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from polar_sdk.engine.large_pages import give_back_freed_memory
+from polar_sdk.engine.allocator import give_back_freed_memory
 from polar_sdk.errors import MapError, ModelNotFoundError, ProgramError, RouterError
 from polar_sdk.models.find import find_local
 from polar_sdk.models.network import read_config

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from polar_sdk.engine.allocator import keeping_freed_memory
 from polar_sdk.errors import MapError
 from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.healing.bridges import BridgeMethod
@@ -136,7 +137,8 @@ class Healer:
             "start": None if start is None else _provenance(start),
         }
         if options.distil:
-            fitted, measured = self._distil(decoder, lots, groups, fitted, dtype, checkpoint)
+            with keeping_freed_memory():
+                fitted, measured = self._distil(decoder, lots, groups, fitted, dtype, checkpoint)
             training |= measured
         facts = MapFacts(
             kind=method.kind,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.engine.large_pages import LargePages, give_back_freed_memory
+from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.products import Int8, Plain
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has them")
@@ -68,15 +67,3 @@ def test_memory_is_given_back_with_its_last_matrix() -> None:
     del kept[:3]
     assert before - process.memory_info().rss > 150 << 20
     assert bool((kept[0]["a"].weight == 1).all())
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back by themselves")
-def test_freed_memory_is_given_back() -> None:
-    process = psutil.Process()
-    pieces = [bytes(100_000) for _ in range(1_000)]
-    kept = pieces[::50]  # between those that go, so that what is free is no end of the heap
-    full = process.memory_info().rss
-    del pieces
-    give_back_freed_memory()
-    assert full - process.memory_info().rss > 50_000_000
-    assert all(piece == bytes(100_000) for piece in kept)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import subprocess
 import sys
 
@@ -218,38 +216,3 @@ def test_prompts_of_all_lengths_leave_no_code_behind() -> None:
     """Of what torch compiles for each number of rows: 390 MiB for these 600, were all of it kept."""
     done = subprocess.run([sys.executable, "-c", MANY_LENGTHS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 120, f"grew by {done.stdout.strip()} MiB"
-
-
-MANY_THREADS = """
-import ctypes, threading
-import polar_sdk.engine
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.fdopen.restype = ctypes.c_void_p
-together = threading.Barrier(12)
-
-def allocate():
-    together.wait()
-    for _ in range(200):
-        assert libc.malloc(50_000)
-    together.wait()
-
-threads = [threading.Thread(target=allocate) for _ in range(12)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-out = ctypes.c_void_p(libc.fdopen(1, b"w"))
-libc.malloc_info(0, out)
-libc.fflush(out)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="not glibc")
-@pytest.mark.parametrize(("setting", "arenas"), [({}, 2), ({"MALLOC_ARENA_MAX": "5"}, 5)])
-def test_threads_share_few_arenas_of_memory(setting: dict[str, str], arenas: int) -> None:
-    """12 threads have 12 or 16 of them, by the number of cores, where nothing is said."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
-    command = [sys.executable, "-c", MANY_THREADS]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean | setting)
-    assert done.stdout.count("<heap nr=") == arenas
