@@ -210,7 +210,8 @@ def main() -> None:
     half = made.facts.plan.prompts * (SHARES.calibration + SHARES.test) / 2.5  # as chance may have it
     tiers = {tier: promise for tier, promise in PROMISES.items() if least_prompts(promise.alpha, 0.1) <= half}
     judge = Judge(model, load_router(folder / "router"))
-    for row in judge.resplit(prompts_of(lab.read_items(fitted), options.limit), tiers=tiers):
+    used = prompts_of(lab.read_items(fitted), options.limit)[: made.facts.plan.prompts]
+    for row in judge.resplit(used, tiers=tiers):
         name, note = f"{row.tier}, {row.kind}: promises broken", f"{row.times} promises made on a random half"
         facts: dict[str, Any] = {"goal": 10, "better": "lower"} if row.kind == "any" else {}
         recorder.add(f"{name} on the other half", 100 * row.other_half / row.times, "%", note=note, **facts)
