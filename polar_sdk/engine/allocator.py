@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +18,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _BLOCKS: Final = 65536
 """glibc's default: so many blocks may lie outside the heap."""
 _LARGE: Final = 32 << 20
-"""Size that a block needs for that, at most, by glibc's default: it rises when a smaller one is freed. Unit: bytes."""
+"""Size from which a block lies outside the heap, as high as glibc raises it by itself. Unit: bytes."""
+_OF_FREED: Final = ("mmap_max", "mmap_threshold", "trim_threshold")
+"""Tunables of glibc that decide whether freed memory is kept."""
 
 _keeping = 0
 """Number of blocks of code that want freed memory kept."""
@@ -39,9 +40,7 @@ def give_back_freed_memory() -> None:
 
     Loading and packing a model free about as much as a quarter of its weights, in pieces that nothing later asks for.
     """
-    if sys.platform.startswith("linux"):
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+    _call("malloc_trim", 0)
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def keeping_freed_memory() -> Iterator[None]:
     that, and takes a tenth more memory without (`benchmarks/LOG.md`). Blocks may be nested; the outermost counts.
     """
     global _keeping  # noqa: PLW0603  the allocator is the process's as well
-    if _is_set("MALLOC_MMAP_MAX_", "mmap_max") or _is_set("MALLOC_TRIM_THRESHOLD_", "trim_threshold"):
+    if any(_is_set(f"MALLOC_{tunable.upper()}_", tunable) for tunable in _OF_FREED):
         yield
         return
     _keeping += 1
@@ -76,5 +75,10 @@ def _is_set(variable: str, tunable: str) -> bool:
 
 
 def _set(setting: int, value: int) -> None:
-    with suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).mallopt(setting, value)
+    _call("mallopt", setting, value)
+
+
+def _call(function: str, *arguments: int) -> None:
+    """Call a function of the C library, where it has it: only glibc does."""
+    with suppress(AttributeError, OSError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*arguments)

@@ -81,7 +81,15 @@ print(*found, kept())
 
 
 @glibc
-@pytest.mark.parametrize("setting", [{}, {"MALLOC_MMAP_MAX_": "65536"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=9"}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"MALLOC_MMAP_MAX_": "65536"},
+        {"MALLOC_MMAP_THRESHOLD_": "1000000"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=9"},
+    ],
+)
 def test_freed_memory_is_kept_where_it_is_wanted(setting: dict[str, str]) -> None:
     """Of blocks of 64 MiB, one of which is enough for all; a user's own setting stays."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
