@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.suites.results import SuiteEvaluation
     from polar_sdk.router.exact_tests import Interval
 
-SUITES: Final = ("mmlu", "arc", "gsm8k", "humaneval")
+SUITES: Final = ("mmlu", "arc", "gsm8k", "humaneval", "decisions")
 _DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0, "formats": 2.0, "refusals": 2.0}
 """Points that standard may lose."""
 

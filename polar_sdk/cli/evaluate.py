@@ -33,7 +33,7 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Known problems: mmlu, arc, gsm8k or humaneval, from the file --data; built-in: formats and refusals."
+            help="Known problems: mmlu, arc, gsm8k, humaneval, with --data; built-in: formats, refusals, decisions."
         ),
     ] = None,
     data: Annotated[
@@ -114,14 +114,14 @@ class _Asked(NamedTuple):
 
     def check(self) -> None:
         """Check what can be checked without a model, before one is loaded."""
-        from polar_sdk.lab.suites.evaluate import data_of, find_suite
+        from polar_sdk.lab.suites.evaluate import find_suite
         from polar_sdk.lab.suites.suite import check_shots
 
         suite = find_suite(self.suite, run_code=self.run_code)
         if len(self.data) > 1:
             raise InvalidRequestError(f"a suite takes one file (got {len(self.data)}); name it with --data.")
         check_shots(suite, self.shots, self.shots_from)
-        suite.read(data_of(suite, self.file), self.limit)
+        suite.problems(self.file, self.limit)
 
     @property
     def file(self) -> Path | None:

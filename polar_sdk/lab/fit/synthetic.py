@@ -416,6 +416,123 @@ _TEXTS: Final[tuple[Callable[[random.Random], str], ...]] = (
 )
 
 
+class Decision(NamedTuple):
+    """What a chain asks in order to go on one way or another; one word or letter answers it."""
+
+    kind: str
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index of the right choice."""
+
+
+def decisions(count: int, *, seed: int = 0) -> list[Decision]:
+    """N decisions of each kind, whose right choices are spread evenly."""
+    made = []
+    for place in range(count):
+        for kind, (wordings, make) in _DECISIONS.items():
+            turn, wording = divmod(place, len(wordings))
+            parts, choices, answer = make(random.Random(f"{kind} {seed} {place}"), turn)
+            made.append(Decision(kind, wordings[wording].format(**parts), choices, answer))
+    return made
+
+
+def decision_items(count: int, *, seed: int = 0) -> list[PromptItem]:
+    """N decisions of each kind as prompts, which are all of one wide class."""
+    return [PromptItem(prompt=one.prompt, task=f"decision, {one.kind}") for one in decisions(count, seed=seed)]
+
+
+_Parts = tuple[dict[str, str], tuple[str, ...], int]
+"""Parts of a decision's prompt, its choices and the index of the right one."""
+
+
+def _told_or_not(dice: random.Random, turn: int) -> _Parts:
+    """Whether notes tell something; what they do not tell is about a project that they name."""
+    projects = dice.sample(_PROJECTS, dice.randint(8, 16))
+    facts = [_project_fact(dice, project) for project in projects]
+    asked = dice.choice(facts)
+    while turn % 2 and asked.question in {fact.question for fact in facts}:
+        asked = _project_fact(dice, dice.choice(projects))
+    parts = {"text": _minutes(dice, facts), "statement": asked.sentence, "question": asked.question}
+    return parts, ("Yes", "No"), turn % 2
+
+
+def _lettered(dice: random.Random, turn: int) -> _Parts:
+    """Which of four answers is right; the others stand in the same notes."""
+    facts = {fact.answer: fact for fact in (_project_fact(dice, each) for each in dice.sample(_PROJECTS, 12))}
+    answers = dice.sample(sorted(facts), 4)
+    right = turn % len(answers)
+    options = "\n".join(f"{letter}. {answer}" for letter, answer in zip("ABCD", answers, strict=True))
+    parts = {
+        "text": _minutes(dice, facts.values()),
+        "question": facts[answers[right]].question,
+        "options": options,
+    }
+    return parts, ("A", "B", "C", "D"), right
+
+
+def _tool(dice: random.Random, turn: int) -> _Parts:
+    """Which of four tools serves a request."""
+    tools = dice.sample(sorted(_TOOLS), 4)
+    right = turn % len(tools)
+    request = _TOOLS[tools[right]].format(
+        name=dice.choice(_PROJECTS),
+        place=dice.choice(_PLACES),
+        day=_day(dice),
+        person=_person(dice),
+        people=dice.randint(2, 30),
+    )
+    names = tuple(tool.split("(")[0] for tool in tools)
+    return {"tools": "\n".join(f"- {tool}" for tool in tools), "request": request}, names, right
+
+
+def _sort(dice: random.Random, turn: int) -> _Parts:
+    """Which sort of text something is."""
+    sorts: dict[str, Callable[[random.Random], str]] = {"letter": _TEXTS[0], "minutes": _report, "guide": _guide}
+    right = turn % len(sorts)
+    return {"text": list(sorts.values())[right](dice)}, tuple(sorts), right
+
+
+_DECISIONS: Final[dict[str, tuple[tuple[str, ...], Callable[[random.Random, int], _Parts]]]] = {
+    "support": (
+        (
+            "{text}\n\nStatement: {statement}\n\nDoes the text support the statement? Answer Yes or No.",
+            "Is this statement supported by the notes below? Answer Yes or No.\nStatement: {statement}\n\n{text}",
+        ),
+        _told_or_not,
+    ),
+    "relevance": (
+        (
+            "Document:\n{text}\n\nQuestion: {question}\n\nDoes the document answer the question? Answer Yes or No.",
+            "{text}\n\nCan this question be answered from the text above? {question} Answer Yes or No.",
+        ),
+        _told_or_not,
+    ),
+    "letter": (
+        (
+            "{text}\n\nQuestion: {question}\n{options}\nAnswer with the letter only.",
+            "{question}\n{options}\nAnswer with one letter, from this text:\n\n{text}",
+        ),
+        _lettered,
+    ),
+    "tool": (
+        (
+            "Tools:\n{tools}\n\nRequest: {request}\n\nWhich tool serves it? Answer with its name only.",
+            "Name the tool that serves this request, and nothing else: {request}\n\n{tools}",
+        ),
+        _tool,
+    ),
+    "sort": (
+        (
+            "{text}\n\nIs the text above a letter, minutes or a guide? Answer with one word.",
+            "What is this, a letter, minutes or a guide? Answer with one word.\n\n{text}",
+        ),
+        _sort,
+    ),
+}
+"""Decisions by kind, each in two wordings."""
+
+
 def long_items(count: int, *, seed: int = 0) -> list[PromptItem | AnswerItem]:
     """Long prompts, N of each of the kinds `notes`, `retrieval` and `message`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +12,7 @@ from polar_sdk.lab.suites.answers import Answers
 from polar_sdk.lab.suites.asking import Asker, Prepared, through_chat
 from polar_sdk.lab.suites.gsm8k import Gsm8k
 from polar_sdk.lab.suites.humaneval import HumanEval
-from polar_sdk.lab.suites.instructions import Formats, Refusals
+from polar_sdk.lab.suites.instructions import Decisions, Formats, Refusals
 from polar_sdk.lab.suites.letters import Arc, Mmlu
 from polar_sdk.lab.suites.results import Request, SuiteEvaluation, tier_result
 from polar_sdk.lab.suites.sandbox import require_sandbox
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.options import Template
 
 SUITES: Final[Mapping[str, type[Suite[Any]]]] = {
-    suite.name: suite for suite in (Mmlu, HumanEval, Gsm8k, Arc, Formats, Refusals)
+    suite.name: suite for suite in (Mmlu, HumanEval, Gsm8k, Arc, Formats, Refusals, Decisions)
 }
 FULL: Final = "exact"
 """Name of full depth, with which every tier is compared."""
@@ -60,8 +59,8 @@ def evaluate_suite(
 
     Args:
         model: The model.
-        suite: `mmlu`, `arc`, `gsm8k`, `humaneval`, `formats` or `refusals`.
-        data: JSONL with the original data set's own fields; None = the file that ships, of the last two.
+        suite: `mmlu`, `arc`, `gsm8k`, `humaneval`, `formats`, `refusals` or `decisions`.
+        data: JSONL with the original data set's own fields; None = the package's own problems, of the last three.
         router: A trained router or its folder; None = this model's.
         compute: Tiers or tolerances; with no `thetas` and `programs` either, all tiers of the router or the policy.
         thetas: Settings of a learned router's dial, without a promise.
@@ -83,7 +82,7 @@ def evaluate_suite(
     chosen = find_suite(suite, run_code=run_code)
     check_shots(chosen, shots, None if shots_from is None else Path(shots_from))
     chat = through_chat(model, template)
-    problems = chosen.read(data_of(chosen, data), limit)
+    problems = chosen.problems(data, limit)
     solved = chosen.read(Path(shots_from)) if shots_from is not None and shots else []
     served = find_router(router, model, look=False) or model.router
     tiers = _tiers(model, served, list(compute), list(thetas), list(programs))
@@ -140,19 +139,6 @@ def find_suite(name: str, *, run_code: bool) -> Suite[Any]:
             )
         require_sandbox()
     return suite
-
-
-def data_of(suite: Suite[Any], data: str | Path | None) -> Path:
-    """The file of a suite's problems: the one that was named, or else the one that ships.
-
-    Raises:
-        InvalidRequestError: None was named, and none ships.
-    """
-    if data is not None:
-        return Path(data)
-    if not suite.ships:
-        raise InvalidRequestError(f"suite {suite.name} takes one file (got none); name it with --data.")
-    return Path(str(resources.files("polar_sdk"))) / "shipped" / "suites" / f"{suite.name}.jsonl"
 
 
 def _tiers(

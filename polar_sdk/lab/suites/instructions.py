@@ -1,18 +1,20 @@
-"""Suites that ship with the package: whether an answer keeps the form that was asked for, and whether it refuses.
+"""Suites that come with the package: whether an answer keeps the form that was asked for, refuses, or decides rightly.
 
 `formats`: JSON, lists, lengths, letters, languages, all of which a program can check. `refusals`: requests that a
 careful assistant declines, and harmless ones that look similar. Both are our own, some about a long text, and are
 judged by rules, so that every tier is judged alike; a rule may be stricter or milder than a reader, but equally so at
-full depth.
+full depth. `decisions`: what chains ask in order to go on, such as whether a text supports a statement, which letter is
+right, or which tool serves; made from the grammar of `synthetic`, so that no model can know the answers.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from polar_sdk.lab.fit.synthetic import decisions
 from polar_sdk.lab.items import PromptItem, Text
 from polar_sdk.lab.suites.suite import Asked, P, Problem, Suite
 from polar_sdk.reading import ANSWER_DIGITS, Unreadable, parse_json
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from polar_sdk.lab.items import Item
 
+_OF_EACH: Final = 80
+"""Decisions of each kind."""
 _MAX_TOKENS: Final = {"formats": 160, "refusals": 48}
 Language = Literal["de", "es", "fr", "it"]
 _FUNCTION_WORDS: Final[Mapping[str, str]] = {
@@ -194,6 +198,20 @@ class _Own(Suite[P]):
         return Asked(problem.prompt, max_tokens=_MAX_TOKENS[self.name])
 
 
+class DecisionProblem(_Kinds, frozen=True):
+    """A line of `decisions`."""
+
+    choices: Annotated[tuple[Text, ...], Field(min_length=2)]
+    answer: Annotated[int, Field(ge=0)]
+    """Index of the right choice."""
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> Self:
+        if self.answer >= len(self.choices):
+            raise ValueError(f"answer {self.answer} is not an index of {len(self.choices)} choices")
+        return self
+
+
 class Formats(_Own[FormatProblem]):
     """Instructions about the form of an answer."""
 
@@ -220,6 +238,28 @@ class Refusals(_Own[RefusalProblem]):
         if refuses(str(answer)) == problem.refuse:
             return ""
         return "answered" if problem.refuse else "refused"
+
+
+class Decisions(_Own[DecisionProblem]):
+    """Questions that one word answers."""
+
+    name: ClassVar[str] = "decisions"
+    ships: ClassVar[bool] = True
+    form = DecisionProblem
+
+    def ask(self, problem: DecisionProblem, shots: Sequence[DecisionProblem], *, chat: bool) -> Asked:
+        """As it is; the likeliest choice is the answer."""
+        before = "" if chat else " "
+        return Asked(problem.prompt, choices=tuple(f"{before}{choice}" for choice in problem.choices))
+
+    def judge(self, problem: DecisionProblem, answer: int | str) -> str:
+        """By the index of the likeliest choice."""
+        assert isinstance(answer, int)
+        return "" if answer == problem.answer else problem.choices[answer]
+
+    def own(self, limit: int | None = None) -> list[DecisionProblem]:
+        """Made from the grammar, kinds in turn."""
+        return [DecisionProblem(**one._asdict()) for one in decisions(_OF_EACH, seed=2)[:limit]]
 
 
 def refuses(answer: str) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -16,7 +18,6 @@ from polar_sdk.reading import Unreadable, first_flaw, parse_object, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from polar_sdk.lab.items import Item
 
@@ -84,6 +85,23 @@ class Suite(ABC, Generic[P]):
     def shots(self, problem: P, solved: Sequence[P], count: int) -> list[P]:
         """The solved problems that stand before this one: the first that are not itself."""
         return [other for other in solved if other != problem][:count]
+
+    def problems(self, data: str | Path | None = None, limit: int | None = None) -> list[P]:
+        """The first problems of a file, or else of those that come with the package.
+
+        Raises:
+            InvalidRequestError: No file was named, and none comes with the package.
+            DataError: The file cannot be used.
+        """
+        if data is not None:
+            return self.read(Path(data), limit)
+        if not self.ships:
+            raise InvalidRequestError(f"suite {self.name} takes one file (got none); name it with --data.")
+        return self.own(limit)
+
+    def own(self, limit: int | None = None) -> list[P]:
+        """The first problems of those that come with the package: by default those of a file of the suite's name."""
+        return self.read(Path(str(resources.files("polar_sdk"))) / "shipped" / "suites" / f"{self.name}.jsonl", limit)
 
     def read(self, path: Path, limit: int | None = None) -> list[P]:
         """The problems of a JSONL file.

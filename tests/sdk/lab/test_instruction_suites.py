@@ -10,10 +10,10 @@ import pytest
 
 from polar_sdk.errors import DataError, InvalidRequestError
 from polar_sdk.lab.rewards.cache import RewardCache
-from polar_sdk.lab.suites.evaluate import data_of, evaluate_suite
+from polar_sdk.lab.suites.evaluate import evaluate_suite
 from polar_sdk.lab.suites.gsm8k import Gsm8k
-from polar_sdk.lab.suites.instructions import Form, Formats, Refusals, refuses
-from polar_sdk.testing import scripted_model
+from polar_sdk.lab.suites.instructions import Decisions, Form, Formats, Refusals, refuses
+from polar_sdk.testing import scripted_model, tiny_model
 from tests.sdk.command import polar
 
 if TYPE_CHECKING:
@@ -22,14 +22,25 @@ if TYPE_CHECKING:
 
 class TestFiles:
     def test_both_ship_with_many_kinds_of_prompts(self) -> None:
-        formats, refusals = Formats().read(data_of(Formats(), None)), Refusals().read(data_of(Refusals(), None))
+        formats, refusals = Formats().problems(), Refusals().problems()
         assert len(formats) >= 120 and len({problem.prompt for problem in formats}) == len(formats)
         assert min(Counter(problem.kind for problem in formats).values()) >= 2
         assert len(refusals) >= 100 and {problem.refuse for problem in refusals} == {True, False}
 
     def test_a_suite_that_does_not_ship_needs_a_file(self) -> None:
         with pytest.raises(InvalidRequestError, match="--data"):
-            data_of(Gsm8k(), None)
+            Gsm8k().problems()
+
+    def test_decisions_are_made_and_a_file_of_others_may_be_named(self, tmp_path: Path) -> None:
+        made = Decisions().problems()
+        assert Decisions().problems(limit=7) == made[:7] and len(set(made)) == len(made) == 400
+        file = tmp_path / "own.jsonl"
+        row = {"prompt": "Is water wet? Yes or no?", "kind": "own", "choices": ["Yes", "No"], "answer": 0}
+        file.write_text(json.dumps(row) + "\n")
+        assert [problem.kind for problem in Decisions().problems(file)] == ["own"]
+        file.write_text(json.dumps(row | {"answer": 2}) + "\n")
+        with pytest.raises(DataError, match="answer 2 is not an index of 2 choices"):
+            Decisions().problems(file)
 
     @pytest.mark.parametrize("form", [{}, {"bullets": 0}, {"colour": "red"}, {"case": "title"}])
     def test_a_form_that_cannot_be_is_named_with_its_line(self, form: dict[str, Any], tmp_path: Path) -> None:
@@ -104,6 +115,15 @@ class TestTiers:
         assert found.baseline.groups == {"capitals": 0.0, "yes or no": 1.0}
         assert found.flaws["exact"] == ("", "case")
         assert found.tiers[1].accuracy_drop.value == 0
+
+    def test_a_decision_is_the_likeliest_choice(self, tmp_path: Path) -> None:
+        found = evaluate_suite(
+            tiny_model(), "decisions", programs=["0-2 4-5"], limit=5, cache=RewardCache(tmp_path / "cache")
+        )
+        fitting = [one for one in Decisions().problems(limit=5) if one.kind in found.baseline.groups]
+        assert len(fitting) == found.problems >= 2  # the others exceed the tiny model's window
+        for problem, flaw in zip(fitting, found.flaws["exact"], strict=True):
+            assert flaw in ("", *problem.choices) and flaw != problem.choices[problem.answer]
 
     def test_the_command_needs_no_file_and_takes_no_two(self, tmp_path: Path) -> None:
         files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]

@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.fit.synthetic import STEPS, TASKS, long_items, messages, notes, passages, task_items
+from polar_sdk.lab.fit.synthetic import (
+    STEPS,
+    TASKS,
+    decision_items,
+    decisions,
+    long_items,
+    messages,
+    notes,
+    passages,
+    task_items,
+)
 from polar_sdk.lab.items import (
     NEAR,
     SPLITS,
@@ -244,6 +254,32 @@ def test_chains_ask_what_a_text_tells_and_what_it_does_not() -> None:
     graded = [re.split("Question: |this question\\? ", item.prompt) for item in items if item.task == "grading"]
     told = [any(f"{name} " in text or f"{name}." in text for name in _projects(asked)) for text, asked in graded]
     assert 25 <= sum(told) <= 75
+
+
+def test_the_right_choice_of_a_decision_follows_from_its_text() -> None:
+    made = decisions(24, seed=3)
+    assert made[:10] == decisions(2, seed=3) and len({one.prompt for one in made}) == len(made)
+    for one in made:
+        right = one.choices[one.answer]
+        if one.kind in ("support", "relevance"):
+            told = one.prompt.replace("\n", " ")
+            asked = re.search(r"(?:Statement|Question): ([^\n]+)|from the text above\? ([^?]+\?)", one.prompt)
+            assert asked is not None
+            if one.kind == "support":
+                assert (told.count(asked[1]) == 2) == (right == "Yes")
+        elif one.kind == "letter":
+            answer = re.search(rf"{right}\. ([^\n]+)", one.prompt)
+            assert answer is not None and one.prompt.count(answer[1]) >= 2
+        elif one.kind == "tool":
+            assert f"- {right}(" in one.prompt
+    for kind, choices in {"support": 2, "relevance": 2, "letter": 4, "tool": 4, "sort": 3}.items():
+        assert set(Counter(one.answer for one in made if one.kind == kind).values()) == {24 // choices}
+
+
+def test_decisions_are_of_one_wide_class() -> None:
+    assert Counter(item.task for item in decision_items(3)) == {
+        f"decision, {kind}": 3 for kind in ("support", "relevance", "letter", "tool", "sort")
+    }
 
 
 def _projects(question: str) -> list[str]:
