@@ -23,7 +23,7 @@ from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.fit import PROMISES
 from polar_sdk.lab.fit.plan import SHARES
 from polar_sdk.lab.fit.prompts import prompts_of
-from polar_sdk.lab.fit.synthetic import STEPS, notes
+from polar_sdk.lab.fit.synthetic import STEPS, decision_items, notes
 from polar_sdk.lab.suites.letters import Mmlu, MmluProblem
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import least_prompts
@@ -111,6 +111,21 @@ def kinds(sets: _Sets) -> Iterator[Row]:
     for name in LETTERED:
         problems = (MmluProblem(subject="science", **row) for row in sets.take(name, 60))
         yield from ({"prompt": Mmlu().ask(one, (), chat=True).text, "task": f"letters, {name}"} for one in problems)
+        problems = (MmluProblem(subject="science", **row) for row in sets.take(name, 30))
+        asked_for = "Answer with the letter only."
+        yield from (
+            {
+                "prompt": Mmlu().ask(one, (), chat=True).text.removesuffix("Answer:") + asked_for,
+                "task": "decision, letters",
+            }
+            for one in problems
+        )
+    found = sets.take("passages", 40)
+    for turn, row in enumerate(found):
+        question = found[turn - turn % 2]["question"]  # every other one is about the passage before
+        asked_for = f"Does the text answer this question: {question}? Answer Yes or No."
+        yield {"prompt": f"{row['passage']}\n\n{asked_for}", "task": "decision, passages"}
+    yield from ({"prompt": item.prompt, "task": item.task} for item in decision_items(40, seed=5))
     yield from ({"prompt": text.prompt, "task": "facts in notes"} for text in notes(90, seed=5))
     for turn, function in enumerate(sets.dice.sample(sorted(_functions()), 90)):
         yield {"prompt": _COMPLETE[turn % len(_COMPLETE)].format(function=function), "task": "functions to write"}

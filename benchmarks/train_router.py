@@ -243,7 +243,7 @@ class Work:
             steps=self.options.steps,
             seeds=(int(name.rsplit("-", 1)[1]),) if name.startswith(f"{MAIN}-") else seeds,
             loss="drops" if self.labelled else "differs",
-            strict=True,
+            strict=1.0,
             hidden=((64,),),  # a linear head cannot tell that a program serves one kind of prompt and ruins another
             penalties=(0.3, 1.0, 3.0),
             risks=(0.05, 0.15, 0.3),

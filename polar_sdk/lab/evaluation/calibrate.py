@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.training.outcomes import grouped
+from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, grouped
 from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, TierPromise, tier_promise
 from polar_sdk.show.progress import Progress, silent
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
 
 
-_MIN_CLASS: Final = 20
-"""Calibration prompts from which a class is looked at on its own."""
 TIER_ALPHAS: Final[dict[str, TierPromise]] = {
     "economy": TierPromise(0.10),
     "standard": TierPromise(0.05),
@@ -133,8 +131,8 @@ class DialWalk:
     def by_class(self, rows: Sequence[int]) -> dict[str, list[int]]:
         """Those of the rows that are answered in text, by the class that their items name, where it has enough."""
         matrix = self.outcomes.matrix
-        classes = grouped((row for row in rows if matrix.kinds[row] != "choice"), lambda row: matrix.classes[row])
-        return {name: of_class for name, of_class in sorted(classes.items()) if len(of_class) >= _MIN_CLASS}
+        classes = by_class((row for row in rows if matrix.kinds[row] != "choice"), matrix.classes)
+        return {name: of_class for name, of_class in classes.items() if len(of_class) >= MIN_CLASS}
 
     def _count(self, rows: Sequence[int]) -> Counts:
         values = {loss: self.lost[loss][:, rows] for loss in _countable(self.outcomes, rows)}

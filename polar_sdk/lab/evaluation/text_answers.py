@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from polar_sdk.lab.healing.packs import make_packs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
-from polar_sdk.lab.training.outcomes import grouped
+from polar_sdk.lab.training.outcomes import by_class, grouped
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.losses import ANSWER_TOKENS, is_lost
 from polar_sdk.router.base import IdentityRouter
@@ -131,8 +131,7 @@ class TextRun(NamedTuple):
         """Figures over all prompts, by length and by class."""
         rows = range(len(self.outcomes))
         by_length = grouped(rows, lambda row: length_name(self.lengths[row]))
-        by_kind = grouped(rows, lambda row: self.classes[row])
-        kinds = {name: self.figures(of_kind) for name, of_kind in sorted(by_kind.items())}
+        kinds = {name: self.figures(of_kind) for name, of_kind in by_class(rows, self.classes).items()}
         return TierTexts(
             **self.figures(rows).model_dump(),
             by_length={name: self.figures(by_length[name]) for name in LENGTHS if name in by_length},

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel
@@ -24,7 +25,7 @@ from polar_sdk.lab.checkpoint import run_key
 from polar_sdk.lab.evaluation.calibrate import check_answered
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
-from polar_sdk.lab.fit.frontier import earned, near, undominated
+from polar_sdk.lab.fit.frontier import near, undominated
 from polar_sdk.lab.fit.plan import SHARES, Plan, make_plan, measure_pace, workload_of
 from polar_sdk.lab.fit.prompts import prompts_of, text_of
 from polar_sdk.lab.fit.summary import figures, tiers_in_words
@@ -72,8 +73,15 @@ _HALVES: Final = Shares(0.6, 0.4, 0.0, 0.0)
 _FEWEST: Final = 8
 """Prompts that each split must have."""
 _ROUTING_EARNS: Final = 0.03
-"""Share of prompts that a router which reads them must spare a loss, beside static programs of equal cost. It was
+"""Share of the FLOPs that a router which reads the prompts must save beyond one that does not, at equal losses. It was
 chosen among several on the same prompts, so that less may be luck."""
+_OF_PROMISE: Final = 0.6
+"""Share of a promise that is lost where a router serves it: calibration leaves room for chance."""
+_KINDS: Final[tuple[Literal["menu", "static"], ...]] = ("menu", "static")
+_USED: Final = 0.04
+"""Share of the prompts of a tier from which a program is worth its maps."""
+_WIDEST: Final = 4
+"""Where a router's dial ends, as a multiple of the widest promise."""
 
 
 class FitFacts(BaseModel, frozen=True):
@@ -303,34 +311,37 @@ class _Work:
 
     def _chosen(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
         """A certified router: one that reads the prompt where that earns something, else one program for each tier."""
-        menu = self._trained("menu", matrix)
-        gain = earned(menu, matrix.of("dev"))
-        if gain >= _ROUTING_EARNS:
-            return self._certified(menu, tiers)
-        self.notes.append(
-            "Each tier runs one program for every prompt: at equal FLOPs, with a network that reads them, "
-            f"{abs(100 * gain):.1f} of 100 held-out prompts {'fewer' if gain > 0 else 'more'} lose 5 % of their "
-            "tokens, so a network is not worth it."
-        )
-        certified = self._certified(self._trained("static", matrix), tiers)
+        menu, static = (self._trained(kind, matrix, tiers) for kind in _KINDS)
+        gain = menu.facts.training["utility_mean"] - static.facts.training["utility"]
+        earns = gain >= _ROUTING_EARNS
+        if not earns:
+            self.notes.append(
+                f"Each tier runs one program for every prompt: with a network that reads them, {abs(100 * gain):.1f}% "
+                f"{'more' if gain > 0 else 'less'} of the FLOPs of held-out prompts are saved, so it is not worth it."
+            )
+        certified = self._certified(menu if earns else static, tiers)
         used = self._used(certified)
         kept = [place for place, program in enumerate(matrix.programs) if place == 0 or program in used]
         if 1 < len(kept) < len(matrix.programs):  # the maps of other programs would only be carried along
-            certified = self._certified(self._trained("static", matrix.only(kept)), tiers)
+            certified = self._certified(self._trained(_KINDS[not earns], matrix.only(kept), tiers), tiers)
         return certified
 
-    def _trained(self, kind: Literal["menu", "static"], matrix: RewardMatrix) -> LearnedRouter:
+    def _trained(
+        self, kind: Literal["menu", "static"], matrix: RewardMatrix, tiers: dict[str, TierPromise]
+    ) -> LearnedRouter:
         """A router over the programs of a matrix, bound to the model."""
         loss: Loss = "drops" if bool(matrix.labelled.any()) else "differs"
+        ratios = [promise.alpha / promise.strict for promise in tiers.values() if promise.strict]
         settings = MenuSettings(
             seeds=(self.seed, self.seed + 1, self.seed + 2),
             loss=loss,
-            strict=True,
+            strict=fmean(ratios) if ratios else 0.0,
+            by_kind=True,
             own_length=False,
             hidden=((64,),),
             penalties=(0.3, 1.0, 3.0),
-            risks=(0.05, 0.15, 0.3),
-            least=0.15,
+            risks=tuple(_OF_PROMISE * promise.alpha for promise in tiers.values()),
+            least=max(0.05, 1 - _WIDEST * max(promise.alpha for promise in tiers.values())),
         )
         router = train(
             self.model,
@@ -346,11 +357,15 @@ class _Work:
         return router.bind(self.model.decoder, self.model.fingerprint)
 
     def _used(self, router: LearnedRouter) -> set[Program]:
-        """The programs of a static router's tiers, which are the same for every prompt."""
+        """The programs that a tier runs for more than a few of the prompts."""
         assert router.certificate is not None
-        any_prompt = self.model.prompt_tokens(text_of(self.items[0]))
-        thetas = [promise.theta for promise in router.certificate.tiers.values() if promise.theta > 0]
-        return {router.at(theta).route(any_prompt).program for theta in thetas}
+        prompts = [self.model.prompt_tokens(text_of(item)) for item in self._of("dev")]
+        outputs, lengths = router.outputs(router.reader.stack(prompts).cpu()), list(map(len, prompts))
+        used: set[Program] = set()
+        for promise in router.certificate.tiers.values():
+            counts = Counter(router.choose_all(outputs, promise.theta, lengths) if promise.theta else ())
+            used.update(program for program, count in counts.items() if count >= _USED * len(prompts))
+        return used
 
     def _matrix(self, programs: Sequence[Program]) -> RewardMatrix:
         tasks = make_tasks(self.model, self._of("dev"), self.cache, on_progress=self.on_progress)

@@ -1,62 +1,33 @@
-"""The frontier of measured programs: which ones no other beats, which decide what tiers save, and what a router gains.
+"""The frontier of measured programs: which ones no other beats, and which decide what tiers save.
 
 Knows measurements, no model.
 """
 
 from __future__ import annotations
 
-from statistics import fmean
+from collections import Counter
 from typing import TYPE_CHECKING
 
-import torch
-
-from polar_sdk.lab.training.examples import losses
+from polar_sdk.lab.training.examples import kinds_of, losses
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.programs.program import Program
     from polar_sdk.router.certificate import TierPromise
-    from polar_sdk.router.learned import LearnedRouter
-
-
-def earned(router: LearnedRouter, matrix: RewardMatrix) -> float:
-    """Share of prompts that a router spares a strict loss, against mixes of static programs of equal cost.
-
-    The mean along its dial; negative where the mixes lose less.
-    """
-    lost = losses(matrix, "strict").double()
-    flops, rows = matrix.flops.double(), torch.arange(len(matrix))
-    place = {program: column for column, program in enumerate(matrix.programs)}
-    outputs = router.outputs(router.reader.stack(matrix.tokens).cpu())
-    lengths = [len(tokens) for tokens in matrix.tokens]
-    mixes = sorted(zip(flops.sum(0).tolist(), lost.mean(0).tolist(), strict=True))
-    gains = []
-    for theta in router.facts.dial[1:]:
-        columns = torch.tensor([place[program] for program in router.choose_all(outputs, theta, lengths)])
-        spent = float(flops[rows, columns].sum())
-        gains.append(_mixed(mixes, spent) - float(lost[rows, columns].mean()))
-    return fmean(gains) if gains else 0.0
-
-
-def _mixed(points: Sequence[tuple[float, float]], spent: float) -> float:
-    """The smallest loss of a mix of two static programs, (FLOPs, loss) each, that spends that much."""
-    cheaper = [point for point in points if point[0] <= spent] or [points[0]]
-    costlier = [point for point in points if point[0] >= spent] or [points[-1]]
-    return min(
-        loss if high == low else loss + (more - loss) * (spent - low) / (high - low)
-        for low, loss in cheaper
-        for high, more in costlier
-    )
 
 
 def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]:
     """The programs that decide what tiers with these promises save, from few to many FLOPs saved.
 
     Of each promise the one that saves most of those that keep it here, and the next, which training may bring within
-    it. No more: they share the training steps, and a few well-trained maps save more than many.
+    it. No more: they share the training steps, and a few well-trained maps save more than many. The kind that most
+    prompts are of decides: a router may give others programs of their own.
     """
+    kinds = kinds_of(matrix)
+    ((most, _),) = Counter(kinds).most_common(1)
+    matrix = matrix.rows([row for row, kind in enumerate(kinds) if kind == most])
     flops, strict = matrix.flops.double().sum(0), losses(matrix, "strict").mean(0)
     ranked = sorted(range(1, len(matrix.programs)), key=lambda column: -float(flops[column]))
     chosen: set[int] = set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.fit.synthetic import long_items, task_items
+from polar_sdk.lab.fit.synthetic import decision_items, long_items, task_items
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, builtin_items, distinct_items, item_id
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def prompts_of(data: Sequence[Item] | None, limit: int | None = None, *, right: 
 
 
 def _own_prompts() -> list[Item]:
-    return [*builtin_items(), *long_items(_MADE, seed=1), *task_items(_MADE, seed=1)]
+    return [*builtin_items(), *long_items(_MADE, seed=1), *task_items(_MADE, seed=1), *decision_items(_MADE, seed=1)]
 
 
 def _in_turn(lots: Iterable[list[Item]]) -> Iterable[Item]:

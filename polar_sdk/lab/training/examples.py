@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from polar_sdk.errors import DataError
+from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, grouped
 from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.router.menu import needed_theta
 
@@ -41,20 +42,45 @@ def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
     return drops.clamp(min=0) if loss == "harms" else drops
 
 
-def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: bool = False) -> Tensor:
+def kinds_of(matrix: RewardMatrix) -> list[str]:
+    """The kind of each prompt for which a promise must hold: its class, where that is large enough, or what it is.
+
+    Of a wide class and a narrow one (see `by_class`) it is the wide one.
+    """
+    sizes = {name: len(rows) for name, rows in by_class(range(len(matrix)), matrix.classes).items()}
+
+    def named(row: int) -> str:
+        name = matrix.classes[row]
+        return next((each for each in (name.split(",")[0], name) if sizes.get(each, 0) >= MIN_CLASS), matrix.kinds[row])
+
+    return [named(row) for row in range(len(matrix))]
+
+
+def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0, by_kind: bool = False) -> Tensor:
     """(P, M) float32: the losses that a router learns from, which hold less chance than `losses`.
 
     A prompt does not show whether a program happens to turn this wrong answer right or this right answer wrong, only
     how often it does so. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
     falls one token short of being the same is less lost than one of which nothing is kept. With `strict`, an answer in
-    text is lost where less than 95% of its tokens are kept, whatever the loss.
+    text is that much lost where less than 95% of its tokens are kept, whatever the loss. `by_kind`, each prompt has at
+    least the share of its kind's prompts whose answers differ, to which as many of all prompts are added as a class
+    must have: few differ, and where they do, the kind says more than the prompt.
     """
     learned = losses(matrix, loss)
     written = torch.tensor([kind != "choice" for kind in matrix.kinds])
     if loss in ("harms", "drops"):
         written &= ~matrix.labelled
-    edge, blur = (STRICT_ANSWER, _STRICT_BLUR) if strict or loss == "strict" else (SAME_ANSWER, _BLUR)
+    is_strict = strict > 0 or loss == "strict"
+    edge, blur = (STRICT_ANSWER, _STRICT_BLUR) if is_strict else (SAME_ANSWER, _BLUR)
     learned[written, 1:] = torch.sigmoid((edge - matrix.share[written, 1:]) / blur)
+    if strict:
+        learned[written] *= strict
+    if by_kind:
+        differs = losses(matrix, "differs")
+        everywhere = differs[written].mean(0)
+        for rows in grouped(written.nonzero()[:, 0].tolist(), kinds_of(matrix).__getitem__).values():
+            lost = (differs[rows].sum(0) + MIN_CLASS * everywhere) / (len(rows) + MIN_CLASS)
+            learned[rows] = torch.maximum(learned[rows], lost)
     known = matrix.labelled
     if loss != "drops" or not bool(known.any()):
         return learned
@@ -96,7 +122,8 @@ class Examples:
         loss: Loss,
         pricing: Pricing,
         *,
-        strict: bool = False,
+        strict: float = 0.0,
+        by_kind: bool = False,
     ) -> Examples:
         """Examples of the rows of a matrix; for the loss `harms`, of those whose answer is known.
 
@@ -106,6 +133,7 @@ class Examples:
             loss: See `Loss`.
             pricing: Of the matrix's programs.
             strict: See `learned_losses`.
+            by_kind: See `learned_losses`; the kinds are then those of `kinds_of`.
 
         Raises:
             DataError: No row has an answer, and the loss needs answers.
@@ -117,9 +145,10 @@ class Examples:
                 f"the loss {loss!r} needs prompts with answers, but none has one; use 'differs', or give answers."
             )
         least = -1.0 if loss == "drops" else 0.0
-        names = sorted(set(matrix.kinds))
-        kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
-        lost = learned_losses(matrix, loss, strict=strict)
+        named = kinds_of(matrix) if by_kind else matrix.kinds
+        names = sorted(set(named))
+        kinds = torch.tensor([names.index(kind) for kind in named])
+        lost = learned_losses(matrix, loss, strict=strict, by_kind=by_kind)
         lengths = [len(tokens) for tokens, kept in zip(matrix.tokens, keep.tolist(), strict=True) if kept]
         favour = pricing.favour(lengths) if pricing.own_length else None
         costs = pricing.costs(lengths)

@@ -130,6 +130,21 @@ def grouped(rows: Iterable[int], name_of: Callable[[int], str | None]) -> dict[s
     return groups
 
 
+MIN_CLASS: Final = 20
+"""Prompts from which a class is looked at on its own."""
+
+
+def by_class(rows: Iterable[int], classes: Sequence[str]) -> dict[str, list[int]]:
+    """Rows by the class that their items name; `letters, chemistry` is in the wider class `letters` as well."""
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        name = classes[row]
+        for each in dict.fromkeys((name, name.split(",")[0])):
+            if each:
+                groups.setdefault(each, []).append(row)
+    return dict(sorted(groups.items()))
+
+
 _ID_DIGITS: Final = 8
 """Hexadecimal digits of a prompt's id that a router remembers; two prompts share them 1 time in 4 billion."""
 

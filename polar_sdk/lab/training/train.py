@@ -225,7 +225,8 @@ class RouterTrainer:
         self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
         matrix = self.matrix.of("train", "dev")
         pricing = self._pricing(own_length=settings.own_length, loss=settings.loss)
-        both = Examples.of(matrix, self._read(matrix.tokens), settings.loss, pricing, strict=settings.strict)
+        features = self._read(matrix.tokens)
+        both = Examples.of(matrix, features, settings.loss, pricing, strict=settings.strict, by_kind=settings.by_kind)
         labelled = [split for split, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
         splits = matrix.splits if len(both) == len(matrix) else labelled
         return both.rows([split == "train" for split in splits]), both.rows([split == "dev" for split in splits])

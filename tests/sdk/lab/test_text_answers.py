@@ -63,6 +63,10 @@ def test_figures_are_counted_by_length_and_by_kind() -> None:
     assert [row[4] for row in text_rows({"economy": whole})] == [
         "88.7% ± 18.4", "100.0%", "96.0% ± 96.0", "70.0% ± 70.0", "83.0% ± 25.5",
     ]  # fmt: skip
+    wide = run_of([1.0, 0.96, 0.7], [99, 100, 501], ["chat", "notes, short", "notes, long"]).whole()
+    assert {name: part.prompts for name, part in wide.by_kind.items()} == {
+        "chat": 1, "notes": 2, "notes, long": 1, "notes, short": 1,
+    }  # fmt: skip
     alone = run_of([1.0, 1.0, 1.0], [5, 6, 7], ["", "", ""]).whole()
     assert (list(alone.by_length), alone.by_kind, alone.worst_kind) == (["under_100"], {}, None)
 

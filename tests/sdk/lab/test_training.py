@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from polar_sdk import lab
 from polar_sdk.errors import RouterError, RouterModelError
+from polar_sdk.lab.training.examples import Examples, kinds_of
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, frontier
 from polar_sdk.lab.training.train import RouterTrainer
@@ -57,6 +59,52 @@ def test_a_static_router_reads_nothing_and_saves_less(model: PolarModel, matrix:
     assert static.facts.training["utility"] < menu.facts.training["utility"]
 
 
+def _decisions(matrix: Callable[..., RewardMatrix], prompts: int = 900, seed: int = 0) -> RewardMatrix:
+    """Texts that lose a few words under both programs, and decisions, a seventh, that program 2 often turns round."""
+    made = matrix(prompts * 2, seed=seed)
+    hard = torch.tensor([max(tokens) >= 78 for tokens in made.tokens])
+    made = made.rows((~hard | (torch.arange(len(made)) % 7 == 0)).nonzero()[:, 0])
+    hard = torch.tensor([max(tokens) >= 78 for tokens in made.tokens])
+    dice = torch.rand(made.agree.shape, generator=torch.Generator().manual_seed(seed))
+    turned = hard[:, None] & (dice < torch.tensor([0.0, 0.01, 0.2]))
+    share = torch.where(turned, 0.5, torch.where(~hard[:, None] & (dice < torch.tensor([0.0, 0.1, 0.2])), 0.9, 1.0))
+    return replace(
+        made,
+        kinds=("prompt",) * len(made),  # type: ignore[arg-type]
+        classes=tuple(f"decision, {row % 3}" if one else "text" for row, one in enumerate(hard.tolist())),
+        agree=~turned,
+        share=share,
+        labelled=torch.zeros(len(made), dtype=torch.bool),
+    )
+
+
+def test_a_class_that_needs_more_depth_gets_programs_of_its_own(
+    model: PolarModel, matrix: Callable[..., RewardMatrix]
+) -> None:
+    rows = _decisions(matrix)
+    assert set(kinds_of(rows)) == {"decision", "text"}
+    settings = QUICK.model_copy(update={"strict": 0.1, "by_kind": True, "risks": (0.05,), "least": 0.8})
+    trainer = RouterTrainer(model, rows)
+    menu, static = trainer.menu(settings), trainer.static(settings)
+    assert menu.facts.training["utility"] > static.facts.training["utility"] + 0.05
+    test = _decisions(matrix, 300, seed=8)
+    decides = [name != "text" for name in test.classes]
+    chosen = menu.choose_all(menu.outputs(menu.reader.stack(test.tokens)), 0.08)
+    deep = [program == test.programs[2] for program in chosen]
+    texts, decisions = (
+        [one for one, hard in zip(deep, decides, strict=True) if hard == kind] for kind in (False, True)
+    )
+    assert fmean(texts) > 0.9 and fmean(decisions) < 0.2
+
+
+def test_few_prompts_of_a_class_are_no_kind(matrix: Callable[..., RewardMatrix]) -> None:
+    rows = matrix(60)
+    classes = tuple(("a, 1", "a, 2", "b", "")[row % 4] for row in range(60))  # thirty of class a, fifteen of b
+    assert kinds_of(replace(rows, classes=classes)) == ["a", "a", "choice", "choice"] * 15
+    classes = tuple(("a, 1", "b")[row % 2] for row in range(30))
+    assert kinds_of(replace(rows.rows(range(30)), classes=classes)) == ["choice"] * 30
+
+
 def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     """With the regression all but outweighed, the exact policy gradient separates easy from hard prompts."""
     settings = QUICK.model_copy(update={"targets": ("agreement",), "gradient": 1000.0, "temperature": 0.3})
@@ -65,8 +113,6 @@ def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., Rewa
 
 
 def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    from polar_sdk.lab.training.examples import Examples
-
     rows = matrix(50)
     examples = Examples.of(rows, torch.zeros(50, 3), "differs", Pricing(rows.programs, model.decoder.cost))
     needed = torch.tensor([[0.0, 0.25, 0.5]] * 50)
