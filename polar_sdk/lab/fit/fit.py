@@ -80,7 +80,7 @@ _OF_PROMISE: Final = 0.6
 _KINDS: Final[tuple[Literal["menu", "static"], ...]] = ("menu", "static")
 _USED: Final = 0.04
 """Share of the prompts of a tier from which a program is worth its maps."""
-_WIDEST: Final = 4
+_WIDEST: Final = 2
 """Where a router's dial ends, as a multiple of the widest promise."""
 
 
@@ -310,7 +310,10 @@ class _Work:
         )
 
     def _chosen(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
-        """A certified router: one that reads the prompt where that earns something, else one program for each tier."""
+        """A certified router: one that reads the prompt where that earns something, else one program for each tier.
+
+        One program stops where the worst kind of prompts does; one that reads gives that kind a program of its own.
+        """
         menu, static = (self._trained(kind, matrix, tiers) for kind in _KINDS)
         gain = menu.facts.training["utility_mean"] - static.facts.training["utility"]
         earns = gain >= _ROUTING_EARNS
@@ -338,8 +341,10 @@ class _Work:
             strict=fmean(ratios) if ratios else 0.0,
             by_kind=True,
             own_length=False,
+            targets=("agreement",),
             hidden=((64,),),
-            penalties=(0.3, 1.0, 3.0),
+            penalties=(0.01, 0.03, 0.1),
+            prices=(20.0, 300.0),  # a text of which a few words are lost counts a tenth
             risks=tuple(_OF_PROMISE * promise.alpha for promise in tiers.values()),
             least=max(0.05, 1 - _WIDEST * max(promise.alpha for promise in tiers.values())),
         )

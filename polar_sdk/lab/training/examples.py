@@ -5,6 +5,7 @@ Pure tensors, taken from a `RewardMatrix`. Knows no model.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, grouped
+from polar_sdk.lab.training.outcomes import MIN_CLASS, grouped
 from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.router.menu import needed_theta
 
@@ -47,13 +48,11 @@ def kinds_of(matrix: RewardMatrix) -> list[str]:
 
     Of a wide class and a narrow one (see `by_class`) it is the wide one.
     """
-    sizes = {name: len(rows) for name, rows in by_class(range(len(matrix)), matrix.classes).items()}
-
-    def named(row: int) -> str:
-        name = matrix.classes[row]
-        return next((each for each in (name.split(",")[0], name) if sizes.get(each, 0) >= MIN_CLASS), matrix.kinds[row])
-
-    return [named(row) for row in range(len(matrix))]
+    sizes = Counter(each for name in matrix.classes for each in {name, name.split(",")[0]} if each)
+    return [
+        next((each for each in (name.split(",")[0], name) if sizes[each] >= MIN_CLASS), kind)
+        for name, kind in zip(matrix.classes, matrix.kinds, strict=True)
+    ]
 
 
 def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0, by_kind: bool = False) -> Tensor:
@@ -62,9 +61,9 @@ def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0, by_
     A prompt does not show whether a program happens to turn this wrong answer right or this right answer wrong, only
     how often it does so. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
     falls one token short of being the same is less lost than one of which nothing is kept. With `strict`, an answer in
-    text is that much lost where less than 95% of its tokens are kept, whatever the loss. `by_kind`, each prompt has at
-    least the share of its kind's prompts whose answers differ, to which as many of all prompts are added as a class
-    must have: few differ, and where they do, the kind says more than the prompt.
+    text is that much lost where less than 95% of its tokens are kept, whatever the loss. `by_kind`, each prompt has
+    at least the share of its kind's answers that differ, to which as many of all prompts are added as a class must
+    have: few differ, and the kind says more about which ones than the prompt does.
     """
     learned = losses(matrix, loss)
     written = torch.tensor([kind != "choice" for kind in matrix.kinds])

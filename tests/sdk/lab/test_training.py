@@ -83,7 +83,19 @@ def test_a_class_that_needs_more_depth_gets_programs_of_its_own(
 ) -> None:
     rows = _decisions(matrix)
     assert set(kinds_of(rows)) == {"decision", "text"}
-    settings = QUICK.model_copy(update={"strict": 0.1, "by_kind": True, "risks": (0.05,), "least": 0.8})
+    settings = QUICK.model_copy(
+        update={
+            "targets": ("agreement",),
+            "prices": (20.0, 300.0),
+            "hidden": ((64,),),
+            "penalties": (0.03,),
+            "strict": 0.1,
+            "by_kind": True,
+            "own_length": False,
+            "risks": (0.05,),
+            "least": 0.8,
+        }
+    )
     trainer = RouterTrainer(model, rows)
     menu, static = trainer.menu(settings), trainer.static(settings)
     assert menu.facts.training["utility"] > static.facts.training["utility"] + 0.05
