@@ -1,6 +1,6 @@
-"""Tiers on problems with right answers: MMLU, ARC, GSM8K, HumanEval, beside full depth on the same problems.
+"""Tiers on problems with right answers: MMLU, ARC, GSM8K, HumanEval, decisions, beside full depth on the same problems.
 
-    python -m benchmarks.problems SUITE FILE [--model NAME] [--limit N] [--program PROGRAM…] [--results FOLDER]
+    python -m benchmarks.problems SUITE [FILE] [--model NAME] [--limit N] [--program PROGRAM…] [--results FOLDER]
 
 The problems are spread over the file, so that all subjects of a sorted one take part. Besides the tiers, programs by
 hand may run for all problems: the frontier that no router chose. Answers are kept in the model's cache, so that a run
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.exact_tests import Interval
 
 SUITES: Final = ("mmlu", "arc", "gsm8k", "humaneval", "decisions")
-_DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0, "formats": 2.0, "refusals": 2.0}
+_DROP: Final = {"mmlu": 1.0, "humaneval": 1.5, "gsm8k": 2.0, "formats": 2.0, "refusals": 2.0, "decisions": 2.0}
 """Points that standard may lose."""
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     """Measure, print and record."""
     parser = arguments(__doc__)
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("file", type=Path, help="JSONL of the data set's own fields")
+    parser.add_argument("file", type=Path, nargs="?", help="JSONL of the data set's own fields; not for decisions")
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--limit", type=int, default=1_500, help="maximum problems")
     parser.add_argument("--program", nargs="*", default=[], help="that runs for all problems")
@@ -81,12 +81,15 @@ def main() -> None:
     recorder = Recorder("problems", options.results, model=options.model)
     tiers = [name for name in ("standard", "economy") if name in model.tiers]
     with tempfile.TemporaryDirectory() as folder, ProgressBars(quiet=False) as show:
-        data = Path(folder, "problems.jsonl")
-        data.write_text(spread(options.file, options.limit), encoding="utf-8")
+        data = None
+        if options.file is not None:
+            data = Path(folder, "problems.jsonl")
+            data.write_text(spread(options.file, options.limit), encoding="utf-8")
         found = lab.evaluate_suite(
             model,
             options.suite,
             data,
+            limit=options.limit,
             compute=tiers,
             programs=options.program,
             run_code=options.suite == "humaneval",
