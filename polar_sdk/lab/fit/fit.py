@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.router.certificate import Certificate, Loss
 
+_Kind = Literal["menu", "static"]
+"""Of a router: one that reads the prompt, or one that does not."""
 PROMISES: Final[dict[str, TierPromise]] = {
     "economy": TierPromise(0.05, strict=0.4),
     "standard": TierPromise(0.025, strict=0.25),
@@ -77,7 +79,6 @@ _ROUTING_EARNS: Final = 0.03
 chosen among several on the same prompts, so that less may be luck."""
 _OF_PROMISE: Final = 0.6
 """Share of a promise that is lost where a router serves it: calibration leaves room for chance."""
-_KINDS: Final[tuple[Literal["menu", "static"], ...]] = ("menu", "static")
 _USED: Final = 0.04
 """Share of the prompts of a tier from which a program is worth its maps."""
 _WIDEST: Final = 2
@@ -314,24 +315,22 @@ class _Work:
 
         One program stops where the worst kind of prompts does; one that reads gives that kind a program of its own.
         """
-        menu, static = (self._trained(kind, matrix, tiers) for kind in _KINDS)
+        menu, static = self._trained("menu", matrix, tiers), self._trained("static", matrix, tiers)
         gain = menu.facts.training["utility_mean"] - static.facts.training["utility"]
-        earns = gain >= _ROUTING_EARNS
-        if not earns:
+        kind: _Kind = "menu" if gain >= _ROUTING_EARNS else "static"
+        if kind == "static":
             self.notes.append(
                 f"Each tier runs one program for every prompt: with a network that reads them, {abs(100 * gain):.1f}% "
                 f"{'more' if gain > 0 else 'less'} of the FLOPs of held-out prompts are saved, so it is not worth it."
             )
-        certified = self._certified(menu if earns else static, tiers)
+        certified = self._certified(menu if kind == "menu" else static, tiers)
         used = self._used(certified)
         kept = [place for place, program in enumerate(matrix.programs) if place == 0 or program in used]
         if 1 < len(kept) < len(matrix.programs):  # the maps of other programs would only be carried along
-            certified = self._certified(self._trained(_KINDS[not earns], matrix.only(kept), tiers), tiers)
+            certified = self._certified(self._trained(kind, matrix.only(kept), tiers), tiers)
         return certified
 
-    def _trained(
-        self, kind: Literal["menu", "static"], matrix: RewardMatrix, tiers: dict[str, TierPromise]
-    ) -> LearnedRouter:
+    def _trained(self, kind: _Kind, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
         """A router over the programs of a matrix, bound to the model."""
         loss: Loss = "drops" if bool(matrix.labelled.any()) else "differs"
         ratios = [promise.alpha / promise.strict for promise in tiers.values() if promise.strict]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_sdk.lab.fit.synthetic import decisions
 from polar_sdk.lab.items import PromptItem, Text
-from polar_sdk.lab.suites.suite import Asked, P, Problem, Suite
+from polar_sdk.lab.suites.suite import Asked, P, Problem, Suite, check_index
 from polar_sdk.reading import ANSWER_DIGITS, Unreadable, parse_json
 
 if TYPE_CHECKING:
@@ -207,8 +207,7 @@ class DecisionProblem(_Kinds, frozen=True):
 
     @model_validator(mode="after")
     def _answer_is_a_choice(self) -> Self:
-        if self.answer >= len(self.choices):
-            raise ValueError(f"answer {self.answer} is not an index of {len(self.choices)} choices")
+        check_index(self.answer, self.choices)
         return self
 
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, Text
-from polar_sdk.lab.suites.suite import Asked, P, Problem, Suite
+from polar_sdk.lab.suites.suite import Asked, P, Problem, Suite, check_index
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,8 +87,7 @@ class MmluProblem(Lettered, frozen=True):
 
     @model_validator(mode="after")
     def _answer_is_a_choice(self) -> Self:
-        if self.answer >= len(self.choices):
-            raise ValueError(f"answer {self.answer} is not an index of {len(self.choices)} choices")
+        check_index(self.answer, self.choices)
         return self
 
     @property

@@ -136,6 +136,16 @@ class Suite(ABC, Generic[P]):
         return f"a line of suite {self.name} is a JSON object with {fields}."
 
 
+def check_index(answer: int, choices: Sequence[str]) -> None:
+    """Check, for a problem's validator, that the right answer is one of the choices.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if answer >= len(choices):
+        raise ValueError(f"answer {answer} is not an index of {len(choices)} choices")
+
+
 def check_shots(suite: Suite[Any], count: int, file: Path | None) -> None:
     """Check that the solved problems that are asked for can be had.
 

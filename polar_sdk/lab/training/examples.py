@@ -5,7 +5,6 @@ Pure tensors, taken from a `RewardMatrix`. Knows no model.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.training.outcomes import MIN_CLASS, grouped
+from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, classes_of, grouped
 from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.router.menu import needed_theta
 
@@ -46,11 +45,11 @@ def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
 def kinds_of(matrix: RewardMatrix) -> list[str]:
     """The kind of each prompt for which a promise must hold: its class, where that is large enough, or what it is.
 
-    Of a wide class and a narrow one (see `by_class`) it is the wide one.
+    Of a wide class and a narrow one (see `classes_of`) it is the wide one.
     """
-    sizes = Counter(each for name in matrix.classes for each in {name, name.split(",")[0]} if each)
+    sizes = {name: len(rows) for name, rows in by_class(range(len(matrix)), matrix.classes).items()}
     return [
-        next((each for each in (name.split(",")[0], name) if sizes[each] >= MIN_CLASS), kind)
+        next((each for each in classes_of(name) if sizes[each] >= MIN_CLASS), kind)
         for name, kind in zip(matrix.classes, matrix.kinds, strict=True)
     ]
 

@@ -134,14 +134,17 @@ MIN_CLASS: Final = 20
 """Prompts from which a class is looked at on its own."""
 
 
+def classes_of(name: str) -> list[str]:
+    """The classes of an item by the name of its own, the widest first: `letters, chemistry` is in `letters` as well."""
+    return [each for each in dict.fromkeys((name.split(",", maxsplit=1)[0], name)) if each]
+
+
 def by_class(rows: Iterable[int], classes: Sequence[str]) -> dict[str, list[int]]:
-    """Rows by the class that their items name; `letters, chemistry` is in the wider class `letters` as well."""
+    """Rows by the classes that they are in; see `classes_of`."""
     groups: dict[str, list[int]] = {}
     for row in rows:
-        name = classes[row]
-        for each in dict.fromkeys((name, name.split(",")[0])):
-            if each:
-                groups.setdefault(each, []).append(row)
+        for name in classes_of(classes[row]):
+            groups.setdefault(name, []).append(row)
     return dict(sorted(groups.items()))
 
 
