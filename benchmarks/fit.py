@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--limit", type=int, default=1000, help="maximum prompts")
+    parser.add_argument("--distil", type=int, help="training steps of the maps; by default as many as fit")
     parser.add_argument("--work", type=Path, default=Path("out/fit"), help="folder of the prompts and of the fit")
     options = parser.parse_args()
     fitted, held = prompts(options.work)
@@ -218,7 +219,13 @@ def main() -> None:
     with ProgressBars(quiet=False) as show:
         folder = options.work / model.fingerprint[:12]
         made = lab.fit(
-            model, lab.read_items(fitted), hours=options.hours, limit=options.limit, out=folder, on_progress=show
+            model,
+            lab.read_items(fitted),
+            hours=options.hours,
+            limit=options.limit,
+            distil=options.distil,
+            out=folder,
+            on_progress=show,
         )
         evaluation = lab.evaluate(model, lab.read_items(held), router=folder / "router", timed=0, on_progress=show)
     record(recorder, made, evaluation)

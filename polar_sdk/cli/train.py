@@ -22,9 +22,10 @@ def train(
     rewards: Annotated[Path, typer.Option(help="Rewards file that `polar lab search` wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     kind: Annotated[
-        Literal["menu", "policy", "static"],
+        Literal["menu", "table", "policy", "static"],
         typer.Option(
-            help="Choose a program (menu), an action for each layer (policy), or one program for all (static)."
+            help="Choose a program by the prompt (menu) or by its kind (table), or an action for each layer (policy); "
+            "or one program for all (static)."
         ),
     ] = "menu",
     features: Annotated[

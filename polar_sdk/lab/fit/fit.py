@@ -2,8 +2,8 @@
 
 The steps: measure the pace and plan; fit maps that fill a prompt's upper layers, of several cuts at once; measure the
 programs; if there is time, train the maps of those that decide what the tiers save, and measure those again; keep those
-that no other beats; train the router, and one that runs the same program for every prompt; certify the better of the
-two; evaluate it on unseen prompts; register it. Every step keeps its work in a folder that belongs to the model, the
+that no other beats; train a router that has a program for each kind of prompt; certify it; evaluate it on unseen
+prompts; register it. Every step keeps its work in a folder that belongs to the model, the
 prompts and the settings, so that the same call resumes where it stopped. Knows the steps; each is done by the lab.
 """
 
@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.router.certificate import Certificate, Loss
 
-_Kind = Literal["menu", "static"]
-"""Of a router: one that reads the prompt, or one that does not."""
 PROMISES: Final[dict[str, TierPromise]] = {
     "economy": TierPromise(0.05, strict=0.4),
     "standard": TierPromise(0.025, strict=0.25),
@@ -74,11 +72,6 @@ _HALVES: Final = Shares(0.6, 0.4, 0.0, 0.0)
 """Shares of the prompts that the menu is chosen on: to train the router on, and to choose by."""
 _FEWEST: Final = 8
 """Prompts that each split must have."""
-_ROUTING_EARNS: Final = 0.03
-"""Share of the FLOPs that a router which reads the prompts must save beyond one that does not, at equal losses. It was
-chosen among several on the same prompts, so that less may be luck."""
-_OF_PROMISE: Final = 0.6
-"""Share of a promise that is lost where a router serves it: calibration leaves room for chance."""
 _USED: Final = 0.04
 """Share of the prompts of a tier from which a program is worth its maps."""
 _WIDEST: Final = 2
@@ -147,7 +140,7 @@ def fit(
         out: Folder of the work; None = one in the cache, see `fit_folder`.
         limit: Maximum prompts, whatever the hours allow.
         distil: Training steps of the maps after their closed form; None = as many as the hours allow.
-        seed: Of the router's training.
+        seed: Of the training of maps.
         on_plan: Called with the plan before the work begins.
         on_progress: Called with (stage, steps done, steps in all).
 
@@ -224,7 +217,7 @@ class _Work:
             raise DataError(f"{str(self.folder)!r} is not empty and contains no fit; give another folder.")
         pace = measure_pace(model, self.items, self.on_progress)
         plan = make_plan(model, workload_of(model, self.items), pace, self.hours, self.distil)
-        for name in ("closed", "trained", "fills", "menu", "static", "router"):
+        for name in ("closed", "trained", "fills", "table", "router"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         facts = FitFacts(
             key=key, plan_key=plan_key, model=model.name, fingerprint=model.fingerprint, dtype=model.dtype, plan=plan
@@ -311,48 +304,37 @@ class _Work:
         )
 
     def _chosen(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
-        """A certified router: one that reads the prompt where that earns something, else one program for each tier.
-
-        One program stops where the worst kind of prompts does; one that reads gives that kind a program of its own.
-        """
-        menu, static = self._trained("menu", matrix, tiers), self._trained("static", matrix, tiers)
-        gain = menu.facts.training["utility_mean"] - static.facts.training["utility"]
-        kind: _Kind = "menu" if gain >= _ROUTING_EARNS else "static"
-        if kind == "static":
-            self.notes.append(
-                f"Each tier runs one program for every prompt: with a network that reads them, {abs(100 * gain):.1f}% "
-                f"{'more' if gain > 0 else 'less'} of the FLOPs of held-out prompts are saved, so it is not worth it."
-            )
-        certified = self._certified(menu if kind == "menu" else static, tiers)
+        """A certified router with a program for each kind of prompt; see `table_training`."""
+        certified = self._certified(self._trained(matrix, tiers), tiers)
+        kinds: dict[str, int] = certified.facts.training["kinds"]
+        if len(kinds) == 1:
+            self.notes.append("Each tier runs one program for every prompt.")
+        else:
+            usual = max(kinds, key=lambda kind: kinds[kind])
+            own = " and ".join(repr(kind) for kind in kinds if kind != usual)
+            self.notes.append(f"Prompts recognised as {own} run programs of their own.")
         used = self._used(certified)
         kept = [place for place, program in enumerate(matrix.programs) if place == 0 or program in used]
         if 1 < len(kept) < len(matrix.programs):  # the maps of other programs would only be carried along
-            certified = self._certified(self._trained(kind, matrix.only(kept), tiers), tiers)
+            certified = self._certified(self._trained(matrix.only(kept), tiers), tiers)
         return certified
 
-    def _trained(self, kind: _Kind, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
+    def _trained(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
         """A router over the programs of a matrix, bound to the model."""
         loss: Loss = "drops" if bool(matrix.labelled.any()) else "differs"
         ratios = [promise.alpha / promise.strict for promise in tiers.values() if promise.strict]
         settings = MenuSettings(
-            seeds=(self.seed, self.seed + 1, self.seed + 2),
             loss=loss,
-            strict=fmean(ratios) if ratios else 0.0,
-            by_kind=True,
+            strict=fmean(ratios) if ratios else 0.0,  # a text of which a few words are lost counts a tenth
             own_length=False,
-            targets=("agreement",),
-            hidden=((64,),),
-            penalties=(0.01, 0.03, 0.1),
-            prices=(20.0, 300.0),  # a text of which a few words are lost counts a tenth
-            risks=tuple(_OF_PROMISE * promise.alpha for promise in tiers.values()),
             least=max(0.05, 1 - _WIDEST * max(promise.alpha for promise in tiers.values())),
         )
         router = train(
             self.model,
             matrix,
-            kind=kind,
+            kind="table",
             settings=settings,
-            out=self.folder / kind,
+            out=self.folder / "table",
             maps=self.folder / "fills",
             on_progress=self.on_progress,
         )

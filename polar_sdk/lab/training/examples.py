@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, classes_of, grouped
+from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, classes_of
 from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.router.menu import needed_theta
 
@@ -54,15 +54,13 @@ def kinds_of(matrix: RewardMatrix) -> list[str]:
     ]
 
 
-def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0, by_kind: bool = False) -> Tensor:
+def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0) -> Tensor:
     """(P, M) float32: the losses that a router learns from, which hold less chance than `losses`.
 
     A prompt does not show whether a program happens to turn this wrong answer right or this right answer wrong, only
     how often it does so. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
     falls one token short of being the same is less lost than one of which nothing is kept. With `strict`, an answer in
-    text is that much lost where less than 95% of its tokens are kept, whatever the loss. `by_kind`, each prompt has
-    at least the share of its kind's answers that differ, to which as many of all prompts are added as a class must
-    have: few differ, and the kind says more about which ones than the prompt does.
+    text is that much lost where less than 95% of its tokens are kept, whatever the loss.
     """
     learned = losses(matrix, loss)
     written = torch.tensor([kind != "choice" for kind in matrix.kinds])
@@ -73,12 +71,6 @@ def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0, by_
     learned[written, 1:] = torch.sigmoid((edge - matrix.share[written, 1:]) / blur)
     if strict:
         learned[written] *= strict
-    if by_kind:
-        differs = losses(matrix, "differs")
-        everywhere = differs[written].mean(0)
-        for rows in grouped(written.nonzero()[:, 0].tolist(), kinds_of(matrix).__getitem__).values():
-            lost = (differs[rows].sum(0) + MIN_CLASS * everywhere) / (len(rows) + MIN_CLASS)
-            learned[rows] = torch.maximum(learned[rows], lost)
     known = matrix.labelled
     if loss != "drops" or not bool(known.any()):
         return learned
@@ -121,7 +113,6 @@ class Examples:
         pricing: Pricing,
         *,
         strict: float = 0.0,
-        by_kind: bool = False,
     ) -> Examples:
         """Examples of the rows of a matrix; for the loss `harms`, of those whose answer is known.
 
@@ -131,7 +122,6 @@ class Examples:
             loss: See `Loss`.
             pricing: Of the matrix's programs.
             strict: See `learned_losses`.
-            by_kind: See `learned_losses`; the kinds are then those of `kinds_of`.
 
         Raises:
             DataError: No row has an answer, and the loss needs answers.
@@ -143,10 +133,9 @@ class Examples:
                 f"the loss {loss!r} needs prompts with answers, but none has one; use 'differs', or give answers."
             )
         least = -1.0 if loss == "drops" else 0.0
-        named = kinds_of(matrix) if by_kind else matrix.kinds
-        names = sorted(set(named))
-        kinds = torch.tensor([names.index(kind) for kind in named])
-        lost = learned_losses(matrix, loss, strict=strict, by_kind=by_kind)
+        names = sorted(set(matrix.kinds))
+        kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
+        lost = learned_losses(matrix, loss, strict=strict)
         lengths = [len(tokens) for tokens, kept in zip(matrix.tokens, keep.tolist(), strict=True) if kept]
         favour = pricing.favour(lengths) if pricing.own_length else None
         costs = pricing.costs(lengths)

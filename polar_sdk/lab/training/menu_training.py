@@ -47,8 +47,6 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     """Whether programs are compared at each prompt's own length; see `router.menu`."""
     strict: float = Field(default=0.0, ge=0, le=1)
     """How much of an answer in text counts as lost where less than 95% of its tokens are kept, whatever the loss."""
-    by_kind: bool = False
-    """Whether a promise must hold for each large class of prompts; see `training.examples.kinds_of`."""
     targets: tuple[Target, ...] = Field(default=("agreement", "gap"), min_length=1)
     hidden: tuple[tuple[int, ...], ...] = Field(default=((), (64,)), min_length=1)
     """Hidden layers of the head; () is a linear one."""

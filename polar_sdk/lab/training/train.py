@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
 
 from polar_sdk.errors import DataError, RouterError, RouterModelError
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.lab.program_search.matrix import RewardMatrix
-from polar_sdk.lab.training.examples import Examples, losses
+from polar_sdk.lab.training.examples import Examples, kinds_of, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
 from polar_sdk.lab.training.outcomes import Bench, id_prefixes
+from polar_sdk.lab.training.table_training import fit_table
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.losses import ANSWER_TOKENS
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.menu import MenuRouter, Pricing
-from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
+from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader
 from polar_sdk.router.store import save_with_maps
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -35,12 +37,14 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.router.certificate import Loss
     from polar_sdk.router.learned import LearnedRouter
+    from polar_sdk.router.network import Network
 
 
 _CHECKPOINTS: Final = "checkpoints"
 """Name of the folder of checkpoints, in the router's folder."""
-RouterKind = Literal["menu", "policy", "static"]
-"""`policy` decides layer by layer; `static` is a menu router that reads nothing, the baseline of routing."""
+RouterKind = Literal["menu", "table", "policy", "static"]
+"""`table` is a menu router that has one program for each kind of prompt, `policy` decides layer by layer; `static` is a
+menu router that reads nothing, the baseline of routing."""
 _DEFAULT_RISK: Final = 0.05
 """Share of lost dev prompts at which an uncalibrated router serves."""
 _MAX_DEV_PROMPTS: Final = 256
@@ -66,7 +70,8 @@ def train(
     Args:
         model: The model.
         rewards: The reward matrix of `search`, or its file.
-        kind: `menu` chooses among the matrix's programs, `policy` layer by layer; `static` reads nothing.
+        kind: `menu` chooses among the matrix's programs, `table` does so by the prompt's kind, `policy` decides layer
+            by layer; `static` reads nothing.
         items: For `policy`: the items that were searched on; None = the prompts that come with the package.
         features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all.
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
@@ -79,20 +84,21 @@ def train(
         RouterError: The kind is unknown, the settings are for another kind, or maps that programs use are missing.
         DataError: The matrix holds no train or no dev prompt, or its menu is identity alone.
     """
-    by_kind = {"menu": MenuSettings, "policy": LayerwiseSettings, "static": MenuSettings}
-    if kind not in by_kind:
-        raise RouterError(f"router kind {kind!r} cannot be trained; choose from: {', '.join(by_kind)}.")
-    if settings is not None and not isinstance(settings, by_kind[kind]):
-        raise RouterError(f"kind {kind!r} takes {by_kind[kind].__name__}, not {type(settings).__name__}.")
+    if kind not in get_args(RouterKind):
+        raise RouterError(f"router kind {kind!r} cannot be trained; choose from: {', '.join(get_args(RouterKind))}.")
+    takes = LayerwiseSettings if kind == "policy" else MenuSettings
+    if settings is not None and not isinstance(settings, takes):
+        raise RouterError(f"kind {kind!r} takes {takes.__name__}, not {type(settings).__name__}.")
     matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
     used = [model.use_maps(each) for each in MapSet.load_all(maps)]
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = RouterTrainer(model, matrix, features, checkpoints, on_progress)
     router: LearnedRouter
     if isinstance(settings, LayerwiseSettings) or kind == "policy":
+        assert not isinstance(settings, MenuSettings)
         router = trainer.layerwise(builtin_items() if items is None else items, settings)
     else:
-        router = trainer.menu(settings) if kind == "menu" else trainer.static(settings)
+        router = {"menu": trainer.menu, "table": trainer.table, "static": trainer.static}[kind](settings)
     # What was tuned to right choices knows nothing of answers in text.
     if any(each.facts.training.get("distil") and each.facts.training.get("labels") for each in used):
         router = router.with_facts(bridges="choices")
@@ -134,19 +140,32 @@ class RouterTrainer:
         familiar = Familiar.around(train.features, dev.features, trained.network)
         return self._menu(trained, replace(trained.network, familiar=familiar), dev, order, settings)
 
+    def table(self, settings: MenuSettings | None = None) -> MenuRouter:
+        """A menu router that runs the same program for all prompts of a kind, by its dial; see `table_training`."""
+        return self._by_kind(settings or MenuSettings(), kinds_of)
+
     def static(self, settings: MenuSettings | None = None) -> MenuRouter:
         """A menu router that runs the same program for every prompt, by its dial: the baseline of routing."""
-        settings = settings or MenuSettings()
+        return self._by_kind(settings or MenuSettings(), lambda matrix: ["all"] * len(matrix))
+
+    def _by_kind(self, settings: MenuSettings, name: Callable[[RewardMatrix], list[str]]) -> MenuRouter:
+        """A menu router with the same outputs for all prompts of a kind."""
         order = self._order()
         train, dev = self._examples(settings)
-        kept = torch.cat((train.kept, dev.kept))[:, 1:].mean(0).clamp(1e-4, 1 - 1e-4)
-        network = Network.fresh(train.features, (), len(kept), seed=0)  # its weights are zero
-        network.biases[-1].copy_(kept.logit())
+        splits = self.matrix.splits
+        matrix = self.matrix.rows([row for part in ("train", "dev") for row, own in enumerate(splits) if own == part])
+        matrix = matrix.rows(matrix.labelled) if settings.loss == "harms" else matrix
+        kinds = name(matrix)
+        features = torch.cat((train.features, dev.features))
+        network = fit_table(matrix, features, kinds, settings.loss, strict=settings.strict, least=dev.least)
+        if len(counts := Counter(kinds)) > 1:
+            network = replace(network, familiar=Familiar.around(train.features, dev.features, network))
+        dev = replace(dev, kinds=torch.tensor([list(counts).index(kind) for kind in kinds[len(train) :]]))
         with torch.no_grad():
             walked = frontier(dev.needed(network(dev.features)), dev, order, max_theta=dev.end(settings.least))
         utility = walked.utility(settings.risks)
         spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
-        record = {"settings": settings.model_dump(mode="json"), "picked": "static", **spread}
+        record = {"settings": settings.model_dump(mode="json"), "kinds": dict(counts), **spread}
         return self._menu(Trained(network, record), network, dev, order, settings)
 
     def _order(self) -> list[int]:
@@ -226,7 +245,7 @@ class RouterTrainer:
         matrix = self.matrix.of("train", "dev")
         pricing = self._pricing(own_length=settings.own_length, loss=settings.loss)
         features = self._read(matrix.tokens)
-        both = Examples.of(matrix, features, settings.loss, pricing, strict=settings.strict, by_kind=settings.by_kind)
+        both = Examples.of(matrix, features, settings.loss, pricing, strict=settings.strict)
         labelled = [split for split, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
         splits = matrix.splits if len(both) == len(matrix) else labelled
         return both.rows([split == "train" for split in splits]), both.rows([split == "dev" for split in splits])

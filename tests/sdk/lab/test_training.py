@@ -14,6 +14,7 @@ from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.lab.training.examples import Examples, kinds_of
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, frontier
+from polar_sdk.lab.training.table_training import losses_by_kind
 from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.policy import Policy
@@ -83,30 +84,36 @@ def test_a_class_that_needs_more_depth_gets_programs_of_its_own(
 ) -> None:
     rows = _decisions(matrix)
     assert set(kinds_of(rows)) == {"decision", "text"}
-    settings = QUICK.model_copy(
-        update={
-            "targets": ("agreement",),
-            "prices": (20.0, 300.0),
-            "hidden": ((64,),),
-            "penalties": (0.03,),
-            "strict": 0.1,
-            "by_kind": True,
-            "own_length": False,
-            "risks": (0.05,),
-            "least": 0.8,
-        }
-    )
-    trainer = RouterTrainer(model, rows)
-    menu, static = trainer.menu(settings), trainer.static(settings)
-    assert menu.facts.training["utility"] > static.facts.training["utility"] + 0.05
+    settings = QUICK.model_copy(update={"strict": 0.1, "own_length": False, "risks": (0.05,), "least": 0.8})
+    table = RouterTrainer(model, rows).table(settings)
+    assert table.facts.training["kinds"].keys() == {"decision", "text"}
     test = _decisions(matrix, 300, seed=8)
     decides = [name != "text" for name in test.classes]
-    chosen = menu.choose_all(menu.outputs(menu.reader.stack(test.tokens)), 0.08)
+    chosen = table.choose_all(table.outputs(table.reader.stack(test.tokens)), 0.08)
     deep = [program == test.programs[2] for program in chosen]
     texts, decisions = (
         [one for one, hard in zip(deep, decides, strict=True) if hard == kind] for kind in (False, True)
     )
     assert fmean(texts) > 0.9 and fmean(decisions) < 0.2
+
+
+def test_losses_of_a_kind_lean_on_those_of_all_and_grow_with_what_is_saved(matrix: Callable[..., RewardMatrix]) -> None:
+    rows = matrix(40)
+    agree = torch.ones(40, 3, dtype=torch.bool)
+    agree[:10, 1] = False  # ten prompts of thirty lose under program 1 only, and none of the other ten
+    kinds = ["a"] * 30 + ["b"] * 10
+    found = losses_by_kind(replace(rows, agree=agree, kinds=("choice",) * 40), kinds, "differs", strict=0.5)
+    assert list(found) == ["a", "b"]
+    assert found["a"].tolist() == pytest.approx([0, (10 + 20 / 4) / 50, (10 + 20 / 4) / 50])
+    assert found["b"].tolist() == pytest.approx([0, 5 / 30, 5 / 30])
+
+
+def test_strict_losses_of_texts_count_their_share(matrix: Callable[..., RewardMatrix]) -> None:
+    rows = matrix(20)
+    share = torch.ones(20, 3)
+    share[:10, 1:] = 0.9
+    rows = replace(rows, agree=torch.ones(20, 3, dtype=torch.bool), share=share, kinds=("prompt",) * 20)
+    assert losses_by_kind(rows, ["a"] * 20, "differs", strict=0.2)["a"].tolist() == pytest.approx([0, 0.1, 0.1])
 
 
 def test_few_prompts_of_a_class_are_no_kind(matrix: Callable[..., RewardMatrix]) -> None:

@@ -1,0 +1,105 @@
+"""A table of programs by kind of prompt, as a network that recognises the kinds.
+
+A prompt shows what is asked of it, and so how often a program loses the answers to such prompts; whether it loses this
+one, it hardly shows. A network that learns losses prompt by prompt, from a few hundred, takes chance for knowledge: it
+saves a little more on kinds that it was trained on, and breaks promises on others. A table gives all prompts of a kind
+the same outputs, and those of no kind that it knows the outputs of the largest one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from polar_sdk.lab.training.examples import losses
+from polar_sdk.lab.training.outcomes import MIN_CLASS, grouped
+from polar_sdk.router.network import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.router.certificate import Loss
+
+_PENALTY: Final = 1.0
+"""Of a recogniser's squared weights, over the number of prompts. From 0.01 to 10, no more than a few of a hundred
+prompts are told otherwise."""
+_WIDTH: Final = 4.0
+"""Log-odds from "surely another kind" to "surely this kind"; between them outputs change steadily."""
+_SURE: Final = 1e-4
+"""Least share of answers that may be lost or kept."""
+
+
+def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, strict: float = 0.0) -> dict[str, Tensor]:
+    """Per kind, the share of its prompts that each program loses, (M,); the largest kind is the first.
+
+    To each kind as many prompts of all kinds are added as a class must have, so that one answer more or less of a few
+    decides nothing. With `strict`, at least that share of the answers in text that keep less than 95% of their tokens
+    is lost. A program loses no less than one that runs more layers, though a few prompts may say so.
+    """
+    lost = losses(matrix, loss)
+    partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])
+    deepest_first = matrix.flops.double().sum(0).argsort(descending=True)
+    found = {}
+    for kind, rows in sorted(grouped(range(len(matrix)), kinds.__getitem__).items(), key=lambda each: -len(each[1])):
+        own = (lost[rows].sum(0) + MIN_CLASS * lost.mean(0)) / (len(rows) + MIN_CLASS)
+        own = torch.maximum(own, strict * partly[rows].mean(0)) if strict else own
+        found[kind] = own.clone()
+        found[kind][deepest_first] = own[deepest_first].cummax(0).values
+    return found
+
+
+def fit_table(
+    matrix: RewardMatrix, features: Tensor, kinds: Sequence[str], loss: Loss, *, strict: float = 0.0, least: float = 0.0
+) -> Network:
+    """A network whose outputs are logits of "nothing is lost", the same for all prompts of a kind.
+
+    Args:
+        matrix: P prompts and M programs; column 0 is identity.
+        features: (P, F).
+        kinds: Of each prompt, P.
+        loss: See `Loss`.
+        strict: See `losses_by_kind`.
+        least: The smallest possible loss; see `Examples`.
+    """
+    table = losses_by_kind(matrix, kinds, loss, strict)
+    rows = {kind: ((1 - lost[1:]) / (1 - least)).clamp(_SURE, 1 - _SURE).logit() for kind, lost in table.items()}
+    usual, *others = rows
+    network = Network.fresh(features, (2 * len(others),) if others else (), len(rows[usual]), seed=0)
+    network.biases[-1].copy_(rows[usual])
+    standardised = (features - network.mean) * network.scale
+    for place, kind in enumerate(others):
+        weights, bias = _recogniser(standardised, torch.tensor([name == kind for name in kinds]))
+        # relu(x) − relu(x − 1) rises from 0 to 1 with the log-odds of the kind
+        for unit, (edge, sign) in enumerate(((0.5, 1), (-0.5, -1)), 2 * place):
+            network.weights[0][unit], network.biases[0][unit] = weights / _WIDTH, bias / _WIDTH + edge
+            network.weights[1][:, unit] = sign * (rows[kind] - rows[usual])
+    return network
+
+
+@torch.enable_grad()
+def _recogniser(features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and bias of log-odds that tell some rows from the others, both sides weighted alike.
+
+    Logistic regression with a penalty on squared weights.
+    """
+    sides = known.float()
+    counts = sides * sides.mean() + (1 - sides) * (1 - sides.mean())
+    weights = torch.zeros(features.shape[1], requires_grad=True)
+    bias = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        odds = features @ weights + bias
+        loss = F.binary_cross_entropy_with_logits(odds, sides, weight=0.5 / counts)
+        loss = loss + _PENALTY * weights.square().sum() / len(features)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weights.detach(), bias.detach()[0]
