@@ -96,6 +96,11 @@ def kind_of(item: Item) -> PromptKind:
     return "answer" if isinstance(item, AnswerItem) else "prompt"
 
 
+def text_of(item: Item) -> str:
+    """The text that the model is asked, without choices."""
+    return item.question if isinstance(item, ChoiceItem) else item.prompt
+
+
 def builtin_items() -> list[Item]:
     """The bare prompts that come with the package, written or made from a grammar, interleaved by kind of task."""
     text = (resources.files("polar_sdk") / "shipped" / "prompts.jsonl").read_text(encoding="utf-8")

@@ -27,11 +27,11 @@ from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
 from polar_sdk.lab.fit.frontier import near, undominated
 from polar_sdk.lab.fit.plan import SHARES, Plan, make_plan, measure_pace, workload_of
-from polar_sdk.lab.fit.prompts import prompts_of, text_of
+from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.lab.fit.summary import figures, tiers_in_words
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
-from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, kind_of, split_of
+from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, kind_of, split_of, text_of
 from polar_sdk.lab.program_search.matrix import RewardMatrix, measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
@@ -333,6 +333,7 @@ class _Work:
             self.model,
             matrix,
             kind="table",
+            items=self._of("train"),
             settings=settings,
             out=self.folder / "table",
             maps=self.folder / "fills",

@@ -15,9 +15,8 @@ from pydantic import BaseModel
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
 from polar_sdk.errors import DataError
-from polar_sdk.lab.fit.prompts import text_of
 from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
-from polar_sdk.lab.items import ChoiceItem, Shares, kind_of
+from polar_sdk.lab.items import ChoiceItem, Shares, kind_of, text_of
 from polar_sdk.programs.program import TAIL, Program
 from polar_sdk.promises.losses import ANSWER_TOKENS
 

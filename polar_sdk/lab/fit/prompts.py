@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.synthetic import decision_items, long_items, task_items
-from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, builtin_items, distinct_items, item_id
+from polar_sdk.lab.items import AnswerItem, PromptItem, builtin_items, distinct_items, item_id, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -57,11 +57,6 @@ def _in_turn(lots: Iterable[list[Item]]) -> Iterable[Item]:
         for lot in left:
             yield lot.pop(0)
         left = [lot for lot in left if lot]
-
-
-def text_of(item: Item) -> str:
-    """The text that the model is asked, without choices."""
-    return item.question if isinstance(item, ChoiceItem) else item.prompt
 
 
 def _length(item: Item) -> int:

@@ -60,13 +60,13 @@ def fit_table(
 
     Args:
         matrix: P prompts and M programs; column 0 is identity.
-        features: (P, F).
-        kinds: Of each prompt, P.
+        features: Of these prompts, and of others that only show what a kind looks like, (Q, F).
+        kinds: Of each of them, Q.
         loss: See `Loss`.
         strict: See `losses_by_kind`.
         least: The smallest possible loss; see `Examples`.
     """
-    table = losses_by_kind(matrix, kinds, loss, strict)
+    table = losses_by_kind(matrix, kinds[: len(matrix)], loss, strict)
     rows = {kind: ((1 - lost[1:]) / (1 - least)).clamp(_SURE, 1 - _SURE).logit() for kind, lost in table.items()}
     usual, *others = rows
     network = Network.fresh(features, (2 * len(others),) if others else (), len(rows[usual]), seed=0)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import torch
 
 from polar_sdk.errors import DataError, RouterError, RouterModelError
-from polar_sdk.lab.items import builtin_items
+from polar_sdk.lab.items import ChoiceItem, builtin_items, kind_of, text_of
 from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.training.examples import Examples, kinds_of, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
-from polar_sdk.lab.training.outcomes import Bench, id_prefixes
+from polar_sdk.lab.training.outcomes import Bench, classes_of, id_prefixes
 from polar_sdk.lab.training.table_training import fit_table
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.losses import ANSWER_TOKENS
@@ -28,7 +28,7 @@ from polar_sdk.router.store import save_with_maps
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -72,7 +72,8 @@ def train(
         rewards: The reward matrix of `search`, or its file.
         kind: `menu` chooses among the matrix's programs, `table` does so by the prompt's kind, `policy` decides layer
             by layer; `static` reads nothing.
-        items: For `policy`: the items that were searched on; None = the prompts that come with the package.
+        items: For `policy`: the items that were searched on; None = the prompts that come with the package. For
+            `table`: items that were not measured and only show what kinds of prompts look like; None = none.
         features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all.
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
         out: Folder to write the router to; checkpoints are kept there until training is done.
@@ -98,7 +99,12 @@ def train(
         assert not isinstance(settings, MenuSettings)
         router = trainer.layerwise(builtin_items() if items is None else items, settings)
     else:
-        router = {"menu": trainer.menu, "table": trainer.table, "static": trainer.static}[kind](settings)
+        makers = {
+            "menu": trainer.menu,
+            "table": lambda settings: trainer.table(settings, items or ()),
+            "static": trainer.static,
+        }
+        router = makers[kind](settings)
     # What was tuned to right choices knows nothing of answers in text.
     if any(each.facts.training.get("distil") and each.facts.training.get("labels") for each in used):
         router = router.with_facts(bridges="choices")
@@ -140,33 +146,53 @@ class RouterTrainer:
         familiar = Familiar.around(train.features, dev.features, trained.network)
         return self._menu(trained, replace(trained.network, familiar=familiar), dev, order, settings)
 
-    def table(self, settings: MenuSettings | None = None) -> MenuRouter:
-        """A menu router that runs the same program for all prompts of a kind, by its dial; see `table_training`."""
-        return self._by_kind(settings or MenuSettings(), kinds_of)
+    def table(self, settings: MenuSettings | None = None, others: Sequence[Item] = ()) -> MenuRouter:
+        """A menu router that runs the same program for all prompts of a kind, by its dial; see `table_training`.
+
+        Args:
+            settings: How to train; None = the defaults.
+            others: Items that are not in the matrix, which only show what kinds of prompts look like.
+        """
+        settings = settings or MenuSettings()
+        matrix = self._rows(settings)
+        kinds = kinds_of(matrix)
+        items = [item for item in others if not isinstance(item, ChoiceItem)]
+        named = [next(filter(set(kinds).__contains__, classes_of(item.task or "")), kind_of(item)) for item in items]
+        known = [row for row, kind in enumerate(named) if kind in kinds]
+        prompts = [self.model.prompt_tokens(text_of(items[row])) for row in known]
+        return self._by_kind(
+            settings, [*kinds, *(named[row] for row in known)], self._read(prompts) if prompts else None
+        )
 
     def static(self, settings: MenuSettings | None = None) -> MenuRouter:
         """A menu router that runs the same program for every prompt, by its dial: the baseline of routing."""
-        return self._by_kind(settings or MenuSettings(), lambda matrix: ["all"] * len(matrix))
+        settings = settings or MenuSettings()
+        return self._by_kind(settings, ["all"] * len(self._rows(settings)))
 
-    def _by_kind(self, settings: MenuSettings, name: Callable[[RewardMatrix], list[str]]) -> MenuRouter:
+    def _by_kind(self, settings: MenuSettings, kinds: Sequence[str], others: Tensor | None = None) -> MenuRouter:
         """A menu router with the same outputs for all prompts of a kind."""
         order = self._order()
         train, dev = self._examples(settings)
-        splits = self.matrix.splits
-        matrix = self.matrix.rows([row for part in ("train", "dev") for row, own in enumerate(splits) if own == part])
-        matrix = matrix.rows(matrix.labelled) if settings.loss == "harms" else matrix
-        kinds = name(matrix)
-        features = torch.cat((train.features, dev.features))
+        seen = train.features if others is None else torch.cat((train.features, others))
+        features = torch.cat((train.features, dev.features, seen[len(train) :]))
+        matrix = self._rows(settings)
         network = fit_table(matrix, features, kinds, settings.loss, strict=settings.strict, least=dev.least)
-        if len(counts := Counter(kinds)) > 1:
-            network = replace(network, familiar=Familiar.around(train.features, dev.features, network))
-        dev = replace(dev, kinds=torch.tensor([list(counts).index(kind) for kind in kinds[len(train) :]]))
+        counts = Counter(kinds[: len(matrix)])
+        if len(counts) > 1:
+            network = replace(network, familiar=Familiar.around(seen, dev.features, network))
+        dev = replace(dev, kinds=torch.tensor([list(counts).index(kind) for kind in kinds[len(train) : len(matrix)]]))
         with torch.no_grad():
             walked = frontier(dev.needed(network(dev.features)), dev, order, max_theta=dev.end(settings.least))
         utility = walked.utility(settings.risks)
         spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
         record = {"settings": settings.model_dump(mode="json"), "kinds": dict(counts), **spread}
         return self._menu(Trained(network, record), network, dev, order, settings)
+
+    def _rows(self, settings: MenuSettings) -> RewardMatrix:
+        """The rows that are learned from: those of the train split, then those of dev."""
+        splits = self.matrix.splits
+        matrix = self.matrix.rows([row for part in ("train", "dev") for row, own in enumerate(splits) if own == part])
+        return matrix.rows(matrix.labelled) if settings.loss == "harms" else matrix
 
     def _order(self) -> list[int]:
         """Programs cheaper than identity, cheapest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 
 from polar_sdk import lab
 from polar_sdk.errors import RouterError, RouterModelError
+from polar_sdk.lab.items import PromptItem
 from polar_sdk.lab.training.examples import Examples, kinds_of
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, frontier
@@ -95,6 +97,23 @@ def test_a_class_that_needs_more_depth_gets_programs_of_its_own(
         [one for one, hard in zip(deep, decides, strict=True) if hard == kind] for kind in (False, True)
     )
     assert fmean(texts) > 0.9 and fmean(decisions) < 0.2
+
+
+def test_prompts_that_were_not_measured_show_what_a_kind_looks_like(
+    model: PolarModel, matrix: Callable[..., RewardMatrix]
+) -> None:
+    settings = QUICK.model_copy(update={"strict": 0.1, "own_length": False, "least": 0.8})
+    rows, dice = _decisions(matrix), random.Random(3)
+    trainer = RouterTrainer(model, rows)
+    texts = ["".join(dice.choices("0123456789", k=20)) for _ in range(90)]
+    items = [PromptItem(prompt=text, task="decision, digits") for text in texts[:60]]
+    shares = []
+    for others in ([], items):
+        router = trainer.table(settings, others)
+        outputs = router.outputs(router.reader.stack([model.prompt_tokens(text) for text in texts[60:]]))
+        careful = [program == rows.programs[1] for program in router.choose_all(outputs, 0.08)]
+        shares.append(fmean(careful))
+    assert shares[0] < 0.6 and shares[1] > 0.9
 
 
 def test_losses_of_a_kind_lean_on_those_of_all_and_grow_with_what_is_saved(matrix: Callable[..., RewardMatrix]) -> None:
