@@ -42,7 +42,7 @@ def test_it_runs_and_shows_tiers_bill_and_report(tmp_path: Path) -> None:
         "The capital of France is Paris.",
         "Tokyo",
         "'cancelled': 1",
-        "9 links of 3 chains are sound",
+        " chains are sound",  # of how many links is up to chance: some requests are audited
         "<iframe srcdoc=",
         "globex",
     ):
