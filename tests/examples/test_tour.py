@@ -30,7 +30,10 @@ def test_it_is_kept_without_outputs() -> None:
 @pytest.mark.model
 @pytest.mark.filterwarnings("default")  # those of Jupyter are not ours; the cells run in a process of their own
 def test_it_runs_and_shows_tiers_bill_and_report(tmp_path: Path) -> None:
-    done = NotebookClient(_read(), timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    tour = _read()
+    for cell in tour.cells:  # an audit, of requests drawn by chance, would add links
+        cell.source = cell.source.replace("sink=Meter(ledger)", "sink=Meter(ledger), audit_share=0")
+    done = NotebookClient(tour, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     errors = [output.text for output in outputs if output.get("name") == "stderr"]
     assert [text for text in errors if "TqdmWarning" not in text] == [], "only tqdm may ask for ipywidgets"
@@ -42,7 +45,7 @@ def test_it_runs_and_shows_tiers_bill_and_report(tmp_path: Path) -> None:
         "The capital of France is Paris.",
         "Tokyo",
         "'cancelled': 1",
-        " chains are sound",  # of how many links is up to chance: some requests are audited
+        "9 links of 3 chains are sound",
         "<iframe srcdoc=",
         "globex",
     ):
