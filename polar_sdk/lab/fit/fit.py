@@ -3,8 +3,8 @@
 The steps: measure the pace and plan; fit maps that fill a prompt's upper layers, of several cuts at once; measure the
 programs; if there is time, train the maps of those that decide what the tiers save, and measure those again; keep those
 that no other beats; train a router that has a program for each kind of prompt; certify it; evaluate it on unseen
-prompts; register it. Every step keeps its work in a folder that belongs to the model, the
-prompts and the settings, so that the same call resumes where it stopped. Knows the steps; each is done by the lab.
+prompts; register it. Every step keeps its work in a folder that belongs to the model, the prompts and the settings, so
+that the same call resumes where it stopped. Knows the steps; each is done by the lab.
 """
 
 from __future__ import annotations

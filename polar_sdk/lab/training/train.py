@@ -268,13 +268,13 @@ class RouterTrainer:
     def _examples(self, settings: MenuSettings) -> tuple[Examples, Examples]:
         """Examples of the train and of the dev split; means per program are taken over both together."""
         self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
-        matrix = self.matrix.of("train", "dev")
+        matrix = self._rows(settings)
         pricing = self._pricing(own_length=settings.own_length, loss=settings.loss)
-        features = self._read(matrix.tokens)
-        both = Examples.of(matrix, features, settings.loss, pricing, strict=settings.strict)
-        labelled = [split for split, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
-        splits = matrix.splits if len(both) == len(matrix) else labelled
-        return both.rows([split == "train" for split in splits]), both.rows([split == "dev" for split in splits])
+        both = Examples.of(matrix, self._read(matrix.tokens), settings.loss, pricing, strict=settings.strict)
+        train = matrix.splits.count("train")
+        return both.rows([row < train for row in range(len(both))]), both.rows(
+            [row >= train for row in range(len(both))]
+        )
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         rows = []
