@@ -271,6 +271,11 @@ class PolarModel:
         """Token ids of a prompt as a request runs them, chat template included; see `RequestOptions`."""
         return self._encoder.encode(prompt, template, tools)
 
+    @property
+    def template_separators(self) -> tuple[int, ...]:
+        """Ids of the tokens that the chat template puts around messages."""
+        return self._encoder.separators
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return str(self._loaded.tokenizer.decode(list(tokens), skip_special_tokens=True))

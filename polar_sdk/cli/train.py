@@ -29,9 +29,12 @@ def train(
         ),
     ] = "menu",
     features: Annotated[
-        Literal["embedding", "ending"],
-        typer.Option(help="Read the mean of all embeddings (embedding), or also the mean of the last ones (ending)."),
-    ] = "ending",
+        Literal["embedding", "ending", "edges"],
+        typer.Option(
+            help="Read the mean of all embeddings (embedding), also that of the last ones (ending), or also that of "
+            "the last message's first ones (edges)."
+        ),
+    ] = "edges",
     loss: Annotated[
         Literal["differs", "harms", "drops", "strict"],
         typer.Option(

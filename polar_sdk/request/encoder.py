@@ -274,6 +274,15 @@ class PromptEncoder:
         return [bos] if bos is not None and self.tokenizer.encode("a")[:1] == [bos] != self.plain("a")[:1] else []
 
     @cached_property
+    def separators(self) -> tuple[int, ...]:
+        """Ids of the special tokens that the chat template puts around messages; none without a template."""
+        try:
+            around = self.encode(list(_SAMPLE)) if self.has_chat_template else []
+        except InvalidRequestError:
+            around = []
+        return tuple(sorted({index for index, _ in self._special.values()}.intersection(around)))
+
+    @cached_property
     def _special(self) -> dict[str, tuple[int, Any]]:
         """Id and description of each special token, and of other added tokens that the template puts around messages.
 

@@ -47,6 +47,8 @@ class RouterFacts(BaseModel):
     depth: int = Field(ge=1)
     """Number of layers of the base model, D."""
     features: FeatureKind = "embedding"
+    separators: tuple[int, ...] = ()
+    """Tokens that the model's chat template puts around messages, where the features need to know them."""
     dial: tuple[float, ...] = (0.0,)
     """Values of θ, ascending from 0, that calibration tests in order; fixed in training."""
     default_theta: float = Field(default=0.0, ge=0)
@@ -121,7 +123,7 @@ class LearnedRouter(Router):
                 f"is {fingerprint[:12]}….",
                 hint="Load that model, or train a router for this one with `polar lab train`.",
             )
-        reader = FeatureReader(decoder, self.facts.features)
+        reader = FeatureReader(decoder, self.facts.features, self.facts.separators)
         if len(self.network.mean) != reader.size:
             raise RouterDamagedError(
                 f"the router's weights take {len(self.network.mean):,} numbers, but {self.facts.features!r} features "

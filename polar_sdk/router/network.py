@@ -1,9 +1,10 @@
 """The features of a prompt that a learned router reads, and the small fully connected network over them.
 
 `embedding` features are the mean of the input embeddings and cost no matrix product. `ending` features add a mean in
-which tokens weigh less the farther they are from the end: a chain's question is often there, and hardly shows in the
-mean of a long prompt. The network is a flat dictionary of tensors, as stored in `router.safetensors`. Knows tokens,
-weights and features; the kinds of routers know what the outputs mean.
+which tokens weigh less the farther they are from the end, and `edges` features another one in which they weigh less the
+farther they are from the beginning of the last message: what a chain asks for stands before a text or after it, and
+hardly shows in the mean of a long prompt. The network is a flat dictionary of tensors, as stored in
+`router.safetensors`. Knows tokens, weights and features; the kinds of routers know what the outputs mean.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
 
 
-FeatureKind = Literal["embedding", "ending"]
-_ENDING: Final = 12
-"""Tokens over which weights of `ending` features fall by a factor of e, from the last one back. 6 to 16 do as well."""
-_ENDING_READ: Final = 8 * _ENDING
-"""Last tokens that are read for them: those before would weigh less than a thousandth."""
+FeatureKind = Literal["embedding", "ending", "edges"]
+_MEANS: Final[dict[FeatureKind, int]] = {"embedding": 1, "ending": 2, "edges": 3}
+_FALL: Final = 12
+"""Tokens over which weights fall by a factor of e, from an edge inwards. 6 to 16 do as well."""
+_EDGE: Final = 8 * _FALL
+"""Tokens that are read at an edge: those farther in would weigh less than a thousandth."""
+_NO_MESSAGE: Final = 8
+"""Tokens between two separators of a template that are no message yet, such as those of "assistant"."""
 _FAMILIAR: Final = "familiar."
 _CENTRES: Final = 48
 _ROUNDS: Final = 10
@@ -49,29 +53,30 @@ class FeatureReader:
 
     Attributes:
         decoder: The base model's weights.
-        kind: `embedding` or `ending`.
+        kind: Which features.
+        separators: Tokens that the model's chat template puts around messages, for `edges`.
     """
 
     decoder: Decoder
     kind: FeatureKind = "embedding"
+    separators: Collection[int] = ()
 
     @property
     def size(self) -> int:
-        """Number of features, F: pooled states, and the length of the prompt."""
-        return self.decoder.family.hidden * (1 if self.kind == "embedding" else 2) + 1
+        """Number of features, F: means of states, and the length of the prompt."""
+        return self.decoder.family.hidden * _MEANS[self.kind] + 1
 
     @torch.inference_mode()
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         """Features of one prompt, (F,) float32.
 
-        They are the mean embedding, with `ending` also the weighted mean of the last ones, and the logarithm of the
-        length.
+        They are the mean embedding, the weighted means of `edges`, and the logarithm of the length.
         """
         device = self.decoder.device
         states = self.decoder.embed(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device))
         means = [states.mean(0, dtype=torch.float32)]
-        if self.kind == "ending":
-            means.append(_ending(states))
+        for place, weights in edges(self.kind, tokens, self.separators):
+            means.append((states[place].float() * weights.to(device).unsqueeze(1)).sum(0))
         return torch.cat((*means, torch.full((1,), log(len(tokens)), device=device)))
 
     def stack(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -79,16 +84,31 @@ class FeatureReader:
         return torch.stack([self(tokens) for tokens in prompts])
 
 
-def _ending(states: Tensor) -> Tensor:
-    """Mean of the last states (T, H), the last one weighing most: (H,) float32."""
-    last = states[-_ENDING_READ:].float()
-    weights = ending_weights(len(last)).to(last.device)
-    return (last * weights.unsqueeze(1)).sum(0) / weights.sum()
+def edges(kind: FeatureKind, tokens: Sequence[int], separators: Collection[int]) -> list[tuple[slice, Tensor]]:
+    """Where the tokens of each weighted mean stand in a prompt, and what they weigh in it; weights sum to 1."""
+    found = []
+    if kind != "embedding":
+        last = range(max(0, len(tokens) - _EDGE), len(tokens))
+        found.append((slice(last.start, last.stop), _falling(len(last)).flip(0)))
+    if kind == "edges":
+        message = _last_message(tokens, separators)[:_EDGE]
+        found.append((slice(message.start, message.stop), _falling(len(message))))
+    return found
 
 
-def ending_weights(length: int) -> Tensor:
-    """What the last tokens of a prompt of that length weigh in the second mean of `ending` features."""
-    return torch.exp(torch.arange(1 - min(length, _ENDING_READ), 1) / _ENDING)
+def _falling(length: int) -> Tensor:
+    weights = torch.exp(torch.arange(0, -length, -1) / _FALL)
+    return weights / weights.sum()
+
+
+def _last_message(tokens: Sequence[int], separators: Collection[int]) -> range:
+    """Where the last message stands: the last longer stretch between separators, or the whole prompt."""
+    end = len(tokens)
+    for place in reversed([-1, *(place for place, token in enumerate(tokens) if token in separators)]):
+        if end - place - 1 > _NO_MESSAGE:
+            return range(place + 1, end)
+        end = place
+    return range(len(tokens))
 
 
 @dataclass(frozen=True)

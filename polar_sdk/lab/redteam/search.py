@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from polar_sdk.router.network import ending_weights
+from polar_sdk.router.network import edges
 
 if TYPE_CHECKING:
     import random
@@ -35,6 +35,8 @@ _CANDIDATES: Final = 24
 _STEPS: Final = 60
 _STEP: Final = 0.3
 """Step of the gradient ascent, in standard deviations of the embeddings."""
+_UNKNOWN: Final = -1
+"""In place of a token that is not known yet."""
 _MUTANTS: Final = 24
 _EDGE: Final = 0.97
 """How near to what is unlike the router's prompts a search goes, as a share of the radius."""
@@ -121,29 +123,24 @@ class _Slot:
     size: int
 
     @cached_property
-    def _base(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The fixed tokens' part of the mean and of the mean of the ending, and what each suffix token adds to that."""
-        table, length = self.surface.embeddings, len(self.before) + self.size + len(self.after)
-        mean = table[torch.tensor(self.before + self.after)].sum(0) / length
-        if self.surface.router.facts.features != "ending":
-            return mean, None, torch.zeros(self.size)
-        weights = ending_weights(length)
-        read = len(weights)
-        shares = torch.zeros(length)
-        shares[-read:] = weights / weights.sum()
-        own = shares[len(self.before) : len(self.before) + self.size]
-        fixed = torch.cat((shares[: len(self.before)], shares[len(self.before) + self.size :]))
-        return mean, (table[torch.tensor(self.before + self.after)] * fixed.unsqueeze(1)).sum(0), own
+    def _base(self) -> tuple[Tensor, Tensor]:
+        """The fixed tokens' part of each of N means, (N, H), and what each suffix token weighs in them, (N, k)."""
+        tokens = (*self.before, *[_UNKNOWN] * self.size, *self.after)
+        reader = self.surface.router.reader
+        shares = [torch.full((len(tokens),), 1 / len(tokens))]
+        for place, weights in edges(reader.kind, tokens, reader.separators):
+            shares.append(torch.zeros(len(tokens)))
+            shares[-1][place] = weights
+        before, own, after = torch.split(torch.stack(shares), [len(self.before), self.size, len(self.after)], 1)
+        table = self.surface.embeddings[torch.tensor(self.before + self.after)]
+        return torch.cat((before, after), 1) @ table, own
 
     def features(self, suffix: Tensor) -> Tensor:
         """Features (…, F) with suffixes of these embeddings (…, k, H)."""
-        mean, ending, own = self._base
-        length = len(self.before) + self.size + len(self.after)
-        parts = [mean + suffix.sum(-2) / length]
-        if ending is not None:
-            parts.append(ending + (suffix * own.unsqueeze(1)).sum(-2))
-        last = torch.full((*parts[0].shape[:-1], 1), float(length)).log()
-        return torch.cat((*parts, last), -1)
+        fixed, own = self._base
+        means = (fixed + own @ suffix).flatten(-2)
+        length = float(len(self.before) + self.size + len(self.after))
+        return torch.cat((means, torch.full((*means.shape[:-1], 1), length).log()), -1)
 
     def ease(self, suffix: Tensor) -> Tensor:
         return self.surface.ease(self.features(suffix), self.target)

@@ -59,7 +59,7 @@ def train(
     *,
     kind: RouterKind = "menu",
     items: Sequence[Item] | None = None,
-    features: FeatureKind = "ending",
+    features: FeatureKind = "edges",
     settings: MenuSettings | LayerwiseSettings | None = None,
     out: str | Path | None = None,
     maps: str | Path | Sequence[str | Path] = (),
@@ -74,7 +74,8 @@ def train(
             by layer; `static` reads nothing.
         items: For `policy`: the items that were searched on; None = the prompts that come with the package. For
             `table`: items that were not measured and only show what kinds of prompts look like; None = none.
-        features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all.
+        features: `edges` for the embeddings of all tokens, of the last ones and of the first ones of the last message;
+            `ending` without the latter, `embedding` for those of all alone.
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
         out: Folder to write the router to; checkpoints are kept there until training is done.
         maps: Folder of the bridges or fills that the programs use, or several; these are written beside the router.
@@ -119,7 +120,7 @@ class RouterTrainer:
 
     model: PolarModel
     matrix: RewardMatrix
-    features: FeatureKind = "ending"
+    features: FeatureKind = "edges"
     checkpoints: Path | None = None
     on_progress: Progress = silent
 
@@ -135,7 +136,11 @@ class RouterTrainer:
                 f"the reward matrix was measured in {self.matrix.dtype}, but this model runs in {self.model.dtype}.",
                 hint="Load the model in that precision, or run `polar lab search` again.",
             )
-        self._reader = FeatureReader(self.model.decoder, self.features)
+        self._reader = FeatureReader(self.model.decoder, self.features, self._separators)
+
+    @property
+    def _separators(self) -> tuple[int, ...]:
+        return self.model.template_separators if self.features == "edges" else ()
 
     def menu(self, settings: MenuSettings | None = None) -> MenuRouter:
         """Train a menu router over the programs of the matrix."""
@@ -304,6 +309,7 @@ class RouterTrainer:
             fingerprint=self.model.fingerprint,
             depth=self.model.depth,
             features=self.features,
+            separators=self._separators,
             dial=dial,
             default_theta=theta,
             own_length=own_length,

@@ -33,13 +33,14 @@ def reading_router(*, limits: bool = True) -> MenuRouter:
     """A certified router of the tiny model that reads prompts; its program changes most answers."""
     model = tiny_model()
     menu = [Program.identity(6), Program.parse("0 4-5")]
-    reader = FeatureReader(model.decoder, "ending")
+    reader = FeatureReader(model.decoder, "edges", model.template_separators)
     features = reader.stack([model.prompt_tokens(prompt) for prompt in PROMPTS])
     generator = torch.Generator().manual_seed(1)
     network = Network.fresh(features, (), 1, seed=0)
     weight = torch.randn(1, features.shape[1], generator=generator) / 40
     network = replace(network, scale=torch.ones(features.shape[1]), weights=(weight,))
-    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.4, 0.6), features="ending")
+    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.4, 0.6))
+    facts = facts.model_copy(update={"features": "edges", "separators": model.template_separators})
     if limits:
         network = replace(network, familiar=Familiar.around(features, features, network))
     bound = MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)

@@ -122,6 +122,13 @@ class TestTextStaysText:
         assert special(ids) == [260, 262, 261]  # [T] is a word of this tokenizer, not a marker
         assert own.decode(ids) == "[U]a[/U][U][T]b[/U]"
 
+    def test_separators_are_what_the_template_puts_around_messages(self) -> None:
+        assert PromptEncoder(tiny_tokenizer()).separators == tuple(
+            sorted(tiny_tokenizer().convert_tokens_to_ids(["<|user|>", "<|assistant|>"]))
+        )
+        assert PromptEncoder(tokenizer(chat_template=None)).separators == ()
+        assert PromptEncoder(tokenizer(chat_template="{{ raise_exception('no') }}")).separators == ()
+
     def test_white_space_that_a_marker_takes_in(self) -> None:
         own = tokenizer(chat_template="{% for message in messages %}<u>\n{{ message['content'] }}\n<e>{% endfor %}")
         own.add_tokens([AddedToken("<u>", rstrip=True, special=True), AddedToken("<e>", lstrip=True, special=True)])

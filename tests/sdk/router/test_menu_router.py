@@ -79,7 +79,7 @@ def test_a_more_expensive_program_is_never_chosen(model: PolarModel) -> None:
     assert fixed_router(model, menu, [0.9]).choose(TOKENS, 1.0).program == menu[0]
 
 
-@pytest.mark.parametrize(("kind", "hidden"), [("embedding", ()), ("ending", (16,))])
+@pytest.mark.parametrize(("kind", "hidden"), [("embedding", ()), ("ending", (16,)), ("edges", (16,))])
 def test_flops_are_those_that_run(model: PolarModel, kind: FeatureKind, hidden: tuple[int, ...]) -> None:
     reader = FeatureReader(model.decoder, kind)
     network = Network.fresh(reader.stack([TOKENS, TOKENS[:3]]), hidden, 2, seed=0)
@@ -101,6 +101,21 @@ def test_the_ending_is_read_beside_the_whole(model: PolarModel) -> None:
     torch.testing.assert_close(last[48:96], other[48:96])
     assert torch.equal(reader([5])[:48], reader([5])[48:96])
     assert len(first) == reader.size == 97
+
+
+def test_the_last_message_is_read_from_its_beginning(model: PolarModel) -> None:
+    """Whatever stands before it, and however long it is; an empty answer that begins is no message."""
+    mark, question, text = 2, [7, 8, 9] * 4, [11, 12, 13] * 100
+    reader = FeatureReader(model.decoder, "edges", (mark,))
+    begins = [mark, *question, *text, mark, 5, 6]
+    alone, after, between = (reader([*before, *begins])[96:144] for before in ([], [30] * 40, [mark, 30, *text]))
+    torch.testing.assert_close(alone, after)
+    torch.testing.assert_close(alone, between)
+    assert not torch.allclose(alone, reader([mark, *text, *question, mark, 5, 6])[96:144], atol=1e-2)
+    without = FeatureReader(model.decoder, "edges")
+    torch.testing.assert_close(without([*question, *text])[96:144], reader([*question, *text])[96:144])
+    assert torch.equal(reader([5])[:48], reader([5])[96:144])
+    assert len(reader([5])) == reader.size == 145
 
 
 def test_another_model_is_refused(router: MenuRouter, model: PolarModel) -> None:
