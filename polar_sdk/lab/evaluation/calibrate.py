@@ -129,10 +129,13 @@ class DialWalk:
         return grouped(rows, lambda row: self.outcomes.matrix.kinds[row])
 
     def by_class(self, rows: Sequence[int]) -> dict[str, list[int]]:
-        """Those of the rows that are answered in text, by the class that their items name, where it has enough."""
-        matrix = self.outcomes.matrix
+        """Those of the rows that are answered in text, by the class that their items name, where it has enough.
+
+        However few are of a class that the router runs programs of their own for, they are counted.
+        """
+        matrix, own = self.outcomes.matrix, self.router.facts.training.get("kinds", {})
         classes = by_class((row for row in rows if matrix.kinds[row] != "choice"), matrix.classes)
-        return {name: of_class for name, of_class in classes.items() if len(of_class) >= MIN_CLASS}
+        return {name: of_class for name, of_class in classes.items() if len(of_class) >= MIN_CLASS or name in own}
 
     def _count(self, rows: Sequence[int]) -> Counts:
         values = {loss: self.lost[loss][:, rows] for loss in _countable(self.outcomes, rows)}

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.lab.training.examples import losses
 from polar_sdk.lab.training.outcomes import grouped
+from polar_sdk.router.exact_tests import upper_share
 from polar_sdk.router.network import Network
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _PENALTY: Final = 1.0
 prompts are told otherwise."""
 _WIDTH: Final = 4.0
 """Log-odds from "surely another kind" to "surely this kind"; between them outputs change steadily."""
+_DOUBT: Final = 0.1
+"""Probability that a kind loses more than its row says."""
 _SURE: Final = 1e-4
 """Least share of answers that may be lost or kept."""
 
@@ -37,8 +40,8 @@ _SURE: Final = 1e-4
 def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, strict: float = 0.0) -> dict[str, Tensor]:
     """Per kind, the share of its prompts that each program loses, (M,); the largest kind is the first.
 
-    To each kind two prompts are added of which one is lost (Laplace's rule of succession), so that few prompts prove
-    little: of a kind with 33 prompts that lose none, 2.9% may be lost. With `strict`, as much as that of the share of
+    It is the share that a program loses at most, with 90% confidence (Clopper and Pearson), so that few prompts prove
+    little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
     answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
     layers, though a few prompts may say so.
     """
@@ -47,7 +50,7 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
     deepest_first = matrix.flops.double().sum(0).argsort(descending=True)
     found = {}
     for kind, rows in sorted(grouped(range(len(matrix)), kinds.__getitem__).items(), key=lambda each: -len(each[1])):
-        own = (lost[rows].sum(0) + 1) / (len(rows) + 2)
+        own = torch.tensor([upper_share(int(k), len(rows), _DOUBT) for k in lost[rows].sum(0).clamp(min=0)])
         own = torch.maximum(own, strict * partly[rows].mean(0)) if strict else own
         found[kind] = own.clone()
         found[kind][deepest_first] = own[deepest_first].cummax(0).values

@@ -188,6 +188,17 @@ def test_calibration_counts_what_is_lost(matrix: Callable[..., RewardMatrix], ro
     assert router.with_certificate(certificate).certified
 
 
+def test_a_class_with_programs_of_its_own_counts_however_small(
+    matrix: Callable[..., RewardMatrix], router: MenuRouter
+) -> None:
+    rows = matrix(60, seed=5)
+    rows = replace(rows, kinds=("prompt",) * 60, classes=("notes",) * 30 + ("few",) * 15 + ("fewer",) * 15)
+    own = router.with_facts(training={**router.facts.training, "kinds": {"prompt": 45, "fewer": 15}})
+    outputs = router.outputs(router.reader.stack(rows.tokens))
+    certificate = certify(own, outputs, Outcomes(rows), tiers={"economy": TierPromise(0.15)})
+    assert {name: counts.n for name, counts in certificate.classes.items()} == {"notes": 30, "fewer": 15}
+
+
 def test_where_no_right_answer_is_known_an_answer_that_differs_is_lost(matrix: Callable[..., RewardMatrix]) -> None:
     rows = matrix(40, seed=5)
     known = torch.arange(40) % 2 == 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from scipy.stats import beta
 
 from polar_sdk import lab
 from polar_sdk.errors import RouterError, RouterModelError
@@ -54,7 +55,8 @@ def test_a_menu_router_learns_which_prompts_are_easy(
 
 def test_a_static_router_reads_nothing_and_saves_less(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     trainer = RouterTrainer(model, matrix())
-    static, menu = trainer.static(QUICK), trainer.menu(QUICK)
+    settings = QUICK.model_copy(update={"least": 0.4})  # program 2 loses less than half of the prompts, but not surely
+    static, menu = trainer.static(settings), trainer.menu(settings)
     outputs = static.outputs(static.reader.stack(matrix(30, seed=2).tokens))
     for theta in static.facts.dial:
         assert len(set(static.choose_all(outputs, theta))) == 1
@@ -123,8 +125,9 @@ def test_losses_of_a_kind_are_no_less_than_few_prompts_prove(matrix: Callable[..
     kinds = ["a"] * 30 + ["b"] * 10
     found = losses_by_kind(replace(rows, agree=agree, kinds=("choice",) * 40), kinds, "differs", strict=0.5)
     assert list(found) == ["a", "b"]
-    assert found["a"][1:].tolist() == pytest.approx([11 / 32, 11 / 32])
-    assert found["b"][1:].tolist() == pytest.approx([1 / 12, 1 / 12])
+    # the shares at which as few as were lost are lost in one of ten samples of that size
+    assert found["a"][1:].tolist() == pytest.approx([beta.ppf(0.9, 11, 20)] * 2)
+    assert found["b"][1:].tolist() == pytest.approx([1 - 0.1 ** (1 / 10)] * 2)
 
 
 def test_strict_losses_of_texts_count_their_share(matrix: Callable[..., RewardMatrix]) -> None:
@@ -132,7 +135,7 @@ def test_strict_losses_of_texts_count_their_share(matrix: Callable[..., RewardMa
     share = torch.ones(20, 3)
     share[:10, 1:] = 0.9
     rows = replace(rows, agree=torch.ones(20, 3, dtype=torch.bool), share=share, kinds=("prompt",) * 20)
-    assert losses_by_kind(rows, ["a"] * 20, "differs", strict=0.2)["a"][1:].tolist() == pytest.approx([0.1, 0.1])
+    assert losses_by_kind(rows, ["a"] * 20, "differs", strict=0.3)["a"][1:].tolist() == pytest.approx([0.15, 0.15])
 
 
 def test_few_prompts_of_a_class_are_no_kind(matrix: Callable[..., RewardMatrix]) -> None:
