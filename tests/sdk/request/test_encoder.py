@@ -123,9 +123,8 @@ class TestTextStaysText:
         assert own.decode(ids) == "[U]a[/U][U][T]b[/U]"
 
     def test_separators_are_what_the_template_puts_around_messages(self) -> None:
-        assert PromptEncoder(tiny_tokenizer()).separators == tuple(
-            sorted(tiny_tokenizer().convert_tokens_to_ids(["<|user|>", "<|assistant|>"]))
-        )
+        around = [tiny_tokenizer().convert_tokens_to_ids(token) for token in ("<|user|>", "<|assistant|>")]
+        assert set(PromptEncoder(tiny_tokenizer()).separators) == set(around)
         assert PromptEncoder(tokenizer(chat_template=None)).separators == ()
         assert PromptEncoder(tokenizer(chat_template="{{ raise_exception('no') }}")).separators == ()
 
