@@ -466,16 +466,18 @@ class PolarModel:
         program: Program | None = None,
         router: Router | None = None,
         stop: Sequence[str] = (),
+        tenant: str | None = None,
     ) -> list[tuple[int, ...]]:
         """Token ids of greedy answers, for calibration, with `router`, `program` or identity. Not metered.
 
-        Any number of prompts; they are queued in groups. Texts in `stop` end an answer, and are part of its ids.
+        Any number of prompts; they are queued in groups. Texts in `stop` end an answer, and are part of its ids. Only
+        prompts of one `tenant`, the model's own by default, share what they begin with.
         """
         depth = self._loaded.decoder.depth
         chosen = router or fixed_router(program or Program.identity(depth), depth)
         # What is measured is what was named, whatever audits and floors say.
         maker = replace(self._maker, router=chosen, at_risk=never, floors=FloorRules((), self._encoder))
-        options: RequestOptions = {"max_tokens": max_tokens, "stop": stop}
+        options: RequestOptions = {"max_tokens": max_tokens, "stop": stop, "tenant": tenant or self.tenant}
         requests = [maker.make(prompt, options) for prompt in prompts]
         parts = (requests[start : start + _QUEUED] for start in range(0, len(requests), _QUEUED))
         return [done.token_ids for part in parts for done in answer(self._loaded, part, NullSink())]

@@ -272,7 +272,10 @@ class Judge:
         return {kind: Usual.of([likeness[row] for row in rows], self._router.centres) for kind, rows in kinds.items()}
 
     def _timings(self, tasks: Sequence[Task], points: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts."""
+        """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts.
+
+        No run shares a prefix with another one, and each system comes first, second and so on in turn.
+        """
         items = [task.item for task in tasks]
         prompts = [item.question if isinstance(item, ChoiceItem) else item.prompt for item in items]
         systems = {"identity": 0.0, **{f"router ({name})": theta for name, theta in points.items()}}
@@ -280,10 +283,12 @@ class Judge:
         for done, prompt in enumerate(prompts):
             self.on_progress("timing", done, len(prompts))
             tokens = self.model.prompt_tokens(prompt)
-            for name, theta in systems.items():
-                router = self._router.at(theta)
+            names = list(systems)
+            for place in range(len(names)):
+                name = names[(place + done) % len(names)]
+                router, alone = self._router.at(systems[name]), f"timing.{done}.{place}"
                 begin = time.perf_counter_ns()
-                answer = self.model.greedy_answers([prompt], max_tokens=_TIMED_TOKENS, router=router)[0]
+                (answer,) = self.model.greedy_answers([prompt], max_tokens=_TIMED_TOKENS, router=router, tenant=alone)
                 end = time.perf_counter_ns()
                 router.route(tokens)
                 routed = time.perf_counter_ns()
