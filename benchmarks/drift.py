@@ -52,7 +52,7 @@ AFTER: Final = 300
 
 
 ELSEWHERE: Final = {
-    "p95_ratio": ("drift", "beside audits: p95", max),
+    "p95_ratio": ("drift", "at the usual share: p95", max),
     "redteam_fewer": ("trust", ": fewer", min),
     "refusal_drop": ("trust", "refusals, standard: drop", max),
 }

@@ -6,6 +6,8 @@ import random
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import pytest
+
 from benchmarks.beside_audits import Facts, Pair, drain, p95, phase, ratio, report
 from benchmarks.drift import elsewhere
 from benchmarks.results import Recorder
@@ -27,11 +29,13 @@ def test_a_slower_engine_shows_and_a_slow_moment_does_not() -> None:
         alone = [moment * dice.uniform(0.05, 0.15) for _ in range(16)]
         pairs.append(Pair(alone, [1.1 * moment * dice.uniform(0.05, 0.15) for _ in range(16)]))
     for figure, width in ((fmean, 0.2), (p95, 0.5)):
-        value, low, high = ratio(pairs, figure)
+        value, low, high = ratio(pairs, figure, 1)
         assert low <= value <= high
         assert low < 1.1 < high
         assert high - low < width
-    assert ratio(pairs, fmean)[1] > 1
+    assert ratio(pairs, fmean, 1)[1] > 1
+    often, rarely = (ratio(pairs, fmean, rarer)[0] - 1 for rarer in (1, 20))
+    assert rarely == pytest.approx(often / 20)
 
 
 def test_phases_audit_or_not_and_leave_nothing_to_the_next_one(certified: MenuRouter, tmp_path: Path) -> None:
