@@ -231,19 +231,22 @@ class Auditor:
             while True:
                 self._inbox.take(0 if self._ending.is_set() else _REST_SECONDS)
                 while self._waiting:
-                    case = self._waiting.popleft()
-                    if self._ending.is_set() or case.process != os.getpid():  # a forked child has the parent's
-                        continue
-                    if time.monotonic() - case.since > WAIT_SECONDS:
-                        self.dropped += 1
-                        continue
-                    self._judges = case.process
+                    self._judges = os.getpid()  # before the request waits no more: at no moment is it neither
                     try:
-                        self._audit(case)
-                    except Exception as error:  # any sink, any error: the next one may be audited
-                        _log.warning("request %r could not be audited (%s)", case.request_id, error)
+                        self._take(self._waiting.popleft())
                     finally:
                         self._judges = None
+
+    def _take(self, case: _Case) -> None:
+        if self._ending.is_set() or case.process != os.getpid():  # a forked child has the parent's
+            return
+        if time.monotonic() - case.since > WAIT_SECONDS:
+            self.dropped += 1
+            return
+        try:
+            self._audit(case)
+        except Exception as error:  # any sink, any error: the next one may be audited
+            _log.warning("request %r could not be audited (%s)", case.request_id, error)
 
     def _audit(self, case: _Case) -> None:
         if case.keep and self._kept is not None:
