@@ -48,6 +48,8 @@ _ASKED = ("grading", "checking", "merging", "two sources", "questions", "key wor
 """Those of `STEPS` that are about texts."""
 _LINES = range(4, 24)
 """Of a function that is to be written, docstring included."""
+TIMED = 24
+"""Prompts held back that are timed."""
 _FITTED = 28
 """Prompts of each task of `TASKS` to fit on, the others of which are held back, and of each of `STEPS`."""
 
@@ -202,6 +204,19 @@ def record(recorder: Recorder, made: FitResult, evaluation: Evaluation) -> None:
                     ("95 % kept", part.strict_kept),
                 ):
                     recorder.add(f"{start}{tier}, {name}: {what}", 100 * share, "%", note=note)
+    full, *tiers = (system for system in evaluation.sets[0].systems if system.ms_per_token is not None)
+    for system in tiers:
+        assert system.ms_per_token is not None
+        assert full.ms_per_token is not None
+        share = 1 - system.flops_saved.total
+        recorder.add(
+            f"held back, {system.name}: time of a request over full depth's",
+            system.ms_per_token / full.ms_per_token,
+            "×",
+            goal=1.08 * share,
+            better="lower",
+            note=f"medians of {TIMED} prompts and 16 tokens each; FLOPs {share:.3f} ×",
+        )
 
 
 def main() -> None:
@@ -227,7 +242,7 @@ def main() -> None:
             out=folder,
             on_progress=show,
         )
-        evaluation = lab.evaluate(model, lab.read_items(held), router=folder / "router", timed=0, on_progress=show)
+        evaluation = lab.evaluate(model, lab.read_items(held), router=folder / "router", timed=TIMED, on_progress=show)
     record(recorder, made, evaluation)
     half = made.facts.plan.prompts * (SHARES.calibration + SHARES.test) / 2.5  # as chance may have it
     tiers = {tier: promise for tier, promise in PROMISES.items() if least_prompts(promise.alpha, 0.1) <= half}

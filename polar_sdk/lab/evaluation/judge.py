@@ -179,7 +179,8 @@ class Judge:
         tasks = {name: self._bench.tasks(unseen(items, training, calibrating=False)) for name, items in sets.items()}
         everything = list({task.id: task for of_set in tasks.values() for task in of_set}.values())
         whole = {"all": everything, **tasks} if len(tasks) > 1 else tasks
-        timings = self._timings(everything[:timed], thetas) if timed else {}
+        spread = everything[:: max(1, len(everything) // max(1, timed))][:timed]
+        timings = self._timings(spread, thetas) if timed else {}
         results, classes = [], []
         texts: dict[str, TierTexts] = {}
         for index, (name, of_set) in enumerate(whole.items()):
