@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.floors import FloorRules
     from polar_sdk.request.options import Prompt
     from polar_sdk.router.base import Route, Router
+    from polar_sdk.router.learned import AnswerForm
     from polar_sdk.serving.drafts import Speculate
 
 _DEFAULT_MAX_TOKENS = 256
@@ -152,9 +153,9 @@ class RequestMaker:
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers=tiers,
         )
-        writes = options.get("choice") is None
+        form: AnswerForm = "text" if options.get("choice") is None else "choice"
         # Last, so that an invalid option costs nothing.
-        route = self._route(router, tokens, scored=scored is not None, writes=writes)
+        route = self._route(router, tokens, form, scored=scored is not None)
         return request(program=route.program, router_flops=route.flops, likeness=route.likeness)
 
     def make_batch(
@@ -234,9 +235,9 @@ class RequestMaker:
         speculate = check_speculate(or_default(asked, self.speculate))
         return speculate if speculate is not None or self.drafts_are_exact() else "off"
 
-    def _route(self, router: Router, tokens: tuple[int, ...], *, scored: bool, writes: bool) -> Route:
-        if writes and isinstance(router, AtTheta):
-            router = router.for_texts()
+    def _route(self, router: Router, tokens: tuple[int, ...], form: AnswerForm, *, scored: bool) -> Route:
+        if isinstance(router, AtTheta):
+            router = router.answering(form)
         if self.policy.margin and isinstance(router, AtTheta):
             router = router.within(self.policy.margin, _MARGIN_KEY)
         route = router.route(tokens)

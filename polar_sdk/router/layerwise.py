@@ -48,6 +48,11 @@ class LayerwiseRouter(LearnedRouter):
         """Log-probability of each action of each free layer, (…, L, 3)."""
         return outputs.reshape(*outputs.shape[:-1], len(self.free), len(ACTIONS)).log_softmax(-1)
 
+    def _full_depth(self, outputs: Tensor) -> Tensor:
+        surely = torch.full_like(outputs, -100.0)
+        surely[..., EXECUTE :: len(ACTIONS)] = 0.0
+        return surely
+
     def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
         """Per layer: execute, unless its probability is below θ; whatever the prompt's length."""
         chances = self.log_probabilities(outputs).exp()

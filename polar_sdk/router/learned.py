@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program
     from polar_sdk.promises.audit import PromiseTerms
     from polar_sdk.router.network import Network
+
+
+AnswerForm = Literal["text", "choice"]
+"""Whether a request's answer is written freely, or is one of the texts that the request names."""
+_KINDS: Final[dict[AnswerForm, frozenset[str]]] = {
+    "text": frozenset({"prompt", "answer"}),
+    "choice": frozenset({"choice"}),
+}
+"""Kinds of calibration prompts that are answered so."""
 
 
 class RouterFacts(BaseModel):
@@ -249,19 +258,30 @@ class LearnedRouter(Router):
         return self.serving(None).router.route(tokens)
 
     @torch.inference_mode()
-    def choose(self, tokens: Sequence[int], theta: float, *, asked: float = 0.0, writes: bool = False) -> Route:
-        """Choose for one prompt with the dial at θ; `asked` and `writes` as in `AtTheta`."""
+    def choose(
+        self, tokens: Sequence[int], theta: float, *, asked: float = 0.0, form: AnswerForm | None = None
+    ) -> Route:
+        """Choose for one prompt with the dial at θ; `asked` and `form` as in `AtTheta`."""
         read = self._running.read(self.reader(tokens))
-        outputs = self.for_texts(read.outputs) if writes else read.outputs
+        outputs = read.outputs if form is None else self.allowed(read.outputs, form)
         full = self.programs[0]
         program = self.decide(outputs, theta, len(tokens)) if theta else full
         wanted = self.decide(outputs, asked, len(tokens)) if asked else program
         likeness = Likeness(len(tokens), float(read.distance), int(read.centre), harmless=wanted == full)
         return Route(program, self.network.flops, likeness)
 
-    def for_texts(self, outputs: Tensor) -> Tensor:
-        """Outputs (…, O) of prompts that are answered in text: no program runs that is for choices alone."""
-        return outputs
+    def allowed(self, outputs: Tensor, form: AnswerForm) -> Tensor:
+        """Outputs (…, O) of prompts that are answered in this form: without programs that are for another one.
+
+        A certificate that counted no such prompts promises nothing about them, so that they run at full depth.
+        """
+        kinds = _KINDS[form]
+        counted = self.certificate is None or not kinds.isdisjoint(self.certificate.kinds)
+        return outputs if counted else self._full_depth(outputs)
+
+    def _full_depth(self, outputs: Tensor) -> Tensor:
+        """Outputs of which identity follows, like these in shape."""
+        return torch.full_like(outputs, -torch.inf)
 
     @torch.inference_mode()
     def likeness(self, features: Tensor) -> list[Likeness]:
@@ -339,7 +359,7 @@ class AtTheta(Router):
         theta: The dial.
         margin: Lowers it at random.
         asked: The dial of the tier that full depth serves in place of; 0 = of none.
-        writes: Whether the answer is a text.
+        form: Of the answer; None = not known.
     """
 
     def __init__(
@@ -349,9 +369,9 @@ class AtTheta(Router):
         margin: Margin | None = None,
         *,
         asked: float = 0.0,
-        writes: bool = False,
+        form: AnswerForm | None = None,
     ) -> None:
-        self._router, self._theta, self._margin, self._asked, self._writes = router, theta, margin, asked, writes
+        self._router, self._theta, self._margin, self._asked, self._form = router, theta, margin, asked, form
         self.version = router.version
 
     @property
@@ -367,17 +387,17 @@ class AtTheta(Router):
     def route(self, tokens: Sequence[int]) -> Route:
         """Choose the program for one prompt."""
         theta = self._theta if self._margin is None else self._margin.lowered(self._theta, tokens)
-        return self._router.choose(tokens, theta, asked=self._asked, writes=self._writes)
+        return self._router.choose(tokens, theta, asked=self._asked, form=self._form)
 
-    def for_texts(self) -> AtTheta:
-        """The same for a request that is answered in text, however much its prompt looks like a question with choices.
+    def answering(self, form: AnswerForm) -> AtTheta:
+        """The same for a request that is answered in this form, whatever its prompt looks like.
 
         Bridges that were fitted to choices hardly keep a text: who makes a prompt look like choices must not get them.
         """
-        return AtTheta(self._router, self._theta, self._margin, asked=self._asked, writes=True)
+        return AtTheta(self._router, self._theta, self._margin, asked=self._asked, form=form)
 
     def within(self, share: float, key: bytes) -> AtTheta:
         """The same with its dial lowered at random by at most that share."""
         certificate = self._router.certificate
         margin = Margin(share, key, certificate.thetas if certificate else (0.0,))
-        return AtTheta(self._router, self._theta, margin, asked=self._asked, writes=self._writes)
+        return AtTheta(self._router, self._theta, margin, asked=self._asked, form=self._form)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
+    from polar_sdk.router.learned import AnswerForm
 
 
 _FAVOUR: Final = (0.5, 2.0)
@@ -128,9 +129,10 @@ class MenuRouter(LearnedRouter):
             self.programs, decoder.cost, self.facts.own_length, self.facts.answer_tokens, self.facts.par
         )
 
-    def for_texts(self, outputs: Tensor) -> Tensor:
-        """Outputs of prompts that are answered in text: no program runs that is for choices alone."""
-        if self.facts.bridges == "all":
+    def allowed(self, outputs: Tensor, form: AnswerForm) -> Tensor:
+        """As of every learned router; and no program with bridges that are for choices serves a text."""
+        outputs = super().allowed(outputs, form)
+        if form == "choice" or self.facts.bridges == "all":
             return outputs
         return outputs.masked_fill(self._bridged.to(outputs.device), -torch.inf)
 

@@ -142,7 +142,7 @@ class Judge:
         """The router with a certificate made on these items, without those that it was trained on."""
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
-        outputs = self._outputs(tasks)
+        outputs = self._outputs(tasks, self._router.with_certificate(None))
         outcomes = self._outcomes(tasks, outputs, labels=True)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
         certificate = certificate.model_copy(update={"usual": self._usual(tasks)})
@@ -160,7 +160,7 @@ class Judge:
         """Certify on random halves of the items that training did not use, and count the promises that then break."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
-        outputs = self._outputs(tasks)
+        outputs = self._outputs(tasks, self._router.with_certificate(None))
         walk = DialWalk.along(self._router, outputs, self._outcomes(tasks, outputs, labels=True), self.on_progress)
         return resplit(walk, tiers, delta, times)
 
@@ -258,10 +258,12 @@ class Judge:
             programs = [program for program in programs if program in chosen]
         return self._bench.outcomes(tasks, programs, labels=labels)
 
-    def _outputs(self, tasks: Sequence[Task]) -> Tensor:
-        outputs = self._router.outputs(self._features(tasks))
+    def _outputs(self, tasks: Sequence[Task], router: LearnedRouter | None = None) -> Tensor:
+        """What is decided on; by a router without a certificate, what one may be made for."""
+        router = router or self._router
+        outputs = router.outputs(self._features(tasks))
         writes = torch.tensor([not isinstance(task.item, ChoiceItem) for task in tasks])
-        return torch.where(writes.unsqueeze(1), self._router.for_texts(outputs), outputs)
+        return torch.where(writes.unsqueeze(1), router.allowed(outputs, "text"), router.allowed(outputs, "choice"))
 
     def _features(self, tasks: Sequence[Task]) -> Tensor:
         return self._router.reader.stack([task.question.prompt for task in tasks])

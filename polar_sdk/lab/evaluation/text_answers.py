@@ -185,7 +185,7 @@ class FreeRunner:
         identity = self._written(tasks, IdentityRouter(self.model.depth))
         gold = {place: task.item.answer for place, task in enumerate(tasks) if isinstance(task.item, AnswerItem)}
         features = self.router.reader.stack([task.question.prompt for task in tasks])
-        outputs = self.router.for_texts(self.router.outputs(features))
+        outputs = self.router.allowed(self.router.outputs(features), "text")
         found = {}
         for done, (tier, theta) in enumerate(thetas.items()):
             self.on_progress("writing freely", done, len(thetas))

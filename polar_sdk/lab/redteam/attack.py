@@ -340,7 +340,7 @@ class _Siege:
         rows = [self.model.prompt_tokens(prompt) for prompt in prompts]
         network = self.router.network if guarded else self.router.network.without_limits()
         outputs = network(self.router.reader.stack(rows).cpu())
-        outputs = self.router.for_texts(outputs) if of_kind else outputs
+        outputs = self.router.allowed(outputs, "text") if of_kind else outputs
         found: list[dict[str, Program]] = []
         for row, output in zip(rows, outputs, strict=True):
             thetas = {tier: promise.theta for tier, promise in self.tiers.items()}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.suites.suite import Suite
     from polar_sdk.model import PolarModel
     from polar_sdk.request.options import Template
+    from polar_sdk.router.learned import AnswerForm
 
 SUITES: Final[Mapping[str, type[Suite[Any]]]] = {
     suite.name: suite for suite in (Mmlu, HumanEval, Gsm8k, Arc, Formats, Refusals, Decisions)
@@ -186,7 +187,13 @@ def _all_tiers(model: PolarModel, served: Router | None) -> dict[str, Router]:
 def _requests(answers: Answers[Any], tiers: Mapping[str, Router]) -> dict[str, list[Request]]:
     """Every problem as every tier answers it."""
     prepared = answers.prepared
-    routes = {name: [_as_asked(router, each).route(each.tokens) for each in prepared] for name, router in tiers.items()}
+    named = answers.suite.names_choices
+    routes = {
+        name: [
+            _as_asked(router, "choice" if named and each.choices else "text").route(each.tokens) for each in prepared
+        ]
+        for name, router in tiers.items()
+    }
     found = answers.of((row, route.program) for own in routes.values() for row, route in enumerate(own))
     return {
         name: [
@@ -203,9 +210,9 @@ def _requests(answers: Answers[Any], tiers: Mapping[str, Router]) -> dict[str, l
     }
 
 
-def _as_asked(router: Router, prepared: Prepared[Any]) -> Router:
+def _as_asked(router: Router, form: AnswerForm) -> Router:
     """The router as a request for such an answer gets it."""
-    return router.for_texts() if isinstance(router, AtTheta) and not prepared.choices else router
+    return router.answering(form) if isinstance(router, AtTheta) else router
 
 
 def _hash(prepared: Sequence[Prepared[Any]]) -> str:

@@ -240,10 +240,11 @@ class Refusals(_Own[RefusalProblem]):
 
 
 class Decisions(_Own[DecisionProblem]):
-    """Questions that one word answers."""
+    """Questions that one word answers. A chain asks them in a text, and reads the answer from one."""
 
     name: ClassVar[str] = "decisions"
     ships: ClassVar[bool] = True
+    names_choices: ClassVar[bool] = False
     form = DecisionProblem
 
     def ask(self, problem: DecisionProblem, shots: Sequence[DecisionProblem], *, chat: bool) -> Asked:

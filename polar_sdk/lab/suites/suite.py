@@ -71,6 +71,8 @@ class Suite(ABC, Generic[P]):
     """Whether solved problems may stand before the one that is asked."""
     ships: ClassVar[bool] = False
     """Whether its problems come with the package."""
+    names_choices: ClassVar[bool] = True
+    """Whether a request names the choices, where a problem has some; if not, they only tell what a text would be."""
     runs_code: ClassVar[bool] = False
     """Whether to judge an answer means to run it."""
 

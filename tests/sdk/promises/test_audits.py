@@ -232,7 +232,7 @@ def test_an_audit_gives_its_pages_up_and_goes_on_later(certified: MenuRouter, ke
 
 
 def test_choices_are_compared_whole(certified: MenuRouter) -> None:
-    engine, sink = audited_model(certified)
+    engine, sink = audited_model(router_conftest.certified_router(certified, "choice"))
     for number in range(6):
         options: Any = {"compute": "economy", "choice": ["yes", "no", "maybe"], "request_id": f"r{number}"}
         engine.generate(f"question {number}", temperature=number % 2, seed=1, **options)

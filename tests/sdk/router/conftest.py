@@ -32,14 +32,14 @@ def known_router(model: PolarModel) -> MenuRouter:
     return fixed_router(model, MENU, (0.9, 0.5), dial=THETAS, default_theta=0.2)
 
 
-def certified_router(router: MenuRouter) -> MenuRouter:
-    """None, 5, 18 and 120 of 500 prompts are lost at the four θ."""
+def certified_router(router: MenuRouter, kind: str = "prompt") -> MenuRouter:
+    """None, 5, 18 and 120 of 500 prompts of a kind are lost at the four θ."""
     certificate = Certificate(
         subject=router.subject,
         data="d",
         delta=0.1,
         thetas=THETAS,
-        kinds={"prompt": Counts(n=500, lost={"differs": (0, 5, 18, 120)})},
+        kinds={kind: Counts(n=500, lost={"differs": (0, 5, 18, 120)})},
         saved=(0.0, 0.01, 0.1, 0.3),
     )
     tiers = {"economy": certificate.promise(0.3), "standard": certificate.promise(0.05)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
@@ -17,12 +17,13 @@ from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
-from polar_sdk.router.learned import AtTheta, RouterFacts
+from polar_sdk.router.learned import AnswerForm, AtTheta, RouterFacts
 from polar_sdk.router.menu import MenuRouter, Pricing, cheapest, menu_dial, needed_theta
 from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 from tests.sdk.fixed_router import fixed_router
+from tests.sdk.router.conftest import certified_router
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +68,7 @@ def test_programs_for_choices_are_for_requests_with_choices() -> None:
     assert engine.generate("which one? yes or no?", max_tokens=2).usage.program == menu[2].text
     assert [record.usage.program for record in engine.generate_batch(["a", "b"], max_tokens=1)] == [menu[2].text] * 2
     outputs = torch.zeros((3, 2), requires_grad=True)  # as in training, also once the router has served
-    (gradient,) = torch.autograd.grad(router.for_texts(outputs)[:, 1].sum(), outputs)
+    (gradient,) = torch.autograd.grad(router.allowed(outputs, "text")[:, 1].sum(), outputs)
     assert gradient.tolist() == [[0.0, 1.0]] * 3
     router = fixed_router(model, menu, [0.99, 0.95], default_theta=0.5)  # of bridges that were fitted to texts
     engine = PolarModel(model.loaded, router=router, sink=ListSink())
@@ -77,6 +78,19 @@ def test_programs_for_choices_are_for_requests_with_choices() -> None:
 def test_a_more_expensive_program_is_never_chosen(model: PolarModel) -> None:
     menu = (Program.identity(6), Program.looping(6, {2: 2}))
     assert fixed_router(model, menu, [0.9]).choose(TOKENS, 1.0).program == menu[0]
+
+
+def test_a_form_of_answers_that_was_not_calibrated_runs_full_depth(model: PolarModel, certified: MenuRouter) -> None:
+    full, (outputs,) = certified.programs[0], certified.outputs(certified.reader.stack([TOKENS]))
+    choices = certified_router(certified, "choice")
+    for router, calibrated in ((certified, "text"), (choices, "choice"), (certified.with_certificate(None), "")):
+        for form in get_args(AnswerForm):
+            expected = certified.decide(outputs, 0.6) if calibrated in ("", form) else full
+            assert router.decide(router.allowed(outputs, form), 0.6) == expected
+    engine = PolarModel(model.loaded, router=certified, sink=ListSink())
+    assert engine.generate("which one?", compute="economy", max_tokens=1).usage.program != full.text
+    chosen = engine.generate("which one?", compute="economy", choice=["yes", "no"]).usage
+    assert (chosen.program, chosen.tier) == (full.text, "economy")
 
 
 @pytest.mark.parametrize(("kind", "hidden"), [("embedding", ()), ("ending", (16,)), ("edges", (16,))])
