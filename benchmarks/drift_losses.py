@@ -174,7 +174,7 @@ def measured(model: PolarModel, pools: dict[str, list[Item]], show: ProgressBars
     router = model.router
     assert isinstance(router, LearnedRouter)
     assert router.certificate is not None
-    tiers = {name: AtTheta(router, promise.theta, writes=True) for name, promise in router.certificate.tiers.items()}
+    tiers = {name: AtTheta(router, promise.theta, form="text") for name, promise in router.certificate.tiers.items()}
     identity, cost = Program.identity(model.depth), model.decoder.cost
     known = [item.prompt for item in pools.pop("calibration") if not isinstance(item, ChoiceItem)]
     for place, text in enumerate(known):
