@@ -103,7 +103,7 @@ def ratio(pairs: Sequence[Pair], figure: Callable[[list[float]], float], rarer: 
 
     def of(chosen: Sequence[Pair]) -> float:
         off = [t for pair in chosen for t in pair.off]
-        # as often each, since a quantile of twice the same numbers is another one
+        # Both samples have one size: a quantile between two numbers depends on how many there are.
         return figure([t for pair in chosen for t in pair.on] + off * (rarer - 1)) / figure(off * rarer)
 
     drawn = sorted(of(dice.choices(pairs, k=len(pairs))) for _ in range(DRAWS))

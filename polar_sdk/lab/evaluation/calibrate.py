@@ -131,7 +131,7 @@ class DialWalk:
     def by_class(self, rows: Sequence[int]) -> dict[str, list[int]]:
         """Those of the rows that are answered in text, by the class that their items name, where it has enough.
 
-        However few are of a class that the router runs programs of their own for, they are counted.
+        A class that the router has programs for counts however small it is.
         """
         matrix, own = self.outcomes.matrix, self.router.facts.training.get("kinds", {})
         classes = by_class((row for row in rows if matrix.kinds[row] != "choice"), matrix.classes)

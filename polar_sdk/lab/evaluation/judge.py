@@ -24,6 +24,7 @@ from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_router, map_folders, save_with_maps
 from polar_sdk.show.progress import Progress, silent
+from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,8 +180,7 @@ class Judge:
         tasks = {name: self._bench.tasks(unseen(items, training, calibrating=False)) for name, items in sets.items()}
         everything = list({task.id: task for of_set in tasks.values() for task in of_set}.values())
         whole = {"all": everything, **tasks} if len(tasks) > 1 else tasks
-        spread = everything[:: max(1, len(everything) // max(1, timed))][:timed]
-        timings = self._timings(spread, thetas) if timed else {}
+        timings = self._timings(everything[:: max(1, len(everything) // timed)][:timed], thetas) if timed else {}
         results, classes = [], []
         texts: dict[str, TierTexts] = {}
         for index, (name, of_set) in enumerate(whole.items()):
@@ -286,10 +286,9 @@ class Judge:
         for done, prompt in enumerate(prompts):
             self.on_progress("timing", done, len(prompts))
             tokens = self.model.prompt_tokens(prompt)
-            names = list(systems)
-            for place in range(len(names)):
-                name = names[(place + done) % len(names)]
-                router, alone = self._router.at(systems[name]), f"timing.{done}.{place}"
+            turn = done % len(systems)
+            for name in [*systems][turn:] + [*systems][:turn]:
+                router, alone = self._router.at(systems[name]), f"timing {new_request_id()}"
                 begin = time.perf_counter_ns()
                 (answer,) = self.model.greedy_answers([prompt], max_tokens=_TIMED_TOKENS, router=router, tenant=alone)
                 end = time.perf_counter_ns()

@@ -40,10 +40,10 @@ _SURE: Final = 1e-4
 def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, strict: float = 0.0) -> dict[str, Tensor]:
     """Per kind, the share of its prompts that each program loses, (M,); the largest kind is the first.
 
-    It is the share that a program loses at most, with 90% confidence (Clopper and Pearson), so that few prompts prove
-    little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
-    answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
-    layers, though a few prompts may say so.
+    It is the share that a program loses at most, with 90% confidence (Clopper and Pearson; a prompt that is gained
+    makes up for one that is lost), so that few prompts prove little: of a kind with 33 prompts that lose none, 6.7%
+    may be lost. With `strict`, as much as that of the share of answers in text that keep less than 95% of their
+    tokens is lost. A program loses no less than one that runs more layers, though a few prompts may say so.
     """
     lost = losses(matrix, loss)
     partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])

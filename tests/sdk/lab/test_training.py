@@ -23,8 +23,10 @@ from polar_sdk.model import PolarModel
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
+from polar_sdk.router.certificate import Certificate, Counts, Subject
 from polar_sdk.router.layerwise import ACTIONS, LayerwiseRouter, program_of
 from polar_sdk.router.menu import MenuRouter, Pricing, needed_theta
+from polar_sdk.router.network import Network
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -274,6 +276,20 @@ def _layerwise(network: Any, training: dict[str, Any]) -> LayerwiseRouter:
 
     facts = RouterFacts(model="t", fingerprint="f", depth=6, training=training)
     return LayerwiseRouter(facts, network, [Program.identity(6)])
+
+
+def test_layer_by_layer_a_form_of_answers_that_was_not_calibrated_runs_full_depth() -> None:
+    outputs = torch.randn((8, 12), generator=torch.Generator().manual_seed(3))
+    router = _layerwise(Network.fresh(torch.randn(9, 4), (), 12, seed=0), {"free_layers": [1, 2, 3, 4]})
+    subject = Subject(model="f", menu="", router="", bridges="", dtype="", engine="")
+    counts = Counts(n=100, lost={"differs": (0,)})
+    certified = router.with_certificate(
+        Certificate(subject=subject, data="", delta=0.1, thetas=(0.0,), kinds={"prompt": counts}, saved=(0.0,))
+    )
+    full, chosen = [Program.identity(6)] * 8, router.choose_all(outputs, 0.9)
+    assert chosen != full
+    assert certified.choose_all(certified.allowed(outputs, "text"), 0.9) == chosen
+    assert certified.choose_all(certified.allowed(outputs, "choice"), 0.9) == full
 
 
 def test_a_high_price_keeps_identity() -> None:
