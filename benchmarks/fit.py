@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.problems import in_percent
 from benchmarks.results import Recorder, arguments
 from benchmarks.router_texts import COMPARISON, TASKS, library_functions, rows
 from polar_sdk import PolarModel, lab
@@ -23,6 +24,7 @@ from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.fit import PROMISES
 from polar_sdk.lab.fit.plan import SHARES
 from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.fit.summary import of_choices
 from polar_sdk.lab.fit.synthetic import STEPS, decision_items, notes
 from polar_sdk.lab.suites.letters import Mmlu, MmluProblem
 from polar_sdk.router.artifact import load_router
@@ -46,6 +48,8 @@ _COMPLETE = (
 )
 _ASKED = ("grading", "checking", "merging", "two sources", "questions", "key words")
 """Those of `STEPS` that are about texts."""
+_CHOSEN = 450
+"""Questions of each of `LETTERED` that a choice answers."""
 _LINES = range(4, 24)
 """Of a function that is to be written, docstring included."""
 TIMED = 24
@@ -133,6 +137,19 @@ def kinds(sets: _Sets) -> Iterator[Row]:
         yield {"prompt": _COMPLETE[turn % len(_COMPLETE)].format(function=function), "task": "functions to write"}
 
 
+def choices(sets: _Sets) -> Iterator[Row]:
+    """Questions whose right letter is known."""
+    for name in LETTERED:
+        for row in sets.take(name, _CHOSEN):
+            asked = Mmlu().ask(MmluProblem(subject="science", **row), (), chat=True)
+            yield {
+                "question": asked.text,
+                "choices": asked.choices,
+                "answer": row["answer"],
+                "task": f"choices, {name}",
+            }
+
+
 def _functions() -> Iterator[str]:
     """Functions of Python's own library up to the end of their docstrings, which say what the rest is to do."""
     for function, lines in library_functions(_LINES):
@@ -173,7 +190,7 @@ def steps(sets: _Sets) -> Iterator[Row]:
 def prompts(folder: Path) -> tuple[Path, Path]:
     """Write the prompts to fit on, and those that are held back."""
     sets = _Sets(seed=5)
-    fitted = list(kinds(sets))
+    fitted = [*kinds(sets), *choices(sets)]
     by_kind: dict[str, list[Row]] = defaultdict(list)
     for row in tasks(sets):
         by_kind[row["task"]].append(row)
@@ -204,6 +221,12 @@ def record(recorder: Recorder, made: FitResult, evaluation: Evaluation) -> None:
                     ("95 % kept", part.strict_kept),
                 ):
                     recorder.add(f"{start}{tier}, {name}: {what}", 100 * share, "%", note=note)
+    for tier in own.texts:
+        if (chosen := of_choices(own, tier)) is not None:
+            assert chosen.accuracy_drop is not None
+            recorder.add(f"{tier}, choices: FLOPs saved", 100 * chosen.flops_saved.total, "%")
+            lost = chosen.accuracy_drop
+            recorder.add(f"{tier}, choices: lost", 100 * lost.value, "points", **in_percent(lost))
     full, *tiers = (system for system in evaluation.sets[0].systems if system.ms_per_token is not None)
     for system in tiers:
         assert system.ms_per_token is not None

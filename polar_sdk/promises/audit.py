@@ -92,6 +92,8 @@ class PromiseTerms(NamedTuple):
     loss: AuditedLoss
     alpha: float
     delta: float
+    choices: bool
+    """Whether it is also on answers that are one of given choices, without knowing which of them is right."""
 
 
 class PromiseStanding(_Facts):

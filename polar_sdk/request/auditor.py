@@ -184,14 +184,13 @@ class Auditor:
         share = max(least, RAISED) if least and self._looks_closer(promises) else least
         if not (share and self._selection.chooses(request.tenant, request.request_id, share)):
             return
-        chooses = request.chooses and all(each.loss == "differs" for each in promises)
         if len(request.tokens) + ANSWER_TOKENS > self._model.decoder.context_window:
             return  # as in calibration
         if len(self._waiting) >= QUEUE:
             self.dropped += 1
             return
-        grammar = request.grammar if chooses else None
-        changed = (request.steering, request.logits_hook, None if chooses else request.grammar)
+        grammar = request.grammar if request.chooses else None
+        changed = (request.steering, request.logits_hook, None if request.chooses else request.grammar)
         greedy = job.sampler.greedy and all(each is None for each in changed)
         self._waiting.append(
             _Case(
@@ -204,7 +203,7 @@ class Auditor:
                 weight=least / share,
                 answer=tuple(job.tokens) if greedy else (),
                 choices=grammar,
-                max_tokens=request.max_tokens if chooses else ANSWER_TOKENS,
+                max_tokens=request.max_tokens if request.chooses else ANSWER_TOKENS,
                 keep=self._kept is not None and self._kept.may_keep(request.tenant, request.tags),
                 process=os.getpid(),
                 since=time.monotonic(),

@@ -114,6 +114,7 @@ class RequestMaker:
         floor = self._floor(prompt, tokens, options, tenant, tags)
         served, raised = self._router(options, floor)
         router = served.router
+        form: AnswerForm = "text" if options.get("choice") is None else "choice"
         scored = check_logprobs(options.get("prompt_logprobs"), "prompt_logprobs")
         tiers = {
             name: tier.program
@@ -127,8 +128,8 @@ class RequestMaker:
             router=router.kind,
             router_version=router.version,
             tier=served.tier,
-            promises=served.promises,
-            chooses=options.get("choice") is not None,
+            promises=tuple(each for each in served.promises if form == "text" or each.choices),
+            chooses=form == "choice",
             sampling=sampling,
             stops=check_stops(options.get("stop")),
             max_tokens=max_tokens,
@@ -153,7 +154,6 @@ class RequestMaker:
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers=tiers,
         )
-        form: AnswerForm = "text" if options.get("choice") is None else "choice"
         # Last, so that an invalid option costs nothing.
         route = self._route(router, tokens, form, scored=scored is not None)
         return request(program=route.program, router_flops=route.flops, likeness=route.likeness)

@@ -267,15 +267,16 @@ class Certificate(_Frozen):
         return {tier: promises for tier, promises in terms.items() if promises}
 
     def _terms(self, tier: str, promise: Promise) -> Iterator[PromiseTerms]:
-        demands: list[tuple[AuditedLoss, float]] = []
-        if promise.loss != "harms":  # without right answers, an answer that differs counts as a drop
-            demands.append(("strict" if promise.loss == "strict" else "differs", promise.alpha))
+        demands: list[tuple[AuditedLoss, float, bool]] = []
+        if promise.loss != "harms":  # without right answers, an answer in text that differs counts as a drop
+            loss: AuditedLoss = "strict" if promise.loss == "strict" else "differs"
+            demands.append((loss, promise.alpha, promise.loss != "drops" and "choice" in self.kinds))
         if promise.strict is not None:
-            demands.append(("strict", promise.strict.alpha))
+            demands.append(("strict", promise.strict.alpha, False))
         facts = {"subject": self.subject.model_dump(), "data": self.data, "tier": tier, "promise": promise.model_dump()}
-        for loss, alpha in demands:
+        for loss, alpha, choices in demands:
             text = json.dumps({**facts, "loss": loss, "alpha": alpha}, sort_keys=True)
-            yield PromiseTerms(hashlib.sha256(text.encode()).hexdigest(), tier, loss, alpha, promise.delta)
+            yield PromiseTerms(hashlib.sha256(text.encode()).hexdigest(), tier, loss, alpha, promise.delta, choices)
 
     def promise(self, alpha: float, loss: Loss = "differs", strict: float | None = None) -> Promise:
         """The promise at the θ that saves most among those that the counts allow.

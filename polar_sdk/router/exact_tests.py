@@ -94,6 +94,20 @@ def upper_share(k: int, n: int, level: float) -> float:
     return high
 
 
+def upper_loss(lost: int, gained: int, n: int, level: float) -> float:
+    """The mean loss of n pairs that is not exceeded with probability 1 − `level`; see `paired_loss_p`.
+
+    Where none is gained, it is the upper limit of Clopper and Pearson.
+    """
+    if not gained:
+        return upper_share(lost, n, level)
+    low, high = max(0.0, (lost - gained) / n), upper_share(lost, n, level)
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if paired_loss_p(lost, gained, n, middle, level) > level else (low, middle)
+    return high
+
+
 def _power(base: Tensor, exponent: int) -> Tensor:
     """Complex numbers to a natural power by repeated squaring, which takes a tenth of the time of torch's."""
     total = torch.ones_like(base)

@@ -271,13 +271,20 @@ class LearnedRouter(Router):
         return Route(program, self.network.flops, likeness)
 
     def allowed(self, outputs: Tensor, form: AnswerForm) -> Tensor:
-        """Outputs (…, O) of prompts that are answered in this form: without programs that are for another one.
+        """Outputs (…, O) of prompts that are answered in this form: its own, without programs that are for another one.
 
         A certificate that counted no such prompts promises nothing about them, so that they run at full depth.
         """
         kinds = _KINDS[form]
         counted = self.certificate is None or not kinds.isdisjoint(self.certificate.kinds)
-        return outputs if counted else self._full_depth(outputs)
+        if not counted:
+            return self._full_depth(outputs)
+        return self.network.where_choosing(outputs) if form == "choice" else outputs
+
+    def allowed_each(self, outputs: Tensor, chooses: Sequence[bool]) -> Tensor:
+        """Outputs (M, O) of prompts some of which are answered with one of given choices; see `allowed`."""
+        forms = torch.tensor(chooses).unsqueeze(1)
+        return torch.where(forms, self.allowed(outputs, "choice"), self.allowed(outputs, "text"))
 
     def _full_depth(self, outputs: Tensor) -> Tensor:
         """Outputs of which identity follows, like these in shape."""

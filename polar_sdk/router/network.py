@@ -228,6 +228,8 @@ class Network:
         weights: Per layer (out, in).
         biases: Per layer (out,).
         familiar: Which prompts it knows the like of; for any other all outputs are −∞. None = all.
+        choosing: What outputs (O,) are at most for a prompt that is answered with one of given choices, which the
+            request says and the prompt may not show. None = no less than for a text.
     """
 
     mean: Tensor
@@ -235,6 +237,7 @@ class Network:
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     familiar: Familiar | None = None
+    choosing: Tensor | None = None
 
     @classmethod
     def fresh(cls, features: Tensor, hidden: Sequence[int], outputs: int, seed: int) -> Self:
@@ -267,6 +270,10 @@ class Network:
                 x = F.relu(x)
         return Reading(x if unlike is None else x.masked_fill(unlike.unsqueeze(-1), -torch.inf), distance, centre)
 
+    def where_choosing(self, outputs: Tensor) -> Tensor:
+        """What outputs (…, O) are if these prompts are answered with one of given choices."""
+        return outputs if self.choosing is None else torch.minimum(outputs, self.choosing.to(outputs.device))
+
     def without_limits(self) -> Network:
         """The same network, which takes every prompt for familiar."""
         return replace(self, familiar=None)
@@ -291,7 +298,8 @@ class Network:
         """The same network on a device."""
         weights, biases = (tuple(tensor.to(device) for tensor in tensors) for tensors in (self.weights, self.biases))
         familiar = None if self.familiar is None else self.familiar.to(device)
-        return Network(self.mean.to(device), self.scale.to(device), weights, biases, familiar)
+        choosing = None if self.choosing is None else self.choosing.to(device)
+        return Network(self.mean.to(device), self.scale.to(device), weights, biases, familiar, choosing)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, as they are stored."""
@@ -299,6 +307,7 @@ class Network:
         named |= {f"weight.{index}": weight for index, weight in enumerate(self.weights)}
         named |= {f"bias.{index}": bias for index, bias in enumerate(self.biases)}
         named |= {} if self.familiar is None else self.familiar.tensors()
+        named |= {} if self.choosing is None else {"choosing": self.choosing}
         return {name: tensor.detach().to("cpu", torch.float32).contiguous().clone() for name, tensor in named.items()}
 
     @classmethod
@@ -321,4 +330,7 @@ class Network:
             raise ValueError(f"the shapes {shapes} do not form one network")
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise ValueError("a tensor contains a value that is not finite")
-        return cls(mean, scale, weights, biases, Familiar.of(tensors, mean.shape[0]))
+        choosing = tensors.get("choosing")
+        if choosing is not None and choosing.shape != biases[-1].shape:
+            raise ValueError(f"tensor 'choosing' has shape {tuple(choosing.shape)}, not {tuple(biases[-1].shape)}")
+        return cls(mean, scale, weights, biases, Familiar.of(tensors, mean.shape[0]), choosing)

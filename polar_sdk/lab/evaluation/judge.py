@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from polar_sdk.errors import DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
@@ -261,9 +259,8 @@ class Judge:
     def _outputs(self, tasks: Sequence[Task], router: LearnedRouter | None = None) -> Tensor:
         """What is decided on; by a router without a certificate, what one may be made for."""
         router = router or self._router
-        outputs = router.outputs(self._features(tasks))
-        writes = torch.tensor([not isinstance(task.item, ChoiceItem) for task in tasks])
-        return torch.where(writes.unsqueeze(1), router.allowed(outputs, "text"), router.allowed(outputs, "choice"))
+        chooses = [isinstance(task.item, ChoiceItem) for task in tasks]
+        return router.allowed_each(router.outputs(self._features(tasks)), chooses)
 
     def _features(self, tasks: Sequence[Task]) -> Tensor:
         return self._router.reader.stack([task.question.prompt for task in tasks])

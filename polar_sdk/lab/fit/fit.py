@@ -28,7 +28,7 @@ from polar_sdk.lab.evaluation.rendering import require_report, to_html
 from polar_sdk.lab.fit.frontier import near, undominated
 from polar_sdk.lab.fit.plan import SHARES, Plan, make_plan, measure_pace, workload_of
 from polar_sdk.lab.fit.prompts import prompts_of
-from polar_sdk.lab.fit.summary import figures, tiers_in_words
+from polar_sdk.lab.fit.summary import CHOICES, TEXTS, figures, tiers_in_words
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
 from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, kind_of, split_of, text_of
@@ -52,10 +52,10 @@ from polar_sdk.show.progress import Progress, silent
 from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from polar_sdk.lab.evaluation.results import Evaluation
-    from polar_sdk.lab.items import Item, Split
+    from polar_sdk.lab.items import Item, PromptKind, Split
     from polar_sdk.model import PolarModel
     from polar_sdk.router.certificate import Certificate, Loss
 
@@ -64,7 +64,8 @@ PROMISES: Final[dict[str, TierPromise]] = {
     "standard": TierPromise(0.025, strict=0.25),
     "premium": TierPromise(0.01, strict=0.1),
 }
-"""Promises of tiers by default; a tier that the prompts are too few for is left out."""
+"""Promises of tiers by default; a tier that the prompts are too few for is left out. Where there are questions with
+choices, of which right answers are known, the loss is `drops`: of these, right answers count."""
 _OF_RIGHT: Final = ("harms", "drops")
 """Losses that count right answers."""
 _DELTA: Final = 0.1
@@ -136,7 +137,7 @@ def fit(
         model: The model, in the precision that it is to serve in.
         data: Prompts like those that it will be asked; None = the package's own, by kind and length.
         hours: Time that the plan must fit in, on this machine.
-        promises: What each tier is to promise; None = `PROMISES`.
+        promises: What each tier is to promise; None = see `PROMISES`.
         out: Folder of the work; None = one in the cache, see `fit_folder`.
         limit: Maximum prompts, whatever the hours allow.
         distil: Training steps of the maps after their closed form; None = as many as the hours allow.
@@ -151,8 +152,9 @@ def fit(
     require_report()
     folder = fit_folder(model.fingerprint, model.dtype) if out is None else Path(out)
     with disk_errors(), RewardCache(cache_path(model.fingerprint, model.dtype)) as cache:
-        asked = dict(PROMISES if promises is None else promises)
-        items = prompts_of(data, limit, right=any(promise.loss in _OF_RIGHT for promise in asked.values()))
+        right = promises is not None and any(promise.loss in _OF_RIGHT for promise in promises.values())
+        items = prompts_of(data, limit, right=right)
+        asked = dict(_usual_promises(items) if promises is None else promises)
         work = _Work(model, items, hours, asked, folder, distil, seed, cache, on_progress)
         return work.run(on_plan)
 
@@ -184,7 +186,7 @@ class _Work:
         tiers = self._possible()
         fills = self._fills(facts.plan, tiers)
         certified = self._chosen(undominated(self._matrix(fills.programs)), tiers)
-        evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate({"test": self._of("test")})
+        evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate(self._test_sets())
         assert certified.certificate is not None
         sentences = self._sentences(certified.certificate, evaluation)
         self._write_file("evaluation.json", json.dumps(evaluation.plain(), indent=2) + "\n")
@@ -235,6 +237,13 @@ class _Work:
     def _of(self, *splits: Split) -> list[Item]:
         return [item for item in self.items if split_of(item_id(item), SHARES) in splits]
 
+    def _test_sets(self) -> dict[str, list[Item]]:
+        """The test prompts that are answered in text, and the questions with choices."""
+        sets: dict[str, list[Item]] = {TEXTS: [], CHOICES: []}
+        for item in self._of("test"):
+            sets[CHOICES if isinstance(item, ChoiceItem) else TEXTS].append(item)
+        return {name: items for name, items in sets.items() if items}
+
     def _possible(self) -> dict[str, TierPromise]:
         """The promises that the calibration prompts are enough for.
 
@@ -249,28 +258,31 @@ class _Work:
                 )
         kinds = [kind_of(item) for item in self._of("calibration")]
         check_answered(self.promises, [kind != "prompt" for kind in kinds])
-        counts = Counter(kinds)
-        fewest = min(counts.values())
-        possible, needed = {}, {}
+        counts, possible = Counter(kinds), {}
+        fewest = self._fewest(counts, max(self.promises.values(), key=lambda promise: promise.alpha))
         for tier, promise in self.promises.items():
-            tests = {
-                least_paired_prompts if promise.loss == "drops" and kind != "prompt" else least_prompts
-                for kind in counts
-            }
-            needed[tier] = max(prompts(promise.alpha, _DELTA) for prompts in tests)
-            if fewest >= needed[tier]:
+            lacking = {kind: n for kind, n in self._fewest(counts, promise).items() if counts[kind] < n}
+            if not lacking:
                 possible[tier] = promise
             else:
-                self.notes.append(
-                    f"No {tier}: its promise needs {needed[tier]} calibration prompts of a kind; there are {fewest}."
-                )
+                each = " and ".join(f"{n} {_OF_KIND[kind]} (there are {counts[kind]})" for kind, n in lacking.items())
+                self.notes.append(f"No {tier}: to calibrate its promise takes {each}.")
         if not possible:
-            least = min(needed.values())
+            least = " and ".join(f"{n} {_OF_KIND[kind]}" for kind, n in fewest.items())
+            in_all = max(n / counts[kind] for kind, n in fewest.items()) * len(self.items)
             raise DataError(
-                f"{len(self.items)} prompts are too few for any promise: {least} of each kind must be left for "
-                f"calibration, some {least / SHARES.calibration:.0f} prompts in all; give more prompts, or more hours."
+                f"{len(self.items)} prompts are too few for any promise: {least} must be left for calibration, some "
+                f"{in_all:.0f} prompts like these in all; give more prompts, or more hours."
             )
         return possible
+
+    @staticmethod
+    def _fewest(kinds: Iterable[PromptKind], promise: TierPromise) -> dict[PromptKind, int]:
+        """Minimum number of calibration prompts of each kind."""
+        paired = {kind for kind in kinds if promise.loss == "drops" and kind != "prompt"}
+        return {
+            kind: (least_paired_prompts if kind in paired else least_prompts)(promise.alpha, _DELTA) for kind in kinds
+        }
 
     def _fills(self, plan: Plan, tiers: dict[str, TierPromise]) -> MapSet:
         """The fills of all cuts in closed form; where there is time, trained ones of those that decide the tiers."""
@@ -307,11 +319,11 @@ class _Work:
         """A certified router with a program for each kind of prompt; see `table_training`."""
         certified = self._certified(self._trained(matrix, tiers), tiers)
         kinds: dict[str, int] = certified.facts.training["kinds"]
-        if len(kinds) == 1:
-            self.notes.append("Each tier runs one program for every prompt.")
+        told = sorted((kind for kind in kinds if kind != "choice"), key=lambda kind: -kinds[kind])
+        if len(told) == 1:
+            self.notes.append("Each tier runs one program for every prompt that is answered in text.")
         else:
-            usual = max(kinds, key=lambda kind: kinds[kind])
-            own = " and ".join(repr(kind) for kind in kinds if kind != usual)
+            own = " and ".join(map(repr, told[1:]))
             self.notes.append(f"Prompts recognised as {own} run programs of their own.")
         used = self._used(certified)
         kept = [place for place, program in enumerate(matrix.programs) if place == 0 or program in used]
@@ -346,8 +358,11 @@ class _Work:
     def _used(self, router: LearnedRouter) -> set[Program]:
         """The programs that a tier runs for more than a few of the prompts."""
         assert router.certificate is not None
-        prompts = [self.model.prompt_tokens(text_of(item)) for item in self._of("dev")]
-        outputs, lengths = router.outputs(router.reader.stack(prompts).cpu()), list(map(len, prompts))
+        items = self._of("dev")
+        prompts = [self.model.prompt_tokens(text_of(item)) for item in items]
+        outputs = router.outputs(router.reader.stack(prompts).cpu())
+        outputs = router.allowed_each(outputs, [isinstance(item, ChoiceItem) for item in items])
+        lengths = list(map(len, prompts))
         used: set[Program] = set()
         for promise in router.certificate.tiers.values():
             counts = Counter(router.choose_all(outputs, promise.theta, lengths) if promise.theta else ())
@@ -392,7 +407,9 @@ class _Work:
         """Say what each tier saves and promises, on what, and what was not possible."""
         exact = evaluation.texts.get("exact")
         floor = "" if exact is None else f"; full depth against itself keeps {exact.noise_floor:.1%}"
-        splits = ", ".join(f"{len(self._of(split))} {use}" for split, use in _USES.items())
+        numbers = {split: len(self._of(split)) for split in _USES}
+        numbers["train"] = sum(not isinstance(item, ChoiceItem) for item in self._of("train"))
+        splits = ", ".join(f"{numbers[split]} {use}" for split, use in _USES.items())
         kinds = len({item.task for item in self.items})
         return [
             *tiers_in_words(certificate, evaluation),
@@ -402,6 +419,16 @@ class _Work:
         ]
 
 
+def _usual_promises(items: Iterable[Item]) -> dict[str, TierPromise]:
+    choices = any(isinstance(item, ChoiceItem) for item in items)
+    return {tier: promise._replace(loss="drops") if choices else promise for tier, promise in PROMISES.items()}
+
+
+_OF_KIND: Final[dict[PromptKind, str]] = {
+    "prompt": "prompts that are answered in text",
+    "answer": "prompts whose right answer is known",
+    "choice": "questions with choices",
+}
 _USES: Final[dict[Split, str]] = {
     "train": "to fit maps on",
     "dev": "to choose programs by",

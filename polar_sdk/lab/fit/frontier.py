@@ -23,8 +23,10 @@ def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]
 
     Of each promise the one that saves most of those that keep it here, and the next, which training may bring within
     it. No more: they share the training steps, and a few well-trained maps save more than many. The kind that most
-    prompts are of decides: a router may give others programs of their own.
+    texts are of decides: a router may give others programs of their own.
     """
+    texts = [row for row, kind in enumerate(matrix.kinds) if kind != "choice"]
+    matrix = matrix.rows(texts) if texts else matrix
     kinds = kinds_of(matrix)
     ((most, _),) = Counter(kinds).most_common(1)
     matrix = matrix.rows([row for row, kind in enumerate(kinds) if kind == most])

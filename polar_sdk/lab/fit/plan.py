@@ -6,6 +6,7 @@ Nothing is tuned to a family. Knows no files.
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import fmean
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -31,7 +32,7 @@ SHARES: Final = Shares(0.35, 0.25, 0.25, 0.15)
 """Shares of the prompts: maps are fitted on the first, the menu is chosen on the second; then calibration and test."""
 _CUT_SHARES: Final = (0.08, 0.125, 0.17, 0.21, 0.25, 0.29, 0.33, 0.38, 0.42, 0.46, 0.52, 0.58)
 """Shares of the layers that are filled: close together, since a promise stops at the first program that breaks it."""
-_MAX_PROMPTS: Final = 2000
+_MAX_PROMPTS: Final = 3000
 _MIN_TOKENS: Final = 5
 """Tokens per number that a map reads, below which its closed form would fit noise."""
 _MEASURED_PROMPTS: Final = 16
@@ -52,6 +53,8 @@ _DISTIL_SHARE: Final = 0.35
 """Share of the hours that is kept for training, where it is enough."""
 _SEEK_SHARE: Final = 0.2
 """Share of the hours that a search for layers to spare may take."""
+_CHOICE_TOKENS: Final = 8
+"""Tokens of a question's choices."""
 _PASS_OF_FIT: Final = 1.25
 """A pass that collects the sums of all cuts, over one that does not."""
 
@@ -71,9 +74,13 @@ class Workload(NamedTuple):
     prompts: int
     """Distinct prompts that are there."""
     tokens: float
-    """Mean length of a prompt as the model reads it."""
+    """Mean length of a prompt that is answered in text, as the model reads it."""
     answered: float = 0.0
     """Share of the prompts whose right answers in text count, for which every program writes its own."""
+    choices: float = 0.0
+    """Share of the prompts that are questions with choices, which no map is fitted on."""
+    choice_tokens: float = 0.0
+    """Mean length of those."""
 
 
 class Plan(BaseModel, frozen=True):
@@ -155,7 +162,10 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     prompts = min(most, int(max(0.0, seconds - training - seeking) / sum(per_prompt.values())))
     inputs = 2 * model.decoder.family.hidden  # the state, and the embedding of the token
     needed = _MIN_TOKENS * inputs
-    enough = int(needed / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
+    written = 1 - workload.choices
+    if not written:
+        raise DataError("maps are fitted on prompts that are answered in text, but there are none; give some as well.")
+    enough = int(needed / written / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
     if distil is None and (prompts < enough or training < _FEWEST_STEPS * step):
         training, prompts = 0.0, min(most, int(seconds / sum(per_prompt.values())))
     if prompts < enough:
@@ -183,7 +193,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         hours=hours,
         pace=pace,
         prompts=prompts,
-        tokens=round(prompts * workload.tokens),
+        tokens=round(prompts * (written * workload.tokens + workload.choices * workload.choice_tokens)),
         cuts=cuts,
         seek=seek,
         distil=distil,
@@ -193,14 +203,19 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
 
 def _seconds(model: PolarModel, workload: Workload, pace: Pace, cuts: Sequence[int]) -> dict[str, float]:
     """Seconds of each step per prompt: programs share what they begin with; above a cut only a prompt's end runs."""
-    length = workload.tokens
-    tokens = length + ANSWER_TOKENS
-    answering = length / pace.read + ANSWER_TOKENS / pace.write
-    above = sum((model.depth - cut) / model.depth * (min(TAIL, length) + ANSWER_TOKENS) / tokens for cut in cuts)
+    filled = sum((model.depth - cut) / model.depth for cut in cuts)
+
+    def measured(length: float, answer: float) -> float:
+        run = min(TAIL, length) + answer
+        return (1 - SHARES.train + SHARES.dev) * (length + answer + 1.3 * filled * run) / pace.read
+
+    written, tokens = 1 - workload.choices, workload.tokens + ANSWER_TOKENS
+    answering = workload.tokens / pace.read + ANSWER_TOKENS / pace.write
     return {
-        "answers": answering,
-        "fitting": SHARES.train * tokens / pace.read * _PASS_OF_FIT,
-        "measuring": (1 - SHARES.train + SHARES.dev) * tokens / pace.read * (1 + 1.3 * above)
+        "answers": written * answering,
+        "fitting": written * SHARES.train * tokens / pace.read * _PASS_OF_FIT,
+        "measuring": written * measured(workload.tokens, ANSWER_TOKENS)
+        + workload.choices * measured(workload.choice_tokens, _CHOICE_TOKENS)
         + workload.answered * (SHARES.dev + SHARES.calibration) * (len(cuts) + 1) * answering,
     }
 
@@ -217,7 +232,17 @@ def _seek_seconds(model: PolarModel, tokens: float, prompts: int, pace: Pace) ->
 
 def workload_of(model: PolarModel, items: Sequence[Item]) -> Workload:
     """Number of the prompts, their mean length by a sample of them, and how many have right answers that count."""
-    step = max(1, len(items) // 200)
-    sample = [text_of(item) for item in items[::step]]
-    answered = sum(kind_of(item) == "answer" for item in items) / len(items)
-    return Workload(len(items), fmean(len(model.prompt_tokens(text)) for text in sample), answered)
+    kinds = Counter(map(kind_of, items))
+
+    def mean_length(*, choices: bool) -> float:
+        texts = [text_of(item) for item in items if isinstance(item, ChoiceItem) == choices]
+        sample = texts[:: max(1, len(texts) // 200)]
+        return fmean(len(model.prompt_tokens(text)) for text in sample) if sample else 0.0
+
+    return Workload(
+        prompts=len(items),
+        tokens=mean_length(choices=False),
+        answered=kinds["answer"] / len(items),
+        choices=kinds["choice"] / len(items),
+        choice_tokens=mean_length(choices=True),
+    )

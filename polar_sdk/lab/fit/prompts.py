@@ -6,11 +6,12 @@ no model.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.fit.synthetic import decision_items, long_items, task_items
-from polar_sdk.lab.items import AnswerItem, PromptItem, builtin_items, distinct_items, item_id, text_of
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, builtin_items, distinct_items, item_id, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,12 +22,15 @@ _MADE: Final = 240
 """Prompts about texts that are made of each kind."""
 _LENGTHS: Final = (400, 2000)
 """Characters between which lengths differ: some 100 and 500 tokens."""
+_CHOICES: Final = 2
+"""Questions with choices beside each text: they are short, and a change of the right answers is mostly chance."""
 
 
 def prompts_of(data: Sequence[Item] | None, limit: int | None = None, *, right: bool = False) -> list[Item]:
     """The distinct prompts in the order in which they are taken: kinds and lengths in turn, each by hash.
 
-    So the first N of them are as mixed as all are, and a larger N keeps what a smaller one had.
+    Beside each text there are two questions with choices, where the data has them. So the first N of them are as mixed
+    as all are, and a larger N keeps what a smaller one had.
 
     Args:
         data: The caller's; None = the package's own.
@@ -39,12 +43,16 @@ def prompts_of(data: Sequence[Item] | None, limit: int | None = None, *, right: 
     items = _own_prompts() if data is None else data
     if not items:
         raise DataError("the data holds no prompt; give at least one.")
-    lots: dict[tuple[str, int], list[Item]] = {}
+    lots: dict[bool, dict[tuple[str, int], list[Item]]] = {False: {}, True: {}}
     for item in sorted(distinct_items(items), key=item_id):
         bare = isinstance(item, AnswerItem) and not right
         taken = PromptItem(prompt=text_of(item), task=item.task) if bare else item
-        lots.setdefault((item.task or "", _length(item)), []).append(taken)
-    return list(_in_turn(lots[name] for name in sorted(lots)))[:limit]
+        of_form = lots[isinstance(item, ChoiceItem)]
+        of_form.setdefault((item.task or "", _length(item)), []).append(taken)
+    texts, choices = ([*_in_turn(of_form[name] for name in sorted(of_form))] for of_form in lots.values())
+    left = iter(choices)
+    mixed = [item for text in texts for item in (text, *islice(left, _CHOICES))]
+    return [*mixed, *left][:limit]
 
 
 def _own_prompts() -> list[Item]:

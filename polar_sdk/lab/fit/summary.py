@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from polar_sdk.lab.evaluation.results import Evaluation
+    from polar_sdk.lab.evaluation.results import Evaluation, SystemResult
     from polar_sdk.router.certificate import Certificate, Promise
+
+TEXTS: Final = "texts"
+CHOICES: Final = "choices"
+"""Names of the sets of prompts that a fit is evaluated on."""
 
 
 def tiers_in_words(certificate: Certificate, evaluation: Evaluation) -> list[str]:
@@ -16,14 +20,25 @@ def tiers_in_words(certificate: Certificate, evaluation: Evaluation) -> list[str
         if promise.theta == 0:
             said.append(f"{tier} runs full depth: nothing could be promised.")
             continue
-        name = f"router ({tier})"
-        saved = next(system for system in evaluation.sets[0].systems if system.name == name).flops_saved.total
-        kept = evaluation.texts.get(tier)
-        tokens = "" if kept is None else f" and keeps {kept.tokens_kept:.1%} of the tokens"
-        long = None if kept is None else kept.by_length.get("over_500")
-        more = "" if long is None else f" ({long.flops_saved:.1%} and {long.tokens_kept:.1%} over 500 tokens)"
-        said.append(f"{tier} saves {saved:.1%} of the FLOPs{tokens}{more}; it promises that {_promised(promise)}.")
+        kept, parts = evaluation.texts.get(tier), []
+        if kept is not None:
+            long = kept.by_length.get("over_500")
+            more = "" if long is None else f" ({long.flops_saved:.1%} and {long.tokens_kept:.1%} over 500 tokens)"
+            parts.append(f"{kept.flops_saved:.1%} of the FLOPs and keeps {kept.tokens_kept:.1%} of the tokens{more}")
+        if (chosen := of_choices(evaluation, tier)) is not None and chosen.accuracy is not None:
+            full = of_choices(evaluation)
+            assert full is not None and full.accuracy is not None
+            right = f"{chosen.accuracy.value:.1%} right where full depth has {full.accuracy.value:.1%}"
+            parts.append(f"{chosen.flops_saved.total:.1%} of the FLOPs of choices, with {right}")
+        said.append(f"{tier} saves {', and '.join(parts)}; it promises that {_promised(promise)}.")
     return said
+
+
+def of_choices(evaluation: Evaluation, tier: str | None = None) -> SystemResult | None:
+    """The result of a tier, or of full depth, on the questions with choices; None where there are none."""
+    name = "identity" if tier is None else f"router ({tier})"
+    systems = [system for of_set in evaluation.sets if of_set.name == CHOICES for system in of_set.systems]
+    return next((system for system in systems if system.name == name), None)
 
 
 def _promised(promise: Promise) -> str:

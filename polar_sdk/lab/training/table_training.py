@@ -3,11 +3,13 @@
 A prompt shows what is asked of it, and so how often a program loses the answers to such prompts; whether it loses this
 one, it hardly shows. A network that learns losses prompt by prompt, from a few hundred, takes chance for knowledge: it
 saves a little more on kinds that it was trained on, and breaks promises on others. A table gives all prompts of a kind
-the same outputs, and those of no kind that it knows the outputs of the largest one.
+the same outputs, and those of no kind that it knows the outputs of the largest one. That an
+answer is one of given choices is told by the request; such a prompt has the lesser outputs of its kind and of choices.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.lab.training.examples import losses
 from polar_sdk.lab.training.outcomes import grouped
-from polar_sdk.router.exact_tests import upper_share
+from polar_sdk.router.exact_tests import upper_loss
 from polar_sdk.router.network import Network
 
 if TYPE_CHECKING:
@@ -40,17 +42,18 @@ _SURE: Final = 1e-4
 def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, strict: float = 0.0) -> dict[str, Tensor]:
     """Per kind, the share of its prompts that each program loses, (M,); the largest kind is the first.
 
-    It is the share that a program loses at most, with 90% confidence (Clopper and Pearson; a prompt that is gained
-    makes up for one that is lost), so that few prompts prove little: of a kind with 33 prompts that lose none, 6.7%
-    may be lost. With `strict`, as much as that of the share of answers in text that keep less than 95% of their
-    tokens is lost. A program loses no less than one that runs more layers, though a few prompts may say so.
+    It is the share that a program loses at most, less what it gains, with 90% confidence, so that few prompts prove
+    little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
+    answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
+    layers, though a few prompts may say so.
     """
     lost = losses(matrix, loss)
     partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])
     deepest_first = matrix.flops.double().sum(0).argsort(descending=True)
     found = {}
     for kind, rows in sorted(grouped(range(len(matrix)), kinds.__getitem__).items(), key=lambda each: -len(each[1])):
-        own = torch.tensor([upper_share(int(k), len(rows), _DOUBT) for k in lost[rows].sum(0).clamp(min=0)])
+        counts = zip((lost[rows] > 0).sum(0).tolist(), (lost[rows] < 0).sum(0).tolist(), strict=True)
+        own = torch.tensor([upper_loss(worse, better, len(rows), _DOUBT) for worse, better in counts])
         own = torch.maximum(own, strict * partly[rows].mean(0)) if strict else own
         found[kind] = own.clone()
         found[kind][deepest_first] = own[deepest_first].cummax(0).values
@@ -72,17 +75,20 @@ def fit_table(
     """
     table = losses_by_kind(matrix, kinds[: len(matrix)], loss, strict)
     rows = {kind: ((1 - lost[1:]) / (1 - least)).clamp(_SURE, 1 - _SURE).logit() for kind, lost in table.items()}
+    choosing = rows.pop("choice") if len(rows) > 1 and "choice" in rows else None
     usual, *others = rows
     network = Network.fresh(features, (2 * len(others),) if others else (), len(rows[usual]), seed=0)
     network.biases[-1].copy_(rows[usual])
     standardised = (features - network.mean) * network.scale
+    written = torch.tensor([name != "choice" for name in kinds])
     for place, kind in enumerate(others):
-        weights, bias = _recogniser(standardised, torch.tensor([name == kind for name in kinds]))
+        known = torch.tensor([name == kind for name in kinds])
+        weights, bias = _recogniser(standardised[written], known[written])
         # relu(x) − relu(x − 1) rises from 0 to 1 with the log-odds of the kind
         for unit, (edge, sign) in enumerate(((0.5, 1), (-0.5, -1)), 2 * place):
             network.weights[0][unit], network.biases[0][unit] = weights / _WIDTH, bias / _WIDTH + edge
             network.weights[1][:, unit] = sign * (rows[kind] - rows[usual])
-    return network
+    return replace(network, choosing=choosing)
 
 
 @torch.enable_grad()

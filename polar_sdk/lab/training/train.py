@@ -154,13 +154,18 @@ class RouterTrainer:
     def table(self, settings: MenuSettings | None = None, others: Sequence[Item] = ()) -> MenuRouter:
         """A menu router that runs the same program for all prompts of a kind, by its dial; see `table_training`.
 
+        Choices are a kind of their own, which the request tells and not the network.
+
         Args:
             settings: How to train; None = the defaults.
             others: Items that are not in the matrix, which only show what kinds of prompts look like.
         """
         settings = settings or MenuSettings()
         matrix = self._rows(settings)
-        kinds = kinds_of(matrix)
+        texts = [row for row, kind in enumerate(matrix.kinds) if kind != "choice"]
+        kinds = ["choice"] * len(matrix)
+        for row, kind in zip(texts, kinds_of(matrix.rows(texts)), strict=True):
+            kinds[row] = kind
         items = [item for item in others if not isinstance(item, ChoiceItem)]
         named = [next(filter(set(kinds).__contains__, classes_of(item.task or "")), kind_of(item)) for item in items]
         known = [row for row, kind in enumerate(named) if kind in kinds]
@@ -186,8 +191,7 @@ class RouterTrainer:
         if len(counts) > 1:
             network = replace(network, familiar=Familiar.around(seen, dev.features, network))
         dev = replace(dev, kinds=torch.tensor([list(counts).index(kind) for kind in kinds[len(train) : len(matrix)]]))
-        with torch.no_grad():
-            walked = frontier(dev.needed(network(dev.features)), dev, order, max_theta=dev.end(settings.least))
+        walked = frontier(self._needed(network, dev, settings), dev, order, max_theta=dev.end(settings.least))
         utility = walked.utility(settings.risks)
         spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
         record = {"settings": settings.model_dump(mode="json"), "kinds": dict(counts), **spread}
@@ -213,9 +217,7 @@ class RouterTrainer:
     def _menu(
         self, trained: Trained, network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings
     ) -> MenuRouter:
-        with torch.no_grad():
-            needed = dev.needed(network(dev.features))
-        walked = frontier(needed, dev, order, max_theta=dev.end(settings.least))
+        walked = frontier(self._needed(network, dev, settings), dev, order, max_theta=dev.end(settings.least))
         router = MenuRouter(
             self._facts(
                 trained,
@@ -228,6 +230,13 @@ class RouterTrainer:
             self.matrix.programs,
         )
         return router.bind(self.model.decoder, self.model.fingerprint)
+
+    @torch.no_grad()
+    def _needed(self, network: Network, dev: Examples, settings: MenuSettings) -> Tensor:
+        """The smallest θ of each program for each dev prompt, (P, M), which serves answers of the prompt's form."""
+        outputs = network(dev.features)
+        choices = torch.tensor([kind == "choice" for kind in self._rows(settings).of("dev").kinds])
+        return dev.needed(torch.where(choices.unsqueeze(1), network.where_choosing(outputs), outputs))
 
     def layerwise(
         self,

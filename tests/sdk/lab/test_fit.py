@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
-from polar_sdk.lab.fit.fit import fit_folder
+from polar_sdk.lab.fit.fit import PROMISES, fit_folder
 from polar_sdk.lab.fit.frontier import near
 from polar_sdk.lab.fit.plan import SHARES, Pace, Workload, cuts_of, make_plan
 from polar_sdk.lab.fit.prompts import prompts_of
-from polar_sdk.lab.items import AnswerItem, PromptItem, item_id, split_of
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, item_id, split_of
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.certificate import TierPromise
@@ -121,6 +121,31 @@ def test_right_answers_count_where_a_promise_counts_them(tmp_path: Path, monkeyp
         assert not (tmp_path / loss / "fills").exists()
     with pytest.raises(DataError):
         fitted(model, [*known, *items[120:]], promises={"economy": TierPromise(0.7, "harms")}, out=tmp_path / "some")
+
+
+def test_choices_are_promised_by_their_right_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    dice = random.Random(4)
+    asked: list[Item] = [
+        ChoiceItem(question=f"{dice.randint(0, 10**9)} or not?", choices=("yes", "no"), answer=dice.randint(0, 1))
+        for _ in range(480)
+    ]
+    model = tiny_fresh()
+    monkeypatch.delitem(PROMISES, "premium")
+    for tier, promise in LOOSE.items():
+        monkeypatch.setitem(PROMISES, tier, promise._replace(strict=0.9))
+    made = fitted(model, [*made_items(), *asked], promises=None)
+    router = load_router(made.folder / "router")
+    assert isinstance(router, LearnedRouter) and router.certificate is not None
+    promise = router.certificate.tiers["economy"]
+    assert promise.loss == "drops" and set(promise.n) == {"choice", "prompt"} and promise.theta > 0
+    assert router.facts.training["kinds"]["choice"] > 0
+    assert all("right where full depth" in said for said in made.facts.sentences[:2])
+    # Of a text, audits know what is lost; of a choice they do not, as they know no right answer.
+    terms = router.certificate.audited["economy"]
+    assert [term.loss for term in terms] == ["differs", "strict"] and not any(term.choices for term in terms)
+    with pytest.raises(DataError, match="text"):
+        fitted(model, asked, promises=None, out=tmp_path / "only")
 
 
 def test_a_finished_fit_is_returned_as_it_is(finished: FitResult, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +311,24 @@ def test_programs_near_the_edge_of_a_promise_decide(matrix: Callable[..., Reward
     assert near(measured, [TierPromise(0.9), TierPromise(0.1)]) == [*programs[2:4], programs[7]]
     assert near(measured, [TierPromise(0.0)]) == programs[2:4]
     assert near(measured.only([0, *range(3, 8)]), [TierPromise(0.0)]) == [programs[3]]
+
+
+def test_choices_cost_less_of_the_time_than_texts() -> None:
+    model, pace = tiny_model(), Pace(read=400, write=400)
+    texts = Workload(prompts=50_000, tokens=2000.0)
+    mixed = texts._replace(choices=0.5, choice_tokens=100.0)
+    plans = [make_plan(model, workload, pace, 0.4, distil=0) for workload in (texts, mixed)]
+    assert 1.5 < plans[1].prompts / plans[0].prompts < 2
+    assert plans[1].tokens < 1.1 * plans[0].tokens
+
+
+def test_two_choices_are_taken_beside_each_text() -> None:
+    choices = [ChoiceItem(question=f"question {place}", choices=("a", "b"), answer=place % 2) for place in range(100)]
+    texts = made_items(80)
+    found = [isinstance(item, ChoiceItem) for item in prompts_of([*choices, *texts])]
+    assert found == [False, True, True] * 50 + [False] * 30
+    alone = [item for item in prompts_of([*choices, *texts]) if not isinstance(item, ChoiceItem)]
+    assert alone == prompts_of(texts)
 
 
 def test_the_first_prompts_are_as_mixed_as_all() -> None:

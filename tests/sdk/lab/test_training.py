@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.router.learned import AnswerForm
 
+FORMS: tuple[AnswerForm, ...] = ("text", "choice")
 QUICK = MenuSettings(hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
 
 
@@ -101,6 +104,32 @@ def test_a_class_that_needs_more_depth_gets_programs_of_its_own(
         [one for one, hard in zip(deep, decides, strict=True) if hard == kind] for kind in (False, True)
     )
     assert fmean(texts) > 0.9 and fmean(decisions) < 0.2
+
+
+def test_choices_have_programs_of_their_own_which_the_request_tells(
+    model: PolarModel, matrix: Callable[..., RewardMatrix]
+) -> None:
+    """Prompts that look like texts, whose choices program 2 turns round more often than it loses texts."""
+    rows = _decisions(matrix)
+    usual = torch.tensor([name == "text" for name in rows.classes])
+    chosen = usual & (torch.arange(len(rows)) % 3 == 0)
+    agree = rows.agree.clone()
+    agree[chosen, 2] = torch.rand(int(chosen.sum()), generator=torch.Generator().manual_seed(1)) < 0.8
+    kinds = tuple("choice" if one else "prompt" for one in chosen.tolist())
+    rows = replace(rows, agree=agree, kinds=kinds)  # type: ignore[arg-type]
+    settings = QUICK.model_copy(update={"strict": 0.1, "own_length": False, "risks": (0.05,), "least": 0.8})
+    table = RouterTrainer(model, rows).table(settings)
+    used = rows.of("train", "dev")
+    classes = [kind if kind == "choice" else name[:8] for kind, name in zip(used.kinds, used.classes, strict=True)]
+    assert table.facts.training["kinds"] == Counter(classes)
+    tokens = [rows.tokens[place] for place in usual.nonzero()[:40, 0].tolist()]
+    outputs = table.outputs(table.reader.stack(tokens))
+    texts, choices = (table.choose_all(table.allowed(outputs, form), 0.08) for form in FORMS)
+    assert fmean(program == rows.programs[2] for program in texts) > 0.9
+    assert fmean(program == rows.programs[1] for program in choices) > 0.9
+    hard = [rows.tokens[place] for place in (~usual).nonzero()[:40, 0].tolist()]
+    outputs = table.outputs(table.reader.stack(hard))
+    assert bool((table.allowed(outputs, "choice") <= outputs).all()), "a choice has no more than its kind of texts"
 
 
 def test_prompts_that_were_not_measured_show_what_a_kind_looks_like(

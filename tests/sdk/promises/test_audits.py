@@ -20,6 +20,7 @@ from polar_sdk.promises.losses import ANSWER_TOKENS, is_lost, tokens_kept
 from polar_sdk.promises.monitor import State
 from polar_sdk.promises.novelty import Usual
 from polar_sdk.request.options import Audits
+from polar_sdk.router.certificate import Counts, TierPromise, tier_promise
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import AUDIT_TAG, FALLBACK_TAG, ListSink, Outcome
 from tests.sdk.router import conftest as router_conftest
@@ -243,6 +244,29 @@ def test_choices_are_compared_whole(certified: MenuRouter) -> None:
             engine.generate(asked, compute=tier, choice=["yes", "no", "maybe"]).text for tier in ("economy", "exact")
         ]
         assert (audit.compared, audit.lost) == (1, texts[0] != texts[1])
+
+
+def test_a_promise_on_right_answers_is_not_tested_on_choices(certified: MenuRouter) -> None:
+    """No audit knows the right one of them."""
+    found = router_conftest.certified_router(certified, "choice").certificate
+    assert found is not None
+    lost = (0, 5, 18, 120)
+    counted = {
+        "choice": Counts(n=500, lost={"differs": lost, "drops": lost}, gained=(0, 0, 0, 0)),
+        "prompt": Counts(n=500, lost={"differs": lost, "strict": lost}),
+    }
+    certificate = found.model_copy(update={"kinds": counted, "tiers": {}})
+    for loss, choices in (("drops", [False, False]), ("differs", [True, False])):
+        promised = tier_promise(certificate, "economy", TierPromise(0.3, loss, 0.3))  # type: ignore[arg-type]
+        assert [term.choices for term in promised.audited["economy"]] == choices
+        engine, sink = audited_model(certified.with_certificate(promised))
+        for number in range(3):
+            engine.generate(f"question {number}", compute="economy", choice=["yes", "no", "maybe"])
+        engine.generate("a text", compute="economy", max_tokens=4, request_id="last")
+        until(lambda sink=sink: any(audit.request_id == "last" for audit in sink.audits))  # type: ignore[misc]
+        until(lambda engine=engine: not len(engine.auditor) and not engine.auditor.judging)  # type: ignore[misc]
+        assert sum(audit.request_id != "last" for audit in sink.audits) == (3 if choices[0] else 0)
+        assert {audit.loss for audit in sink.audits if audit.request_id == "last"} == {"differs", "strict"}
 
 
 def test_a_budget_of_the_provider_bounds_audits(certified: MenuRouter) -> None:

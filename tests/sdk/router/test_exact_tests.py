@@ -17,6 +17,7 @@ from polar_sdk.router.exact_tests import (
     paired_difference,
     paired_loss_p,
     smallest_alpha,
+    upper_loss,
     upper_share,
     wilson,
 )
@@ -116,3 +117,22 @@ def test_fewest_pairs_are_fewest(alpha: float, delta: float) -> None:
     n = least_paired_prompts(alpha, delta)
     assert paired_loss_p(0, 0, n, alpha, delta) <= delta
     assert least_paired_prompts(alpha, delta) >= least_prompts(alpha, delta)
+
+
+@given(n=st.integers(20, 400), data=st.data(), level=st.floats(0.02, 0.3))
+def test_upper_loss_is_where_the_test_of_pairs_no_longer_rejects(n: int, data: st.DataObject, level: float) -> None:
+    lost, gained = data.draw(st.integers(0, n // 4)), data.draw(st.integers(0, n // 4))
+    upper = upper_loss(lost, gained, n, level)
+    assert upper > (lost - gained) / n
+    assert upper <= upper_share(lost, n, level)
+    if not gained:
+        assert upper == upper_share(lost, n, level)
+    elif upper < upper_share(lost, n, level):
+        assert paired_loss_p(lost, gained, n, upper, level) <= level
+        assert paired_loss_p(lost, gained, n, 0.98 * upper, level) > level or upper < 0.01
+
+
+def test_a_prompt_that_is_gained_makes_up_for_one_that_is_lost() -> None:
+    found = [upper_loss(lost, lost - net, 300, 0.1) for net in (0, 5) for lost in (5, 20, 60)]
+    assert found[:3] == sorted(found[:3]), "where more change, less is known of what is lost"
+    assert all(few < many for few, many in zip(found[:3], found[3:], strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,6 +53,20 @@ def test_a_menu_router_comes_back_as_it_was(folder: Path, certified: MenuRouter,
     assert bound.version == certified.version and bound.certified
     assert bound.choose(TOKENS, 0.3) == certified.choose(TOKENS, 0.3)
     assert sorted(path.name for path in folder.iterdir()) == ["router.json", "router.safetensors"]
+
+
+def test_what_a_router_allows_of_choices_is_kept(model: PolarModel, router: MenuRouter, tmp_path: Path) -> None:
+    network = replace(router.network, choosing=torch.tensor([-1.0, 2.0]))
+    one = MenuRouter(router.facts, network, router.programs).bind(model.decoder, model.fingerprint)
+    assert one.subject.router != router.subject.router, "a certificate covers it"
+    save_router(one, tmp_path)
+    found = load_router(tmp_path)
+    assert isinstance(found, MenuRouter)
+    outputs = torch.tensor([[0.0, 0.0], [-torch.inf, 3.0]])
+    assert found.allowed(outputs, "text").tolist() == outputs.tolist()
+    assert found.allowed(outputs, "choice").tolist() == [[-1.0, 0.0], [-torch.inf, 2.0]]
+    with pytest.raises(ValueError, match="choosing"):
+        Network.of({**network.tensors(), "choosing": torch.zeros(3)})
 
 
 def test_a_policy_router_comes_back_as_it_was(model: PolarModel, tmp_path: Path) -> None:
