@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.results import Evaluation
-from polar_sdk.lab.fit.fit import PROMISES
 from polar_sdk.lab.fit.plan import SHARES
 from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.lab.fit.summary import of_choices
 from polar_sdk.lab.fit.synthetic import STEPS, decision_items, notes
+from polar_sdk.lab.items import item_id, kind_of, split_of
 from polar_sdk.lab.suites.letters import Mmlu, MmluProblem
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.exact_tests import least_prompts
+from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -267,10 +267,17 @@ def main() -> None:
         )
         evaluation = lab.evaluate(model, lab.read_items(held), router=folder / "router", timed=TIMED, on_progress=show)
     record(recorder, made, evaluation)
-    half = made.facts.plan.prompts * (SHARES.calibration + SHARES.test) / 2.5  # as chance may have it
-    tiers = {tier: promise for tier, promise in PROMISES.items() if least_prompts(promise.alpha, 0.1) <= half}
-    judge = Judge(model, load_router(folder / "router"))
+    router = load_router(folder / "router")
+    assert isinstance(router, LearnedRouter)
+    assert router.certificate is not None
     used = prompts_of(lab.read_items(fitted), options.limit)[: made.facts.plan.prompts]
+    left = Counter(kind_of(item) for item in used if split_of(item_id(item), SHARES) in ("calibration", "test"))
+    tiers = {
+        tier: promise.asked
+        for tier, promise in router.certificate.tiers.items()
+        if all(promise.asked.fewest(kind, 0.1) <= n / 2.5 for kind, n in left.items())  # as chance may have it
+    }
+    judge = Judge(model, router)
     for row in judge.resplit(used, tiers=tiers):
         name, note = f"{row.tier}, {row.kind}: promises broken", f"{row.times} promises made on a random half"
         facts: dict[str, Any] = {"goal": 10, "better": "lower"} if row.kind == "any" else {}

@@ -60,6 +60,11 @@ class TierPromise(NamedTuple):
     strict: float | None = None
     """Maximum share of texts that lose more than 5 % of their tokens; None promises nothing about that."""
 
+    def fewest(self, kind: str, delta: float) -> int:
+        """Minimum number of calibration prompts of a kind."""
+        paired = self.loss == "drops" and kind != "prompt"
+        return (least_paired_prompts if paired else least_prompts)(self.alpha, delta)
+
 
 class Counts(BaseModel):
     """Prompts of one kind, lost and gained at each θ of a dial."""

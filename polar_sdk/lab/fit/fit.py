@@ -44,7 +44,6 @@ from polar_sdk.programs.program import Program
 from polar_sdk.reading import read_document
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.certificate import TierPromise
-from polar_sdk.router.exact_tests import least_paired_prompts, least_prompts
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import map_folders, save_with_maps, saved_router_path
@@ -259,30 +258,24 @@ class _Work:
         kinds = [kind_of(item) for item in self._of("calibration")]
         check_answered(self.promises, [kind != "prompt" for kind in kinds])
         counts, possible = Counter(kinds), {}
-        fewest = self._fewest(counts, max(self.promises.values(), key=lambda promise: promise.alpha))
+        fewest: dict[str, dict[PromptKind, int]] = {}
         for tier, promise in self.promises.items():
-            lacking = {kind: n for kind, n in self._fewest(counts, promise).items() if counts[kind] < n}
+            fewest[tier] = {kind: promise.fewest(kind, _DELTA) for kind in counts}
+            lacking = {kind: n for kind, n in fewest[tier].items() if counts[kind] < n}
             if not lacking:
                 possible[tier] = promise
             else:
                 each = " and ".join(f"{n} {_OF_KIND[kind]} (there are {counts[kind]})" for kind, n in lacking.items())
                 self.notes.append(f"No {tier}: to calibrate its promise takes {each}.")
         if not possible:
-            least = " and ".join(f"{n} {_OF_KIND[kind]}" for kind, n in fewest.items())
-            in_all = max(n / counts[kind] for kind, n in fewest.items()) * len(self.items)
+            easiest = min(fewest.values(), key=lambda each: sum(each.values()))
+            least = " and ".join(f"{n} {_OF_KIND[kind]}" for kind, n in easiest.items())
+            in_all = max(n / counts[kind] for kind, n in easiest.items()) * len(self.items)
             raise DataError(
                 f"{len(self.items)} prompts are too few for any promise: {least} must be left for calibration, some "
                 f"{in_all:.0f} prompts like these in all; give more prompts, or more hours."
             )
         return possible
-
-    @staticmethod
-    def _fewest(kinds: Iterable[PromptKind], promise: TierPromise) -> dict[PromptKind, int]:
-        """Minimum number of calibration prompts of each kind."""
-        paired = {kind for kind in kinds if promise.loss == "drops" and kind != "prompt"}
-        return {
-            kind: (least_paired_prompts if kind in paired else least_prompts)(promise.alpha, _DELTA) for kind in kinds
-        }
 
     def _fills(self, plan: Plan, tiers: dict[str, TierPromise]) -> MapSet:
         """The fills of all cuts in closed form; where there is time, trained ones of those that decide the tiers."""

@@ -35,6 +35,9 @@ _WIDTH: Final = 4.0
 """Log-odds from "surely another kind" to "surely this kind"; between them outputs change steadily."""
 _DOUBT: Final = 0.1
 """Probability that a kind loses more than its row says."""
+_DOUBT_OF_CHOICES: Final = 0.001
+"""The same of choices, of which as many may be gained as lost: calibration ends at the first program that one form of
+answers may lose too much by, and chance among choices must hardly ever be what ends it for texts."""
 _SURE: Final = 1e-4
 """Least share of answers that may be lost or kept."""
 
@@ -42,10 +45,10 @@ _SURE: Final = 1e-4
 def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, strict: float = 0.0) -> dict[str, Tensor]:
     """Per kind, the share of its prompts that each program loses, (M,); the largest kind is the first.
 
-    It is the share that a program loses at most, less what it gains, with 90% confidence, so that few prompts prove
-    little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
-    answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
-    layers, though a few prompts may say so.
+    It is the share that a program loses at most, less what it gains, with 90% confidence (of choices 99.9%), so that
+    few prompts prove little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that
+    of the share of answers in text that keep less than 95% of their tokens is lost. A program loses no less than one
+    that runs more layers, though a few prompts may say so.
     """
     lost = losses(matrix, loss)
     partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])
@@ -53,7 +56,8 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
     found = {}
     for kind, rows in sorted(grouped(range(len(matrix)), kinds.__getitem__).items(), key=lambda each: -len(each[1])):
         counts = zip((lost[rows] > 0).sum(0).tolist(), (lost[rows] < 0).sum(0).tolist(), strict=True)
-        own = torch.tensor([upper_loss(worse, better, len(rows), _DOUBT) for worse, better in counts])
+        doubt = _DOUBT_OF_CHOICES if kind == "choice" else _DOUBT
+        own = torch.tensor([upper_loss(worse, better, len(rows), doubt) for worse, better in counts])
         own = torch.maximum(own, strict * partly[rows].mean(0)) if strict else own
         found[kind] = own.clone()
         found[kind][deepest_first] = own[deepest_first].cummax(0).values
@@ -80,10 +84,8 @@ def fit_table(
     network = Network.fresh(features, (2 * len(others),) if others else (), len(rows[usual]), seed=0)
     network.biases[-1].copy_(rows[usual])
     standardised = (features - network.mean) * network.scale
-    written = torch.tensor([name != "choice" for name in kinds])
     for place, kind in enumerate(others):
-        known = torch.tensor([name == kind for name in kinds])
-        weights, bias = _recogniser(standardised[written], known[written])
+        weights, bias = _recogniser(standardised, torch.tensor([name == kind for name in kinds]))
         # relu(x) − relu(x − 1) rises from 0 to 1 with the log-odds of the kind
         for unit, (edge, sign) in enumerate(((0.5, 1), (-0.5, -1)), 2 * place):
             network.weights[0][unit], network.biases[0][unit] = weights / _WIDTH, bias / _WIDTH + edge
