@@ -132,8 +132,8 @@ def test_choices_are_promised_by_their_right_answers(tmp_path: Path, monkeypatch
     ]
     model = tiny_fresh()
     monkeypatch.delitem(PROMISES, "premium")
-    for tier, promise in LOOSE.items():
-        monkeypatch.setitem(PROMISES, tier, promise._replace(strict=0.9))
+    for tier, loose in LOOSE.items():
+        monkeypatch.setitem(PROMISES, tier, loose._replace(strict=0.9))
     made = fitted(model, [*made_items(), *asked], promises=None)
     router = load_router(made.folder / "router")
     assert isinstance(router, LearnedRouter) and router.certificate is not None
