@@ -333,6 +333,7 @@ class _Work:
             strict=fmean(ratios) if ratios else 0.0,  # a text of which a few words are lost counts a tenth
             own_length=False,
             least=max(0.05, 1 - _WIDEST * max(promise.alpha for promise in tiers.values())),
+            most=max(promise.alpha for promise in tiers.values()),
         )
         router = train(
             self.model,

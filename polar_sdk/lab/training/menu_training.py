@@ -66,6 +66,9 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     Without this limit, giving up on a few prompts, by the cheapest program, would count for less than a small risk on
     many: cheap on average, and useless to those who sent these prompts.
     """
+    most: float = Field(default=1.0, gt=0, le=1)
+    """Of a table: a kind that is recognised gets no program by which it may lose a larger share of its prompts. Few of
+    them are in a calibration, so that it may not notice."""
     steps: int = Field(default=200, ge=1)
     check_every: int = Field(default=10, ge=1)
     """Steps between measurements of the deployed utility."""

@@ -65,7 +65,14 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
 
 
 def fit_table(
-    matrix: RewardMatrix, features: Tensor, kinds: Sequence[str], loss: Loss, *, strict: float = 0.0, least: float = 0.0
+    matrix: RewardMatrix,
+    features: Tensor,
+    kinds: Sequence[str],
+    loss: Loss,
+    *,
+    strict: float = 0.0,
+    least: float = 0.0,
+    most: float = 1.0,
 ) -> Network:
     """A network whose outputs are logits of "nothing is lost", the same for all prompts of a kind.
 
@@ -76,8 +83,11 @@ def fit_table(
         loss: See `Loss`.
         strict: See `losses_by_kind`.
         least: The smallest possible loss; see `Examples`.
+        most: See `MenuSettings`.
     """
     table = losses_by_kind(matrix, kinds[: len(matrix)], loss, strict)
+    told = [kind for kind in table if kind != "choice"][1:]
+    table |= {kind: table[kind].where(table[kind] <= most, 1.0) for kind in told}
     rows = {kind: ((1 - lost[1:]) / (1 - least)).clamp(_SURE, 1 - _SURE).logit() for kind, lost in table.items()}
     choosing = rows.pop("choice") if len(rows) > 1 and "choice" in rows else None
     usual, *others = rows

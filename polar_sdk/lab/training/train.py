@@ -186,7 +186,9 @@ class RouterTrainer:
         seen = train.features if others is None else torch.cat((train.features, others))
         features = torch.cat((train.features, dev.features, seen[len(train) :]))
         matrix = self._rows(settings)
-        network = fit_table(matrix, features, kinds, settings.loss, strict=settings.strict, least=dev.least)
+        network = fit_table(
+            matrix, features, kinds, settings.loss, strict=settings.strict, least=dev.least, most=settings.most
+        )
         counts = Counter(kinds[: len(matrix)])
         if len(counts) > 1:
             network = replace(network, familiar=Familiar.around(seen, dev.features, network))

@@ -104,6 +104,12 @@ def test_a_class_that_needs_more_depth_gets_programs_of_its_own(
         [one for one, hard in zip(deep, decides, strict=True) if hard == kind] for kind in (False, True)
     )
     assert fmean(texts) > 0.9 and fmean(decisions) < 0.2
+    # However loose the dial, no program serves them of which they may lose more than the widest promise.
+    for most, allowed in ((0.5, True), (0.1, False), (0.01, False)):
+        table = RouterTrainer(model, rows).table(settings.model_copy(update={"most": most}))
+        chosen = table.choose_all(table.outputs(table.reader.stack(test.tokens)), 0.4)
+        deep = [program == test.programs[2] for program, hard in zip(chosen, decides, strict=True) if hard]
+        assert (fmean(deep) > 0.8) == allowed
 
 
 def test_choices_have_programs_of_their_own_which_the_request_tells(
