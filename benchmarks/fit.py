@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from polar_sdk.lab.fit.fit import FitResult
+    from polar_sdk.lab.suites.suite import Asked
 
 HELD = ("choice of a text", "comparison")
 LETTERED = ("arc_easy", "arc_challenge", "openbookqa")
@@ -115,17 +116,9 @@ def kinds(sets: _Sets) -> Iterator[Row]:
     for name, kind in (("trivia", "facts"), ("sums", "sums")):
         yield from ({"prompt": row["question"], "task": kind} for row in sets.take(name, 90))
     for name in LETTERED:
-        problems = (MmluProblem(subject="science", **row) for row in sets.take(name, 60))
-        yield from ({"prompt": Mmlu().ask(one, (), chat=True).text, "task": f"letters, {name}"} for one in problems)
-        problems = (MmluProblem(subject="science", **row) for row in sets.take(name, 30))
-        asked_for = "Answer with the letter only."
-        yield from (
-            {
-                "prompt": Mmlu().ask(one, (), chat=True).text.removesuffix("Answer:") + asked_for,
-                "task": "decision, letters",
-            }
-            for one in problems
-        )
+        yield from ({"prompt": _lettered(row).text, "task": f"letters, {name}"} for row in sets.take(name, 60))
+        bare = (_lettered(row).text.removesuffix("Answer:") for row in sets.take(name, 30))
+        yield from ({"prompt": f"{text}Answer with the letter only.", "task": "decision, letters"} for text in bare)
     found = sets.take("passages", 40)
     for turn, row in enumerate(found):
         question = found[turn - turn % 2]["question"]  # every other one is about the passage before
@@ -141,13 +134,13 @@ def choices(sets: _Sets) -> Iterator[Row]:
     """Questions whose right letter is known."""
     for name in LETTERED:
         for row in sets.take(name, _CHOSEN):
-            asked = Mmlu().ask(MmluProblem(subject="science", **row), (), chat=True)
-            yield {
-                "question": asked.text,
-                "choices": asked.choices,
-                "answer": row["answer"],
-                "task": f"choices, {name}",
-            }
+            asked, right = _lettered(row), row["answer"]
+            yield {"question": asked.text, "choices": asked.choices, "answer": right, "task": f"choices, {name}"}
+
+
+def _lettered(row: Row) -> Asked:
+    """A question of `LETTERED` as a chat shows it, and the letters of its choices."""
+    return Mmlu().ask(MmluProblem(subject="science", **row), (), chat=True)
 
 
 def _functions() -> Iterator[str]:
@@ -222,10 +215,8 @@ def record(recorder: Recorder, made: FitResult, evaluation: Evaluation) -> None:
                 ):
                     recorder.add(f"{start}{tier}, {name}: {what}", 100 * share, "%", note=note)
     for tier in own.texts:
-        if (chosen := of_choices(own, tier)) is not None:
-            assert chosen.accuracy_drop is not None
+        if (chosen := of_choices(own, tier)) is not None and (lost := chosen.accuracy_drop) is not None:
             recorder.add(f"{tier}, choices: FLOPs saved", 100 * chosen.flops_saved.total, "%")
-            lost = chosen.accuracy_drop
             recorder.add(f"{tier}, choices: lost", 100 * lost.value, "points", **in_percent(lost))
     full, *tiers = (system for system in evaluation.sets[0].systems if system.ms_per_token is not None)
     for system in tiers:
@@ -247,7 +238,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--limit", type=int, default=1000, help="maximum prompts")
+    parser.add_argument("--limit", type=int, default=2400, help="maximum prompts, questions with choices included")
     parser.add_argument("--distil", type=int, help="training steps of the maps; by default as many as fit")
     parser.add_argument("--work", type=Path, default=Path("out/fit"), help="folder of the prompts and of the fit")
     options = parser.parse_args()

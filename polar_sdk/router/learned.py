@@ -271,7 +271,7 @@ class LearnedRouter(Router):
         return Route(program, self.network.flops, likeness)
 
     def allowed(self, outputs: Tensor, form: AnswerForm) -> Tensor:
-        """Outputs (…, O) of prompts that are answered in this form: its own, without programs that are for another one.
+        """Outputs (…, O) of prompts that are answered in this form, as far as programs are for it.
 
         A certificate that counted no such prompts promises nothing about them, so that they run at full depth.
         """
