@@ -145,7 +145,7 @@ def fit(
         on_progress: Called with (stage, steps done, steps in all).
 
     Raises:
-        DataError: Prompts or hours are too few, or the folder holds the fit of another model.
+        DataError: Prompts or hours are too few, or the folder holds another fit.
         MissingExtraError: The extra `report` is not installed, which the page needs.
     """
     require_report()
@@ -196,7 +196,11 @@ class _Work:
         return FitResult(self.folder, facts, registered)
 
     def _begin(self) -> FitFacts:
-        """The plan that this fit began with, or else a new one; work of another one in the folder is removed."""
+        """The plan that this fit began with, or else a new one.
+
+        Raises:
+            DataError: The folder holds something else.
+        """
         model, path = self.model, self.folder / "fit.json"
         engine, data = engine_version(model.dtype), data_hash(self.items)
         plan_key = run_key(model.fingerprint, model.dtype, engine, data, self.hours, self.distil, self.seed)
@@ -214,12 +218,14 @@ class _Work:
                 facts = found.model_copy(update={"key": key, "sentences": (), "figures": {}})
                 self._write(facts)
                 return facts
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise DataError(
+                f"{str(self.folder)!r} holds a fit of this model with other prompts or settings "
+                f"({found.plan.prompts:,} prompts, {found.plan.hours:g} hours); give another folder, or remove it."
+            )
+        if self.folder.is_dir() and any(self.folder.iterdir()):
             raise DataError(f"{str(self.folder)!r} is not empty and contains no fit; give another folder.")
         pace = measure_pace(model, self.items, self.on_progress)
         plan = make_plan(model, workload_of(model, self.items), pace, self.hours, self.distil)
-        for name in ("closed", "trained", "fills", "table", "router"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
         facts = FitFacts(
             key=key, plan_key=plan_key, model=model.name, fingerprint=model.fingerprint, dtype=model.dtype, plan=plan
         )

@@ -164,6 +164,9 @@ def test_a_folder_of_another_fit_is_not_touched(
     before = (finished.folder / "fit.json").read_bytes()
     with pytest.raises(DataError):
         fitted(tiny_model(seed=7), made_items(), out=finished.folder)
+    with pytest.raises(DataError, match="240 prompts, 1 hours"):
+        fitted(tiny_fresh(), made_items(), out=finished.folder, hours=2)
+    assert (finished.folder / "fills" / "maps.json").is_file()
     assert (finished.folder / "fit.json").read_bytes() == before
     foreign = tmp_path / "foreign"
     foreign.mkdir()
