@@ -31,7 +31,7 @@ from polar_sdk.lab.training.outcomes import used
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.novelty import Likeness, Usual
 from polar_sdk.router.artifact import load_router, save_router
-from polar_sdk.router.learned import AtTheta, LearnedRouter
+from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.serving.prefixes import LEAST_SHARED
 from polar_sdk.show.progress import ProgressBars
 
@@ -174,7 +174,7 @@ def measured(model: PolarModel, pools: dict[str, list[Item]], show: ProgressBars
     router = model.router
     assert isinstance(router, LearnedRouter)
     assert router.certificate is not None
-    tiers = {name: AtTheta(router, promise.theta, form="text") for name, promise in router.certificate.tiers.items()}
+    tiers = {name: router.at(promise.setting) for name, promise in router.certificate.tiers.items()}
     identity, cost = Program.identity(model.depth), model.decoder.cost
     known = [item.prompt for item in pools.pop("calibration") if not isinstance(item, ChoiceItem)]
     for place, text in enumerate(known):

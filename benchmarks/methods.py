@@ -410,8 +410,8 @@ def _tiers(router: LearnedRouter) -> Iterator[Method]:
     assert router.certificate is not None
     seconds = router.facts.training.get("seconds")
     for tier, promise in router.certificate.tiers.items():
-        if promise.theta > 0:
-            yield Method(f"PoLar, {tier}", router.at(promise.theta), training=seconds, promise=promise.text)
+        if promise.setting.text:
+            yield Method(f"PoLar, {tier}", router.at(promise.setting), training=seconds, promise=promise.text)
 
 
 def early_exit(model: PolarModel, prompts: Prompts) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def systems(model: PolarModel, programs: Sequence[str]) -> Iterator[tuple[str, R
     router = model.router
     if isinstance(router, LearnedRouter) and router.certificate is not None:
         for tier, promise in router.certificate.tiers.items():
-            if promise.theta > 0:
-                yield tier, router.at(promise.theta)
+            if promise.setting.text:
+                yield tier, router.at(promise.setting)
     for text in programs:
         yield text, StaticRouter(Program.parse(text))
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.results import Recorder
+    from polar_sdk.lab.evaluation.results import Evaluation
 
-__all__ = ["record_part", "record_router", "record_seeds"]
+__all__ = ["record_choices", "record_part", "record_router", "record_seeds"]
 
 _CLASSES = {"all choices": "choices", "all texts": "texts"}
 """Topic of the figures by class of prompts."""
@@ -49,6 +50,18 @@ def record_router(recorder: Recorder, evaluation: Path) -> None:
             note = f"{row['times']} promises made on a random half of the prompts"
             name = f"{row['tier']}: promises broken on the other half"
             recorder.add(name, share, "%", topic="controls", goal=10, better="lower", note=note)
+
+
+def record_choices(recorder: Recorder, evaluation: Evaluation) -> None:
+    """One router's tiers on questions with choices alone."""
+    assert evaluation.certificate is not None
+    whole, tiers = evaluation.sets[0], evaluation.certificate.tiers
+    for system in whole.systems:
+        tier = system.name.removeprefix("router (").removesuffix(")")
+        if system.role == "router" and tier in tiers:
+            result = {"name": "all choices", "point": tier, "prompts": whole.prompts, **system.model_dump()}
+            result["flops_saved"], result["agreement"] = system.flops_saved.total, system.agreement.value
+            _record_class(recorder, result, 100 * tiers[tier].alpha)
 
 
 def _record_texts(recorder: Recorder, tier: str, whole: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ The router is trained, certified and evaluated once per seed, and the best on de
 `--epochs 3` of the article's router too, are printed and written beside the work; the figures of what ships go to
 `--results`, and the artifact, of at most 12 MB, to `--out`.
 
+`--shipped` trains nothing: it measures the router in `--out` again on the questions with choices.
+
 Tuned bridges have seen the questions of the train split, so that programs do not behave there as on new questions. So a
 router learns about choices from the dev split. Texts that fills were fitted on take no further part.
 """
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.results import RESULTS, Recorder
-from benchmarks.router_seeds import record_router, record_seeds
+from benchmarks.router_seeds import record_choices, record_router, record_seeds
 from benchmarks.router_texts import COMPARISONS, FITTED, PER_TASK, ROUTED, route_texts, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import engine_version
@@ -400,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         default=["economy=0.05:strict=0.8", "standard=0.025:strict=0.5", "premium=0.01:strict=0.15"],
     )
+    parser.add_argument("--shipped", action="store_true", help="measure what ships on choices, and train nothing")
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tested on")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
@@ -407,6 +410,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recorder = Recorder("router", options.results, model=options.model)
     model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
+        if options.shipped:
+            questions = read_sets(options.sets.split(","), options.limit)
+            record_choices(recorder, lab.evaluate(model, questions, router=options.out, timed=0, on_progress=show))
+            return
         fitted = texts("fit", options.fit_per_kind, options.limit)
         sets = {
             "texts": route_texts(fitted, options.per_kind, options.per_task, options.comparisons, options.limit),

@@ -96,6 +96,8 @@ def _share(text: str) -> float | None:
 
 def show_certified(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_json: bool) -> None:
     """Print what a router promises now, and where it is."""
+    from polar_sdk.router.certificate import FORMS
+
     certificate = router.certificate
     assert certificate is not None
     if as_json:
@@ -105,8 +107,8 @@ def show_certified(router: LearnedRouter, folder: Path, broken: list[Resplits], 
         typer.echo(json.dumps(facts, indent=2))
         return
     for name, promise in certificate.tiers.items():
-        always = " (θ = 0: always identity)" if promise.theta == 0 else f" (θ = {promise.theta:.4f})"
-        print_line(f"{name}: {promise.text}{always}")
+        dial = ", ".join(f"θ = {promise.setting.of(form):.4g} for {FORMS[form]}" for form in certificate.saved)
+        print_line(f"{name}: {promise.text} ({dial})")
     for count in broken:
         print_line(count.text)
     print_line(f"wrote {folder}")

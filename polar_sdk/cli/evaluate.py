@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.request.options import Template
     from polar_sdk.router.base import Router
+    from polar_sdk.router.certificate import Setting
 
 
 _WIDTH = 170
@@ -169,17 +170,18 @@ def _evaluate_suite(
         console.print(f"• {sentence}", soft_wrap=True)
 
 
-def _points(router: Router | None, compute: list[str], thetas: list[float]) -> dict[str, float] | None:
-    """θ by name, for the given tiers, tolerances and settings; None = the default points."""
-    from polar_sdk.router.learned import AtTheta, LearnedRouter
+def _points(router: Router | None, compute: list[str], thetas: list[float]) -> dict[str, Setting] | None:
+    """Settings of the dial by name, for the given tiers, tolerances and settings; None = the default points."""
+    from polar_sdk.router.certificate import Setting
+    from polar_sdk.router.learned import AtSetting, LearnedRouter
 
     if not (compute or thetas) or not isinstance(router, LearnedRouter):
         return None
     points = {}
     for text in compute:
         served = router.serving(opt.compute_of(text)).router
-        points[text] = served.theta if isinstance(served, AtTheta) else 0.0
-    return points | {f"θ = {theta:g}": theta for theta in thetas}
+        points[text] = served.setting if isinstance(served, AtSetting) else Setting()
+    return points | {f"θ = {theta:g}": Setting.to(theta) for theta in thetas}
 
 
 def _show(evaluation: Evaluation) -> None:

@@ -44,7 +44,7 @@ from polar_sdk.request.options import (
     refuse_unknown,
 )
 from polar_sdk.router.base import StaticRouter, fixed_router
-from polar_sdk.router.learned import AtTheta, LearnedRouter, Serving
+from polar_sdk.router.learned import AtSetting, LearnedRouter, Serving
 from polar_sdk.serving.request import Request
 from polar_sdk.usage import FALLBACK_TAG, new_request_id
 
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.floors import FloorRules
     from polar_sdk.request.options import Prompt
     from polar_sdk.router.base import Route, Router
-    from polar_sdk.router.learned import AnswerForm
+    from polar_sdk.router.certificate import AnswerForm
     from polar_sdk.serving.drafts import Speculate
 
 _DEFAULT_MAX_TOKENS = 256
@@ -112,9 +112,9 @@ class RequestMaker:
         tokens = self._tokens(prompt, options)
         tenant, tags = self._whose(options)
         floor = self._floor(prompt, tokens, options, tenant, tags)
-        served, raised = self._router(options, floor)
-        router = served.router
         form: AnswerForm = "text" if options.get("choice") is None else "choice"
+        served, raised = self._router(options, floor, form)
+        router = served.router
         scored = check_logprobs(options.get("prompt_logprobs"), "prompt_logprobs")
         tiers = {
             name: tier.program
@@ -236,9 +236,9 @@ class RequestMaker:
         return speculate if speculate is not None or self.drafts_are_exact() else "off"
 
     def _route(self, router: Router, tokens: tuple[int, ...], form: AnswerForm, *, scored: bool) -> Route:
-        if isinstance(router, AtTheta):
+        if isinstance(router, AtSetting):
             router = router.answering(form)
-        if self.policy.margin and isinstance(router, AtTheta):
+        if self.policy.margin and isinstance(router, AtSetting):
             router = router.within(self.policy.margin, _MARGIN_KEY)
         route = router.route(tokens)
         if scored and route.program.fills:
@@ -249,24 +249,24 @@ class RequestMaker:
         self.policy.check(route.program, self.cost)
         return route
 
-    def _router(self, options: RequestOptions, floor: Floor | None) -> tuple[Serving, dict[str, str]]:
+    def _router(self, options: RequestOptions, floor: Floor | None, form: AnswerForm) -> tuple[Serving, dict[str, str]]:
         """Find the router that serves a request, and a tag with what was asked for where a floor raised it."""
         served = self._asked(options)
-        if floor is None or self._is_kept(floor, served):
+        if floor is None or self._is_kept(floor, served, form):
             return served, {}
         program, compute = options.get("program"), options.get("compute")
         by_hand = None if program is None else Program.of(program).text
         asked = by_hand or or_default(compute, served.tier) or served.router.kind
         return self._asked({"compute": floor.floor}), {RAISED_TAG: str(asked)}
 
-    def _is_kept(self, floor: Floor, served: Serving) -> bool:
+    def _is_kept(self, floor: Floor, served: Serving, form: AnswerForm) -> bool:
         """Whether what was asked for is not below a floor."""
         router = served.router
         if served.tier is not None:
             return floor.allows(served.tier)
-        if isinstance(router, AtTheta):  # a tolerance: the lower θ, the closer to full depth
+        if isinstance(router, AtSetting):  # a tolerance: the lower θ, the closer to full depth
             lowest = self._asked({"compute": floor.floor}).router
-            return isinstance(lowest, AtTheta) and router.theta <= lowest.theta
+            return isinstance(lowest, AtSetting) and router.setting.of(form) <= lowest.setting.of(form)
         programs = [own.program for name, own in self.policy.tiers.items() if floor.allows(name)]
         allowed = [Program.identity(self.cost.depth), *programs]
         return isinstance(router, StaticRouter) and router.program in allowed

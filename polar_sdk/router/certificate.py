@@ -3,12 +3,16 @@
 A router has one dial, its looseness θ: 0 always runs identity, more allows cheaper programs. Calibration counts the
 lost prompts at each θ of a fixed sequence chosen beforehand. *Learn-then-Test* walks the sequence from identity upward:
 θ is accepted while an exact test rejects "more than α of such prompts are lost" at level δ, and the walk stops at the
-first θ where it does not, so that the promise at the last accepted θ holds with probability 1 − δ. A promise holds for
-each kind of prompt (choices, texts) separately: a θ is accepted where the tests of all kinds reject. That needs no
-correction, since the promise is broken only if one of them is wrong. For texts a tier may promise two things at once,
-at most α lost and at most another share changed by more than a few tokens (`strict`); then both tests must reject.
+first θ where it does not, so that the promise at the last accepted θ holds with probability 1 − δ.
 
-Kinds are made of classes (notes, code, …), each too small for a test of its own. There a θ is refused where the
+Answers in text and choices among given texts are walked apart: a tier has a θ for each form of answer, and its promise
+holds for prompts of each with that probability. A form with too few prompts for a promise runs identity, which keeps
+every promise. Of texts there may be two kinds, those whose right answer is known and others; there a θ is accepted
+where the tests of both reject. That needs no correction, since the promise is broken only if one of them is wrong. For
+texts a tier may promise two things at once, at most α lost and at most another share changed by more than a few tokens
+(`strict`); then both tests must reject, too.
+
+Texts are of classes (notes, code, …), each too small for a test of its own. There a θ is refused where the
 calibration prompts of a class lose more than the promise allows, rounded up to a whole prompt: a promise that holds on
 average must not be carried by the easy classes. Knows counts and hashes, no prompts.
 """
@@ -34,10 +38,14 @@ from polar_sdk.router.exact_tests import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from polar_sdk.promises.audit import AuditedLoss
 
+AnswerForm = Literal["text", "choice"]
+"""Whether a request's answer is written freely, or is one of the texts that the request names."""
+FORMS: Final[dict[AnswerForm, str]] = {"text": "answers in text", "choice": "choices"}
+"""The forms, in words."""
 Loss = Literal["differs", "harms", "drops", "strict"]
 """The ways to count a prompt as lost.
 
@@ -99,20 +107,9 @@ class Counts(BaseModel):
             return paired_loss_p(lost, gained, self.n, alpha, delta)
         return binomial_cdf(lost, self.n, alpha)
 
-    def check_size(self, kind: str, alpha: float, delta: float, loss: Loss) -> None:
-        """Raise where not even identity could be certified.
-
-        Raises:
-            CalibrationSizeError: There are too few prompts of this kind.
-        """
-        paired = self._counted(loss) == "drops"
-        needed = (least_paired_prompts if paired else least_prompts)(alpha, delta)
-        if self.n < needed:
-            raise CalibrationSizeError(
-                f"α = {alpha * 100:g} % needs at least {needed} calibration prompts at δ = {delta:g}; there are "
-                f"{self.n} of kind {kind!r}.",
-                hint="Pass more prompts of that kind or none of it, or choose a larger α.",
-            )
+    def fewest(self, alpha: float, delta: float, loss: Loss) -> int:
+        """Minimum number of such prompts, below which not even identity could be certified."""
+        return (least_paired_prompts if self._counted(loss) == "drops" else least_prompts)(alpha, delta)
 
     def _counted(self, loss: Loss) -> Loss:
         """Counts for a loss: without right answers, an answer that differs counts as a drop."""
@@ -164,7 +161,7 @@ class Subject(_Frozen):
 
 
 class StrictPromise(_Frozen):
-    """At the same θ, at most α of texts lose more than 5 % of the tokens that identity would choose."""
+    """At the same setting, at most α of texts lose more than 5 % of the tokens that identity would choose."""
 
     alpha: Share
     n: dict[str, int]
@@ -174,7 +171,7 @@ class StrictPromise(_Frozen):
 
 
 class WorstClass(_Frozen):
-    """The class of calibration prompts that loses the largest share at θ."""
+    """The class of calibration texts that loses the largest share at a setting of the dial."""
 
     name: str
     n: int
@@ -182,8 +179,32 @@ class WorstClass(_Frozen):
     """Number of its prompts that were lost, less those gained."""
 
 
+class Setting(_Frozen):
+    """Where a router's dial is set, θ, for each form of answer; 0 = always identity."""
+
+    text: float = Field(default=0.0, ge=0)
+    choice: float = Field(default=0.0, ge=0)
+
+    @classmethod
+    def to(cls, theta: float) -> Self:
+        """The same θ for both."""
+        return cls(text=theta, choice=theta)
+
+    def of(self, form: AnswerForm) -> float:
+        """θ of answers in this form."""
+        return self.text if form == "text" else self.choice
+
+    @property
+    def runs_identity(self) -> bool:
+        """Whether all requests run identity."""
+        return not (self.text or self.choice)
+
+
 class Promise(_Frozen):
-    """With probability 1 − δ at most α of prompts like the calibration set's are lost at this θ."""
+    """With probability 1 − δ at most α of prompts like the calibration set's are lost at this setting of the dial.
+
+    For answers in text and for choices apart.
+    """
 
     alpha: Share
     delta: Share
@@ -191,11 +212,11 @@ class Promise(_Frozen):
     n: dict[str, int]
     """Number of calibration prompts of each kind."""
     k: dict[str, int]
-    """Number of them that were lost at θ."""
+    """Number of them that were lost at this setting."""
     gained: dict[str, int]
     """Number of them that were gained, where the loss is `drops`."""
-    theta: float = Field(ge=0)
-    """The accepted θ that saves most; 0 = always identity."""
+    setting: Setting
+    """The accepted θ that saves most, for each form of answer."""
     strict: StrictPromise | None = None
     """The promise about texts beside it."""
     worst: WorstClass | None = None
@@ -219,7 +240,10 @@ class Promise(_Frozen):
         counted = "; ".join(
             f"{kind}: {self.k[kind]} of {n} lost" + (f", {self.gained[kind]} gained" if self.gained[kind] else "")
             for kind, n in self.n.items()
+            if self.setting.of(form_of(kind))
         )
+        identity = " and ".join(kind for kind in self.n if not self.setting.of(form_of(kind)))
+        counted = "; ".join(filter(None, (counted, identity and f"{identity}: always identity")))
         if self.worst is not None:
             counted += f"; worst class {self.worst.name}: {self.worst.k} of {self.worst.n}"
         text = f"with probability {1 - self.delta:.0%} {promised} (in calibration, {counted})"
@@ -240,8 +264,8 @@ class Certificate(_Frozen):
     """The fixed sequence, ascending from 0."""
     kinds: dict[str, Counts] = Field(min_length=1)
     """Counts at each θ, by kind of prompt: `choice`, `prompt`, `answer`."""
-    saved: tuple[float, ...]
-    """Share of identity's FLOPs saved at each θ, after those of the router."""
+    saved: dict[AnswerForm, tuple[float, ...]]
+    """Share of identity's FLOPs saved at each θ, after those of the router, by form of answer."""
     tiers: dict[str, Promise] = Field(default_factory=dict)
     classes: dict[str, Counts] = Field(default_factory=dict)
     """Counts in each class of prompts that has enough of them."""
@@ -252,8 +276,11 @@ class Certificate(_Frozen):
     def _consistent(self) -> Self:
         if self.thetas[0] != 0 or list(self.thetas) != sorted(set(self.thetas)):
             raise ValueError("thetas must ascend strictly from 0")
-        if len(self.saved) != len(self.thetas):
-            raise ValueError("saved needs one share per theta")
+        if {*self.saved} != {form_of(kind) for kind in self.kinds}:
+            raise ValueError("saved needs the forms of answers of the kinds")
+        for form, shares in self.saved.items():
+            if len(shares) != len(self.thetas):
+                raise ValueError(f"saved[{form!r}] needs one share per theta")
         for kind, counts in [*self.kinds.items(), *self.classes.items()]:
             if len(counts.lost["differs"]) != len(self.thetas):
                 raise ValueError(f"kind {kind} needs one count per theta")
@@ -268,7 +295,11 @@ class Certificate(_Frozen):
 
         Nothing where identity always runs, and nothing of a promise on right answers, which no audit knows.
         """
-        terms = {tier: tuple(self._terms(tier, promise)) for tier, promise in self.tiers.items() if promise.theta > 0}
+        terms = {
+            tier: tuple(self._terms(tier, promise))
+            for tier, promise in self.tiers.items()
+            if not promise.setting.runs_identity
+        }
         return {tier: promises for tier, promises in terms.items() if promises}
 
     def _terms(self, tier: str, promise: Promise) -> Iterator[PromiseTerms]:
@@ -284,7 +315,7 @@ class Certificate(_Frozen):
             yield PromiseTerms(hashlib.sha256(text.encode()).hexdigest(), tier, loss, alpha, promise.delta, choices)
 
     def promise(self, alpha: float, loss: Loss = "differs", strict: float | None = None) -> Promise:
-        """The promise at the θ that saves most among those that the counts allow.
+        """The promise at the setting that saves most among those that the counts allow.
 
         Args:
             alpha: Maximum share of prompts lost.
@@ -292,24 +323,16 @@ class Certificate(_Frozen):
             strict: Maximum share of texts that lose more than 5 % of their tokens; None promises nothing about that.
 
         Raises:
-            CalibrationSizeError: Not even identity could be certified with so few prompts.
+            CalibrationSizeError: The prompts of every form of answer are too few to certify even identity.
             CertificateError: A loss was not counted.
         """
         texts = {kind: counts for kind, counts in self.kinds.items() if "strict" in counts.lost}
         if strict is not None and not texts:
             raise CertificateError("loss 'strict' was not counted; calibrate on prompts that are answered in text.")
-        demands: list[tuple[dict[str, Counts], float, Loss]] = [(self.kinds, alpha, loss)]
-        demands += [] if strict is None else [(texts, strict, "strict")]
-        for kinds, share, counted in demands:
-            for kind, counts in kinds.items():
-                counts.check_size(kind, share, self.delta, counted)
-        accepted = 0
-        for index in range(len(self.thetas)):
-            if not all(self._holds(index, kinds, share, counted) for kinds, share, counted in demands):
-                break
-            # All accepted θ hold together, so any of them may be taken, but none that saves less than identity does.
-            accepted = index if self.saved[index] > self.saved[accepted] else accepted
-        pairs = {kind: counts.pair(accepted, loss) for kind, counts in self.kinds.items()}
+        asked = TierPromise(alpha, loss, strict)
+        check_sizes(self.kinds, asked, self.delta)
+        accepted = {form: self._accepted(form, asked) for form in self.saved}
+        pairs = {kind: counts.pair(accepted[form_of(kind)], loss) for kind, counts in self.kinds.items()}
         return Promise(
             alpha=alpha,
             delta=self.delta,
@@ -317,16 +340,31 @@ class Certificate(_Frozen):
             n={kind: counts.n for kind, counts in self.kinds.items()},
             k={kind: lost for kind, (lost, _) in pairs.items()},
             gained={kind: gained for kind, (_, gained) in pairs.items()},
-            theta=self.thetas[accepted],
-            strict=None if strict is None else _strict(texts, accepted, strict),
-            worst=self._worst(accepted, loss),
+            setting=Setting(**{form: self.thetas[index] for form, index in accepted.items()}),
+            strict=None if strict is None else _strict(texts, accepted["text"], strict),
+            worst=self._worst(accepted["text"], loss) if "text" in accepted else None,
         )
 
-    def _holds(self, index: int, kinds: dict[str, Counts], alpha: float, loss: Loss) -> bool:
-        """Whether a θ may be accepted: the tests of all kinds reject, and no class loses more than α allows."""
-        if any(counts.p_value(index, alpha, self.delta, loss) > self.delta for counts in kinds.values()):
-            return False
-        return all(counts.within(index, alpha, loss) for counts in self.classes.values() if counts.counts(loss))
+    def _accepted(self, form: AnswerForm, asked: TierPromise) -> int:
+        """Index of the θ that saves most among those that the walk of answers in this form accepts."""
+        own = [counts for kind, counts in self.kinds.items() if form_of(kind) == form]
+        demands = [(counts, *demand) for counts in own for demand in _demands(counts, asked)]
+        classes = self.classes.values() if form == "text" else ()
+        of_classes = [
+            (counts, share, loss)
+            for counts in classes
+            for share, loss in _demands(counts, asked)
+            if counts.counts(loss)
+        ]
+        accepted = 0
+        for index in range(len(self.thetas)):
+            if any(counts.p_value(index, share, self.delta, loss) > self.delta for counts, share, loss in demands):
+                break
+            if not all(counts.within(index, share, loss) for counts, share, loss in of_classes):
+                break
+            # All accepted θ hold together, so any of them may be taken, but none that saves less than identity does.
+            accepted = index if self.saved[form][index] > self.saved[form][accepted] else accepted
+        return accepted
 
     def _worst(self, index: int, loss: Loss) -> WorstClass | None:
         """The class that loses the largest share at the θ of this index."""
@@ -344,7 +382,8 @@ class Certificate(_Frozen):
             raise ToleranceError(
                 f"tolerance {tolerance:g} is out of range; use a share above 0 and below 1, or compute='exact'."
             )
-        fewest = min(counts.n for counts in self.kinds.values())
+        of_forms = ([counts.n for kind, counts in self.kinds.items() if form_of(kind) == form] for form in self.saved)
+        fewest = max(map(min, of_forms))
         least = smallest_alpha(fewest, self.delta)
         if tolerance < least:
             raise ToleranceError(
@@ -353,6 +392,11 @@ class Certificate(_Frozen):
                 hint="Use a larger tolerance or compute='exact', or run `polar lab calibrate` with more prompts.",
             )
         return self.promise(tolerance)
+
+    def saves(self, tier: str) -> float:
+        """Share of identity's FLOPs that a tier saved on the calibration prompts, texts or else choices."""
+        form: AnswerForm = "text" if "text" in self.saved else "choice"
+        return self.saved[form][self.thetas.index(self.tiers[tier].setting.of(form))]
 
     def check(self, running: Subject) -> None:
         """Raise where the promise does not hold for what would run.
@@ -365,6 +409,44 @@ class Certificate(_Frozen):
                 f"the router's certificate holds for {difference}.",
                 hint="Run `polar lab calibrate` for this setting, or use compute='exact'.",
             )
+
+
+def form_of(kind: str) -> AnswerForm:
+    """The form of the answers to a kind of calibration prompts."""
+    return "choice" if kind == "choice" else "text"
+
+
+def check_sizes(kinds: Mapping[str, Counts], asked: TierPromise, delta: float) -> None:
+    """Raise where a promise would be about no form of answer, as not even identity could be certified.
+
+    Args:
+        kinds: The counts of each kind; their numbers of prompts are looked at, and which losses they count.
+        asked: The promise.
+        delta: Maximum probability that it is wrong.
+
+    Raises:
+        CalibrationSizeError: Of each form of answer, some kind has too few prompts.
+    """
+    short: dict[AnswerForm, str] = {}
+    for kind, counts in kinds.items():
+        for share, loss in _demands(counts, asked):
+            if counts.n < (needed := counts.fewest(share, delta, loss)):
+                short[form_of(kind)] = (
+                    f"α = {share * 100:g} % needs at least {needed} calibration prompts at δ = {delta:g}; there are "
+                    f"{counts.n} of kind {kind!r}."
+                )
+    if len(short) == len({*map(form_of, kinds)}):
+        raise CalibrationSizeError(
+            " ".join(short.values()), hint="Pass more prompts of that kind or none of it, or choose a larger α."
+        )
+
+
+def _demands(counts: Counts, asked: TierPromise) -> list[tuple[float, Loss]]:
+    """The shares of such prompts that may be lost, and the way that losses are counted for each."""
+    demands: list[tuple[float, Loss]] = [(asked.alpha, asked.loss)]
+    if asked.strict is not None and "strict" in counts.lost:
+        demands.append((asked.strict, "strict"))
+    return demands
 
 
 def tier_promise(certificate: Certificate, tier: str, promised: TierPromise) -> Certificate:

@@ -48,16 +48,12 @@ class LayerwiseRouter(LearnedRouter):
         """Log-probability of each action of each free layer, (…, L, 3)."""
         return outputs.reshape(*outputs.shape[:-1], len(self.free), len(ACTIONS)).log_softmax(-1)
 
-    def _full_depth(self, outputs: Tensor) -> Tensor:
-        surely = torch.full_like(outputs, -100.0)
-        surely[..., EXECUTE :: len(ACTIONS)] = 0.0
-        return surely
-
-    def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
+    def choose_all(self, outputs: Tensor, theta: float | Tensor, lengths: Sequence[int] | None = None) -> list[Program]:
         """Per layer: execute, unless its probability is below θ; whatever the prompt's length."""
         chances = self.log_probabilities(outputs).exp()
         other = torch.where(chances[..., 2] > chances[..., 0], 2, 0)
-        chosen = torch.where(chances[..., EXECUTE] < theta, other, EXECUTE)
+        dial = theta.unsqueeze(1) if isinstance(theta, torch.Tensor) else theta
+        chosen = torch.where(chances[..., EXECUTE] < dial, other, EXECUTE)
         actions = torch.full((len(outputs), self.facts.depth), EXECUTE)
         actions[:, list(self.free)] = chosen.cpu()
         # With more loops than skips a program would cost more than identity, which no router here may do.

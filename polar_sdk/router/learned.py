@@ -1,8 +1,9 @@
 """Learned routers: what the kinds `menu` and `policy` have in common.
 
 A learned router is created without a model (trained, or read from its folder) and serves once it is bound to one. It
-has one dial, its looseness θ, from 0 (always identity) upward. The certificate turns the tier or tolerance of a request
-into a θ, but only while what would run is what was certified. Knows no text and no money.
+has one dial, its looseness θ, from 0 (always identity) upward. The certificate turns the tier or tolerance of a
+request, and the form of its answer, into a θ, but only while what would run is what was certified. Knows no text and
+no money.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +22,7 @@ from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError, 
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.promises.novelty import Likeness
 from polar_sdk.router.base import IdentityRouter, Route, Router
-from polar_sdk.router.certificate import Certificate, Subject
+from polar_sdk.router.certificate import Certificate, Setting, Subject
 from polar_sdk.router.network import FeatureKind, FeatureReader
 
 if TYPE_CHECKING:
@@ -32,16 +33,8 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.program import Program
     from polar_sdk.promises.audit import PromiseTerms
+    from polar_sdk.router.certificate import AnswerForm
     from polar_sdk.router.network import Network
-
-
-AnswerForm = Literal["text", "choice"]
-"""Whether a request's answer is written freely, or is one of the texts that the request names."""
-_KINDS: Final[dict[AnswerForm, frozenset[str]]] = {
-    "text": frozenset({"prompt", "answer"}),
-    "choice": frozenset({"choice"}),
-}
-"""Kinds of calibration prompts that are answered so."""
 
 
 class RouterFacts(BaseModel):
@@ -209,32 +202,61 @@ class LearnedRouter(Router):
                     f"compute={compute!r} is a promise, but this router is not calibrated; use 'exact', leave compute "
                     "out, or calibrate the router with `polar lab calibrate`."
                 )
-            return Serving(None, self.at(self.facts.default_theta))
-        self.certificate.check(self.subject)
-        tiers, audited = self.certificate.tiers, self.audited
+            return Serving(None, self.at(Setting.to(self.facts.default_theta)))
+        return self._certified(self.certificate, compute, at_risk)
+
+    def _certified(
+        self, certificate: Certificate, compute: str | float | None, at_risk: Callable[[str], bool]
+    ) -> Serving:
+        """The router for what was asked for, by its certificate."""
+        certificate.check(self.subject)
+        tiers, audited = certificate.tiers, self.audited
         broken = {tier for tier, promises in audited.items() if any(at_risk(each.digest) for each in promises)}
-        if isinstance(compute, (int, float)):  # no tier of its own: what is lost at a smaller θ is lost here, too
-            theta = self.certificate.at_tolerance(float(compute)).theta
-            limit = min((tiers[tier].theta for tier in broken if tiers[tier].theta <= theta), default=None)
-            return Serving(None, self.at(theta)) if limit is None else self._safer(limit, broken, f"{compute:g}")
+        if isinstance(compute, (int, float)):
+            return self._tolerating(certificate, float(compute), broken)
         tier = self._tier(compute)
         if tier is None:
-            return Serving(None, self.at(0.0))
+            return Serving(None, self.at(Setting()))
         if tier in broken:
-            return self._safer(tiers[tier].theta, broken, tier)
-        return Serving(tier, self.at(tiers[tier].theta), audited.get(tier, ()))
+            return self._safer(tiers[tier].setting, self._tested(tier), broken, tier)
+        return Serving(tier, self.at(tiers[tier].setting), audited.get(tier, ()))
 
-    def _safer(self, limit: float, broken: Collection[str], asked: str) -> Serving:
-        """The tier with the largest θ below a limit whose promise is in force, or identity, in place of another."""
+    def _tolerating(self, certificate: Certificate, tolerance: float, broken: Collection[str]) -> Serving:
+        """The router for a tolerance, which has no tier: what is lost at a smaller θ is lost here, too."""
+        setting = certificate.at_tolerance(tolerance).setting
+        limits: dict[AnswerForm, float] = {}
+        for tier in broken:
+            for form in self._tested(tier):
+                if 0 < (theta := certificate.tiers[tier].setting.of(form)) <= setting.of(form):
+                    limits[form] = min(theta, limits.get(form, theta))
+        if not limits:
+            return Serving(None, self.at(setting))
+        limit = Setting(text=limits.get("text", setting.text), choice=limits.get("choice", setting.choice))
+        return self._safer(limit, limits, broken, f"{tolerance:g}")
+
+    def _tested(self, tier: str) -> set[AnswerForm]:
+        """The forms of answers that audits of a tier compare."""
+        return {"text", "choice"} if any(term.choices for term in self.audited[tier]) else {"text"}
+
+    def _safer(self, limit: Setting, tested: Collection[AnswerForm], broken: Collection[str], asked: str) -> Serving:
+        """The loosest tier whose promise is in force, or identity, in place of another that is set to a limit.
+
+        It is stricter for the forms of answers that were tested, and looser for none.
+        """
         assert self.certificate is not None
-        tiers = self.certificate.tiers
-        safer = [tier for tier, promise in tiers.items() if promise.theta < limit and tier not in broken]
+        settings = {tier: promise.setting for tier, promise in self.certificate.tiers.items() if tier not in broken}
+
+        def is_safe(form: AnswerForm, theta: float) -> bool:
+            return theta < limit.of(form) if form in tested and limit.of(form) else theta <= limit.of(form)
+
+        safer = [tier for tier, own in settings.items() if is_safe("text", own.text) and is_safe("choice", own.choice)]
         if not safer:
             # Where prompts are watched, the network still reads them: else none would ever be found usual again.
-            full = AtTheta(self, 0.0, asked=limit) if self.certificate.usual else IdentityRouter(self.facts.depth)
+            watched = bool(self.certificate.usual)
+            full = AtSetting(self, Setting(), asked=limit) if watched else IdentityRouter(self.facts.depth)
             return Serving("exact", full, instead_of=asked)
-        tier = max(safer, key=lambda name: tiers[name].theta)
-        return Serving(tier, self.at(tiers[tier].theta), self.audited.get(tier, ()), asked)
+        tier = max(safer, key=lambda name: (settings[name].text, settings[name].choice))
+        return Serving(tier, self.at(settings[tier]), self.audited.get(tier, ()), asked)
 
     def _tier(self, compute: str | None) -> str | None:
         """The certified tier in force; None = none was requested and there is no default."""
@@ -249,21 +271,26 @@ class LearnedRouter(Router):
             )
         return compute
 
-    def at(self, theta: float) -> Router:
-        """The router with its dial at θ."""
-        return AtTheta(self, theta) if theta > 0 else IdentityRouter(self.facts.depth)
+    def at(self, setting: Setting) -> Router:
+        """The router with its dial set."""
+        return IdentityRouter(self.facts.depth) if setting.runs_identity else AtSetting(self, setting)
 
     def route(self, tokens: Sequence[int]) -> Route:
         """Choose at the default tier, or at the default θ where the router is not calibrated."""
         return self.serving(None).router.route(tokens)
 
     @torch.inference_mode()
-    def choose(
-        self, tokens: Sequence[int], theta: float, *, asked: float = 0.0, form: AnswerForm | None = None
-    ) -> Route:
-        """Choose for one prompt with the dial at θ; `asked` and `form` as in `AtTheta`."""
+    def choose(self, tokens: Sequence[int], theta: float, *, asked: float = 0.0, form: AnswerForm = "text") -> Route:
+        """Choose for one prompt with the dial at θ.
+
+        Args:
+            tokens: The prompt.
+            theta: The dial.
+            asked: The θ that identity serves in place of; 0 = of none.
+            form: Of the answer.
+        """
         read = self._running.read(self.reader(tokens))
-        outputs = read.outputs if form is None else self.allowed(read.outputs, form)
+        outputs = self.allowed(read.outputs, form)
         full = self.programs[0]
         program = self.decide(outputs, theta, len(tokens)) if theta else full
         wanted = self.decide(outputs, asked, len(tokens)) if asked else program
@@ -271,24 +298,13 @@ class LearnedRouter(Router):
         return Route(program, self.network.flops, likeness)
 
     def allowed(self, outputs: Tensor, form: AnswerForm) -> Tensor:
-        """Outputs (…, O) of prompts that are answered in this form, as far as programs are for it.
-
-        A certificate that counted no such prompts promises nothing about them, so that they run at full depth.
-        """
-        kinds = _KINDS[form]
-        counted = self.certificate is None or not kinds.isdisjoint(self.certificate.kinds)
-        if not counted:
-            return self._full_depth(outputs)
+        """Outputs (…, O) of prompts that are answered in this form, as far as programs are for it."""
         return self.network.where_choosing(outputs) if form == "choice" else outputs
 
     def allowed_each(self, outputs: Tensor, chooses: Sequence[bool]) -> Tensor:
         """Outputs (M, O) of prompts some of which are answered with one of given choices; see `allowed`."""
         forms = torch.tensor(chooses).unsqueeze(1)
         return torch.where(forms, self.allowed(outputs, "choice"), self.allowed(outputs, "text"))
-
-    def _full_depth(self, outputs: Tensor) -> Tensor:
-        """Outputs of which identity follows, like these in shape."""
-        return torch.full_like(outputs, -torch.inf)
 
     @torch.inference_mode()
     def likeness(self, features: Tensor) -> list[Likeness]:
@@ -321,12 +337,12 @@ class LearnedRouter(Router):
         return other
 
     @abstractmethod
-    def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
+    def choose_all(self, outputs: Tensor, theta: float | Tensor, lengths: Sequence[int] | None = None) -> list[Program]:
         """The programs for many prompts, with the dial at θ.
 
         Args:
             outputs: Of the prompts, (M, O); see `outputs`.
-            theta: The dial.
+            theta: The dial; a tensor (M,) has one for each prompt.
             lengths: Number of tokens of each prompt; None = 128.
         """
 
@@ -358,27 +374,29 @@ class Margin(NamedTuple):
         return max((known for known in self.thetas if known <= drawn), default=0.0)
 
 
-class AtTheta(Router):
+class AtSetting(Router):
     """A learned router with its dial set, for one request.
 
     Args:
         router: The router.
-        theta: The dial.
+        setting: The dial.
         margin: Lowers it at random.
-        asked: The dial of the tier that full depth serves in place of; 0 = of none.
-        form: Of the answer; None = not known.
+        asked: The setting of the tier that identity serves in place of.
+        form: Of the answer.
     """
 
     def __init__(
         self,
         router: LearnedRouter,
-        theta: float,
+        setting: Setting,
         margin: Margin | None = None,
         *,
-        asked: float = 0.0,
-        form: AnswerForm | None = None,
+        asked: Setting | None = None,
+        form: AnswerForm = "text",
     ) -> None:
-        self._router, self._theta, self._margin, self._asked, self._form = router, theta, margin, asked, form
+        self.setting = setting
+        """The dial."""
+        self._router, self._margin, self._asked, self._form = router, margin, asked, form
         self.version = router.version
 
     @property
@@ -386,25 +404,23 @@ class AtTheta(Router):
         """The kind of the router."""
         return self._router.kind
 
-    @property
-    def theta(self) -> float:
-        """The dial."""
-        return self._theta
-
     def route(self, tokens: Sequence[int]) -> Route:
         """Choose the program for one prompt."""
-        theta = self._theta if self._margin is None else self._margin.lowered(self._theta, tokens)
-        return self._router.choose(tokens, theta, asked=self._asked, form=self._form)
+        theta, asked = (0.0 if setting is None else setting.of(self._form) for setting in (self.setting, self._asked))
+        if not (theta or asked):
+            return Route(self._router.programs[0])
+        theta = theta if self._margin is None else self._margin.lowered(theta, tokens)
+        return self._router.choose(tokens, theta, asked=asked, form=self._form)
 
-    def answering(self, form: AnswerForm) -> AtTheta:
+    def answering(self, form: AnswerForm) -> AtSetting:
         """The same for a request that is answered in this form, whatever its prompt looks like.
 
         Bridges that were fitted to choices hardly keep a text: who makes a prompt look like choices must not get them.
         """
-        return AtTheta(self._router, self._theta, self._margin, asked=self._asked, form=form)
+        return AtSetting(self._router, self.setting, self._margin, asked=self._asked, form=form)
 
-    def within(self, share: float, key: bytes) -> AtTheta:
+    def within(self, share: float, key: bytes) -> AtSetting:
         """The same with its dial lowered at random by at most that share."""
         certificate = self._router.certificate
         margin = Margin(share, key, certificate.thetas if certificate else (0.0,))
-        return AtTheta(self._router, self._theta, margin, asked=self._asked, form=self._form)
+        return AtSetting(self._router, self.setting, margin, asked=self._asked, form=self._form)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
-    from polar_sdk.router.learned import AnswerForm
+    from polar_sdk.router.certificate import AnswerForm
 
 
 _FAVOUR: Final = (0.5, 2.0)
@@ -113,7 +113,7 @@ def cheapest(needed: Tensor, costs: Tensor, theta: float | Tensor) -> Tensor:
     Args:
         needed: The smallest θ of each program; identity is first, and may always run.
         costs: Of each program over identity's, (M,) or (P, M).
-        theta: The dial; a tensor (K, 1, 1) of several gives (K, P).
+        theta: The dial; a tensor (P, 1) has one for each prompt, and one of several (K, 1, 1) gives (K, P).
     """
     return torch.where(needed <= theta, costs, torch.inf).argmin(-1)
 
@@ -142,11 +142,12 @@ class MenuRouter(LearnedRouter):
         with torch.inference_mode(False):  # gradients may pass through what it masks
             return torch.tensor([bool(program.bridges) for program in self.programs[1:]])
 
-    def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
+    def choose_all(self, outputs: Tensor, theta: float | Tensor, lengths: Sequence[int] | None = None) -> list[Program]:
         """The cheapest program, at each prompt's length, whose quality is at least 1 − θ."""
         assert self._pricing is not None, "the router is not bound to a model"
         sizes = [NOMINAL_PROMPT] * len(outputs) if lengths is None else lengths
         favour = self._pricing.favour(sizes) if self.facts.own_length else None
         needed = needed_theta(outputs.cpu(), favour, self.facts.par).double()
-        chosen = cheapest(needed, self._pricing.costs(sizes), theta)
+        dial = theta.unsqueeze(1) if isinstance(theta, torch.Tensor) else theta
+        chosen = cheapest(needed, self._pricing.costs(sizes), dial)
         return [self.programs[program] for program in chosen.tolist()]

@@ -228,8 +228,8 @@ class Network:
         weights: Per layer (out, in).
         biases: Per layer (out,).
         familiar: Which prompts it knows the like of; for any other all outputs are −∞. None = all.
-        choosing: What outputs (O,) are at most for a prompt that is answered with one of given choices, which the
-            request says and the prompt may not show. None = no less than for a text.
+        choosing: What is added to the outputs (O,) for a prompt that is answered with one of given choices, which the
+            request says and the prompt may not show. None = nothing.
     """
 
     mean: Tensor
@@ -272,7 +272,7 @@ class Network:
 
     def where_choosing(self, outputs: Tensor) -> Tensor:
         """What outputs (…, O) are if these prompts are answered with one of given choices."""
-        return outputs if self.choosing is None else torch.minimum(outputs, self.choosing.to(outputs.device))
+        return outputs if self.choosing is None else outputs + self.choosing.to(outputs.device)
 
     def without_limits(self) -> Network:
         """The same network, which takes every prompt for familiar."""

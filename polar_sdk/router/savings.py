@@ -26,7 +26,8 @@ class MeasuredTiers:
     prompts: int
     """Number of calibration prompts."""
     saved: Mapping[str, float]
-    """Tier → mean share of full depth's FLOPs that it saved on them, after those of the router."""
+    """Tier → mean share of full depth's FLOPs that it saved on those that are answered in text, or on choices where
+    there is no such prompt, after the router's own."""
 
 
 def measured_tiers(fingerprint: str) -> MeasuredTiers | None:
@@ -59,9 +60,11 @@ def _read(router: dict[str, Any], fingerprint: str) -> MeasuredTiers | None:
     certificate = router["certificate"]
     if certificate is None or certificate["subject"]["model"] != fingerprint:
         return None
-    saved = dict(zip(certificate["thetas"], certificate["saved"], strict=True))
+    form = "text" if "text" in certificate["saved"] else "choice"
+    kinds = certificate["kinds"].items()
+    saved = dict(zip(certificate["thetas"], certificate["saved"][form], strict=True))
     return MeasuredTiers(
         router=router["weights_sha256"],
-        prompts=sum(int(kind["n"]) for kind in certificate["kinds"].values()),
-        saved={tier: float(saved[promise["theta"]]) for tier, promise in certificate["tiers"].items()},
+        prompts=sum(int(counts["n"]) for kind, counts in kinds if (kind == "choice") == (form == "choice")),
+        saved={tier: float(saved[promise["setting"][form]]) for tier, promise in certificate["tiers"].items()},
     )

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.programs.program import Program
-from polar_sdk.router.learned import AtTheta, LearnedRouter
+from polar_sdk.router.learned import AtSetting, LearnedRouter
 from polar_sdk.usage import Offer
 from polar_server.errors import ApiError
 
@@ -111,7 +111,7 @@ class Catalog:
         elif isinstance(engine.router, LearnedRouter):
             served = engine.router.serving(tier)
             named = served.tier
-            if isinstance(served.router, AtTheta):
+            if isinstance(served.router, AtSetting):
                 router = engine.router
                 most = max(
                     cost.request(program, read, written, router=router.network.flops).total

@@ -89,6 +89,7 @@ class LiveEngine:
         if not isinstance(router, LearnedRouter) or router.certificate is None:
             return words, None, ()
         certificate = router.certificate
-        saved = dict(zip(certificate.thetas, certificate.saved, strict=True))
-        tiers = tuple(TierLook(name, promise.text, saved[promise.theta]) for name, promise in certificate.tiers.items())
+        tiers = tuple(
+            TierLook(tier, promise.text, certificate.saves(tier)) for tier, promise in certificate.tiers.items()
+        )
         return words, certificate.subject.difference(router.subject), tiers

@@ -18,7 +18,16 @@ import torch
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, grouped
-from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, TierPromise, tier_promise
+from polar_sdk.router.certificate import (
+    LOSSES,
+    Certificate,
+    Counts,
+    Loss,
+    TierPromise,
+    check_sizes,
+    form_of,
+    tier_promise,
+)
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -58,7 +67,7 @@ def certify(
         on_progress: Called with (stage, values of θ done, values in all).
 
     Raises:
-        CalibrationSizeError: A tier's α needs more prompts.
+        CalibrationSizeError: A tier's α needs more prompts, of every form of answer.
         DataError: A tier counts wrong answers, but the right ones are not known.
     """
     tiers = {tier: TierPromise(*promised) for tier, promised in tiers.items()}  # a plain pair will do
@@ -109,20 +118,25 @@ class DialWalk:
 
     def certificate(self, rows: Sequence[int], tiers: Mapping[str, TierPromise], delta: float) -> Certificate:
         """The certificate that calibration on these prompts gives."""
-        spent = self.flops[:, list(rows)].sum(1)
-        full = self.outcomes.matrix.flops[list(rows), 0].sum().item()
+        matrix = self.outcomes.matrix
+        of_forms = grouped(rows, lambda row: form_of(matrix.kinds[row]))
         certificate = Certificate(
             subject=self.router.subject,
             data=self.outcomes.matrix.data,
             delta=delta,
             thetas=self.router.facts.dial,
-            saved=tuple((1 - spent / full).tolist()),
+            saved={form_of(kinds): self._saved(of_form) for kinds, of_form in of_forms.items()},
             kinds={kind: self._count(of_kind) for kind, of_kind in self.by_kind(rows).items()},
             classes={name: self._count(of_class) for name, of_class in self.by_class(rows).items()},
         )
         for tier, promised in tiers.items():
             certificate = tier_promise(certificate, tier, promised)
         return certificate
+
+    def _saved(self, rows: Sequence[int]) -> tuple[float, ...]:
+        """Share of identity's FLOPs saved on those rows at each θ."""
+        full = self.outcomes.matrix.flops[rows, 0].sum().item()
+        return tuple((1 - self.flops[:, rows].sum(1) / full).tolist())
 
     def by_kind(self, rows: Sequence[int]) -> dict[str, list[int]]:
         """Those rows, by kind of prompt."""
@@ -161,12 +175,12 @@ def _check(outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float) -
         if strict is not None and all(kind == "choice" for kind in outcomes.matrix.kinds):
             raise DataError("a strict promise about texts needs calibration prompts that are answered in text.")
     check_answered(tiers, outcomes.matrix.labelled.tolist())
-    for kind, rows in grouped(range(len(outcomes)), lambda row: outcomes.matrix.kinds[row]).items():
-        empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
-        for alpha, loss, strict in tiers.values():
-            empty.check_size(kind, alpha, delta, loss)
-            if strict is not None and "strict" in empty.lost:
-                empty.check_size(kind, strict, delta, "strict")
+    by_kind = grouped(range(len(outcomes)), lambda row: outcomes.matrix.kinds[row])
+    empty = {
+        kind: Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ())) for kind, rows in by_kind.items()
+    }
+    for promised in tiers.values():
+        check_sizes(empty, promised, delta)
 
 
 def check_answered(tiers: Mapping[str, TierPromise], answered: Collection[bool]) -> None:
@@ -236,7 +250,7 @@ def _breaks(
 ) -> tuple[bool, bool]:
     """Whether more than α is lost on the other half, and on both; of one of two promises is enough."""
     promise = certificate.tiers[tier]
-    setting = certificate.thetas.index(promise.theta)
+    setting = certificate.thetas.index(promise.setting.of(form_of(walk.outcomes.matrix.kinds[rows[0]])))
     countable = _countable(walk.outcomes, rows)
     loss: Loss = "differs" if promise.loss == "drops" and "drops" not in countable else promise.loss
     demands: list[tuple[Loss, float]] = [(loss, promise.alpha)]

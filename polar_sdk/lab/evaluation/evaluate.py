@@ -12,6 +12,8 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
 from polar_sdk.lab.evaluation.results import (
     RANDOM,
@@ -26,6 +28,7 @@ from polar_sdk.lab.evaluation.results import (
 )
 from polar_sdk.lab.evaluation.text_answers import TextRun
 from polar_sdk.programs.program import Program
+from polar_sdk.router.certificate import Setting, form_of
 from polar_sdk.router.exact_tests import mcnemar, paired_difference, wilson
 
 if TYPE_CHECKING:
@@ -53,13 +56,13 @@ class _Run:
     """One system's programs and outcomes, per prompt, and the FLOPs of its router for each."""
 
     programs: Sequence[Program]
-    router_flops: int
+    router_flops: Sequence[int]
     outcomes: Sequence[PromptOutcome]
 
     @cached_property
     def flops(self) -> list[float]:
         """Per prompt, the router's included."""
-        return [outcome.flops + self.router_flops for outcome in self.outcomes]
+        return [outcome.flops + own for outcome, own in zip(self.outcomes, self.router_flops, strict=True)]
 
     @cached_property
     def agree(self) -> list[bool]:
@@ -91,7 +94,7 @@ class Subjects:
 
     Attributes:
         router: Bound to the model.
-        points: θ by name, such as a tier's; the first is compared with the controls.
+        points: Settings of its dial by name, such as a tier's; the first is compared with the controls.
         outputs: The router network's outputs for the prompts, (P, O).
         outcomes: Of the prompts.
         static: Fixed programs to compare with, identity among them; all are programs of the outcomes' matrix.
@@ -102,7 +105,7 @@ class Subjects:
     """
 
     router: LearnedRouter
-    points: Mapping[str, float]
+    points: Mapping[str, Setting]
     outputs: Tensor
     outcomes: Outcomes
     static: Sequence[Program]
@@ -142,17 +145,16 @@ class Subjects:
         """Full depth for every prompt."""
         return self.run([Program.identity(self.cost.depth)] * len(self))
 
-    def run(self, programs: Sequence[Program], router_flops: int = 0) -> _Run:
+    def run(self, programs: Sequence[Program], router_flops: Sequence[int] = ()) -> _Run:
         """A system that runs these programs, one per prompt."""
-        return _Run(programs, router_flops, self.outcomes.all(programs))
+        return _Run(programs, router_flops or [0] * len(programs), self.outcomes.all(programs))
 
-    def routed(self, theta: float) -> _Run:
-        """The router with its dial at θ; at 0 it is not even run."""
-        if theta == 0:
-            return self.identity
+    def routed(self, setting: Setting) -> _Run:
+        """The router with its dial set; at 0 it is not even run."""
+        thetas = [setting.of(form_of(kind)) for kind in self.outcomes.matrix.kinds]
         router = self.router
-        programs = router.choose_all(self.outputs, theta, self.lengths)
-        return self.run(programs, router.network.flops)
+        programs = router.choose_all(self.outputs, torch.tensor(thetas, dtype=torch.float64), self.lengths)
+        return self.run(programs, [router.network.flops if theta else 0 for theta in thetas])
 
     def controls(self, run: _Run) -> list[_Control]:
         """All rivals of a run.
@@ -251,7 +253,7 @@ class Subjects:
         """Prefill: layers over the prompts and the router. Decode: the rest."""
         cost, identity = self.cost, self.identity.programs[0]
         pairs = list(zip(run.programs, self.lengths, strict=True))
-        prefill = sum(cost.prefill(program, length) for program, length in pairs) + run.router_flops * len(pairs)
+        prefill = sum(cost.prefill(program, length) for program, length in pairs) + sum(run.router_flops)
         full_prefill = sum(cost.prefill(identity, length) for length in self.lengths)
         total, full = sum(run.flops), sum(self.identity.flops)
         decode, full_decode = total - prefill, full - full_prefill
@@ -279,7 +281,7 @@ class Subjects:
         step = max(1, len(dial) // _FRONTIER_POINTS)
         points = []
         for theta in dict.fromkeys([*dial[::step], dial[-1]]):
-            run = self.routed(theta)
+            run = self.routed(Setting.to(theta))
             right = self._right(run)
             points.append(
                 FrontierPoint(
@@ -306,7 +308,7 @@ class Subjects:
 
 def evaluate_set(name: str, subjects: Subjects) -> SetResult:
     """Evaluate every system on one set."""
-    routed = {f"router ({point})": subjects.routed(theta) for point, theta in subjects.points.items()}
+    routed = {f"router ({point})": subjects.routed(setting) for point, setting in subjects.points.items()}
     main = next(iter(routed.values()))
     controls = subjects.controls(main)
     systems = [subjects.system("identity", "identity", subjects.identity)]
@@ -333,10 +335,12 @@ def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -
     results = []
     for name, rows in classes.items():
         part = subjects.part(rows)
-        results += [part.within(name, point, part.routed(theta)) for point, theta in part.points.items()]
+        results += [part.within(name, point, part.routed(setting)) for point, setting in part.points.items()]
     return results
 
 
-def evaluate_texts(subjects: Subjects, thetas: Mapping[str, float]) -> dict[str, TextRun]:
-    """The router at each of some θs on the prompts answered in text; empty if there are none."""
-    return {name: subjects.texts(subjects.routed(theta)) for name, theta in thetas.items()} if subjects.written else {}
+def evaluate_texts(subjects: Subjects, points: Mapping[str, Setting]) -> dict[str, TextRun]:
+    """The router at each of some settings on the prompts answered in text; empty if there are none."""
+    if not subjects.written:
+        return {}
+    return {name: subjects.texts(subjects.routed(setting)) for name, setting in points.items()}

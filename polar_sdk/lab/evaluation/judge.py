@@ -18,6 +18,7 @@ from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.training.outcomes import Bench, grouped, id_prefixes, unseen
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.novelty import Usual
+from polar_sdk.router.certificate import Setting
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_router, map_folders, save_with_maps
@@ -84,7 +85,7 @@ def evaluate(
     data: Sequence[Item] | Mapping[str, Sequence[Item]] | None = None,
     *,
     router: Router | str | Path | None = None,
-    points: Mapping[str, float] | None = None,
+    points: Mapping[str, Setting] | None = None,
     timed: int = 8,
     free: int = 0,
     seed: int = 0,
@@ -97,7 +98,7 @@ def evaluate(
         data: Items, or several sets by name; None = the prompts that come with the package. What the router was
             trained or calibrated on is left out.
         router: A trained router or its folder; None = this model's.
-        points: θ by name; None = the certified tiers. The first is compared with the controls.
+        points: Settings of the dial by name; None = the certified tiers. The first is compared with the controls.
         timed: Prompts that are timed; 0 times none.
         free: Prompts that every tier also answers freely, for texts as a reader sees them.
         seed: Of the controls.
@@ -141,7 +142,7 @@ class Judge:
         """The router with a certificate made on these items, without those that it was trained on."""
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
-        outputs = self._outputs(tasks, self._router.with_certificate(None))
+        outputs = self._outputs(tasks)
         outcomes = self._outcomes(tasks, outputs, labels=True)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
         certificate = certificate.model_copy(update={"usual": self._usual(tasks)})
@@ -159,7 +160,7 @@ class Judge:
         """Certify on random halves of the items that training did not use, and count the promises that then break."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
-        outputs = self._outputs(tasks, self._router.with_certificate(None))
+        outputs = self._outputs(tasks)
         walk = DialWalk.along(self._router, outputs, self._outcomes(tasks, outputs, labels=True), self.on_progress)
         return resplit(walk, tiers, delta, times)
 
@@ -167,22 +168,22 @@ class Judge:
         self,
         sets: Mapping[str, Sequence[Item]],
         *,
-        points: Mapping[str, float] | None = None,
+        points: Mapping[str, Setting] | None = None,
         timed: int = 8,
         free: int = 0,
         seed: int = 0,
     ) -> Evaluation:
         """Evaluate on sets of items, and on all of them together."""
-        thetas = dict(points or self._points())
+        settings = dict(points or self._points())
         training = self._router.facts.training
         tasks = {name: self._bench.tasks(unseen(items, training, calibrating=False)) for name, items in sets.items()}
         everything = list({task.id: task for of_set in tasks.values() for task in of_set}.values())
         whole = {"all": everything, **tasks} if len(tasks) > 1 else tasks
-        timings = self._timings(everything[:: max(1, len(everything) // timed)][:timed], thetas) if timed else {}
+        timings = self._timings(everything[:: max(1, len(everything) // timed)][:timed], settings) if timed else {}
         results, classes = [], []
         texts: dict[str, TierTexts] = {}
         for index, (name, of_set) in enumerate(whole.items()):
-            subjects = self._subjects(of_set, thetas, seed)
+            subjects = self._subjects(of_set, settings, seed)
             texts = self._texts(subjects, of_set, free) if index == 0 else texts
             results.append(evaluate_set(name, replace(subjects, timings={} if index else timings)))
             classes += evaluate_classes(subjects, _classes(name, of_set) if name in tasks else _kinds(of_set))
@@ -193,7 +194,7 @@ class Judge:
             dtype=self.model.dtype,
             device=self.model.device,
             router=f"{self._router.kind} {self._router.version}",
-            point=next(iter(thetas)),
+            point=next(iter(settings)),
             sets=tuple(results),
             classes=tuple(classes),
             texts=texts,
@@ -206,23 +207,23 @@ class Judge:
     def _texts(self, subjects: Subjects, tasks: Sequence[Task], free: int) -> dict[str, TierTexts]:
         """The certified tiers and `exact` on the prompts answered in text; the points where there is no certificate."""
         certificate = self._router.certificate
-        tiers = {} if certificate is None else {name: tier.theta for name, tier in certificate.tiers.items()}
-        thetas = {**(tiers or subjects.points), "exact": 0.0}
-        runs = evaluate_texts(subjects, thetas)
+        tiers = {} if certificate is None else {name: tier.setting for name, tier in certificate.tiers.items()}
+        points = {**(tiers or subjects.points), "exact": Setting()}
+        runs = evaluate_texts(subjects, points)
         sample = sorted((task for task in tasks if task.kind != "choice"), key=lambda task: task.id)[:free]
         runner = FreeRunner(self.model, self._router, self.on_progress)
-        written = runner.figures(sample, thetas) if runs and sample else {}
+        written = runner.figures(sample, points) if runs and sample else {}
         return {name: run.whole(written.get(name)) for name, run in runs.items()}
 
-    def _points(self) -> dict[str, float]:
-        """θ of the certified tiers, the default tier first; the default θ where there are none."""
+    def _points(self) -> dict[str, Setting]:
+        """Settings of the certified tiers, the default tier first; the default θ where there are none."""
         certificate, default = self._router.certificate, self._router.facts.default_tier
         if certificate is None or not certificate.tiers:
-            return {"uncalibrated": self._router.facts.default_theta}
+            return {"uncalibrated": Setting.to(self._router.facts.default_theta)}
         order = sorted(certificate.tiers, key=lambda tier: tier != default)
-        return {tier: certificate.tiers[tier].theta for tier in order}
+        return {tier: certificate.tiers[tier].setting for tier in order}
 
-    def _subjects(self, tasks: Sequence[Task], points: Mapping[str, float], seed: int) -> Subjects:
+    def _subjects(self, tasks: Sequence[Task], points: Mapping[str, Setting], seed: int) -> Subjects:
         outputs = self._outputs(tasks)
         outcomes = self._outcomes(tasks, outputs, labels=False)
         fixed = [program for program in self._static() if program in outcomes.matrix.programs]
@@ -256,11 +257,10 @@ class Judge:
             programs = [program for program in programs if program in chosen]
         return self._bench.outcomes(tasks, programs, labels=labels)
 
-    def _outputs(self, tasks: Sequence[Task], router: LearnedRouter | None = None) -> Tensor:
-        """What is decided on; by a router without a certificate, what one may be made for."""
-        router = router or self._router
+    def _outputs(self, tasks: Sequence[Task]) -> Tensor:
+        """What is decided on."""
         chooses = [isinstance(task.item, ChoiceItem) for task in tasks]
-        return router.allowed_each(router.outputs(self._features(tasks)), chooses)
+        return self._router.allowed_each(self._router.outputs(self._features(tasks)), chooses)
 
     def _features(self, tasks: Sequence[Task]) -> Tensor:
         return self._router.reader.stack([task.question.prompt for task in tasks])
@@ -271,14 +271,14 @@ class Judge:
         kinds = grouped(range(len(tasks)), lambda row: tasks[row].kind)
         return {kind: Usual.of([likeness[row] for row in rows], self._router.centres) for kind, rows in kinds.items()}
 
-    def _timings(self, tasks: Sequence[Task], points: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    def _timings(self, tasks: Sequence[Task], points: Mapping[str, Setting]) -> dict[str, tuple[float, float]]:
         """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts.
 
         No run shares a prefix with another one, and each system comes first, second and so on in turn.
         """
         items = [task.item for task in tasks]
         prompts = [item.question if isinstance(item, ChoiceItem) else item.prompt for item in items]
-        systems = {"identity": 0.0, **{f"router ({name})": theta for name, theta in points.items()}}
+        systems = {"identity": Setting(), **{f"router ({name})": setting for name, setting in points.items()}}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
         for done, prompt in enumerate(prompts):
             self.on_progress("timing", done, len(prompts))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.training.outcomes import PromptOutcome
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
+    from polar_sdk.router.certificate import Setting
     from polar_sdk.router.learned import LearnedRouter
 
 
@@ -180,20 +181,18 @@ class FreeRunner:
     router: LearnedRouter
     on_progress: Progress = silent
 
-    def figures(self, tasks: Sequence[Task], thetas: Mapping[str, float]) -> dict[str, FreeFigures]:
-        """Figures of each tier, given its θ, on prompts that are answered in text, at least one."""
+    def figures(self, tasks: Sequence[Task], points: Mapping[str, Setting]) -> dict[str, FreeFigures]:
+        """Figures of each tier, given its setting of the dial, on prompts that are answered in text, at least one."""
         identity = self._written(tasks, IdentityRouter(self.model.depth))
         gold = {place: task.item.answer for place, task in enumerate(tasks) if isinstance(task.item, AnswerItem)}
         features = self.router.reader.stack([task.question.prompt for task in tasks])
         outputs = self.router.allowed(self.router.outputs(features), "text")
         found = {}
-        for done, (tier, theta) in enumerate(thetas.items()):
-            self.on_progress("writing freely", done, len(thetas))
-            ours = identity if theta == 0 else self._written(tasks, self.router.at(theta))
-            programs = [self.router.programs[0]] * len(tasks)
-            if theta:
-                lengths = [len(task.question.prompt) for task in tasks]
-                programs = self.router.choose_all(outputs, theta, lengths)
+        for done, (tier, setting) in enumerate(points.items()):
+            self.on_progress("writing freely", done, len(points))
+            ours = self._written(tasks, self.router.at(setting)) if setting.text else identity
+            lengths = [len(task.question.prompt) for task in tasks]
+            programs = self.router.choose_all(outputs, setting.text, lengths)
             found[tier] = free_figures(ours, identity, gold, self._divergence(tasks, programs))
         return found
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from pydantic import BaseModel
 
 from polar_sdk.engine import engine_version
@@ -43,7 +44,7 @@ from polar_sdk.models.paths import cache_folder, disk_errors
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import read_document
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.certificate import FORMS, TierPromise, form_of
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import map_folders, save_with_maps, saved_router_path
@@ -63,7 +64,7 @@ PROMISES: Final[dict[str, TierPromise]] = {
     "standard": TierPromise(0.025, strict=0.25),
     "premium": TierPromise(0.01, strict=0.1),
 }
-"""Promises of tiers by default; a tier that the prompts are too few for is left out. Where there are questions with
+"""Promises of tiers by default; what the prompts are too few for is left out. Where there are questions with
 choices, of which right answers are known, the loss is `drops`: of these, right answers count."""
 _OF_RIGHT: Final = ("harms", "drops")
 """Losses that count right answers."""
@@ -250,7 +251,7 @@ class _Work:
         return {name: items for name, items in sets.items() if items}
 
     def _possible(self) -> dict[str, TierPromise]:
-        """The promises that the calibration prompts are enough for.
+        """The promises that the calibration prompts of a form of answer are enough for.
 
         Raises:
             DataError: They are enough for none, or lack the right answers that one counts.
@@ -268,11 +269,13 @@ class _Work:
         for tier, promise in self.promises.items():
             fewest[tier] = {kind: promise.fewest(kind, _DELTA) for kind in counts}
             lacking = {kind: n for kind, n in fewest[tier].items() if counts[kind] < n}
-            if not lacking:
+            short = {*map(form_of, lacking)}
+            if any(form_of(kind) not in short for kind in counts):
                 possible[tier] = promise
-            else:
+            if lacking:
+                of_form = f" for {' and '.join(FORMS[form] for form in short)}" if tier in possible else ""
                 each = " and ".join(f"{n} {_OF_KIND[kind]} (there are {counts[kind]})" for kind, n in lacking.items())
-                self.notes.append(f"No {tier}: to calibrate its promise takes {each}.")
+                self.notes.append(f"No {tier}{of_form}: to calibrate its promise takes {each}.")
         if not possible:
             easiest = min(fewest.values(), key=lambda each: sum(each.values()))
             least = " and ".join(f"{n} {_OF_KIND[kind]}" for kind, n in easiest.items())
@@ -360,12 +363,14 @@ class _Work:
         assert router.certificate is not None
         items = self._of("dev")
         prompts = [self.model.prompt_tokens(text_of(item)) for item in items]
-        outputs = router.outputs(router.reader.stack(prompts).cpu())
-        outputs = router.allowed_each(outputs, [isinstance(item, ChoiceItem) for item in items])
+        chooses = [isinstance(item, ChoiceItem) for item in items]
+        outputs = router.allowed_each(router.outputs(router.reader.stack(prompts).cpu()), chooses)
         lengths = list(map(len, prompts))
         used: set[Program] = set()
         for promise in router.certificate.tiers.values():
-            counts = Counter(router.choose_all(outputs, promise.theta, lengths) if promise.theta else ())
+            text, choice = promise.setting.text, promise.setting.choice
+            thetas = torch.tensor([choice if of_choice else text for of_choice in chooses], dtype=torch.float64)
+            counts = Counter(router.choose_all(outputs, thetas, lengths))
             used.update(program for program, count in counts.items() if count >= _USED * len(prompts))
         return used
 
@@ -396,7 +401,7 @@ class _Work:
     def _register(self, router: LearnedRouter) -> Path | None:
         """Make the router the model's own; None where every tier runs full depth."""
         assert router.certificate is not None
-        if all(promise.theta == 0 for promise in router.certificate.tiers.values()):
+        if all(promise.setting.runs_identity for promise in router.certificate.tiers.values()):
             return None
         target = saved_router_path(self.model.fingerprint, self.model.dtype)
         shutil.rmtree(target, ignore_errors=True)

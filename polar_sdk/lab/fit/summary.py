@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from polar_sdk.router.certificate import FORMS
+
 if TYPE_CHECKING:
     from polar_sdk.lab.evaluation.results import Evaluation, SystemResult
     from polar_sdk.router.certificate import Certificate, Promise
@@ -17,20 +19,23 @@ def tiers_in_words(certificate: Certificate, evaluation: Evaluation) -> list[str
     """A sentence per tier."""
     said = []
     for tier, promise in certificate.tiers.items():
-        if promise.theta == 0:
+        if promise.setting.runs_identity:
             said.append(f"{tier} runs full depth: nothing could be promised.")
             continue
         kept, parts = evaluation.texts.get(tier), []
-        if kept is not None:
+        if kept is not None and promise.setting.text:
             long = kept.by_length.get("over_500")
             more = "" if long is None else f" ({long.flops_saved:.1%} and {long.tokens_kept:.1%} over 500 tokens)"
             parts.append(f"{kept.flops_saved:.1%} of the FLOPs and keeps {kept.tokens_kept:.1%} of the tokens{more}")
-        if (chosen := of_choices(evaluation, tier)) is not None and chosen.accuracy is not None:
+        chosen = of_choices(evaluation, tier) if promise.setting.choice else None
+        if chosen is not None and chosen.accuracy is not None:
             full = of_choices(evaluation)
             assert full is not None and full.accuracy is not None
             right = f"{chosen.accuracy.value:.1%} right where full depth has {full.accuracy.value:.1%}"
             parts.append(f"{chosen.flops_saved.total:.1%} of the FLOPs of choices, with {right}")
-        said.append(f"{tier} saves {', and '.join(parts)}; it promises that {_promised(promise)}.")
+        whole = " and ".join(FORMS[form] for form in certificate.saved if not promise.setting.of(form))
+        more = whole and f" Its {whole} run full depth."
+        said.append(f"{tier} saves {', and '.join(parts)}; it promises that {_promised(promise)}.{more}")
     return said
 
 

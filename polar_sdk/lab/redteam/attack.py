@@ -343,7 +343,7 @@ class _Siege:
         outputs = self.router.allowed(outputs, "text") if of_kind else outputs
         found: list[dict[str, Program]] = []
         for row, output in zip(rows, outputs, strict=True):
-            thetas = {tier: promise.theta for tier, promise in self.tiers.items()}
+            thetas = {tier: promise.setting.text for tier, promise in self.tiers.items()}
             if margin:
                 thetas = {tier: self.margin.lowered(theta, row) for tier, theta in thetas.items()}
             found.append(

@@ -20,7 +20,8 @@ from polar_sdk.lab.suites.suite import check_shots
 from polar_sdk.lab.training.outcomes import used
 from polar_sdk.programs.program import Program
 from polar_sdk.router.base import IdentityRouter, Router, StaticRouter, fixed_router
-from polar_sdk.router.learned import AtTheta, LearnedRouter
+from polar_sdk.router.certificate import Setting
+from polar_sdk.router.learned import AtSetting, LearnedRouter
 from polar_sdk.router.store import find_router
 from polar_sdk.show.progress import Progress, silent
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.suites.suite import Suite
     from polar_sdk.model import PolarModel
     from polar_sdk.request.options import Template
-    from polar_sdk.router.learned import AnswerForm
+    from polar_sdk.router.certificate import AnswerForm
 
 SUITES: Final[Mapping[str, type[Suite[Any]]]] = {
     suite.name: suite for suite in (Mmlu, HumanEval, Gsm8k, Arc, Formats, Refusals, Decisions)
@@ -165,7 +166,7 @@ def _tiers(
     for theta in thetas:
         if not isinstance(served, LearnedRouter):
             raise InvalidRequestError(f"θ = {theta:g} sets the dial of a learned router, but none is loaded.")
-        tiers[f"θ = {theta:g}"] = served.at(theta)
+        tiers[f"θ = {theta:g}"] = served.at(Setting.to(theta))
     for text in programs:
         program = Program.of(text)
         model.policy.check(program, model.decoder.cost)
@@ -176,8 +177,8 @@ def _tiers(
 def _all_tiers(model: PolarModel, served: Router | None) -> dict[str, Router]:
     if isinstance(served, LearnedRouter):
         if served.certificate is None:
-            return {"uncalibrated": served.at(served.facts.default_theta)}
-        return {name: served.at(tier.theta) for name, tier in served.certificate.tiers.items()}
+            return {"uncalibrated": served.at(Setting.to(served.facts.default_theta))}
+        return {name: served.at(tier.setting) for name, tier in served.certificate.tiers.items()}
     if served is not None:
         return {served.kind: served}
     own = {name: tier.program for name, tier in model.policy.tiers.items() if name != FULL}
@@ -212,7 +213,7 @@ def _requests(answers: Answers[Any], tiers: Mapping[str, Router]) -> dict[str, l
 
 def _as_asked(router: Router, form: AnswerForm) -> Router:
     """The router as a request for such an answer gets it."""
-    return router.answering(form) if isinstance(router, AtTheta) else router
+    return router.answering(form) if isinstance(router, AtSetting) else router
 
 
 def _hash(prepared: Sequence[Prepared[Any]]) -> str:

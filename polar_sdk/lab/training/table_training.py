@@ -4,7 +4,8 @@ A prompt shows what is asked of it, and so how often a program loses the answers
 one, it hardly shows. A network that learns losses prompt by prompt, from a few hundred, takes chance for knowledge: it
 saves a little more on kinds that it was trained on, and breaks promises on others. A table gives all prompts of a kind
 the same outputs, and those of no kind that it knows the outputs of the largest one. That an
-answer is one of given choices is told by the request; such a prompt has the lesser outputs of its kind and of choices.
+answer is one of given choices is told by the request: choices have outputs of their own, and those of a recognised kind
+as much less than these as its texts have less than others.
 """
 
 from __future__ import annotations
@@ -35,9 +36,6 @@ _WIDTH: Final = 4.0
 """Log-odds from "surely another kind" to "surely this kind"; between them outputs change steadily."""
 _DOUBT: Final = 0.1
 """Probability that a kind loses more than its row says."""
-_DOUBT_OF_CHOICES: Final = 0.001
-"""The same of choices, of which as many may be gained as lost: calibration ends at the first program that one form of
-answers may lose too much by, and chance among choices must hardly ever be what ends it for texts."""
 _SURE: Final = 1e-4
 """Least share of answers that may be lost or kept."""
 
@@ -45,10 +43,10 @@ _SURE: Final = 1e-4
 def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, strict: float = 0.0) -> dict[str, Tensor]:
     """Per kind, the share of its prompts that each program loses, (M,); the largest kind is the first.
 
-    It is the share that a program loses at most, less what it gains, with 90% confidence (of choices 99.9%), so that
-    few prompts prove little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that
-    of the share of answers in text that keep less than 95% of their tokens is lost. A program loses no less than one
-    that runs more layers, though a few prompts may say so.
+    It is the share that a program loses at most, less what it gains, with 90% confidence, so that few prompts prove
+    little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
+    answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
+    layers, though a few prompts may say so.
     """
     lost = losses(matrix, loss)
     partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])
@@ -56,8 +54,7 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
     found = {}
     for kind, rows in sorted(grouped(range(len(matrix)), kinds.__getitem__).items(), key=lambda each: -len(each[1])):
         counts = zip((lost[rows] > 0).sum(0).tolist(), (lost[rows] < 0).sum(0).tolist(), strict=True)
-        doubt = _DOUBT_OF_CHOICES if kind == "choice" else _DOUBT
-        own = torch.tensor([upper_loss(worse, better, len(rows), doubt) for worse, better in counts])
+        own = torch.tensor([upper_loss(worse, better, len(rows), _DOUBT) for worse, better in counts])
         own = torch.maximum(own, strict * partly[rows].mean(0)) if strict else own
         found[kind] = own.clone()
         found[kind][deepest_first] = own[deepest_first].cummax(0).values
@@ -100,7 +97,7 @@ def fit_table(
         for unit, (edge, sign) in enumerate(((0.5, 1), (-0.5, -1)), 2 * place):
             network.weights[0][unit], network.biases[0][unit] = weights / _WIDTH, bias / _WIDTH + edge
             network.weights[1][:, unit] = sign * (rows[kind] - rows[usual])
-    return replace(network, choosing=choosing)
+    return network if choosing is None else replace(network, choosing=choosing - rows[usual])
 
 
 @torch.enable_grad()

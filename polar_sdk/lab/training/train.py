@@ -219,7 +219,13 @@ class RouterTrainer:
     def _menu(
         self, trained: Trained, network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings
     ) -> MenuRouter:
-        walked = frontier(self._needed(network, dev, settings), dev, order, max_theta=dev.end(settings.least))
+        needed, end = self._needed(network, dev, settings), dev.end(settings.least)
+        chooses = [kind == "choice" for kind in self._rows(settings).of("dev").kinds]
+        dial = {0.0}
+        for form in set(chooses):  # a certificate walks the answers of each form apart
+            own = [each == form for each in chooses]
+            dial.update(frontier(needed[torch.tensor(own)], dev.rows(own), order, max_theta=end).thetas)
+        walked = frontier(needed, dev, order, sorted(dial))
         router = MenuRouter(
             self._facts(
                 trained,

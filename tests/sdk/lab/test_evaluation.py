@@ -26,7 +26,7 @@ from polar_sdk.lab.training.outcomes import Bench, Outcomes, id_prefixes, unseen
 from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
-from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.certificate import Setting, TierPromise
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def found(model: PolarModel, matrix: Callable[..., RewardMatrix], router: MenuRo
     return judged(model, router, matrix(500, seed=3), 0.3)
 
 
-def subjects(model: PolarModel, rows: RewardMatrix, router: MenuRouter, points: dict[str, float]) -> Subjects:
+def subjects(model: PolarModel, rows: RewardMatrix, router: MenuRouter, points: dict[str, Setting]) -> Subjects:
     return Subjects(
         router=router,
         points=points,
@@ -65,7 +65,7 @@ def subjects(model: PolarModel, rows: RewardMatrix, router: MenuRouter, points: 
 
 
 def judged(model: PolarModel, router: MenuRouter, rows: RewardMatrix, theta: float) -> SetResult:
-    return evaluate_set("synthetic", subjects(model, rows, router, {"main": theta}))
+    return evaluate_set("synthetic", subjects(model, rows, router, {"main": Setting.to(theta)}))
 
 
 def _no_skip_agrees(test: RewardMatrix, rows: Any, programs: Any) -> RewardMatrix:
@@ -92,7 +92,7 @@ def test_classes_are_judged_apart(
     easy = [at for at, tokens in enumerate(rows.tokens) if max(tokens) < 78]
     hard = [at for at in range(600) if at not in set(easy)]
     classes = {"both": list(range(600)), "easy": easy, "hard": hard}
-    by_class = evaluate_classes(subjects(model, rows, router, {"exact": 0.0, "main": 0.3}), classes)
+    by_class = evaluate_classes(subjects(model, rows, router, {"exact": Setting(), "main": Setting.to(0.3)}), classes)
     assert [(one.name, one.point) for one in by_class] == [(n, p) for n in classes for p in ("exact", "main")]
     outcomes = {(one.name, one.point): one.outcome for one in by_class}
     assert outcomes["both", "exact"] == "identity" and outcomes["both", "main"] == "routed"
@@ -173,7 +173,7 @@ def test_calibration_counts_what_is_lost(matrix: Callable[..., RewardMatrix], ro
     rows = matrix(300, seed=5)
     outputs = router.outputs(router.reader.stack(rows.tokens))
     certificate = certify(router, outputs, Outcomes(rows), tiers=TIERS)
-    at = certificate.thetas.index(certificate.tiers["economy"].theta)
+    at = certificate.thetas.index(certificate.tiers["economy"].setting.choice)
     lengths = [len(tokens) for tokens in rows.tokens]
     picks = [rows.programs.index(one) for one in router.choose_all(outputs, certificate.thetas[at], lengths)]
     counts = certificate.kinds["choice"]
@@ -184,7 +184,7 @@ def test_calibration_counts_what_is_lost(matrix: Callable[..., RewardMatrix], ro
     pairs = [(bool(rows.right[row, 0]), bool(rows.right[row, pick])) for row, pick in enumerate(picks)]
     assert counts.lost["drops"][at] == pairs.count((True, False)) == counts.lost["harms"][at]
     assert counts.gained[at] == pairs.count((False, True))
-    assert certificate.tiers["economy"].theta > 0
+    assert certificate.tiers["economy"].setting.choice > 0
     assert router.with_certificate(certificate).certified
 
 

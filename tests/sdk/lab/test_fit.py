@@ -128,19 +128,21 @@ def test_choices_are_promised_by_their_right_answers(tmp_path: Path, monkeypatch
     dice = random.Random(4)
     asked: list[Item] = [
         ChoiceItem(question=f"{dice.randint(0, 10**9)} or not?", choices=("yes", "no"), answer=dice.randint(0, 1))
-        for _ in range(480)
+        for _ in range(200)
     ]
     model = tiny_fresh()
-    monkeypatch.delitem(PROMISES, "premium")
-    for tier, loose in LOOSE.items():
+    for tier, loose in {**LOOSE, "premium": TierPromise(0.05)}.items():  # which takes 45 texts, and 90 choices
         monkeypatch.setitem(PROMISES, tier, loose._replace(strict=0.9))
     made = fitted(model, [*made_items(), *asked], promises=None)
     router = load_router(made.folder / "router")
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     promise = router.certificate.tiers["economy"]
-    assert promise.loss == "drops" and set(promise.n) == {"choice", "prompt"} and promise.theta > 0
+    assert promise.loss == "drops" and set(promise.n) == {"choice", "prompt"}
+    assert promise.setting.text > 0 and promise.setting.choice > 0
     assert router.facts.training["kinds"]["choice"] > 0
     assert all("right where full depth" in said for said in made.facts.sentences[:2])
+    premium = router.certificate.tiers["premium"]
+    assert premium.setting.choice == 0 and "choices" in made.facts.sentences[-1], "a promise about texts alone"
     # Of a text, audits know what is lost; of a choice they do not, as they know no right answer.
     terms = router.certificate.audited["economy"]
     assert [term.loss for term in terms] == ["differs", "strict"] and not any(term.choices for term in terms)

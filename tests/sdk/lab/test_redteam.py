@@ -51,7 +51,7 @@ def reading_router(*, limits: bool = True) -> MenuRouter:
         delta=0.1,
         thetas=(0.0, 0.4, 0.6),
         kinds={"prompt": counts},
-        saved=(0.0, 0.1, 0.2),
+        saved={"text": (0.0, 0.1, 0.2)},
     )
     return bound.with_certificate(tier_promise(certificate, "economy", (0.1, "differs", None)))  # type: ignore[arg-type]
 

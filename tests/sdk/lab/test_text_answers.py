@@ -24,6 +24,7 @@ from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.outcomes import Bench, PromptOutcome
 from polar_sdk.programs.program import Program
+from polar_sdk.router.certificate import Setting
 from polar_sdk.serving.prefixes import common_start
 from tests.sdk.fixed_router import fixed_router
 
@@ -100,7 +101,7 @@ def router(model: PolarModel) -> MenuRouter:
 def test_exact_diverges_nowhere_and_another_program_does(model: PolarModel, router: MenuRouter) -> None:
     items = [AnswerItem(prompt=f"say {word}", answer="x") for word in ("one", "two", "three")]
     tasks = make_tasks(model, items, RewardCache())
-    found = FreeRunner(model, router).figures(tasks, {"economy": 0.2, "exact": 0.0})
+    found = FreeRunner(model, router).figures(tasks, {"economy": Setting.to(0.2), "exact": Setting()})
     exact, economy = found["exact"], found["economy"]
     assert (exact.same_text, exact.chrf, exact.kl_per_token) == (1, 1, 0)
     assert exact.first_divergence == sum(len(task.question.continuations[0]) for task in tasks) / 3
@@ -127,14 +128,14 @@ def test_nothing_is_said_of_texts_where_there_are_none(model: PolarModel, router
     tasks = bench.tasks(items)
     subjects = Subjects(
         router=router,
-        points={"main": 0.2},
+        points={"main": Setting.to(0.2)},
         outputs=router.outputs(router.reader.stack([task.question.prompt for task in tasks])),
         outcomes=bench.outcomes(tasks, router.programs),
         static=list(router.programs),
         policy=model.policy,
         cost=model.decoder.cost,
     )
-    assert evaluate_texts(subjects, {"main": 0.2}) == {}
+    assert evaluate_texts(subjects, {"main": Setting.to(0.2)}) == {}
 
 
 def test_a_program_that_no_text_would_get_is_not_measured(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,9 @@ from polar_sdk.model import PolarModel
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.certificate import Certificate, Counts, Subject
+from polar_sdk.router.certificate import FORMS, Setting
 from polar_sdk.router.layerwise import ACTIONS, LayerwiseRouter, program_of
 from polar_sdk.router.menu import MenuRouter, Pricing, needed_theta
-from polar_sdk.router.network import Network
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.program_search.matrix import RewardMatrix
-    from polar_sdk.router.learned import AnswerForm
-
-FORMS: tuple[AnswerForm, ...] = ("text", "choice")
 QUICK = MenuSettings(hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
 
 
@@ -134,8 +130,9 @@ def test_choices_have_programs_of_their_own_which_the_request_tells(
     assert fmean(program == rows.programs[2] for program in texts) > 0.9
     assert fmean(program == rows.programs[1] for program in choices) > 0.9
     hard = [rows.tokens[place] for place in (~usual).nonzero()[:40, 0].tolist()]
-    outputs = table.outputs(table.reader.stack(hard))
-    assert bool((table.allowed(outputs, "choice") <= outputs).all()), "a choice has no more than its kind of texts"
+    outputs = table.allowed(table.outputs(table.reader.stack(hard)), "choice")
+    spared = fmean(program != rows.programs[2] for program in table.choose_all(outputs, 0.3))
+    assert spared > 0.9, "a choice of a recognised kind has no program that the kind has not"
 
 
 def test_prompts_that_were_not_measured_show_what_a_kind_looks_like(
@@ -313,20 +310,6 @@ def _layerwise(network: Any, training: dict[str, Any]) -> LayerwiseRouter:
     return LayerwiseRouter(facts, network, [Program.identity(6)])
 
 
-def test_layer_by_layer_a_form_of_answers_that_was_not_calibrated_runs_full_depth() -> None:
-    outputs = torch.randn((8, 12), generator=torch.Generator().manual_seed(3))
-    router = _layerwise(Network.fresh(torch.randn(9, 4), (), 12, seed=0), {"free_layers": [1, 2, 3, 4]})
-    subject = Subject(model="f", menu="", router="", bridges="", dtype="", engine="")
-    counts = Counts(n=100, lost={"differs": (0,)})
-    certified = router.with_certificate(
-        Certificate(subject=subject, data="", delta=0.1, thetas=(0.0,), kinds={"prompt": counts}, saved=(0.0,))
-    )
-    full, chosen = [Program.identity(6)] * 8, router.choose_all(outputs, 0.9)
-    assert chosen != full
-    assert certified.choose_all(certified.allowed(outputs, "text"), 0.9) == chosen
-    assert certified.choose_all(certified.allowed(outputs, "choice"), 0.9) == full
-
-
 def test_a_high_price_keeps_identity() -> None:
     def never(rows: Sequence[int], programs: Sequence[Program]) -> tuple[Tensor, Tensor]:
         whole = Program.identity(6)
@@ -390,6 +373,6 @@ def test_a_layerwise_router_is_trained_on_a_model(model: PolarModel, tmp_path: P
     router = RouterTrainer(model, found.matrix).layerwise(items, settings, cache=RewardCache())
     assert isinstance(router, LayerwiseRouter)
     assert router.free == (1, 2, 3, 4)
-    route = router.at(0.5).route([5, 6, 7])
+    route = router.at(Setting.to(0.5)).route([5, 6, 7])
     assert route.flops == router.network.flops
     assert router.facts.training["parameter_share"] > 0

@@ -255,7 +255,8 @@ def test_a_promise_on_right_answers_is_not_tested_on_choices(certified: MenuRout
         "choice": Counts(n=500, lost={"differs": lost, "drops": lost}, gained=(0, 0, 0, 0)),
         "prompt": Counts(n=500, lost={"differs": lost, "strict": lost}),
     }
-    certificate = found.model_copy(update={"kinds": counted, "tiers": {}})
+    saved = dict.fromkeys(("text", "choice"), found.saved["choice"])
+    certificate = found.model_copy(update={"kinds": counted, "saved": saved, "tiers": {}})
     for loss, choices in (("drops", [False, False]), ("differs", [True, False])):
         promised = tier_promise(certificate, "economy", TierPromise(0.3, loss, 0.3))  # type: ignore[arg-type]
         assert [term.choices for term in promised.audited["economy"]] == choices

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from polar_sdk.errors import SinkError
 from polar_sdk.promises.audit import Audit
 from polar_sdk.request import standings
-from polar_sdk.router.certificate import Certificate
+from polar_sdk.router.certificate import Certificate, Counts
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import FALLBACK_TAG, ListSink, NullSink, new_request_id
 from tests.sdk.router import conftest as router_conftest
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.model import PolarModel
     from polar_sdk.promises.audit import PromiseStanding
+    from polar_sdk.router.certificate import Loss
     from polar_sdk.router.menu import MenuRouter
     from polar_sdk.usage import UsageSink
 
@@ -118,8 +119,6 @@ def test_a_new_certificate_begins_anew(certified: MenuRouter) -> None:
 
 
 def test_a_tier_with_two_promises_falls_back_where_one_is_at_risk(certified: MenuRouter) -> None:
-    from polar_sdk.router.certificate import Counts
-
     assert certified.certificate is not None
     counts = Counts(n=500, lost={"differs": (0, 5, 18, 120), "strict": (0, 20, 90, 200)})
     both = certified.certificate.model_copy(update={"kinds": {"prompt": counts}, "tiers": {}})
@@ -134,6 +133,32 @@ def test_a_tier_with_two_promises_falls_back_where_one_is_at_risk(certified: Men
         return two.serving("economy", lambda promise: promise == at_risk).tier
 
     assert (serves(differs.digest), serves(strict.digest), serves("other")) == ("standard", "standard", "economy")
+
+
+def test_a_tier_that_takes_the_place_of_one_is_stricter_where_audits_looked(certified: MenuRouter) -> None:
+    """Tiers that differ only in what they allow of texts, or only of choices; audits see right choices as lost."""
+    assert certified.certificate is not None
+    none, few, more = (0, 0, 0, 0), (0, 5, 18, 120), (0, 5, 60, 120)
+
+    def beside(
+        texts: tuple[int, ...], choices: tuple[int, ...], loss: Loss, compute: str | float = "economy"
+    ) -> str | None:
+        kinds = {
+            "prompt": Counts(n=500, lost={"differs": texts}),
+            "choice": Counts(n=500, lost={"differs": choices, "drops": choices}, gained=none),
+        }
+        saved = dict.fromkeys(("text", "choice"), (0.0, 0.01, 0.1, 0.3))
+        bare = certified.certificate.model_copy(update={"kinds": kinds, "saved": saved, "tiers": {}})  # type: ignore[union-attr]
+        tiers = {"economy": bare.promise(0.2, loss), "standard": bare.promise(0.05, loss)}
+        made = certified.with_certificate(Certificate.model_validate({**bare.model_dump(), "tiers": tiers}))
+        lost = {term.digest for term in made.audited["economy"]}
+        return made.serving(compute, lost.__contains__).tier
+
+    assert beside(more, none, "drops") == "standard", "choices alike, of which audits know nothing"
+    assert beside(more, none, "differs") == "exact", "the same choices may be what was lost"
+    assert beside(none, few, "drops") == "exact", "the same texts were lost"
+    assert beside(more, few, "drops", 0.2) == "standard", "a tolerance serves as much as was lost of texts"
+    assert beside(more, few, "drops", 0.05) is None, "it serves less"
 
 
 class Silent(ListSink):

@@ -54,9 +54,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PolarModel:
     model = PolarModel.from_pretrained(folder, precision="fp32", policy=tiny_policy(6), ledger=None)
     router = fixed_router(model, MENU, (0.9, 0.5), dial=THETAS)
     counts = {"prompt": Counts(n=500, lost={"differs": (0, 5, 18, 120)})}
-    bare = Certificate(
-        subject=router.subject, data="d", delta=0.1, thetas=THETAS, kinds=counts, saved=(0.0, 0.01, 0.1, 0.3)
-    )
+    saved = {"text": (0.0, 0.01, 0.1, 0.3)}
+    bare = Certificate(subject=router.subject, data="d", delta=0.1, thetas=THETAS, kinds=counts, saved=saved)
     tiers = {"economy": bare.promise(0.3), "standard": bare.promise(0.1)}
     certified = Certificate.model_validate({**bare.model_dump(), "tiers": tiers})
     save_router(router.with_certificate(certified), tmp_path / "router")

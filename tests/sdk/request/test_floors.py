@@ -193,7 +193,7 @@ class TestCertifiedRouter:
             delta=0.1,
             thetas=(0.0, 0.1, 0.4),
             kinds={"prompt": counts.model_copy(update={"lost": {"differs": (0, 5, 40)}})},
-            saved=(0.0, 0.1, 0.2),
+            saved={"text": (0.0, 0.1, 0.2)},
         )
         for tier, alpha in (("economy", 0.1), ("premium", 0.02)):
             certificate = tier_promise(certificate, tier, (alpha, "differs", None))  # type: ignore[arg-type]

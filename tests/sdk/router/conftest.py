@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_sdk.programs.program import Program
-from polar_sdk.router.certificate import Certificate, Counts
+from polar_sdk.router.certificate import Certificate, Counts, form_of
 from polar_sdk.testing import tiny_model
 from tests.sdk.fixed_router import fixed_router
 
@@ -40,7 +40,7 @@ def certified_router(router: MenuRouter, kind: str = "prompt") -> MenuRouter:
         delta=0.1,
         thetas=THETAS,
         kinds={kind: Counts(n=500, lost={"differs": (0, 5, 18, 120)})},
-        saved=(0.0, 0.01, 0.1, 0.3),
+        saved={form_of(kind): (0.0, 0.01, 0.1, 0.3)},
     )
     tiers = {"economy": certificate.promise(0.3), "standard": certificate.promise(0.05)}
     return router.with_certificate(Certificate.model_validate({**certificate.model_dump(), "tiers": tiers}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
-from polar_sdk.router.learned import AnswerForm, AtTheta, RouterFacts
+from polar_sdk.router.certificate import FORMS, Setting
+from polar_sdk.router.learned import AtSetting, RouterFacts
 from polar_sdk.router.menu import MenuRouter, Pricing, cheapest, menu_dial, needed_theta
 from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
 from polar_sdk.testing import tiny_model
@@ -46,7 +47,7 @@ def test_a_looser_dial_never_costs_more(logits: list[float], low: float, high: f
 
 
 def test_at_zero_the_router_is_not_asked(router: MenuRouter) -> None:
-    route = router.at(0.0).route(TOKENS)
+    route = router.at(Setting()).route(TOKENS)
     assert route.program == Program.identity(6) and route.flops == 0
 
 
@@ -81,16 +82,17 @@ def test_a_more_expensive_program_is_never_chosen(model: PolarModel) -> None:
 
 
 def test_a_form_of_answers_that_was_not_calibrated_runs_full_depth(model: PolarModel, certified: MenuRouter) -> None:
-    full, (outputs,) = certified.programs[0], certified.outputs(certified.reader.stack([TOKENS]))
-    choices = certified_router(certified, "choice")
-    for router, calibrated in ((certified, "text"), (choices, "choice"), (certified.with_certificate(None), "")):
-        for form in get_args(AnswerForm):
-            expected = certified.decide(outputs, 0.6) if calibrated in ("", form) else full
-            assert router.decide(router.allowed(outputs, form), 0.6) == expected
+    full = certified.programs[0].text
+    for router, calibrated in ((certified, "text"), (certified_router(certified, "choice"), "choice")):
+        served = router.serving("economy").router
+        assert isinstance(served, AtSetting)
+        for form in FORMS:
+            route = served.answering(form).route(TOKENS)
+            assert (route.program.text != full) == (route.flops > 0) == (form == calibrated)
     engine = PolarModel(model.loaded, router=certified, sink=ListSink())
-    assert engine.generate("which one?", compute="economy", max_tokens=1).usage.program != full.text
+    assert engine.generate("which one?", compute="economy", max_tokens=1).usage.program != full
     chosen = engine.generate("which one?", compute="economy", choice=["yes", "no"]).usage
-    assert (chosen.program, chosen.tier) == (full.text, "economy")
+    assert (chosen.program, chosen.tier) == (full, "economy")
 
 
 @pytest.mark.parametrize(("kind", "hidden"), [("embedding", ()), ("ending", (16,)), ("edges", (16,))])
@@ -140,13 +142,13 @@ def test_another_model_is_refused(router: MenuRouter, model: PolarModel) -> None
 def test_an_unbound_router_says_so(router: MenuRouter) -> None:
     unbound = MenuRouter(router.facts, router.network, router.programs)
     with pytest.raises(RouterError):
-        unbound.at(0.2).route(TOKENS)
+        unbound.at(Setting.to(0.2)).route(TOKENS)
 
 
 def test_the_dial_begins_at_identity(router: MenuRouter) -> None:
     dial = menu_dial(needed_theta(torch.randn(50, 2)), [2, 1])
     assert dial[0] == 0 and list(dial) == sorted(set(dial))
-    assert isinstance(router.at(dial[-1]), AtTheta)
+    assert isinstance(router.at(Setting.to(dial[-1])), AtSetting)
 
 
 def filled(model: PolarModel, **facts: Any) -> MenuRouter:

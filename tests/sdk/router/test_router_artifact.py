@@ -64,7 +64,7 @@ def test_what_a_router_allows_of_choices_is_kept(model: PolarModel, router: Menu
     assert isinstance(found, MenuRouter)
     outputs = torch.tensor([[0.0, 0.0], [-torch.inf, 3.0]])
     assert found.allowed(outputs, "text").tolist() == outputs.tolist()
-    assert found.allowed(outputs, "choice").tolist() == [[-1.0, 0.0], [-torch.inf, 2.0]]
+    assert found.allowed(outputs, "choice").tolist() == [[-1.0, 2.0], [-torch.inf, 5.0]]
     with pytest.raises(ValueError, match="choosing"):
         Network.of({**network.tensors(), "choosing": torch.zeros(3)})
 
@@ -97,6 +97,11 @@ def test_a_router_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
         save_router(Own(), tmp_path)
 
 
+def standard(facts: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = facts["certificate"]["tiers"]["standard"]
+    return found
+
+
 def alter_weights(folder: Path) -> None:
     path = folder / "router.safetensors"
     tensors = load_file(path)
@@ -108,7 +113,7 @@ def alter_weights(folder: Path) -> None:
     [
         alter_weights,
         lambda folder: edit(folder, lambda facts: facts["programs"].append("0-1")),
-        lambda folder: edit(folder, lambda facts: facts["certificate"]["tiers"]["standard"].update(theta=0.6)),
+        lambda folder: edit(folder, lambda facts: standard(facts)["setting"].update(text=0.6)),
         lambda folder: edit(folder, lambda facts: facts["certificate"]["subject"].update(router="0" * 64)),
         lambda folder: (folder / "router.json").write_bytes((folder / "router.json").read_bytes()[:40]),
         lambda folder: (folder / "router.safetensors").write_bytes(b"cut"),

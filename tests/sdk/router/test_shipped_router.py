@@ -10,6 +10,8 @@ import pytest
 from polar_sdk import PolarModel
 from polar_sdk.lab.fit.synthetic import notes
 from polar_sdk.promises.novelty import Novelty, Usualness
+from polar_sdk.router.certificate import Setting
+from polar_sdk.router.learned import AtSetting
 from polar_sdk.router.menu import MenuRouter
 
 pytestmark = pytest.mark.model
@@ -38,18 +40,20 @@ def test_it_serves_where_nothing_is_named_and_its_promises_hold(model: PolarMode
 def test_it_saves_a_third_of_a_choice_question_in_economy(model: PolarModel, router: MenuRouter) -> None:
     assert router.certificate is not None
     tokens = model.encode(QUESTION)
-    program = router.at(router.certificate.tiers["economy"].theta).route(tokens).program
+    economy = router.at(router.certificate.tiers["economy"].setting)
+    assert isinstance(economy, AtSetting)
+    program = economy.answering("choice").route(tokens).program
     cost = model.decoder.cost
     full = cost.prefill(router.programs[0], len(tokens))
     assert cost.prefill(program, len(tokens)) < full * 2 / 3
-    assert router.at(0.0).route(tokens).program == router.programs[0]
+    assert router.at(Setting()).route(tokens).program == router.programs[0]
 
 
 def test_the_default_tier_fills_most_of_a_long_prompt_and_none_of_a_short_one(
     model: PolarModel, router: MenuRouter
 ) -> None:
     assert router.certificate is not None
-    standard = router.at(router.certificate.tiers["standard"].theta)
+    standard = router.at(router.certificate.tiers["standard"].setting)
     (asked,) = notes(1, seed=3, facts=(30, 30))
     long = standard.route(model.prompt_tokens(asked.prompt)).program
     assert long.fills and not long.bridges
