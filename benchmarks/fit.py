@@ -49,8 +49,8 @@ _COMPLETE = (
 )
 _ASKED = ("grading", "checking", "merging", "two sources", "questions", "key words")
 """Those of `STEPS` that are about texts."""
-_CHOSEN = 450
-"""Questions of each of `LETTERED` that a choice answers."""
+CHOICES = 670
+"""Questions of each of `LETTERED` that a choice answers: premium takes 459 for its calibration alone."""
 _LINES = range(4, 24)
 """Of a function that is to be written, docstring included."""
 TIMED = 24
@@ -130,10 +130,10 @@ def kinds(sets: _Sets) -> Iterator[Row]:
         yield {"prompt": _COMPLETE[turn % len(_COMPLETE)].format(function=function), "task": "functions to write"}
 
 
-def choices(sets: _Sets) -> Iterator[Row]:
-    """Questions whose right letter is known."""
+def choices(sets: _Sets, count: int) -> Iterator[Row]:
+    """Questions whose right letter is known, that many of each set."""
     for name in LETTERED:
-        for row in sets.take(name, _CHOSEN):
+        for row in sets.take(name, count):
             asked, right = _lettered(row), row["answer"]
             yield {"question": asked.text, "choices": asked.choices, "answer": right, "task": f"choices, {name}"}
 
@@ -180,10 +180,10 @@ def steps(sets: _Sets) -> Iterator[Row]:
             yield {"prompt": prompt, "task": kind}
 
 
-def prompts(folder: Path) -> tuple[Path, Path]:
+def prompts(folder: Path, questions: int = CHOICES) -> tuple[Path, Path]:
     """Write the prompts to fit on, and those that are held back."""
     sets = _Sets(seed=5)
-    fitted = [*kinds(sets), *choices(sets)]
+    fitted = [*kinds(sets), *choices(sets, questions)]
     by_kind: dict[str, list[Row]] = defaultdict(list)
     for row in tasks(sets):
         by_kind[row["task"]].append(row)
@@ -238,11 +238,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--limit", type=int, default=2400, help="maximum prompts, questions with choices included")
+    parser.add_argument("--limit", type=int, default=3000, help="maximum prompts, questions with choices included")
+    parser.add_argument("--choices", type=int, default=CHOICES, help="questions with choices of each set")
     parser.add_argument("--distil", type=int, help="training steps of the maps; by default as many as fit")
     parser.add_argument("--work", type=Path, default=Path("out/fit"), help="folder of the prompts and of the fit")
     options = parser.parse_args()
-    fitted, held = prompts(options.work)
+    fitted, held = prompts(options.work, options.choices)
     model = PolarModel.from_pretrained(options.model, ledger=None)
     recorder = Recorder("fit", options.results, model=options.model)
     with ProgressBars(quiet=False) as show:
