@@ -59,7 +59,7 @@ def record_choices(recorder: Recorder, evaluation: Evaluation) -> None:
     for system in whole.systems:
         tier = system.name.removeprefix("router (").removesuffix(")")
         if system.role == "router" and tier in tiers:
-            result = {"name": "all choices", "point": tier, "prompts": whole.prompts, **system.model_dump()}
+            result = {**system.model_dump(), "name": "all choices", "point": tier, "prompts": whole.prompts}
             result["flops_saved"], result["agreement"] = system.flops_saved.total, system.agreement.value
             _record_class(recorder, result, 100 * tiers[tier].alpha)
 

@@ -413,6 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.shipped:
             questions = read_sets(options.sets.split(","), options.limit)
             record_choices(recorder, lab.evaluate(model, questions, router=options.out, timed=0, on_progress=show))
+            print(f"wrote {recorder.path}")
             return
         fitted = texts("fit", options.fit_per_kind, options.limit)
         sets = {
