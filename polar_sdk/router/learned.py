@@ -203,9 +203,9 @@ class LearnedRouter(Router):
                     "out, or calibrate the router with `polar lab calibrate`."
                 )
             return Serving(None, self.at(Setting.to(self.facts.default_theta)))
-        return self._certified(self.certificate, compute, at_risk)
+        return self._by_certificate(self.certificate, compute, at_risk)
 
-    def _certified(
+    def _by_certificate(
         self, certificate: Certificate, compute: str | float | None, at_risk: Callable[[str], bool]
     ) -> Serving:
         """The router for what was asked for, by its certificate."""

@@ -19,6 +19,7 @@ import torch
 from polar_sdk.errors import DataError
 from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, grouped
 from polar_sdk.router.certificate import (
+    FORMS,
     LOSSES,
     Certificate,
     Counts,
@@ -125,7 +126,7 @@ class DialWalk:
             data=self.outcomes.matrix.data,
             delta=delta,
             thetas=self.router.facts.dial,
-            saved={form_of(kinds): self._saved(of_form) for kinds, of_form in of_forms.items()},
+            saved={form: self._saved(of_forms[form]) for form in FORMS if form in of_forms},
             kinds={kind: self._count(of_kind) for kind, of_kind in self.by_kind(rows).items()},
             classes={name: self._count(of_class) for name, of_class in self.by_class(rows).items()},
         )

@@ -368,9 +368,8 @@ class _Work:
         lengths = list(map(len, prompts))
         used: set[Program] = set()
         for promise in router.certificate.tiers.values():
-            text, choice = promise.setting.text, promise.setting.choice
-            thetas = torch.tensor([choice if of_choice else text for of_choice in chooses], dtype=torch.float64)
-            counts = Counter(router.choose_all(outputs, thetas, lengths))
+            thetas = [promise.setting.of(form_of(kind_of(item))) for item in items]
+            counts = Counter(router.choose_all(outputs, torch.tensor(thetas, dtype=torch.float64), lengths))
             used.update(program for program, count in counts.items() if count >= _USED * len(prompts))
         return used
 
