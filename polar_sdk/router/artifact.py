@@ -133,6 +133,8 @@ def _learned(source: Path, file: _File, tensors: dict[str, Tensor]) -> LearnedRo
     outputs = len(file.programs) - 1 if kind is MenuRouter else 3 * len(free)
     if network.biases[-1].shape[0] != outputs:
         raise _damaged(source, _WEIGHTS, f"it has {network.biases[-1].shape[0]} outputs; its kind needs {outputs}")
+    if file.facts.forms and len(file.facts.forms) != len(file.programs):
+        raise _damaged(source, _JSON, f"it names forms of {len(file.facts.forms)} of {len(file.programs)} programs")
     if file.certificate is not None and file.certificate.subject.router != file.weights_sha256:
         raise _damaged(source, _JSON, "its certificate belongs to other weights")
     return kind(file.facts, network, file.programs, file.certificate)

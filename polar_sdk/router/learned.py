@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +22,7 @@ from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError, 
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.promises.novelty import Likeness
 from polar_sdk.router.base import IdentityRouter, Route, Router
-from polar_sdk.router.certificate import Certificate, Setting, Subject
+from polar_sdk.router.certificate import AnswerForm, Certificate, Setting, Subject
 from polar_sdk.router.network import FeatureKind, FeatureReader
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.program import Program
     from polar_sdk.promises.audit import PromiseTerms
-    from polar_sdk.router.certificate import AnswerForm
     from polar_sdk.router.network import Network
 
 
@@ -63,8 +62,8 @@ class RouterFacts(BaseModel):
     """Tokens of an answer that costs are compared at, where they are those of the prompt's own length."""
     default_tier: str = "standard"
     """Tier of a request that names none, where the router is certified."""
-    bridges: Literal["all", "choices"] = "all"
-    """Requests that programs with bridges are for: `choices`, those that name the texts to choose among."""
+    forms: tuple[AnswerForm | None, ...] = ()
+    """The form of answers that each program is for; None = any. Empty: all are for any."""
     training: dict[str, Any] = Field(default_factory=dict)
     """The training record: data, seeds, settings, utilities."""
 
@@ -296,6 +295,11 @@ class LearnedRouter(Router):
         wanted = self.decide(outputs, asked, len(tokens)) if asked else program
         likeness = Likeness(len(tokens), float(read.distance), int(read.centre), harmless=wanted == full)
         return Route(program, self.network.flops, likeness)
+
+    def programs_for(self, form: AnswerForm) -> list[Program]:
+        """The programs that may answer in this form, identity first."""
+        forms = self.facts.forms or (None,) * len(self.programs)
+        return [program for program, own in zip(self.programs, forms, strict=True) if own in (None, form)]
 
     def allowed(self, outputs: Tensor, form: AnswerForm) -> Tensor:
         """Outputs (…, O) of prompts that are answered in this form, as far as programs are for it."""

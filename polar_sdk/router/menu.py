@@ -14,7 +14,6 @@ run, before any that only loses few. Knows no text and no money.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
@@ -97,6 +96,20 @@ def needed_theta(outputs: Tensor, favour: Tensor | None = None, par: float = 1.0
     return torch.cat((torch.zeros_like(lost[..., :1]), lost), -1)
 
 
+def only_for(outputs: Tensor, forms: Sequence[AnswerForm | None], form: AnswerForm) -> Tensor:
+    """Outputs (…, M − 1) of prompts that are answered in this form, where no program for another form may run.
+
+    Args:
+        outputs: Logits of the qualities of the programs after identity.
+        forms: Of all programs; see `RouterFacts.forms`.
+        form: Of the answers.
+    """
+    if all(own in (None, form) for own in forms):
+        return outputs
+    others = torch.tensor([own not in (None, form) for own in forms[1:]], device=outputs.device)
+    return outputs.masked_fill(others, -torch.inf)
+
+
 def menu_dial(needed: Tensor, order: Sequence[int], points: int = 100, most: float = 1.0) -> tuple[float, ...]:
     """0, then quantiles of the θ that the cheaper programs need over these prompts, (M, P), up to `most`."""
     thetas = needed[:, list(order)].double().flatten()
@@ -130,17 +143,8 @@ class MenuRouter(LearnedRouter):
         )
 
     def allowed(self, outputs: Tensor, form: AnswerForm) -> Tensor:
-        """As of every learned router; and no program with bridges that are for choices serves a text."""
-        outputs = super().allowed(outputs, form)
-        if form == "choice" or self.facts.bridges == "all":
-            return outputs
-        return outputs.masked_fill(self._bridged.to(outputs.device), -torch.inf)
-
-    @cached_property
-    def _bridged(self) -> Tensor:
-        """Whether each program after identity has bridges, (O,)."""
-        with torch.inference_mode(False):  # gradients may pass through what it masks
-            return torch.tensor([bool(program.bridges) for program in self.programs[1:]])
+        """As of every learned router; and no program serves a form of answers that it is not for."""
+        return only_for(super().allowed(outputs, form), self.facts.forms, form)
 
     def choose_all(self, outputs: Tensor, theta: float | Tensor, lengths: Sequence[int] | None = None) -> list[Program]:
         """The cheapest program, at each prompt's length, whose quality is at least 1 − θ."""

@@ -32,7 +32,7 @@ from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.lab.fit.summary import CHOICES, TEXTS, figures, tiers_in_words
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
-from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, kind_of, split_of, text_of
+from polar_sdk.lab.items import ChoiceItem, Shares, data_hash, item_id, kind_of, split_of
 from polar_sdk.lab.program_search.matrix import RewardMatrix, measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.items import Item, PromptKind, Split
     from polar_sdk.model import PolarModel
-    from polar_sdk.router.certificate import Certificate, Loss
+    from polar_sdk.router.certificate import AnswerForm, Certificate, Loss
 
 PROMISES: Final[dict[str, TierPromise]] = {
     "economy": TierPromise(0.05, strict=0.4),
@@ -185,7 +185,7 @@ class _Work:
         self.items = self.items[: facts.plan.prompts]
         tiers = self._possible()
         fills = self._fills(facts.plan, tiers)
-        certified = self._chosen(undominated(self._matrix(fills.programs)), tiers)
+        certified = self._chosen(self._matrix(fills.programs), tiers)
         evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate(self._test_sets())
         assert certified.certificate is not None
         sentences = self._sentences(certified.certificate, evaluation)
@@ -292,7 +292,7 @@ class _Work:
         if not plan.distil:
             return self._heal("fills", cuts)
         closed = self._heal("closed", cuts)
-        deciding = near(self._matrix(closed.programs), tiers.values())
+        deciding = near(self._measured("text", closed.programs), tiers.values())
         cuts = ",".join("+".join(f"{first}-{last}" for first, last in program.fills) for program in deciding)
         trained = self._heal("trained", cuts, distil=plan.distil, start=str(self.folder / "closed"))
         return self.model.use_maps(trained.over(closed).save(self.folder / "fills"))
@@ -361,20 +361,33 @@ class _Work:
     def _used(self, router: LearnedRouter) -> set[Program]:
         """The programs that a tier runs for more than a few of the prompts."""
         assert router.certificate is not None
-        items = self._of("dev")
-        prompts = [self.model.prompt_tokens(text_of(item)) for item in items]
-        chooses = [isinstance(item, ChoiceItem) for item in items]
-        outputs = router.allowed_each(router.outputs(router.reader.stack(prompts).cpu()), chooses)
+        tasks = make_tasks(self.model, self._of("dev"), self.cache, on_progress=self.on_progress)
+        prompts = [task.question.prompt for task in tasks]
+        forms = [form_of(task.kind) for task in tasks]
+        read = router.outputs(router.reader.stack(prompts).cpu())
+        outputs = router.allowed_each(read, [form == "choice" for form in forms])
         lengths = list(map(len, prompts))
         used: set[Program] = set()
         for promise in router.certificate.tiers.values():
-            thetas = [promise.setting.of(form_of(kind_of(item))) for item in items]
+            thetas = [promise.setting.of(form) for form in forms]
             counts = Counter(router.choose_all(outputs, torch.tensor(thetas, dtype=torch.float64), lengths))
             used.update(program for program, count in counts.items() if count >= _USED * len(prompts))
         return used
 
     def _matrix(self, programs: Sequence[Program]) -> RewardMatrix:
-        tasks = make_tasks(self.model, self._of("dev"), self.cache, on_progress=self.on_progress)
+        """What these programs do on texts, and on choices with a tail of one token, as far as no other beats them."""
+        texts = undominated(self._measured("text", programs))
+        if not self._asked("choice"):
+            return texts
+        short = [Program.filling(self.model.depth, program.fills) for program in programs]
+        return texts.beside(undominated(self._measured("choice", short)), data_hash(self._of("dev")))
+
+    def _asked(self, form: AnswerForm) -> list[Item]:
+        """The prompts that programs are measured on that are answered in this form."""
+        return [item for item in self._of("dev") if form_of(kind_of(item)) == form]
+
+    def _measured(self, form: AnswerForm, programs: Sequence[Program]) -> RewardMatrix:
+        tasks = make_tasks(self.model, self._asked(form), self.cache, on_progress=self.on_progress)
         return measured_matrix(
             Measurer(self.model, self.cache, self.on_progress),
             tasks,

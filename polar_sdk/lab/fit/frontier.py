@@ -25,8 +25,6 @@ def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]
     it. No more: they share the training steps, and a few well-trained maps save more than many. The kind that most
     texts are of decides: a router may give others programs of their own.
     """
-    texts = [row for row, kind in enumerate(matrix.kinds) if kind != "choice"]
-    matrix = matrix.rows(texts) if texts else matrix
     kinds = kinds_of(matrix)
     ((most, _),) = Counter(kinds).most_common(1)
     matrix = matrix.rows([row for row, kind in enumerate(kinds) if kind == most])
@@ -46,7 +44,10 @@ def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]
 
 
 def undominated(matrix: RewardMatrix) -> RewardMatrix:
-    """The matrix without programs that another one beats: one that saves as much and keeps as many tokens."""
+    """The matrix of one form of answers without programs that another one beats.
+
+    That one saves as much and keeps as many tokens.
+    """
     kept = matrix.share.double().mean(0).tolist()
     flops = matrix.flops.double().sum(0).tolist()
     programs = range(len(matrix.programs))

@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from polar_sdk.engine.hashes import hash_maps
+from polar_sdk.engine.hashes import hash_maps, hash_texts
 from polar_sdk.errors import DataError
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import parse_object
@@ -47,12 +47,14 @@ if TYPE_CHECKING:
     from polar_sdk.lab.items import PromptKind, Split
     from polar_sdk.lab.rewards.measure import Measurer
     from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.router.certificate import AnswerForm
 
 
 _FORMAT: Final = "polar-rewards-1"
 _PER_ROW: Final = ("ids", "kinds", "splits", "tokens", "classes")
 _TENSORS: Final = ("agree", "share", "margin", "right", "labelled", "flops")
-_TEXTS: Final = ("ids", "kinds", "splits", "classes", "model", "fingerprint", "dtype", "bridges", "data")
+_PER_PROGRAM: Final = ("agree", "share", "margin", "right", "flops")
+_TEXTS: Final = ("ids", "kinds", "splits", "classes", "forms", "model", "fingerprint", "dtype", "bridges", "data")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,8 @@ class RewardMatrix:
         dtype: Of the weights: `bfloat16`, `int8`, …
         bridges: Hash of the bridges and fills that the programs use; empty if they use none.
         data: Hash of all prompts.
+        forms: The form of answers that each program was measured on, M; None = of all. On prompts of another form it
+            counts as losing everything and saving nothing. Empty: all programs were measured on all prompts.
     """
 
     ids: tuple[str, ...]
@@ -96,11 +100,12 @@ class RewardMatrix:
     bridges: str
     data: str
     classes: tuple[str, ...] = ()
+    forms: tuple[AnswerForm | None, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes) or ("",) * len(self.ids))
         shape = (len(self.ids), len(self.programs))
-        for name in ("agree", "share", "margin", "right", "flops"):
+        for name in _PER_PROGRAM:
             if tuple(getattr(self, name).shape) != shape:
                 raise DataError(f"reward matrix: {name} has shape {tuple(getattr(self, name).shape)}, not {shape}.")
 
@@ -129,9 +134,53 @@ class RewardMatrix:
     def only(self, columns: Sequence[int]) -> RewardMatrix:
         """The same matrix with these programs only; identity must be the first."""
         rest = {field.name: getattr(self, field.name) for field in fields(self)}
-        per_program = ("agree", "share", "margin", "right", "flops")
-        tensors = {name: getattr(self, name)[:, list(columns)] for name in per_program}
-        return RewardMatrix(**{**rest, **tensors, "programs": tuple(self.programs[column] for column in columns)})
+        tensors = {name: getattr(self, name)[:, list(columns)] for name in _PER_PROGRAM}
+        programs = tuple(self.programs[column] for column in columns)
+        forms = tuple(self.forms[column] for column in columns) if self.forms else ()
+        return RewardMatrix(**{**rest, **tensors, "programs": programs, "forms": forms})
+
+    def measured_on(self, forms: Collection[AnswerForm]) -> list[int]:
+        """Columns of the programs that were measured on prompts that are answered in one of these forms."""
+        columns = range(len(self.programs))
+        return [column for column in columns if not self.forms or self.forms[column] in (None, *forms)]
+
+    def beside(self, other: RewardMatrix, data: str) -> RewardMatrix:
+        """Prompts that are answered in text, and another matrix's questions with choices; each has its own programs.
+
+        Args:
+            other: On the same model; both begin with identity.
+            data: Hash of the prompts of both.
+        """
+        programs = tuple(dict.fromkeys((*self.programs, *other.programs)))
+        tensors = {"labelled": torch.cat((self.labelled, other.labelled))}
+        for name in _PER_PROGRAM:
+            blocks = []
+            for part in (self, other):
+                known: Tensor = getattr(part, name)
+                block = (
+                    known[:, :1].repeat(1, len(programs))
+                    if name == "flops"
+                    else known.new_zeros(len(part), len(programs))
+                )
+                block[:, [programs.index(program) for program in part.programs]] = known
+                blocks.append(block)
+            tensors[name] = torch.cat(blocks)
+
+        def form(program: Program) -> AnswerForm | None:
+            of_texts, of_choices = program in self.programs, program in other.programs
+            return None if of_texts and of_choices else "text" if of_texts else "choice"
+
+        per_row = {name: getattr(self, name) + getattr(other, name) for name in _PER_ROW}
+        rest = {field.name: getattr(self, field.name) for field in fields(self)}
+        return RewardMatrix(
+            **{
+                **{**rest, **per_row, **tensors},
+                "programs": programs,
+                "forms": tuple(map(form, programs)),
+                "bridges": hash_texts((self.bridges, other.bridges)),
+                "data": data,
+            }
+        )
 
     def of(self, *splits: Split, kinds: Collection[PromptKind] = ("choice", "prompt", "answer")) -> RewardMatrix:
         """The rows of these splits (and kinds).

@@ -257,7 +257,7 @@ class _Siege:
         network = router.network.without_limits()
         features = router.reader.stack([[1, 2, 3], [40, 50, 60], [7] * 90]).cpu()
         self.reads_prompts = bool(network(features).std(0).max() > 0)
-        texts = [program for program in router.programs[1:] if program.fills and not program.bridges]
+        texts = [program for program in router.programs_for("text")[1:] if program.fills]
         costs = {program: model.decoder.cost.ratio(program) for program in texts or router.programs[1:]}
         self._targets = sorted(costs, key=costs.__getitem__)[:_DEEPEST]
 
@@ -265,8 +265,8 @@ class _Siege:
     def defences(self) -> tuple[str, ...]:
         """Those that this model has."""
         familiar, floors = self.router.network.familiar is not None, bool(self.model.policy.floors)
-        bridged = self.router.facts.bridges == "choices" and any(program.bridges for program in self.router.programs)
-        there = (familiar, bridged and self.reads_prompts, self.reads_prompts, floors, True)
+        apart = "choice" in self.router.facts.forms
+        there = (familiar, apart and self.reads_prompts, self.reads_prompts, floors, True)
         return tuple(name for name, is_there in zip(DEFENCES, there, strict=True) if is_there)
 
     def hardest(self, prompts: Sequence[str], on_progress: Progress) -> tuple[list[str], dict[str, Interval]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from polar_sdk.errors import DataError
 from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, classes_of
 from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
+from polar_sdk.router.certificate import FORMS, form_of
 from polar_sdk.router.menu import needed_theta
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0) -> 
     known = matrix.labelled
     if loss != "drops" or not bool(known.any()):
         return learned
-    learned[known] = learned[known].mean(0)
+    for form in FORMS:
+        rows = known & torch.tensor([form_of(kind) == form for kind in matrix.kinds])
+        learned[rows] = learned[rows].mean(0)
     return learned
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.lab.training.examples import losses
 from polar_sdk.lab.training.outcomes import grouped
+from polar_sdk.router.certificate import form_of
 from polar_sdk.router.exact_tests import upper_loss
 from polar_sdk.router.network import Network
 
@@ -46,17 +47,19 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
     It is the share that a program loses at most, less what it gains, with 90% confidence, so that few prompts prove
     little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
     answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
-    layers, though a few prompts may say so.
+    layers, though a few prompts may say so; one for another form of answers loses all.
     """
     lost = losses(matrix, loss)
     partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])
-    deepest_first = matrix.flops.double().sum(0).argsort(descending=True)
     found = {}
     for kind, rows in sorted(grouped(range(len(matrix)), kinds.__getitem__).items(), key=lambda each: -len(each[1])):
         counts = zip((lost[rows] > 0).sum(0).tolist(), (lost[rows] < 0).sum(0).tolist(), strict=True)
         own = torch.tensor([upper_loss(worse, better, len(rows), _DOUBT) for worse, better in counts])
         own = torch.maximum(own, strict * partly[rows].mean(0)) if strict else own
-        found[kind] = own.clone()
+        flops = matrix.flops[rows].double().sum(0)
+        measured = matrix.measured_on({form_of(matrix.kinds[row]) for row in rows})
+        deepest_first = sorted(measured, key=lambda column: -float(flops[column]))
+        found[kind] = torch.ones_like(own)
         found[kind][deepest_first] = own[deepest_first].cummax(0).values
     return found
 

@@ -22,7 +22,7 @@ from polar_sdk.promises.losses import ANSWER_TOKENS
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.map_set import MapSet
-from polar_sdk.router.menu import MenuRouter, Pricing
+from polar_sdk.router.menu import MenuRouter, Pricing, only_for
 from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader
 from polar_sdk.router.store import save_with_maps
 from polar_sdk.show.progress import Progress, silent
@@ -93,6 +93,13 @@ def train(
         raise RouterError(f"kind {kind!r} takes {takes.__name__}, not {type(settings).__name__}.")
     matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
     used = [model.use_maps(each) for each in MapSet.load_all(maps)]
+    # What was tuned to right choices knows nothing of answers in text.
+    if any(each.facts.training.get("distil") and each.facts.training.get("labels") for each in used):
+        forms = matrix.forms or (None,) * len(matrix.programs)
+        for_choices = [bool(program.bridges) for program in matrix.programs]
+        matrix = replace(
+            matrix, forms=tuple("choice" if is_so else own for is_so, own in zip(for_choices, forms, strict=True))
+        )
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = RouterTrainer(model, matrix, features, checkpoints, on_progress)
     router: LearnedRouter
@@ -106,9 +113,6 @@ def train(
             "static": trainer.static,
         }
         router = makers[kind](settings)
-    # What was tuned to right choices knows nothing of answers in text.
-    if any(each.facts.training.get("distil") and each.facts.training.get("labels") for each in used):
-        router = router.with_facts(bridges="choices")
     if out is not None:
         save_with_maps(router, Path(out), used)
     return router
@@ -226,25 +230,19 @@ class RouterTrainer:
             own = [each == form for each in chooses]
             dial.update(frontier(needed[torch.tensor(own)], dev.rows(own), order, max_theta=end).thetas)
         walked = frontier(needed, dev, order, sorted(dial))
-        router = MenuRouter(
-            self._facts(
-                trained,
-                walked.thetas,
-                walked.thetas[walked.best(_DEFAULT_RISK)],
-                settings.loss,
-                own_length=settings.own_length,
-            ),
-            network,
-            self.matrix.programs,
-        )
+        theta = walked.thetas[walked.best(_DEFAULT_RISK)]
+        facts = self._facts(trained, walked.thetas, theta, settings.loss, own_length=settings.own_length)
+        facts = facts.model_copy(update={"forms": self.matrix.forms})
+        router = MenuRouter(facts, network, self.matrix.programs)
         return router.bind(self.model.decoder, self.model.fingerprint)
 
     @torch.no_grad()
     def _needed(self, network: Network, dev: Examples, settings: MenuSettings) -> Tensor:
         """The smallest θ of each program for each dev prompt, (P, M), which serves answers of the prompt's form."""
-        outputs = network(dev.features)
+        outputs, forms = network(dev.features), self.matrix.forms
         choices = torch.tensor([kind == "choice" for kind in self._rows(settings).of("dev").kinds])
-        return dev.needed(torch.where(choices.unsqueeze(1), network.where_choosing(outputs), outputs))
+        choosing = only_for(network.where_choosing(outputs), forms, "choice")
+        return dev.needed(torch.where(choices.unsqueeze(1), choosing, only_for(outputs, forms, "text")))
 
     def layerwise(
         self,

@@ -251,7 +251,7 @@ def test_bridges_that_are_tuned_to_right_choices_serve_requests_with_choices(
     skip, bridge = Program.skipping(6, [2]), Program.parse("0 [1-4] 5")
     measured = replace(matrix(), programs=(Program.identity(6), skip, bridge))
     router = lab.train(model, measured, kind="static", settings=QUICK, maps=tmp_path)
-    assert router.facts.bridges == ("choices" if labels else "all")
+    assert router.facts.forms == ((None, None, "choice") if labels else ())
     loosest = router.with_facts(default_theta=1.0)
     engine = PolarModel(model.loaded, router=loosest, policy=Policy.permissive(), ledger=None)
     assert engine.generate("which one?", choice=["yes", "no"]).usage.program == bridge.text

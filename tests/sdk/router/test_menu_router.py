@@ -63,7 +63,7 @@ def test_programs_for_choices_are_for_requests_with_choices() -> None:
     model = tiny_model()
     hidden = model.decoder.family.hidden
     model.decoder.set_bridges({(2, 3): Bridge((torch.eye(hidden),), torch.zeros(hidden), torch.zeros(hidden))})
-    router = fixed_router(model, menu, [0.99, 0.95], default_theta=0.5, bridges="choices")
+    router = fixed_router(model, menu, [0.99, 0.95], default_theta=0.5, forms=(None, "choice", None))
     engine = PolarModel(model.loaded, router=router, sink=ListSink())
     assert engine.generate("which one?", choice=["yes", "no"]).usage.program == menu[1].text
     assert engine.generate("which one? yes or no?", max_tokens=2).usage.program == menu[2].text
