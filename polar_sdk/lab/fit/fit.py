@@ -298,13 +298,13 @@ class _Work:
         return self.model.use_maps(trained.over(closed).save(self.folder / "fills"))
 
     def _heal(self, name: str, cuts: str, **options: Any) -> MapSet:
-        """The fills of some cuts in a folder; choices are not fitted on, though fills serve them as well."""
+        """The fills of some cuts in a folder."""
         out = self.folder / name
         if (out / "maps.json").is_file():
             return self.model.use_maps(out)
         return heal(
             self.model,
-            [item for item in self._of("train", "dev") if not isinstance(item, ChoiceItem)],
+            self._of("train", "dev"),
             cuts,
             kind="fill",
             out=out,
@@ -425,7 +425,6 @@ class _Work:
         exact = evaluation.texts.get("exact")
         floor = "" if exact is None else f"; full depth against itself keeps {exact.noise_floor:.1%}"
         numbers = {split: len(self._of(split)) for split in _USES}
-        numbers["train"] = sum(not isinstance(item, ChoiceItem) for item in self._of("train"))
         splits = ", ".join(f"{numbers[split]} {use}" for split, use in _USES.items())
         kinds = len({item.task for item in self.items})
         return [

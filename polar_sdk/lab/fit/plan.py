@@ -78,7 +78,7 @@ class Workload(NamedTuple):
     answered: float = 0.0
     """Share of the prompts whose right answers in text count, for which every program writes its own."""
     choices: float = 0.0
-    """Share of the prompts that are questions with choices, which no map is fitted on."""
+    """Share of the prompts that are questions with choices."""
     choice_tokens: float = 0.0
     """Mean length of those."""
 
@@ -164,8 +164,9 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     needed = _MIN_TOKENS * inputs
     written = 1 - workload.choices
     if not written:
-        raise DataError("maps are fitted on prompts that are answered in text, but there are none; give some as well.")
-    enough = int(needed / written / SHARES.train / (workload.tokens + ANSWER_TOKENS)) + 1
+        raise DataError("no prompt is answered in text, and tiers promise how texts are kept; give some as well.")
+    length = written * (workload.tokens + ANSWER_TOKENS) + workload.choices * (workload.choice_tokens + _CHOICE_TOKENS)
+    enough = int(needed / SHARES.train / length) + 1
     if distil is None and (prompts < enough or training < _FEWEST_STEPS * step):
         training, prompts = 0.0, min(most, int(seconds / sum(per_prompt.values())))
     if prompts < enough:
@@ -176,7 +177,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         )
         raise DataError(
             f"maps of {inputs:,} inputs need {needed:,} tokens to be fitted on, some {enough:,} "
-            f"prompts of {workload.tokens:.0f} tokens in all; {advice}."
+            f"prompts of {length:.0f} tokens in all; {advice}."
         )
     left = seconds - prompts * sum(per_prompt.values())
     seek = 0 < seeking <= left - training
@@ -205,17 +206,18 @@ def _seconds(model: PolarModel, workload: Workload, pace: Pace, cuts: Sequence[i
     """Seconds of each step per prompt: programs share what they begin with; above a cut only a prompt's end runs."""
     filled = sum((model.depth - cut) / model.depth for cut in cuts)
 
-    def measured(length: float, answer: float) -> float:
-        run = min(TAIL, length) + answer
+    def measured(length: float, answer: float, tail: int) -> float:
+        run = min(tail, length) + answer
         return (1 - SHARES.train + SHARES.dev) * (length + answer + 1.3 * filled * run) / pace.read
 
-    written, tokens = 1 - workload.choices, workload.tokens + ANSWER_TOKENS
+    written, asked = 1 - workload.choices, workload.choice_tokens + _CHOICE_TOKENS
+    read = written * (workload.tokens + ANSWER_TOKENS) + workload.choices * asked
     answering = workload.tokens / pace.read + ANSWER_TOKENS / pace.write
     return {
         "answers": written * answering,
-        "fitting": written * SHARES.train * tokens / pace.read * _PASS_OF_FIT,
-        "measuring": written * measured(workload.tokens, ANSWER_TOKENS)
-        + workload.choices * measured(workload.choice_tokens, _CHOICE_TOKENS)
+        "fitting": SHARES.train * read / pace.read * _PASS_OF_FIT,
+        "measuring": written * measured(workload.tokens, ANSWER_TOKENS, TAIL)
+        + workload.choices * measured(workload.choice_tokens, _CHOICE_TOKENS, 1)
         + workload.answered * (SHARES.dev + SHARES.calibration) * (len(cuts) + 1) * answering,
     }
 

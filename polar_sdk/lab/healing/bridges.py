@@ -49,7 +49,6 @@ class BridgeMethod(Method):
     lowest = 0
     gap = 0
     to_the_end = False
-    texts_only = False
     together = True
 
     options: BridgeOptions

@@ -75,7 +75,6 @@ class FillMethod(Method):
     lowest = 1
     gap = 1
     to_the_end = True
-    texts_only = True
     together = False
 
     options: FillOptions
@@ -116,19 +115,19 @@ class FillMethod(Method):
         return [min(groups, key=lambda group: found[group]) for groups in rivals]
 
     def lots(self, train: list[Task], held_out: list[Task]) -> Lots:
-        """See `Method.lots`: training takes prompts of which something is filled."""
+        """See `Method.lots`: training takes texts of which something is filled."""
         fitted = drawn(train, self.options.prompts)
         filled = [task for task in fitted if self._is_filled(task)]
         if self.options.distil and not filled:
             raise MapError(
-                f"none of the {len(fitted)} prompts to train on has a token to fill between its first and its last "
-                f"{self.options.tail}; give longer prompts, or a smaller tail."
+                f"none of the {len(fitted)} prompts to train on is answered in text and has a token to fill between "
+                f"its first and its last {self.options.tail}; give longer prompts, or a smaller tail."
             )
         return Lots(fitted, filled, drawn(held_out, _MAX_HELD_OUT))
 
     def _is_filled(self, task: Task) -> bool:
-        """Whether something of a prompt is filled in training."""
-        return len(task.question.prompt) > self.options.tail + 1
+        """Whether a prompt is answered in text, and something of it is filled in training."""
+        return task.kind != "choice" and len(task.question.prompt) > self.options.tail + 1
 
     def fit(
         self,

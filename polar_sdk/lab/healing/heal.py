@@ -23,7 +23,6 @@ from polar_sdk.lab.healing.method import TRAIN_TOKENS, BridgeOptions, FillOption
 from polar_sdk.lab.healing.packs import make_packs, own_copy
 from polar_sdk.lab.items import (
     DEFAULT_SHARES,
-    ChoiceItem,
     Shares,
     builtin_items,
     data_hash,
@@ -70,7 +69,7 @@ def heal(
 
     Args:
         model: The model.
-        items: Prompts to fit on; None = the prompts that come with the package. Choice questions are for bridges only.
+        items: Prompts to fit on; None = the prompts that come with the package. Fills are trained on texts alone.
         segments: For bridges, first and last layers, e.g. `12-15,17-20`; groups that are not used together are
             separated by `;`. For fills, cuts, from which all layers up to the last are filled, or first and last
             layers, e.g. `27,24,20-23`, or several of these that one program fills, e.g. `18-21+23`; `default`
@@ -109,7 +108,7 @@ class Healer:
         """Fit, train if there are steps to train, measure, and save if there is a folder."""
         method, options = self._method, self.options
         asked = method.groups(self.segments)
-        items = self._usable(method)
+        items = distinct_items(builtin_items() if self.items is None else self.items)
         decoder = own_copy(self.model.loaded.decoder)
         start = self._start()
         lots = method.lots(self._tasks(items, "train"), self._tasks(items, "dev"))
@@ -164,14 +163,6 @@ class Healer:
     def _method(self) -> Method:
         depth, options = self.model.depth, self.options
         return FillMethod(options, depth) if isinstance(options, FillOptions) else BridgeMethod(options, depth)
-
-    def _usable(self, method: Method) -> list[Item]:
-        items = distinct_items(builtin_items() if self.items is None else self.items)
-        if method.texts_only:
-            items = [item for item in items if not isinstance(item, ChoiceItem)]
-        if not items:
-            raise MapError(f"{method.kind}s are fitted on prompts that are answered in text, but there are none.")
-        return items
 
     def _tasks(self, items: Sequence[Item], split: str) -> list[Task]:
         chosen = [item for item in items if split_of(item_id(item), self.shares) == split]

@@ -180,8 +180,6 @@ class Method(ABC):
     """Layers that must run between two segments of a group."""
     to_the_end: ClassVar[bool]
     """Whether a segment of which only the first layer is given reaches to the model's last layer."""
-    texts_only: ClassVar[bool]
-    """Whether choice questions are left out."""
     together: ClassVar[bool]
     """Whether training is kept for all groups or for none."""
 

@@ -21,7 +21,7 @@ from polar_sdk.lab.fit.prompts import prompts_of
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, item_id, split_of
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.certificate import FORMS, TierPromise
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
@@ -139,6 +139,10 @@ def test_choices_are_promised_by_their_right_answers(tmp_path: Path, monkeypatch
     promise = router.certificate.tiers["economy"]
     assert promise.loss == "drops" and set(promise.n) == {"choice", "prompt"}
     assert promise.setting.text > 0 and promise.setting.choice > 0
+    tails = {form: {program.tail for program in router.programs_for(form)[1:]} for form in FORMS}
+    assert tails == {"text": {16}, "choice": {1}}
+    chosen = tiny_fresh().generate("12 or not?", choice=["yes", "no"], compute="economy").usage.program
+    assert chosen in {program.text for program in router.programs_for("choice")}
     assert router.facts.training["kinds"]["choice"] > 0
     assert all("right where full depth" in said for said in made.facts.sentences[:2])
     premium = router.certificate.tiers["premium"]

@@ -293,6 +293,25 @@ def test_rows_of_a_matrix(found: SearchResult) -> None:
         matrix.rows([]).of("train")
 
 
+def test_texts_and_choices_have_programs_of_their_own(found: SearchResult, tmp_path: Path) -> None:
+    """A program that was not measured on a prompt loses it and saves nothing."""
+    every = ("train", "dev", "calibration", "test")
+    texts = found.matrix.of(*every, kinds=("prompt", "answer")).only([0, 1])  # type: ignore[arg-type]
+    choices = found.matrix.of(*every, kinds=("choice",)).only([0, 2])  # type: ignore[arg-type]
+    both = texts.beside(choices, "both")
+    assert both.programs == found.matrix.programs[:3] and both.forms == (None, "text", "choice")
+    assert both.ids == texts.ids + choices.ids and both.data == "both"
+    for form, part, columns in (("text", texts, [0, 1]), ("choice", choices, [0, 2])):
+        own = both.rows([both.ids.index(name) for name in part.ids])
+        assert own.measured_on([form]) == columns  # type: ignore[list-item]
+        for name in ("agree", "share", "margin", "right", "flops"):
+            assert torch.equal(getattr(own.only(columns), name), getattr(part, name))
+        (other,) = {1, 2} - set(columns)
+        assert not own.agree[:, other].any() and not own.saved[:, other].any()
+    both.save(tmp_path / "both.safetensors")
+    assert RewardMatrix.load(tmp_path / "both.safetensors").forms == both.forms
+
+
 def test_a_damaged_matrix_is_refused(found: SearchResult, tmp_path: Path) -> None:
     path = found.save(tmp_path / "menu.json")
     whole = path.read_bytes()

@@ -164,6 +164,15 @@ def test_losses_of_a_kind_are_no_less_than_few_prompts_prove(matrix: Callable[..
     assert found["b"][1:].tolist() == pytest.approx([1 - 0.1 ** (1 / 10)] * 2)
 
 
+def test_what_another_form_of_answer_runs_says_nothing_of_a_kind(matrix: Callable[..., RewardMatrix]) -> None:
+    rows = matrix(40)
+    agree = torch.ones(40, 3, dtype=torch.bool)
+    agree[:, 1] = False  # was not measured on them, and runs more layers than the other one
+    rows = replace(rows, agree=agree, kinds=("prompt",) * 40, forms=(None, "choice", None))
+    found = losses_by_kind(rows, ["a"] * 40, "differs")["a"].tolist()
+    assert found[1] == 1 and found[2] == pytest.approx(1 - 0.1 ** (1 / 40))
+
+
 def test_strict_losses_of_texts_count_their_share(matrix: Callable[..., RewardMatrix]) -> None:
     rows = matrix(20)
     share = torch.ones(20, 3)

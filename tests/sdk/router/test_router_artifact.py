@@ -113,13 +113,23 @@ def alter_weights(folder: Path) -> None:
     [
         alter_weights,
         lambda folder: edit(folder, lambda facts: facts["programs"].append("0-1")),
+        lambda folder: edit(folder, lambda facts: facts["facts"].update(forms=["choice"])),
         lambda folder: edit(folder, lambda facts: standard(facts)["setting"].update(text=0.6)),
         lambda folder: edit(folder, lambda facts: facts["certificate"]["subject"].update(router="0" * 64)),
         lambda folder: (folder / "router.json").write_bytes((folder / "router.json").read_bytes()[:40]),
         lambda folder: (folder / "router.safetensors").write_bytes(b"cut"),
         lambda folder: (folder / "router.safetensors").unlink(),
     ],
-    ids=["weights", "menu", "loosened promise", "certificate of other weights", "json cut", "weights cut", "missing"],
+    ids=[
+        "weights",
+        "menu",
+        "forms",
+        "loosened promise",
+        "certificate of other weights",
+        "json cut",
+        "weights cut",
+        "missing",
+    ],
 )
 def test_a_router_that_was_altered_is_refused(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(folder)
