@@ -180,6 +180,6 @@ def tasks_about(passages: Sequence[str], tasks: Mapping[str, Sequence[str]], per
 
 
 def filling(router: Router | None) -> list[Program]:
-    """The programs of a menu that fill and cross nothing by a bridge: those for texts. None where no menu serves."""
-    programs = router.programs if isinstance(router, MenuRouter) else ()
-    return [program for program in programs if program.fills and not program.bridges]
+    """The programs of a menu that fill something and are for texts. None where no menu serves."""
+    programs = router.programs_for("text") if isinstance(router, MenuRouter) else ()
+    return [program for program in programs if program.fills]

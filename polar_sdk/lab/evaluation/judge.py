@@ -18,7 +18,7 @@ from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.training.outcomes import Bench, grouped, id_prefixes, unseen
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.novelty import Usual
-from polar_sdk.router.certificate import Setting
+from polar_sdk.router.certificate import Setting, form_of
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_router, map_folders, save_with_maps
@@ -246,10 +246,13 @@ class Judge:
     def _outcomes(self, tasks: Sequence[Task], outputs: Tensor, *, labels: bool) -> Outcomes:
         """Outcomes of the router's programs and of the fixed ones.
 
-        Where all prompts are answered in text, programs that the router chooses for none of them, at any setting of its
-        dial, are left out: on long prompts each of them would cost as much as half of all the rest.
+        Programs that are not for every form of answer here are measured on the prompts that they are chosen for. Where
+        all prompts are answered in text, programs that the router chooses for none of them, at any setting of its dial,
+        are left out: on long prompts each of them would cost as much as half of all the rest.
         """
-        programs = [*self._router.programs, *self._static()]
+        every, forms = self._router.programs, {form_of(task.kind) for task in tasks}
+        partial = {program for form in forms for program in {*every} - {*self._router.programs_for(form)}}
+        programs = [program for program in (*every, *self._static()) if program not in partial]
         if all(not isinstance(task.item, ChoiceItem) for task in tasks):
             lengths = [len(task.question.prompt) for task in tasks]
             dial = self._router.facts.dial
