@@ -37,6 +37,8 @@ _WIDTH: Final = 4.0
 """Log-odds from "surely another kind" to "surely this kind"; between them outputs change steadily."""
 _DOUBT: Final = 0.1
 """Probability that a kind loses more than its row says."""
+_STEP: Final = 1e-4
+"""Least difference between the losses of two programs."""
 _SURE: Final = 1e-4
 """Least share of answers that may be lost or kept."""
 
@@ -47,7 +49,8 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
     It is the share that a program loses at most, less what it gains, with 90% confidence, so that few prompts prove
     little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
     answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
-    layers, though a few prompts may say so; one for another form of answers loses all.
+    layers, though a few prompts may say so, but a hair more: a certificate goes from one to the next, and should not
+    miss the last one that keeps a promise. One for another form of answers loses all.
     """
     lost = losses(matrix, loss)
     partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])
@@ -60,7 +63,7 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
         measured = matrix.measured_on({form_of(matrix.kinds[row]) for row in rows})
         deepest_first = sorted(measured, key=lambda column: -float(flops[column]))
         found[kind] = torch.ones_like(own)
-        found[kind][deepest_first] = own[deepest_first].cummax(0).values
+        found[kind][deepest_first] = own[deepest_first].cummax(0).values + _STEP * torch.arange(len(measured))
     return found
 
 

@@ -160,8 +160,9 @@ def test_losses_of_a_kind_are_no_less_than_few_prompts_prove(matrix: Callable[..
     found = losses_by_kind(replace(rows, agree=agree, kinds=("choice",) * 40), kinds, "differs", strict=0.5)
     assert list(found) == ["a", "b"]
     # the shares at which as few as were lost are lost in one of ten samples of that size
-    assert found["a"][1:].tolist() == pytest.approx([beta.ppf(0.9, 11, 20)] * 2)
-    assert found["b"][1:].tolist() == pytest.approx([1 - 0.1 ** (1 / 10)] * 2)
+    assert found["a"][1:].tolist() == pytest.approx([beta.ppf(0.9, 11, 20)] * 2, abs=3e-4)
+    assert found["b"][1:].tolist() == pytest.approx([1 - 0.1 ** (1 / 10)] * 2, abs=3e-4)
+    assert all(bool((losses[1:].diff() > 0).all()) for losses in found.values()), "a walk comes by each of them"
 
 
 def test_what_another_form_of_answer_runs_says_nothing_of_a_kind(matrix: Callable[..., RewardMatrix]) -> None:
@@ -170,7 +171,7 @@ def test_what_another_form_of_answer_runs_says_nothing_of_a_kind(matrix: Callabl
     agree[:, 1] = False  # was not measured on them, and runs more layers than the other one
     rows = replace(rows, agree=agree, kinds=("prompt",) * 40, forms=(None, "choice", None))
     found = losses_by_kind(rows, ["a"] * 40, "differs")["a"].tolist()
-    assert found[1] == 1 and found[2] == pytest.approx(1 - 0.1 ** (1 / 40))
+    assert found[1] == 1 and found[2] == pytest.approx(1 - 0.1 ** (1 / 40), abs=3e-4)
 
 
 def test_strict_losses_of_texts_count_their_share(matrix: Callable[..., RewardMatrix]) -> None:
@@ -178,7 +179,8 @@ def test_strict_losses_of_texts_count_their_share(matrix: Callable[..., RewardMa
     share = torch.ones(20, 3)
     share[:10, 1:] = 0.9
     rows = replace(rows, agree=torch.ones(20, 3, dtype=torch.bool), share=share, kinds=("prompt",) * 20)
-    assert losses_by_kind(rows, ["a"] * 20, "differs", strict=0.3)["a"][1:].tolist() == pytest.approx([0.15, 0.15])
+    found = losses_by_kind(rows, ["a"] * 20, "differs", strict=0.3)["a"][1:].tolist()
+    assert found == pytest.approx([0.15, 0.15], abs=3e-4)
 
 
 def test_few_prompts_of_a_class_are_no_kind(matrix: Callable[..., RewardMatrix]) -> None:
