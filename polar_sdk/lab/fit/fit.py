@@ -375,12 +375,13 @@ class _Work:
         return used
 
     def _matrix(self, programs: Sequence[Program]) -> RewardMatrix:
-        """What these programs do on texts, and on choices with a tail of one token, as far as no other beats them."""
+        """What these programs do on texts, and on choices with a tail of one token, too, unless another beats them."""
         texts = undominated(self._measured("text", programs))
         if not self._asked("choice"):
             return texts
         short = [Program.filling(self.model.depth, program.fills) for program in programs]
-        return texts.beside(undominated(self._measured("choice", short)), data_hash(self._of("dev")))
+        choices = undominated(self._measured("choice", [*programs, *short]))
+        return texts.beside(choices, data_hash(self._of("dev")))
 
     def _asked(self, form: AnswerForm) -> list[Item]:
         """The prompts that programs are measured on that are answered in this form."""

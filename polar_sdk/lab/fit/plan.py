@@ -217,7 +217,7 @@ def _seconds(model: PolarModel, workload: Workload, pace: Pace, cuts: Sequence[i
         "answers": written * answering,
         "fitting": SHARES.train * read / pace.read * _PASS_OF_FIT,
         "measuring": written * measured(workload.tokens, ANSWER_TOKENS, TAIL)
-        + workload.choices * measured(workload.choice_tokens, _CHOICE_TOKENS, 1)
+        + workload.choices * measured(workload.choice_tokens, 2 * _CHOICE_TOKENS, TAIL + 1)
         + workload.answered * (SHARES.dev + SHARES.calibration) * (len(cuts) + 1) * answering,
     }
 

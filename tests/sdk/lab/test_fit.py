@@ -140,7 +140,7 @@ def test_choices_are_promised_by_their_right_answers(tmp_path: Path, monkeypatch
     assert promise.loss == "drops" and set(promise.n) == {"choice", "prompt"}
     assert promise.setting.text > 0 and promise.setting.choice > 0
     tails = {form: {program.tail for program in router.programs_for(form)[1:]} for form in FORMS}
-    assert tails == {"text": {16}, "choice": {1}}
+    assert tails["text"] == {16} and 1 in tails["choice"]
     chosen = tiny_fresh().generate("12 or not?", choice=["yes", "no"], compute="economy").usage.program
     assert chosen in {program.text for program in router.programs_for("choice")}
     assert router.facts.training["kinds"]["choice"] > 0
