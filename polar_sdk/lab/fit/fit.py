@@ -377,18 +377,18 @@ class _Work:
     def _matrix(self, programs: Sequence[Program]) -> RewardMatrix:
         """What these programs do on texts, and on choices with a tail of one token, too, unless another beats them."""
         texts = undominated(self._measured("text", programs))
-        if not self._asked("choice"):
+        if not self._dev("choice"):
             return texts
         short = [Program.filling(self.model.depth, program.fills) for program in programs]
         choices = undominated(self._measured("choice", [*programs, *short]))
         return texts.beside(choices, data_hash(self._of("dev")))
 
-    def _asked(self, form: AnswerForm) -> list[Item]:
+    def _dev(self, form: AnswerForm) -> list[Item]:
         """The prompts that programs are measured on that are answered in this form."""
         return [item for item in self._of("dev") if form_of(kind_of(item)) == form]
 
     def _measured(self, form: AnswerForm, programs: Sequence[Program]) -> RewardMatrix:
-        tasks = make_tasks(self.model, self._asked(form), self.cache, on_progress=self.on_progress)
+        tasks = make_tasks(self.model, self._dev(form), self.cache, on_progress=self.on_progress)
         return measured_matrix(
             Measurer(self.model, self.cache, self.on_progress),
             tasks,

@@ -164,7 +164,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     needed = _MIN_TOKENS * inputs
     written = 1 - workload.choices
     if not written:
-        raise DataError("no prompt is answered in text, and tiers promise how texts are kept; give some as well.")
+        raise DataError("prompts that are answered in text are needed, but there are none; give some as well.")
     length = written * (workload.tokens + ANSWER_TOKENS) + workload.choices * (workload.choice_tokens + _CHOICE_TOKENS)
     enough = int(needed / SHARES.train / length) + 1
     if distil is None and (prompts < enough or training < _FEWEST_STEPS * step):

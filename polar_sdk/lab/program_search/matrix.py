@@ -157,11 +157,9 @@ class RewardMatrix:
             blocks = []
             for part in (self, other):
                 known: Tensor = getattr(part, name)
-                block = (
-                    known[:, :1].repeat(1, len(programs))
-                    if name == "flops"
-                    else known.new_zeros(len(part), len(programs))
-                )
+                block = known.new_zeros(len(part), len(programs))
+                if name == "flops":
+                    block += known[:, :1]
                 block[:, [programs.index(program) for program in part.programs]] = known
                 blocks.append(block)
             tensors[name] = torch.cat(blocks)

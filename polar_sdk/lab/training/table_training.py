@@ -49,8 +49,7 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
     It is the share that a program loses at most, less what it gains, with 90% confidence, so that few prompts prove
     little: of a kind with 33 prompts that lose none, 6.7% may be lost. With `strict`, as much as that of the share of
     answers in text that keep less than 95% of their tokens is lost. A program loses no less than one that runs more
-    layers, though a few prompts may say so, but a hair more: a certificate goes from one to the next, and should not
-    miss the last one that keeps a promise. One for another form of answers loses all.
+    layers, though a few prompts may say so; one for another form of answers loses all.
     """
     lost = losses(matrix, loss)
     partly = losses(matrix, "strict") * torch.tensor([[float(kind != "choice")] for kind in matrix.kinds])
@@ -63,7 +62,7 @@ def losses_by_kind(matrix: RewardMatrix, kinds: Sequence[str], loss: Loss, stric
         measured = matrix.measured_on({form_of(matrix.kinds[row]) for row in rows})
         deepest_first = sorted(measured, key=lambda column: -float(flops[column]))
         found[kind] = torch.ones_like(own)
-        found[kind][deepest_first] = own[deepest_first].cummax(0).values + _STEP * torch.arange(len(measured))
+        found[kind][deepest_first] = own[deepest_first].cummax(0).values
     return found
 
 
@@ -91,6 +90,9 @@ def fit_table(
     table = losses_by_kind(matrix, kinds[: len(matrix)], loss, strict)
     told = [kind for kind in table if kind != "choice"][1:]
     table |= {kind: table[kind].where(table[kind] <= most, 1.0) for kind in told}
+    for kind in table:  # a certificate goes from one program to the next, and must not pass two in one step
+        own = [row for row, each in enumerate(kinds[: len(matrix)]) if each == kind]
+        table[kind] = table[kind] + _STEP * matrix.flops[own].sum(0).argsort(descending=True).argsort()
     rows = {kind: ((1 - lost[1:]) / (1 - least)).clamp(_SURE, 1 - _SURE).logit() for kind, lost in table.items()}
     choosing = rows.pop("choice") if len(rows) > 1 and "choice" in rows else None
     usual, *others = rows

@@ -95,11 +95,8 @@ def train(
     used = [model.use_maps(each) for each in MapSet.load_all(maps)]
     # What was tuned to right choices knows nothing of answers in text.
     if any(each.facts.training.get("distil") and each.facts.training.get("labels") for each in used):
-        forms = matrix.forms or (None,) * len(matrix.programs)
-        for_choices = [bool(program.bridges) for program in matrix.programs]
-        matrix = replace(
-            matrix, forms=tuple("choice" if is_so else own for is_so, own in zip(for_choices, forms, strict=True))
-        )
+        forms = zip(matrix.programs, matrix.forms or (None,) * len(matrix.programs), strict=True)
+        matrix = replace(matrix, forms=tuple("choice" if program.bridges else form for program, form in forms))
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = RouterTrainer(model, matrix, features, checkpoints, on_progress)
     router: LearnedRouter
