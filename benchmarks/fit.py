@@ -2,7 +2,7 @@
 
 Writes `fit.jsonl` and `held.jsonl`, fits the first with a fit's own defaults (a finished fit is taken as it is), and
 evaluates the tiers on the second. No passage stands in two prompts. Of the kinds in `HELD` nothing is fitted, tuned or
-calibrated on.
+calibrated on, nor of every other subject of MMLU: `mmlu.jsonl` has the questions of those, for `benchmarks.problems`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 HELD = ("choice of a text", "comparison")
 LETTERED = ("arc_easy", "arc_challenge", "openbookqa")
 """Sets of questions with choices, which are shown under letters."""
+MMLU = "mmlu"
 _OWN = 520
 """Prompts of the package's own."""
 _COMPLETE = (
@@ -50,7 +51,7 @@ _COMPLETE = (
 _ASKED = ("grading", "checking", "merging", "two sources", "questions", "key words")
 """Those of `STEPS` that are about texts."""
 CHOICES = 670
-"""Questions of each of `LETTERED` that a choice answers: premium takes 459 for its calibration alone."""
+"""Questions of each of `LETTERED`, and of MMLU, that a choice answers: premium takes 459 for its calibration alone."""
 _LINES = range(4, 24)
 """Of a function that is to be written, docstring included."""
 TIMED = 24
@@ -75,6 +76,7 @@ class _Sets:
             "trivia": rows("trivia.train"),
             "sums": rows("gsm8k.train"),
             **{name: rows(f"{name}.train") for name in LETTERED},
+            MMLU: _mmlu(held=False),
         }
         if not all(self._left.values()):
             raise DataError(f"POLAR_DATA names no folder with all of {', '.join(self._left)}.")
@@ -130,9 +132,16 @@ def kinds(sets: _Sets) -> Iterator[Row]:
         yield {"prompt": _COMPLETE[turn % len(_COMPLETE)].format(function=function), "task": "functions to write"}
 
 
+def _mmlu(*, held: bool) -> list[Row]:
+    """The questions of every other subject of MMLU, by name: of those that are held back, or of the others."""
+    found = rows("mmlu.test-open")
+    subjects = sorted({row["subject"] for row in found})[not held :: 2]
+    return [row for row in found if row["subject"] in subjects]
+
+
 def choices(sets: _Sets, count: int) -> Iterator[Row]:
     """Questions whose right letter is known, that many of each set."""
-    for name in LETTERED:
+    for name in (*LETTERED, MMLU):
         for row in sets.take(name, count):
             asked, right = _lettered(row), row["answer"]
             yield {"question": asked.text, "choices": asked.choices, "answer": right, "task": f"choices, {name}"}
@@ -140,7 +149,7 @@ def choices(sets: _Sets, count: int) -> Iterator[Row]:
 
 def _lettered(row: Row) -> Asked:
     """A question of `LETTERED` as a chat shows it, and the letters of its choices."""
-    return Mmlu().ask(MmluProblem(subject="science", **row), (), chat=True)
+    return Mmlu().ask(MmluProblem(**{"subject": "science"} | row), (), chat=True)
 
 
 def _functions() -> Iterator[str]:
@@ -192,7 +201,7 @@ def prompts(folder: Path, questions: int = CHOICES) -> tuple[Path, Path]:
     fitted += [row for kind in named for row in by_kind[kind][:_FITTED]] + [*steps(sets)] + own
     held = [row for kind in HELD for row in by_kind[kind]] + [row for kind in named for row in by_kind[kind][_FITTED:]]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, chosen in (("fit", fitted), ("held", held)):
+    for name, chosen in (("fit", fitted), ("held", held), (MMLU, _mmlu(held=True))):
         text = "".join(json.dumps(row) + "\n" for row in chosen)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return folder / "fit.jsonl", folder / "held.jsonl"

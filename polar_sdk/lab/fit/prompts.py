@@ -22,15 +22,15 @@ _MADE: Final = 240
 """Prompts about texts that are made of each kind."""
 _LENGTHS: Final = (400, 2000)
 """Characters between which lengths differ: some 100 and 500 tokens."""
-_CHOICES: Final = 2
+_CHOICES: Final = 3
 """Questions with choices beside each text: they are short, and a change of the right answers is mostly chance."""
 
 
 def prompts_of(data: Sequence[Item] | None, limit: int | None = None, *, right: bool = False) -> list[Item]:
     """The distinct prompts in the order in which they are taken: kinds and lengths in turn, each by hash.
 
-    Beside each text there are two questions with choices, where the data has them. So the first N of them are as mixed
-    as all are, and a larger N keeps what a smaller one had.
+    Beside each text there are three questions with choices, where the data has them. So the first N of them are as
+    mixed as all are, and a larger N keeps what a smaller one had.
 
     Args:
         data: The caller's; None = the package's own.

@@ -331,11 +331,11 @@ def test_choices_cost_less_of_the_time_than_texts() -> None:
     assert plans[1].tokens < 1.1 * plans[0].tokens
 
 
-def test_two_choices_are_taken_beside_each_text() -> None:
+def test_three_choices_are_taken_beside_each_text() -> None:
     choices = [ChoiceItem(question=f"question {place}", choices=("a", "b"), answer=place % 2) for place in range(100)]
     texts = made_items(80)
     found = [isinstance(item, ChoiceItem) for item in prompts_of([*choices, *texts])]
-    assert found == [False, True, True] * 50 + [False] * 30
+    assert found == [False, True, True, True] * 33 + [False, True] + [False] * 46
     alone = [item for item in prompts_of([*choices, *texts]) if not isinstance(item, ChoiceItem)]
     assert alone == prompts_of(texts)
 
