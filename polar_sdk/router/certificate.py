@@ -14,7 +14,8 @@ texts a tier may promise two things at once, at most α lost and at most another
 
 Texts are of classes (notes, code, …), each too small for a test of its own. There a θ is refused where the
 calibration prompts of a class lose more than the promise allows, rounded up to a whole prompt: a promise that holds on
-average must not be carried by the easy classes. Knows counts and hashes, no prompts.
+average must not be carried by the easy classes. Classes of a few prompts are one class, the harder ones of them (see
+`lab.training.examples.harder_kinds`). Knows counts and hashes, no prompts.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ TIER_ALPHAS: Final[dict[str, TierPromise]] = {
     "premium": TierPromise(0.02),
 }
 """The default promises of the tiers."""
+HARDER: Final = "harder kinds"
+"""Name of the class that `harder_kinds` form together."""
 
 
 def certify(
@@ -146,10 +148,14 @@ class DialWalk:
     def by_class(self, rows: Sequence[int]) -> dict[str, list[int]]:
         """Those of the rows that are answered in text, by the class that their items name, where it has enough.
 
-        A class that the router has programs for counts however small it is.
+        A class that the router has programs for counts however small it is. The harder ones of those that are too
+        small count together: see `harder_kinds`.
         """
-        matrix, own = self.outcomes.matrix, self.router.facts.training.get("kinds", {})
-        classes = by_class((row for row in rows if matrix.kinds[row] != "choice"), matrix.classes)
+        matrix, training = self.outcomes.matrix, self.router.facts.training
+        texts = [row for row in rows if matrix.kinds[row] != "choice"]
+        harder, own = training.get("harder", ()), training.get("kinds", {})
+        classes = by_class(texts, matrix.classes)
+        classes[HARDER] = [row for row in texts if matrix.classes[row] in harder]
         return {name: of_class for name, of_class in classes.items() if len(of_class) >= MIN_CLASS or name in own}
 
     def _count(self, rows: Sequence[int]) -> Counts:

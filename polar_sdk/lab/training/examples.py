@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, classes_of
+from polar_sdk.lab.training.outcomes import MIN_CLASS, by_class, classes_of, grouped
 from polar_sdk.promises.losses import SAME_ANSWER, STRICT_ANSWER
 from polar_sdk.router.certificate import FORMS, form_of
 from polar_sdk.router.menu import needed_theta
@@ -53,6 +53,25 @@ def kinds_of(matrix: RewardMatrix) -> list[str]:
         next((each for each in classes_of(name) if sizes[each] >= MIN_CLASS), kind)
         for name, kind in zip(matrix.classes, matrix.kinds, strict=True)
     ]
+
+
+def harder_kinds(matrix: RewardMatrix) -> list[str]:
+    """Of the classes of texts that are too small to be kinds, those that lose most, with up to half of their prompts.
+
+    A promise that holds for these holds for every mix of the classes in which none is more than twice as common.
+    """
+    texts = matrix.rows([row for row, kind in enumerate(matrix.kinds) if kind != "choice"])
+    if not len(texts):
+        return []
+    lost = losses(texts, "strict")[:, texts.measured_on({"text"})].mean(1)
+    small = [row for row, kind in enumerate(kinds_of(texts)) if kind == texts.kinds[row] and texts.classes[row]]
+    classes = grouped(small, texts.classes.__getitem__)
+    harder, left = [], len(small) // 2
+    for name in sorted(classes, key=lambda name: (-float(lost[classes[name]].mean()), name)):
+        if (left := left - len(classes[name])) < 0:
+            break
+        harder.append(name)
+    return sorted(harder)
 
 
 def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: float = 0.0) -> Tensor:

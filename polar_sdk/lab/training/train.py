@@ -12,7 +12,7 @@ import torch
 from polar_sdk.errors import DataError, RouterError, RouterModelError
 from polar_sdk.lab.items import ChoiceItem, builtin_items, kind_of, text_of
 from polar_sdk.lab.program_search.matrix import RewardMatrix
-from polar_sdk.lab.training.examples import Examples, kinds_of, losses
+from polar_sdk.lab.training.examples import Examples, harder_kinds, kinds_of, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
 from polar_sdk.lab.training.outcomes import Bench, classes_of, id_prefixes
@@ -314,6 +314,7 @@ class RouterTrainer:
             "parameters": trained.network.parameters,
             "parameter_share": trained.network.parameters / base,
             "static": self._static(loss),
+            "harder": harder_kinds(matrix),
             "seen": id_prefixes(used),
         }
         return RouterFacts(

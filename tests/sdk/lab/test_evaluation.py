@@ -13,7 +13,7 @@ import torch
 
 from polar_sdk import lab
 from polar_sdk.errors import DataError, MissingExtraError, RouterError
-from polar_sdk.lab.evaluation.calibrate import DialWalk, certify, resplit
+from polar_sdk.lab.evaluation.calibrate import HARDER, DialWalk, certify, resplit
 from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
 from polar_sdk.lab.evaluation.rendering import class_rows, require_report, to_html
@@ -197,6 +197,19 @@ def test_a_class_with_programs_of_its_own_counts_however_small(
     outputs = router.outputs(router.reader.stack(rows.tokens))
     certificate = certify(own, outputs, Outcomes(rows), tiers={"economy": TierPromise(0.15)})
     assert {name: counts.n for name, counts in certificate.classes.items()} == {"notes": 30, "fewer": 15}
+
+
+def test_the_harder_kinds_count_together(matrix: Callable[..., RewardMatrix], router: MenuRouter) -> None:
+    rows = matrix(60, seed=5)
+    names = tuple("abcdef"[row % 6] for row in range(60))  # ten prompts each, too few for a class
+    rows = replace(rows, kinds=("prompt",) * 60, classes=names)
+    own = router.with_facts(training={**router.facts.training, "harder": ["b", "d", "e"]})
+    outputs = router.outputs(router.reader.stack(rows.tokens))
+    certificate = certify(own, outputs, Outcomes(rows), tiers={"economy": TierPromise(0.15)})
+    assert {name: counts.n for name, counts in certificate.classes.items()} == {HARDER: 30}
+    harder = rows.rows([row for row, name in enumerate(names) if name in "bde"])
+    alone = certify(own, router.outputs(router.reader.stack(harder.tokens)), Outcomes(harder), tiers={})
+    assert certificate.classes[HARDER] == alone.kinds["prompt"]
 
 
 def test_where_no_right_answer_is_known_an_answer_that_differs_is_lost(matrix: Callable[..., RewardMatrix]) -> None:

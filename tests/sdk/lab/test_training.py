@@ -15,7 +15,7 @@ from scipy.stats import beta
 from polar_sdk import lab
 from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.lab.items import PromptItem
-from polar_sdk.lab.training.examples import Examples, kinds_of
+from polar_sdk.lab.training.examples import Examples, harder_kinds, kinds_of
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.menu_training import MenuSettings, frontier
 from polar_sdk.lab.training.table_training import fit_table, losses_by_kind
@@ -197,6 +197,21 @@ def test_few_prompts_of_a_class_are_no_kind(matrix: Callable[..., RewardMatrix])
     assert kinds_of(replace(rows, classes=classes)) == ["a", "a", "choice", "choice"] * 15
     classes = tuple(("a, 1", "b")[row % 2] for row in range(30))
     assert kinds_of(replace(rows.rows(range(30)), classes=classes)) == ["choice"] * 30
+
+
+def test_the_harder_kinds_are_those_that_lose_most_with_half_of_the_prompts(
+    matrix: Callable[..., RewardMatrix],
+) -> None:
+    rows = matrix(85)
+    names = (*("large",) * 20, *("ok",) * 16, *("bad",) * 16, *("worst",) * 9, *("fine",) * 19, *("",) * 5)
+    share = torch.ones(85, 3)
+    share[36:52, 1], share[52:61, 1:] = 0.9, 0.9  # more than 5 % of their tokens are lost
+    share[:20, 1:] = 0.0  # a class of that many prompts is looked at on its own
+    rows = replace(rows, kinds=("prompt",) * 85, classes=names, share=share)
+    assert harder_kinds(rows) == ["bad", "worst"]
+    assert harder_kinds(rows.rows(range(36, 85))) == ["worst"]  # with the next one it would be more than half
+    assert harder_kinds(replace(rows, kinds=("choice",) * 85)) == []
+    assert harder_kinds(replace(rows, classes=("",) * 85)) == []
 
 
 def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
