@@ -37,6 +37,7 @@ from polar_sdk.lab.program_search.matrix import RewardMatrix, measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.lab.training.examples import harder_kinds
 from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.lab.training.outcomes import id_prefixes
 from polar_sdk.lab.training.train import train
@@ -319,7 +320,8 @@ class _Work:
 
     def _chosen(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
         """A certified router with a program for each kind of prompt; see `table_training`."""
-        certified = self._certified(self._trained(matrix, tiers), tiers)
+        harder = harder_kinds(matrix)
+        certified = self._certified(self._trained(matrix, tiers, harder), tiers)
         kinds: dict[str, int] = certified.facts.training["kinds"]
         told = sorted((kind for kind in kinds if kind != "choice"), key=lambda kind: -kinds[kind])
         if len(told) == 1:
@@ -330,11 +332,11 @@ class _Work:
         used = self._used(certified)
         kept = [place for place, program in enumerate(matrix.programs) if place == 0 or program in used]
         if 1 < len(kept) < len(matrix.programs):  # the maps of other programs would only be carried along
-            certified = self._certified(self._trained(matrix.only(kept), tiers), tiers)
+            certified = self._certified(self._trained(matrix.only(kept), tiers, harder), tiers)
         return certified
 
-    def _trained(self, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> LearnedRouter:
-        """A router over the programs of a matrix, bound to the model."""
+    def _trained(self, matrix: RewardMatrix, tiers: dict[str, TierPromise], harder: list[str]) -> LearnedRouter:
+        """A router over the programs of a matrix, bound to the model; which kinds are harder, more programs tell."""
         loss: Loss = "drops" if bool(matrix.labelled.any()) else "differs"
         ratios = [promise.alpha / promise.strict for promise in tiers.values() if promise.strict]
         settings = MenuSettings(
@@ -355,7 +357,7 @@ class _Work:
             on_progress=self.on_progress,
         )
         seen = id_prefixes(item_id(item) for item in self._of("train", "dev"))
-        router = router.with_facts(training={**router.facts.training, "seen": seen})
+        router = router.with_facts(training={**router.facts.training, "seen": seen, "harder": harder})
         return router.bind(self.model.decoder, self.model.fingerprint)
 
     def _used(self, router: LearnedRouter) -> set[Program]:
