@@ -37,8 +37,8 @@ _MIN_TOKENS: Final = 5
 """Tokens per number that a map reads, below which its closed form would fit noise."""
 _MEASURED_PROMPTS: Final = 16
 """Prompts that the pace is measured on, …"""
-_MEASURED_ANSWER: Final = 16
-"""… and tokens of their answers."""
+_MEASURED_ANSWER: Final = 64
+"""… and tokens of an answer."""
 _RESERVE: Final = 0.8
 """Share of the hours that is planned; the rest is for what the measurement cannot know."""
 _DISTIL_STEPS: Final = 400
@@ -117,11 +117,15 @@ class Plan(BaseModel, frozen=True):
 
 
 def measure_pace(model: PolarModel, items: Sequence[Item], on_progress: Progress) -> Pace:
-    """Measure how fast a model reads and writes: the prompts are read once, and answered together."""
+    """Measure how fast a model reads prompts, and how fast it answers the shortest of them, together.
+
+    Short ones, since what reading them takes is subtracted: of long prompts it would hide what the answers take.
+    """
     texts = [text_of(item) for item in items if not isinstance(item, ChoiceItem)] or list(map(text_of, items))
     step = max(1, len(texts) // _MEASURED_PROMPTS)
     chosen = texts[::step][:_MEASURED_PROMPTS]
     questions = [Question(tuple(model.prompt_tokens(text)), ((0,),)) for text in chosen]
+    short = sorted(texts, key=len)[:_MEASURED_PROMPTS]
     identity = Program.identity(model.depth)
     score_questions(model.decoder, questions[:1], identity)  # the first pass ever is slower
     on_progress("measuring the pace", 0, 2)
@@ -130,9 +134,10 @@ def measure_pace(model: PolarModel, items: Sequence[Item], on_progress: Progress
     reading = perf_counter() - begun
     on_progress("measuring the pace", 1, 2)
     read = sum(question.tokens for question in questions) / reading
+    again = sum(len(model.prompt_tokens(text)) for text in short) / read
     begun = perf_counter()
-    answers = model.greedy_answers(chosen, max_tokens=_MEASURED_ANSWER)
-    writing = max(perf_counter() - begun - reading, 0.05 * reading)
+    answers = model.greedy_answers(short, max_tokens=_MEASURED_ANSWER)
+    writing = max(perf_counter() - begun - again, 0.1 * again)
     on_progress("measuring the pace", 2, 2)
     return Pace(read=read, write=max(1, sum(map(len, answers))) / writing)
 
