@@ -8,35 +8,46 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from polar_sdk.lab.training.examples import kinds_of, losses
+import torch
+
+from polar_sdk.lab.training.examples import harder_kinds, kinds_of, losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch import Tensor
+
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.programs.program import Program
-    from polar_sdk.router.certificate import TierPromise
+    from polar_sdk.router.certificate import Loss, TierPromise
 
 
 def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]:
     """The programs that decide what tiers with these promises save, from few to many FLOPs saved.
 
-    Of each promise the one that saves most of those that keep it here, and the next, which training may bring within
-    it. No more: they share the training steps, and a few well-trained maps save more than many. The kind that most
-    texts are of decides: a router may give others programs of their own.
+    Of each promise the one that saves most of those that keep it here, in the harder half of the classes as well, and
+    the next, which training may bring within it. No more: they share the training steps, and a few well-trained maps
+    save more than many. The kind that most texts are of decides: a router may give others programs of their own.
     """
-    kinds = kinds_of(matrix)
+    kinds, harder = kinds_of(matrix), harder_kinds(matrix)
     ((most, _),) = Counter(kinds).most_common(1)
     matrix = matrix.rows([row for row, kind in enumerate(kinds) if kind == most])
-    flops, strict = matrix.flops.double().sum(0), losses(matrix, "strict").mean(0)
+    flops = matrix.flops.double().sum(0)
     ranked = sorted(range(1, len(matrix.programs)), key=lambda column: -float(flops[column]))
+    hard = [row for row, name in enumerate(matrix.classes) if name in harder]
+
+    def lost(loss: Loss) -> Tensor:
+        each = losses(matrix, loss)
+        return torch.maximum(each.mean(0), each[hard].mean(0)) if hard else each.mean(0)
+
+    strict = lost("strict")
     chosen: set[int] = set()
     for promise in promises:
-        lost = losses(matrix, promise.loss).mean(0)
+        differs = lost(promise.loss)
         kept = [
             place
             for place, column in enumerate(ranked)
-            if lost[column] <= promise.alpha and (promise.strict is None or strict[column] <= promise.strict)
+            if differs[column] <= promise.alpha and (promise.strict is None or strict[column] <= promise.strict)
         ]
         last = max(kept, default=-1)
         chosen.update(ranked[max(last, 0) : last + 2])

@@ -320,6 +320,8 @@ def test_programs_near_the_edge_of_a_promise_decide(matrix: Callable[..., Reward
     assert near(measured, [TierPromise(0.9), TierPromise(0.1)]) == [*programs[2:4], programs[7]]
     assert near(measured, [TierPromise(0.0)]) == programs[2:4]
     assert near(measured.only([0, *range(3, 8)]), [TierPromise(0.0)]) == [programs[3]]
+    measured = replace(measured, kinds=("prompt",) * 4, classes=("hard", "easy", "easy", "easy"))
+    assert near(measured, [TierPromise(0.3)]) == programs[2:4]  # from which the harder class is lost
 
 
 def test_choices_cost_less_of_the_time_than_texts() -> None:
