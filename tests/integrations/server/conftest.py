@@ -34,8 +34,11 @@ WAIT_S = 20.0
 class RecordingSink(ListSink):
     """Keeps records and wakes whoever waits for them; can hold requests up before they run."""
 
+    wants_marks = True
+
     def __init__(self) -> None:
         super().__init__()
+        self.marks: list[UsageRecord] = []
         self.gate = threading.Event()
         """Requests wait for it before they are admitted."""
         self.gate.set()
@@ -50,6 +53,9 @@ class RecordingSink(ListSink):
 
     def receipt(self, record: UsageRecord) -> Any:
         return {"cost": f"0.{record.flops.total:012d}", "currency": "EUR", "price_book": "t1"}
+
+    def mark(self, record: UsageRecord) -> None:
+        self.marks.append(record)
 
     def emit(self, record: UsageRecord) -> Any:
         with self._change:
