@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.certificate import AnswerForm, Certificate, Loss
 
 PROMISES: Final[dict[str, TierPromise]] = {
-    "economy": TierPromise(0.05, strict=0.5),
+    "economy": TierPromise(0.05, strict=0.4),
     "standard": TierPromise(0.025, strict=0.25),
     "premium": TierPromise(0.01, strict=0.1),
 }
