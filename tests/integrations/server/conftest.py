@@ -32,7 +32,7 @@ WAIT_S = 20.0
 
 
 class RecordingSink(ListSink):
-    """Keeps records and wakes whoever waits for them; can hold requests up before they run."""
+    """Keeps records and marks, and wakes whoever waits for records; can hold requests up before they run."""
 
     wants_marks = True
 
