@@ -22,7 +22,7 @@ from polar_sdk.errors import DataError
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.fit.plan import SHARES
-from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.fit.prompts import fact_items, prompts_of
 from polar_sdk.lab.fit.summary import of_choices
 from polar_sdk.lab.fit.synthetic import STEPS, decision_items, notes
 from polar_sdk.lab.items import item_id, kind_of, split_of
@@ -278,7 +278,7 @@ def main() -> None:
         for tier, promise in router.certificate.tiers.items()
         if all(promise.asked.fewest(kind, 0.1) <= n / 2.5 for kind, n in left.items())  # as chance may have it
     }
-    judge = Judge(model, router)
+    judge = Judge(model, router, facts=fact_items(made.facts.plan.facts))
     for row in judge.resplit(used, tiers=tiers):
         name, note = f"{row.tier}, {row.kind}: promises broken", f"{row.times} promises made on a random half"
         facts: dict[str, Any] = {"goal": 10, "better": "lower"} if row.kind == "any" else {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from math import ceil
 from statistics import fmean
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -48,6 +49,8 @@ TIER_ALPHAS: Final[dict[str, TierPromise]] = {
 """The default promises of the tiers."""
 HARDER: Final = "harder kinds"
 """Name of the class that `harder_kinds` form together."""
+FACTS: Final = "facts"
+"""Name of the class of questions whose right answers count, and nothing else of them; see `count_facts`."""
 
 
 def certify(
@@ -57,6 +60,7 @@ def certify(
     *,
     tiers: Mapping[str, TierPromise] = TIER_ALPHAS,
     delta: float = 0.1,
+    facts: Counts | None = None,
     on_progress: Progress = silent,
 ) -> Certificate:
     """Certify tiers of a bound router.
@@ -67,6 +71,7 @@ def certify(
         outcomes: Of the calibration prompts, P rows.
         tiers: What each tier is to promise.
         delta: Maximum probability that a promise is wrong.
+        facts: Counts of the class `FACTS`.
         on_progress: Called with (stage, values of θ done, values in all).
 
     Raises:
@@ -75,7 +80,7 @@ def certify(
     """
     tiers = {tier: TierPromise(*promised) for tier, promised in tiers.items()}  # a plain pair will do
     _check(outcomes, tiers, delta)
-    walk = DialWalk.along(router, outputs, outcomes, on_progress)
+    walk = DialWalk.along(router, outputs, outcomes, facts, on_progress)
     return walk.certificate(range(len(outcomes)), tiers, delta)
 
 
@@ -88,12 +93,14 @@ class DialWalk:
         outcomes: Of the prompts.
         lost: (K, P) int8 by loss: 1 lost, −1 gained, 0 neither.
         flops: (K, P) float64, the router's own included where it runs.
+        facts: Counts of the class `FACTS`, whose prompts are not among these; None = there is none.
     """
 
     router: LearnedRouter
     outcomes: Outcomes
     lost: Mapping[Loss, Tensor]
     flops: Tensor
+    facts: Counts | None = None
 
     @classmethod
     def along(
@@ -101,6 +108,7 @@ class DialWalk:
         router: LearnedRouter,
         outputs: Tensor,
         outcomes: Outcomes,
+        facts: Counts | None = None,
         on_progress: Progress = silent,
     ) -> DialWalk:
         """Walk a router's dial over prompts whose outcomes are known."""
@@ -117,11 +125,12 @@ class DialWalk:
                 values.append(outcomes.losses(rows, programs, loss))
         on_progress("calibrating", len(dial), len(dial))
         counted: dict[Loss, Tensor] = {loss: torch.tensor(values, dtype=torch.int8) for loss, values in lost.items()}
-        return cls(router, outcomes, counted, torch.stack(flops))
+        return cls(router, outcomes, counted, torch.stack(flops), facts)
 
     def certificate(self, rows: Sequence[int], tiers: Mapping[str, TierPromise], delta: float) -> Certificate:
         """The certificate that calibration on these prompts gives."""
         matrix = self.outcomes.matrix
+        classes = {name: self._count(of_class) for name, of_class in self.by_class(rows).items()}
         of_forms = grouped(rows, lambda row: form_of(matrix.kinds[row]))
         certificate = Certificate(
             subject=self.router.subject,
@@ -130,7 +139,7 @@ class DialWalk:
             thetas=self.router.facts.dial,
             saved={form: self._saved(of_forms[form]) for form in FORMS if form in of_forms},
             kinds={kind: self._count(of_kind) for kind, of_kind in self.by_kind(rows).items()},
-            classes={name: self._count(of_class) for name, of_class in self.by_class(rows).items()},
+            classes=classes if self.facts is None else {**classes, FACTS: self.facts},
         )
         for tier, promised in tiers.items():
             certificate = tier_promise(certificate, tier, promised)
@@ -166,6 +175,35 @@ class DialWalk:
             lost={loss: tuple((change == 1).sum(1).tolist()) for loss, change in values.items()},
             gained=tuple(gained),
         )
+
+
+def count_facts(router: LearnedRouter, outputs: Tensor, outcomes: Outcomes, most: float) -> Counts:
+    """Of questions whose right answers are known, how many are lost and gained at each θ, by these alone.
+
+    What a program does to the other words of such an answer does not count here: one wrong number among them is small,
+    and all that was asked for.
+
+    Args:
+        router: Bound to the model that the outcomes are measured on.
+        outputs: Of its network for the questions, (P, O).
+        outcomes: Of the questions, P rows. Programs are measured when the dial reaches them.
+        most: Share that the loosest tier may lose. Beyond the θ where more are lost nothing is measured, and all count
+            as lost, so that no tier goes there.
+    """
+    rows, lengths = range(len(outcomes)), [len(tokens) for tokens in outcomes.matrix.tokens]
+    lost, gained = list[int](), list[int]()
+    for theta in (dial := router.facts.dial):
+        programs = router.choose_all(outputs, theta, lengths) if theta else [router.programs[0]] * len(rows)
+        drops = outcomes.losses(rows, programs, "drops")
+        lost.append(drops.count(1))
+        gained.append(drops.count(-1))
+        if lost[-1] - gained[-1] > ceil(most * len(rows)):
+            break
+    unmeasured = len(dial) - len(lost)
+    lost += [len(rows)] * unmeasured
+    gained += [0] * unmeasured
+    net = tuple(max(0, worse - better) for worse, better in zip(lost, gained, strict=True))
+    return Counts(n=len(rows), lost={"differs": net, "harms": tuple(lost), "drops": tuple(lost)}, gained=tuple(gained))
 
 
 def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:

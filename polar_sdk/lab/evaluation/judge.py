@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import DataError, RouterError
-from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
+from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, count_facts, resplit
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
 from polar_sdk.lab.evaluation.text_answers import LENGTHS, FreeRunner, length_name
@@ -18,7 +18,7 @@ from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.training.outcomes import Bench, grouped, id_prefixes, unseen
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.novelty import Usual
-from polar_sdk.router.certificate import Setting, form_of
+from polar_sdk.router.certificate import Setting, TierPromise, form_of
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_router, map_folders, save_with_maps
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
-    from polar_sdk.router.certificate import TierPromise
+    from polar_sdk.router.certificate import Counts
 
 
 _TIMED_TOKENS: Final = 16
@@ -120,13 +120,15 @@ def evaluate(
 class Judge:
     """Calibrates and evaluates one learned router, or else the model's; rewards are kept on disk, or in another cache.
 
-    See `calibrate` and `evaluate`.
+    Certificates also count right answers to the questions about `facts`; see `count_facts`. See `calibrate` and
+    `evaluate`.
     """
 
     model: PolarModel
     router: Router | None = None
     cache: RewardCache | None = None
     on_progress: Progress = silent
+    facts: Sequence[Item] = ()
 
     def __post_init__(self) -> None:
         router = self.router or self.model.router
@@ -144,7 +146,15 @@ class Judge:
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
         outputs = self._outputs(tasks)
         outcomes = self._outcomes(tasks, outputs, labels=True)
-        certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
+        certificate = certify(
+            self._router,
+            outputs,
+            outcomes,
+            tiers=tiers,
+            delta=delta,
+            facts=self._count_facts(tiers),
+            on_progress=self.on_progress,
+        )
         certificate = certificate.model_copy(update={"usual": self._usual(tasks)})
         training["calibrated"] = id_prefixes(task.id for task in tasks)
         return self._router.with_facts(training=training).with_certificate(certificate)
@@ -161,7 +171,8 @@ class Judge:
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
         outputs = self._outputs(tasks)
-        walk = DialWalk.along(self._router, outputs, self._outcomes(tasks, outputs, labels=True), self.on_progress)
+        outcomes, facts = self._outcomes(tasks, outputs, labels=True), self._count_facts(tiers)
+        walk = DialWalk.along(self._router, outputs, outcomes, facts, self.on_progress)
         return resplit(walk, tiers, delta, times)
 
     def evaluate(
@@ -259,6 +270,16 @@ class Judge:
             chosen = {program for theta in dial for program in self._router.choose_all(outputs, theta, lengths)}
             programs = [program for program in programs if program in chosen]
         return self._bench.outcomes(tasks, programs, labels=labels)
+
+    def _count_facts(self, tiers: Mapping[str, TierPromise]) -> Counts | None:
+        """Of the questions about facts, what is lost at each θ; None where there are none."""
+        tasks = self._bench.tasks(self.facts)
+        if not tasks:
+            return None
+        outputs = self._outputs(tasks)
+        self._outcomes(tasks, outputs, labels=False)  # scored together, programs share what they begin with
+        most = max((TierPromise(*promised).alpha for promised in tiers.values()), default=0.0)
+        return count_facts(self._router, outputs, self._bench.outcomes(tasks, ()), most)
 
     def _outputs(self, tasks: Sequence[Task]) -> Tensor:
         """What is decided on."""

@@ -28,7 +28,7 @@ from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
 from polar_sdk.lab.fit.frontier import near, undominated
 from polar_sdk.lab.fit.plan import SHARES, Plan, make_plan, measure_pace, workload_of
-from polar_sdk.lab.fit.prompts import prompts_of
+from polar_sdk.lab.fit.prompts import fact_items, prompts_of
 from polar_sdk.lab.fit.summary import CHOICES, TEXTS, figures, tiers_in_words
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
@@ -173,6 +173,8 @@ class _Work:
     seed: int
     cache: RewardCache
     on_progress: Progress
+    facts: Sequence[Item] = ()
+    """Questions whose right answers the certificate counts."""
     notes: list[str] = field(default_factory=list)
     """Sentences on what is not possible."""
 
@@ -186,6 +188,7 @@ class _Work:
         self.items = self.items[: facts.plan.prompts]
         tiers = self._possible()
         fills = self._fills(facts.plan, tiers)
+        self.facts = fact_items(facts.plan.facts)
         certified = self._chosen(self._matrix(fills.programs), tiers)
         evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate(self._test_sets())
         assert certified.certificate is not None
@@ -408,7 +411,7 @@ class _Work:
                 promised = {tier: promise.asked for tier, promise in found.certificate.tiers.items()}
                 if promised == tiers:
                     return found.bind(self.model.decoder, self.model.fingerprint)
-        judge = Judge(self.model, router, self.cache, on_progress=self.on_progress)
+        judge = Judge(self.model, router, self.cache, self.on_progress, self.facts)
         certified = judge.calibrate(self._of("calibration"), tiers=tiers, delta=_DELTA)
         save_with_maps(certified, out, [MapSet.load(self.folder / "fills")])
         return certified
@@ -427,6 +430,8 @@ class _Work:
         """Say what each tier saves and promises, on what, and what was not possible."""
         exact = evaluation.texts.get("exact")
         floor = "" if exact is None else f"; full depth against itself keeps {exact.noise_floor:.1%}"
+        if not self.facts:
+            self.notes.append("Right answers about long notes did not count: that takes more hours or more context.")
         numbers = {split: len(self._of(split)) for split in _USES}
         splits = ", ".join(f"{numbers[split]} {use}" for split, use in _USES.items())
         kinds = len({item.task for item in self.items})

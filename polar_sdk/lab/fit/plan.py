@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
 from polar_sdk.errors import DataError
+from polar_sdk.lab.fit.prompts import fact_items
 from polar_sdk.lab.healing.fills import CHOICE_HELD_OUT, CHOICE_PROMPTS
 from polar_sdk.lab.items import ChoiceItem, Shares, kind_of, text_of
 from polar_sdk.programs.program import TAIL, Program
@@ -51,6 +52,14 @@ _DISTIL_PASSES: Final = 2.5
 run little above their cuts, forward and backward."""
 _DISTIL_SHARE: Final = 0.35
 """Share of the hours that is kept for training, where it is enough."""
+_FACTS: Final = 200
+"""Questions about facts in long notes by default, …"""
+_FACTS_SHARE: Final = 0.2
+"""… share of the hours that they may take, …"""
+_FEWEST_FACTS: Final = 40
+"""… and minimum number: of fewer, standard may lose one."""
+_PASSES_OF_FACT: Final = 3.5
+"""Passes over such a prompt: to answer it, to score all programs, and to write the answers that these would change."""
 _SEEK_SHARE: Final = 0.2
 """Share of the hours that a search for layers to spare may take."""
 _CHOICE_TOKENS: Final = 8
@@ -81,6 +90,8 @@ class Workload(NamedTuple):
     """Share of the prompts that are questions with choices."""
     choice_tokens: float = 0.0
     """Mean length of those."""
+    fact_tokens: float = 0.0
+    """Mean length of a question about a fact; 0 where such questions do not fit the model's context window."""
 
 
 class Plan(BaseModel, frozen=True):
@@ -98,6 +109,8 @@ class Plan(BaseModel, frozen=True):
     """Whether programs are tried as well that run some layers above a cut, those that a map replaces worst."""
     distil: int
     """Training steps of the maps after their closed form."""
+    facts: int
+    """Questions about facts in long notes; 0 where the hours are too few."""
     minutes: dict[str, float]
     """Expected time of each step."""
 
@@ -158,6 +171,8 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         raise DataError(f"a model of {model.depth} layer has nothing to fill; polar fit needs at least 2 layers.")
     per_prompt = _seconds(model, workload, pace, cuts)
     seconds = hours * 3600 * _RESERVE
+    facts, asking = _facts(workload.fact_tokens, pace, seconds)
+    seconds -= asking
     step = _DISTIL_PASSES * _DISTIL_TOKENS / pace.read
     training = min(_DISTIL_STEPS * step, _DISTIL_SHARE * seconds) if distil is None else distil * step
     most = min(workload.prompts, _MAX_PROMPTS)
@@ -175,10 +190,11 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
     if distil is None and (prompts < enough or training < _FEWEST_STEPS * step):
         training, prompts = 0.0, min(most, int(seconds / sum(per_prompt.values())))
     if prompts < enough:
+        wanted = enough * sum(per_prompt.values()) + training
         advice = (
             f"give more or longer prompts: there are {workload.prompts:,}"
             if prompts == most
-            else f"about {enough * sum(per_prompt.values()) / _RESERVE / 3600:.2g} hours are needed here"
+            else f"about {wanted / _RESERVE / (1 - _FACTS_SHARE) / 3600:.2g} hours are needed here"
         )
         raise DataError(
             f"maps of {inputs:,} inputs need {needed:,} tokens to be fitted on, some {enough:,} "
@@ -195,6 +211,8 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         minutes["seeking"] = seeking / 60
     if distil:
         minutes["training"] = distil * step / 60
+    if facts:
+        minutes["facts"] = asking / 60
     return Plan(
         hours=hours,
         pace=pace,
@@ -203,6 +221,7 @@ def make_plan(model: PolarModel, workload: Workload, pace: Pace, hours: float, d
         cuts=cuts,
         seek=seek,
         distil=distil,
+        facts=facts,
         minutes=minutes,
     )
 
@@ -227,6 +246,13 @@ def _seconds(model: PolarModel, workload: Workload, pace: Pace, cuts: Sequence[i
     }
 
 
+def _facts(tokens: float, pace: Pace, seconds: float) -> tuple[int, float]:
+    """How many questions about facts there is time for, and the seconds that they take."""
+    each = _PASSES_OF_FACT * tokens / pace.read + ANSWER_TOKENS / pace.write
+    count = min(_FACTS, int(_FACTS_SHARE * seconds / each)) if tokens else 0
+    return (count, count * each) if count >= _FEWEST_FACTS else (0, 0.0)
+
+
 def _seek_seconds(model: PolarModel, tokens: float, prompts: int, pace: Pace) -> float:
     """Seconds of a search for layers to spare: two passes that fit, and one that measures each layer alone.
 
@@ -246,10 +272,13 @@ def workload_of(model: PolarModel, items: Sequence[Item]) -> Workload:
         sample = texts[:: max(1, len(texts) // 200)]
         return fmean(len(model.prompt_tokens(text)) for text in sample) if sample else 0.0
 
+    facts = [len(model.prompt_tokens(text_of(item))) for item in fact_items(_MEASURED_PROMPTS)]
+    fit = max(facts) + ANSWER_TOKENS <= model.context_window
     return Workload(
         prompts=len(items),
         tokens=mean_length(choices=False),
         answered=kinds["answer"] / len(items),
         choices=kinds["choice"] / len(items),
         choice_tokens=mean_length(choices=True),
+        fact_tokens=fmean(facts) if fit else 0.0,
     )

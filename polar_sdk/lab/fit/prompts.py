@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.fit.synthetic import decision_items, long_items, task_items
+from polar_sdk.lab.fit.synthetic import decision_items, long_items, notes, task_items
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, PromptItem, builtin_items, distinct_items, item_id, text_of
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ _MADE: Final = 240
 """Prompts about texts that are made of each kind."""
 _LENGTHS: Final = (400, 2000)
 """Characters between which lengths differ: some 100 and 500 tokens."""
+_FACTS: Final = (15, 24)
+"""Facts in the notes that are asked about: some 430 to 720 tokens."""
 _CHOICES: Final = 3
 """Questions with choices beside each text: they are short, and a change of the right answers is mostly chance."""
 
@@ -53,6 +55,12 @@ def prompts_of(data: Sequence[Item] | None, limit: int | None = None, *, right: 
     left = iter(choices)
     mixed = [item for text in texts for item in (text, *islice(left, _CHOICES))]
     return [*mixed, *left][:limit]
+
+
+def fact_items(count: int) -> list[AnswerItem]:
+    """Questions about one fact in long notes; none of them is among the package's own prompts."""
+    made = notes(count, seed=2, facts=_FACTS)
+    return [AnswerItem(prompt=text.prompt, answer=text.answer, task="facts") for text in made]
 
 
 def _own_prompts() -> list[Item]:

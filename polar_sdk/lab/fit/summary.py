@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from polar_sdk.lab.evaluation.calibrate import FACTS
 from polar_sdk.router.certificate import FORMS
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def tiers_in_words(certificate: Certificate, evaluation: Evaluation) -> list[str
             parts.append(f"{chosen.flops_saved.total:.1%} of the FLOPs of choices, with {right}")
         whole = " and ".join(FORMS[form] for form in certificate.saved if not promise.setting.of(form))
         more = whole and f" Its {whole} run full depth."
+        facts = certificate.classes.get(FACTS)
+        if facts is not None and promise.setting.text:
+            lost, gained = facts.pair(certificate.thetas.index(promise.setting.text), "drops")
+            more += f" Of {facts.n} answers about a fact in long notes, it turns {lost} wrong and {gained} right."
         said.append(f"{tier} saves {', and '.join(parts)}; it promises that {_promised(promise)}.{more}")
     return said
 

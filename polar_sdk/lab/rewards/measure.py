@@ -80,12 +80,21 @@ class Measurer:
     def right(self, tasks: Sequence[Task], program: Program, max_tokens: int = 64) -> Tensor:
         """(P,) bool: whether the program's answer is right; False if the right one is not known.
 
-        Choices are compared by their scores; prompts with an answer are answered greedily, and the text is compared.
+        Choices are compared by their scores; prompts with an answer are answered greedily, and the text is compared. A
+        program that would choose every token of identity's whole answer writes that answer, and so need not write it.
         """
-        scored = [task for task in tasks if isinstance(task.item, ChoiceItem)]
-        written = [task for task in tasks if isinstance(task.item, AnswerItem)]
-        scores = dict(zip((task.key for task in scored), self.scores(scored, [program])[program], strict=True))
-        texts = self._generated(written, program, max_tokens)
+        known = [task for task in tasks if isinstance(task.item, ChoiceItem | AnswerItem)]
+        scores = dict(zip((task.key for task in known), self.scores(known, [program])[program], strict=True))
+        texts: dict[str, str] = {}
+        others: list[Task] = []
+        for task in known:
+            if isinstance(task.item, ChoiceItem):
+                continue
+            if self._writes_the_same(task, scores[task.key]):
+                texts[task.key] = self.model.decode(task.question.continuations[0])
+            else:
+                others.append(task)
+        texts |= self._generated(others, program, max_tokens)
         right = []
         for task in tasks:
             if isinstance(task.item, ChoiceItem):
@@ -93,6 +102,11 @@ class Measurer:
             else:
                 right.append(isinstance(task.item, AnswerItem) and is_right(texts[task.key], task.item.answer))
         return torch.tensor(right, dtype=torch.bool)
+
+    def _writes_the_same(self, task: Task, score: Score) -> bool:
+        """Whether a program of this score writes identity's answer, to its end."""
+        (answer,) = task.question.continuations
+        return answer[-1] in self.model.loaded.end_tokens and score.greedy[0] == answer
 
     def _generated(self, tasks: Sequence[Task], program: Program, max_tokens: int) -> dict[str, str]:
         prompts = {task.key: task.item.prompt for task in tasks if isinstance(task.item, AnswerItem)}

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from polar_sdk import PolarModel, lab
 from polar_sdk.errors import DataError
+from polar_sdk.lab.evaluation.calibrate import FACTS
+from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.fit.fit import PROMISES, fit_folder
 from polar_sdk.lab.fit.frontier import near
 from polar_sdk.lab.fit.plan import SHARES, Pace, Workload, cuts_of, make_plan
@@ -121,6 +123,32 @@ def test_right_answers_count_where_a_promise_counts_them(tmp_path: Path, monkeyp
         assert not (tmp_path / loss / "fills").exists()
     with pytest.raises(DataError):
         fitted(model, [*known, *items[120:]], promises={"economy": TierPromise(0.7, "harms")}, out=tmp_path / "some")
+
+
+def test_no_tier_loses_more_facts_than_it_promises(
+    finished: FitResult, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40 questions the right answer is full depth's own: every word of it counts."""
+    monkeypatch.setenv("POLAR_CACHE", str(home))
+    model, router = tiny_fresh(), load_router(finished.folder / "router")
+    assert isinstance(router, LearnedRouter) and router.certificate is not None
+    model.use_maps(finished.folder / "fills")
+    asked = [f"harbour {place} maple {place * 7}" * 3 for place in range(40)]
+    written = [model.decode(ids) for ids in model.greedy_answers(asked, max_tokens=64)]
+    facts = [AnswerItem(prompt=text, answer=answer) for text, answer in zip(asked, written, strict=True)]
+    items = [item for item in made_items() if split_of(item_id(item), SHARES) == "calibration"]
+    nearer = 0
+    for loose in (0.9, 0.6, 0.5, 0.4, 0.3):
+        tiers = {"economy": TierPromise(loose)}
+        free = Judge(model, router).calibrate(items, tiers=tiers).certificate
+        bound = Judge(model, router, facts=facts).calibrate(items, tiers=tiers).certificate
+        assert free is not None and bound is not None
+        counted, setting = bound.classes[FACTS], bound.tiers["economy"].setting.text
+        assert counted.n == 40 and counted.lost["drops"][0] == 0
+        assert counted.lost["differs"][bound.thetas.index(setting)] <= loose * 40
+        nearer += setting < free.tiers["economy"].setting.text
+        assert setting <= free.tiers["economy"].setting.text
+    assert nearer
 
 
 def test_choices_are_promised_by_their_right_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +311,17 @@ def test_time_is_kept_for_training_unless_it_is_too_little_to_train_in() -> None
     assert not make_plan(model, workload, pace, 0.2).distil
     with pytest.raises(DataError, match="hours"):
         make_plan(model, workload, pace, 0.2, distil=10_000)
+
+
+def test_facts_take_a_share_of_the_hours_or_none() -> None:
+    model, pace = tiny_model(), Pace(read=400, write=400)
+    workload = Workload(prompts=50_000, tokens=300.0, fact_tokens=600.0)
+    plans = [make_plan(model, workload, pace, hours, distil=0) for hours in (0.1, 0.5, 4.0)]
+    assert plans[0].facts == 0 < plans[1].facts < plans[2].facts
+    for plan in plans:
+        assert sum(plan.minutes.values()) <= 60 * plan.hours
+        assert plan.minutes.get("facts", 0) <= 12 * plan.hours
+    assert make_plan(model, workload._replace(fact_tokens=0.0), pace, 4.0, distil=0).facts == 0
 
 
 def test_the_search_for_layers_to_spare_comes_before_the_last_prompts() -> None:

@@ -25,7 +25,7 @@ from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.cost import CostModel, LayerCost
 from polar_sdk.promises.losses import SAME_ANSWER
 from polar_sdk.serving.places import Limits
-from polar_sdk.testing import tiny_model
+from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from tests.sdk.command import polar
 
 if TYPE_CHECKING:
@@ -166,6 +166,26 @@ class Counter:
 
         monkeypatch.setattr("polar_sdk.lab.rewards.measure.score_programs", count)
         monkeypatch.setattr(PolarModel, "greedy_answers", write)
+
+
+def test_an_answer_that_would_be_identitys_own_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tiny_llama(seed=3, eos_token_id=list(range(0, 256, 4)))  # an answer ends after some four tokens
+    model, cache, program = (
+        PolarModel.from_hf(hf, tiny_tokenizer(), ledger=None),
+        RewardCache(),
+        Program.parse("0-2 4-5"),
+    )
+    prompts = [f"{place} lanterns" for place in range(40)]
+    full, ours = ([*model.greedy_answers(prompts, max_tokens=8, program=one)] for one in (None, program))
+    items = [AnswerItem(prompt=text, answer=model.decode(ids) or "-") for text, ids in zip(prompts, full, strict=True)]
+    tasks = make_tasks(model, items, cache, answer_tokens=8)
+    counter = Counter(monkeypatch)
+    right = Measurer(model, cache).right(tasks, program, max_tokens=8)
+    wanted = [is_right(model.decode(ids), item.answer) for ids, item in zip(ours, items, strict=True)]
+    assert right.tolist() == wanted
+    known = {text for text, *both in zip(prompts, full, ours, strict=True) if both[0] == both[1] and len(both[0]) < 8}
+    assert 0 < len(known) < len(prompts)
+    assert not known & {text for text, _ in counter.answered}
 
 
 def test_an_interrupted_search_goes_on_and_measures_nothing_twice(
