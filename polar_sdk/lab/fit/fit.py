@@ -39,7 +39,7 @@ from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.examples import harder_kinds
 from polar_sdk.lab.training.menu_training import MenuSettings
-from polar_sdk.lab.training.outcomes import id_prefixes
+from polar_sdk.lab.training.outcomes import Bench, id_prefixes
 from polar_sdk.lab.training.train import train
 from polar_sdk.models.paths import cache_folder, disk_errors
 from polar_sdk.programs.program import Program
@@ -187,8 +187,8 @@ class _Work:
             return FitResult(self.folder, facts, kept if (kept / "router.json").is_file() else None)
         self.items = self.items[: facts.plan.prompts]
         tiers = self._possible()
-        fills = self._fills(facts.plan, tiers)
         self.facts = fact_items(facts.plan.facts)
+        fills = self._fills(facts.plan, tiers)
         certified = self._chosen(self._matrix(fills.programs), tiers)
         evaluation = Judge(self.model, certified, self.cache, self.on_progress).evaluate(self._test_sets())
         assert certified.certificate is not None
@@ -296,10 +296,26 @@ class _Work:
         if not plan.distil:
             return self._heal("fills", cuts)
         closed = self._heal("closed", cuts)
-        deciding = near(self._measured("text", closed.programs), tiers.values())
+        texts, most = self._measured("text", closed.programs), max(promise.alpha for promise in tiers.values())
+        deciding = near(texts, tiers.values(), self._facts_lost(closed.programs, most))
         cuts = ",".join("+".join(f"{first}-{last}" for first, last in program.fills) for program in deciding)
         trained = self._heal("trained", cuts, distil=plan.distil, start=str(self.folder / "closed"))
         return self.model.use_maps(trained.over(closed).save(self.folder / "fills"))
+
+    def _facts_lost(self, programs: Sequence[Program], most: float) -> dict[Program, float]:
+        """The share of facts that each program loses, by half of the questions; 1 where a deeper one loses too many."""
+        bench = Bench(self.model, self.on_progress, self.cache)
+        tasks = bench.tasks(self.facts[::2])
+        if not tasks:
+            return {}
+        scored = bench.matrix(tasks, programs, labels=False)  # together, programs share what they begin with
+        flops = dict(zip(scored.programs, scored.flops.double().sum(0).tolist(), strict=True))
+        outcomes, lost = bench.outcomes(tasks, ()), dict.fromkeys(programs, 1.0)
+        for program in sorted(programs, key=flops.__getitem__, reverse=True):
+            lost[program] = fmean(outcomes.losses(range(len(tasks)), [program] * len(tasks), "drops"))
+            if lost[program] > most:
+                break
+        return lost
 
     def _heal(self, name: str, cuts: str, **options: Any) -> MapSet:
         """The fills of some cuts in a folder."""

@@ -13,7 +13,7 @@ import torch
 from polar_sdk.lab.training.examples import harder_kinds, kinds_of, losses
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -22,13 +22,21 @@ if TYPE_CHECKING:
     from polar_sdk.router.certificate import Loss, TierPromise
 
 
-def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]:
+def near(
+    matrix: RewardMatrix, promises: Iterable[TierPromise], facts: Mapping[Program, float] | None = None
+) -> list[Program]:
     """The programs that decide what tiers with these promises save, from few to many FLOPs saved.
 
     Of each promise the one that saves most of those that keep it here, in the harder half of the classes as well, and
     the next, which training may bring within it. No more: they share the training steps, and a few well-trained maps
     save more than many. The kind that most texts are of decides: a router may give others programs of their own.
+
+    Args:
+        matrix: Of texts.
+        promises: Of the tiers.
+        facts: The share of right answers to questions about facts that a program loses; 0 for those that are not named.
     """
+    facts = facts or {}
     kinds, harder = kinds_of(matrix), harder_kinds(matrix)
     ((most, _),) = Counter(kinds).most_common(1)
     matrix = matrix.rows([row for row, kind in enumerate(kinds) if kind == most])
@@ -47,7 +55,9 @@ def near(matrix: RewardMatrix, promises: Iterable[TierPromise]) -> list[Program]
         kept = [
             place
             for place, column in enumerate(ranked)
-            if differs[column] <= promise.alpha and (promise.strict is None or strict[column] <= promise.strict)
+            if differs[column] <= promise.alpha
+            and (promise.strict is None or strict[column] <= promise.strict)
+            and facts.get(matrix.programs[column], 0.0) <= promise.alpha
         ]
         last = max(kept, default=-1)
         chosen.update(ranked[max(last, 0) : last + 2])

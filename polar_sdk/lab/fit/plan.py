@@ -58,8 +58,9 @@ _FACTS_SHARE: Final = 0.2
 """… share of the hours that they may take, …"""
 _FEWEST_FACTS: Final = 40
 """… and minimum number: of fewer, standard may lose one."""
-_PASSES_OF_FACT: Final = 3.5
-"""Passes over such a prompt: to answer it, to score all programs, and to write the answers that these would change."""
+_PASSES_OF_FACT: Final = 5.0
+"""Passes over such a prompt: to answer it, and to score all programs and write the answers that these would change, for
+half of the questions before maps are trained and for all of them in the end."""
 _SEEK_SHARE: Final = 0.2
 """Share of the hours that a search for layers to spare may take."""
 _CHOICE_TOKENS: Final = 8

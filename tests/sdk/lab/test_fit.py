@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -316,7 +317,7 @@ def test_time_is_kept_for_training_unless_it_is_too_little_to_train_in() -> None
 def test_facts_take_a_share_of_the_hours_or_none() -> None:
     model, pace = tiny_model(), Pace(read=400, write=400)
     workload = Workload(prompts=50_000, tokens=300.0, fact_tokens=600.0)
-    plans = [make_plan(model, workload, pace, hours, distil=0) for hours in (0.1, 0.5, 4.0)]
+    plans = [make_plan(model, workload, pace, hours, distil=0) for hours in (0.1, 0.8, 4.0)]
     assert plans[0].facts == 0 < plans[1].facts < plans[2].facts
     for plan in plans:
         assert sum(plan.minutes.values()) <= 60 * plan.hours
@@ -342,6 +343,28 @@ def test_the_maps_that_decide_what_tiers_save_are_trained(tmp_path: Path, monkey
         assert each.digest == (trained if segment in trained.maps else closed).maps[segment].digest
 
 
+def test_a_fit_counts_facts_before_it_trains_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up notes do not fit the tiny model's context window, so shorter questions stand in for them."""
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    model = tiny_fresh()
+    asked = [f"harbour {place} maple {place * 7}" for place in range(20)]
+    facts = [
+        AnswerItem(prompt=text, answer=model.decode(ids))
+        for text, ids in zip(asked, model.greedy_answers(asked, max_tokens=24), strict=True)
+    ]
+    assert "notes" in fitted(model, made_items()).facts.sentences[-1]
+    monkeypatch.setattr(sys.modules["polar_sdk.lab.fit.fit"], "fact_items", lambda count: facts)
+    made = fitted(tiny_fresh(), made_items(), distil=4, out=tmp_path / "counted")
+    router = load_router(made.folder / "router")
+    assert isinstance(router, LearnedRouter) and router.certificate is not None
+    counted = router.certificate.classes[FACTS]
+    assert counted.n == 20 and counted.lost["drops"][0] == 0 < max(counted.lost["drops"])
+    for tier, promise in router.certificate.tiers.items():
+        assert counted.lost["differs"][router.certificate.thetas.index(promise.setting.text)] <= 20 * promise.alpha
+        (said,) = (sentence for sentence in made.facts.sentences if sentence.startswith(tier))
+        assert promise.setting.text == 0 or "20 answers" in said
+
+
 def test_programs_near_the_edge_of_a_promise_decide(matrix: Callable[..., RewardMatrix]) -> None:
     programs = [Program.identity(8), *(Program.filling(8, [(cut, 7)]) for cut in range(7, 0, -1))]
     lost = torch.tensor([[place > edge for place in range(8)] for edge in (2, 4, 4, 7)])  # from some cut on
@@ -359,6 +382,9 @@ def test_programs_near_the_edge_of_a_promise_decide(matrix: Callable[..., Reward
     assert near(measured, [TierPromise(0.9), TierPromise(0.1)]) == [*programs[2:4], programs[7]]
     assert near(measured, [TierPromise(0.0)]) == programs[2:4]
     assert near(measured.only([0, *range(3, 8)]), [TierPromise(0.0)]) == [programs[3]]
+    facts = dict(zip(programs, (0.0, 0.0, 0.1, 0.2, 1.0, 1.0, 1.0, 1.0), strict=True))
+    assert near(measured, [TierPromise(0.3)], facts) == programs[3:5]
+    assert near(measured, [TierPromise(0.9), TierPromise(0.1)], facts) == programs[2:5]
     measured = replace(measured, kinds=("prompt",) * 4, classes=("hard", "easy", "easy", "easy"))
     assert near(measured, [TierPromise(0.3)]) == programs[2:4]  # from which the harder class is lost
 
