@@ -111,7 +111,7 @@ class Plan(BaseModel, frozen=True):
     distil: int
     """Training steps of the maps after their closed form."""
     facts: int
-    """Questions about facts in long notes; 0 where the hours are too few."""
+    """Questions about facts in long notes; 0 where the hours or the context window are too small."""
     minutes: dict[str, float]
     """Expected time of each step."""
 

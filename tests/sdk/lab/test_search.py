@@ -170,11 +170,8 @@ class Counter:
 
 def test_an_answer_that_would_be_identitys_own_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny_llama(seed=3, eos_token_id=list(range(0, 256, 4)))  # an answer ends after some four tokens
-    model, cache, program = (
-        PolarModel.from_hf(hf, tiny_tokenizer(), ledger=None),
-        RewardCache(),
-        Program.parse("0-2 4-5"),
-    )
+    model, cache = PolarModel.from_hf(hf, tiny_tokenizer(), ledger=None), RewardCache()
+    program = Program.parse("0-2 4-5")
     prompts = [f"{place} lanterns" for place in range(40)]
     full, ours = ([*model.greedy_answers(prompts, max_tokens=8, program=one)] for one in (None, program))
     items = [AnswerItem(prompt=text, answer=model.decode(ids) or "-") for text, ids in zip(prompts, full, strict=True)]
