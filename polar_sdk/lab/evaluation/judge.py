@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
-    from polar_sdk.router.certificate import Counts
+    from polar_sdk.router.certificate import AnswerForm, Counts
 
 
 _TIMED_TOKENS: Final = 16
@@ -257,18 +258,24 @@ class Judge:
     def _outcomes(self, tasks: Sequence[Task], outputs: Tensor, *, labels: bool) -> Outcomes:
         """Outcomes of the router's programs and of the fixed ones.
 
-        Programs that are not for every form of answer here are measured on the prompts that they are chosen for. Where
-        all prompts are answered in text, programs that the router chooses for none of them, at any setting of its dial,
-        are left out: on long prompts each of them would cost as much as half of all the rest.
+        What the router chooses along its dial is scored together for all prompts of a form of answer, since programs
+        share what they begin with. Of its programs, those that are not for every form of answer here are outcomes of
+        these prompts alone. Where all prompts are answered in text, programs that are never chosen are left out: on
+        long prompts each of them would cost as much as half of all the rest.
         """
-        every, forms = self._router.programs, {form_of(task.kind) for task in tasks}
-        partial = {program for form in forms for program in {*every} - {*self._router.programs_for(form)}}
+        every, forms = self._router.programs, [form_of(task.kind) for task in tasks]
+        lengths = [len(task.question.prompt) for task in tasks]
+        chosen: defaultdict[AnswerForm, set[Program]] = defaultdict(set)
+        for theta in self._router.facts.dial:
+            for form, program in zip(forms, self._router.choose_all(outputs, theta, lengths), strict=True):
+                chosen[form].add(program)
+        for form, of_form in sorted(chosen.items()):
+            own = [task for task, of_task in zip(tasks, forms, strict=True) if of_task == form]
+            self._bench.matrix(own, [program for program in every if program in of_form], labels=False)
+        partial = {program for form in chosen for program in {*every} - {*self._router.programs_for(form)}}
         programs = [program for program in (*every, *self._static()) if program not in partial]
-        if all(not isinstance(task.item, ChoiceItem) for task in tasks):
-            lengths = [len(task.question.prompt) for task in tasks]
-            dial = self._router.facts.dial
-            chosen = {program for theta in dial for program in self._router.choose_all(outputs, theta, lengths)}
-            programs = [program for program in programs if program in chosen]
+        if [*chosen] == ["text"]:
+            programs = [program for program in programs if program in chosen["text"]]
         return self._bench.outcomes(tasks, programs, labels=labels)
 
     def _count_facts(self, tiers: Mapping[str, TierPromise]) -> Counts | None:
