@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.training.outcomes import Bench, grouped, id_prefixes, unseen
 from polar_sdk.programs.program import Program
 from polar_sdk.promises.novelty import Usual
-from polar_sdk.router.certificate import Setting, TierPromise, form_of
+from polar_sdk.router.certificate import FORMS, Setting, TierPromise, form_of
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_router, map_folders, save_with_maps
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
-    from polar_sdk.router.certificate import AnswerForm, Counts
+    from polar_sdk.router.certificate import Counts
 
 
 _TIMED_TOKENS: Final = 16
@@ -258,24 +257,24 @@ class Judge:
     def _outcomes(self, tasks: Sequence[Task], outputs: Tensor, *, labels: bool) -> Outcomes:
         """Outcomes of the router's programs and of the fixed ones.
 
-        What the router chooses along its dial is scored together for all prompts of a form of answer, since programs
-        share what they begin with. Of its programs, those that are not for every form of answer here are outcomes of
-        these prompts alone. Where all prompts are answered in text, programs that are never chosen are left out: on
-        long prompts each of them would cost as much as half of all the rest.
+        The prompts of each form of answer are scored at once under all that is asked of them, since programs share what
+        they begin with: the programs for every form here, and what the router chooses along its dial. Where all prompts
+        are answered in text, programs that are never chosen are left out: on long prompts each of them would cost as
+        much as half of all the rest.
         """
-        every, forms = self._router.programs, [form_of(task.kind) for task in tasks]
+        every, dial = self._router.programs, self._router.facts.dial
         lengths = [len(task.question.prompt) for task in tasks]
-        chosen: defaultdict[AnswerForm, set[Program]] = defaultdict(set)
-        for theta in self._router.facts.dial:
-            for form, program in zip(forms, self._router.choose_all(outputs, theta, lengths), strict=True):
-                chosen[form].add(program)
-        for form, of_form in sorted(chosen.items()):
-            own = [task for task, of_task in zip(tasks, forms, strict=True) if of_task == form]
-            self._bench.matrix(own, [program for program in every if program in of_form], labels=False)
-        partial = {program for form in chosen for program in {*every} - {*self._router.programs_for(form)}}
+        along = [self._router.choose_all(outputs, theta, lengths) for theta in dial]
+        of_forms = grouped(range(len(tasks)), lambda row: form_of(tasks[row].kind))
+        chosen = {form: dict.fromkeys(at[row] for at in along for row in rows) for form, rows in of_forms.items()}
+        partial = {
+            program for form in FORMS if form in chosen for program in {*every} - {*self._router.programs_for(form)}
+        }
         programs = [program for program in (*every, *self._static()) if program not in partial]
         if [*chosen] == ["text"]:
             programs = [program for program in programs if program in chosen["text"]]
+        for form, rows in of_forms.items():
+            self._bench.matrix([tasks[row] for row in rows], [*programs, *chosen[form]], labels=False)
         return self._bench.outcomes(tasks, programs, labels=labels)
 
     def _count_facts(self, tiers: Mapping[str, TierPromise]) -> Counts | None:
