@@ -125,7 +125,8 @@ def test_maps_are_trained_through_the_weights_of_a_file(
     monkeypatch.setattr("polar_sdk.lab.healing.distillation._halves_pay", lambda _: pays)
     model = PolarModel.from_pretrained(write(tmp_path / "mixed.gguf"), ledger=None)
     items: list[Item] = [PromptItem(prompt=f"{place} c a b {place * 7} d e f " * 2) for place in range(30)]
-    made = lab.heal(model, items, "1", kind="fill", distil=12, tail=4, rate=1e-3, answer_tokens=6)
+    # So large a ridge leaves much to train; without it what is lost is as small as the rounding of halves.
+    made = lab.heal(model, items, "1", kind="fill", distil=12, tail=4, ridge=100.0, rate=1e-3, answer_tokens=6)
     (row,) = made.facts.training["held_out"]
     assert row["trained"] < row["closed_form"]
 
