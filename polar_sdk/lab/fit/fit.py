@@ -28,7 +28,7 @@ from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import require_report, to_html
 from polar_sdk.lab.fit.frontier import near, undominated
 from polar_sdk.lab.fit.plan import SHARES, Plan, make_plan, measure_pace, workload_of
-from polar_sdk.lab.fit.prompts import fact_items, prompts_of
+from polar_sdk.lab.fit.prompts import fact_items, prompts_of, worded
 from polar_sdk.lab.fit.summary import CHOICES, TEXTS, figures, tiers_in_words
 from polar_sdk.lab.healing.fills import DEFAULT
 from polar_sdk.lab.healing.heal import heal
@@ -370,6 +370,7 @@ class _Work:
             matrix,
             kind="table",
             items=self._of("train"),
+            wordings=worded(self._of("train")),
             settings=settings,
             out=self.folder / "table",
             maps=self.folder / "fills",

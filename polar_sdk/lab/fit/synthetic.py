@@ -365,12 +365,12 @@ def task_items(count: int, *, seed: int = 0) -> list[PromptItem]:
     for place in range(count):
         for kind, wordings in (TASKS | STEPS).items():
             dice = random.Random(f"{kind} {seed} {place}")
-            parts = _asked(dice) if kind in STEPS else {"text": _TEXTS[place % len(_TEXTS)](dice)}
+            parts = step_parts(dice) if kind in STEPS else {"text": _TEXTS[place % len(_TEXTS)](dice)}
             made.append(PromptItem(prompt=wordings[place % len(wordings)].format(**parts), task=kind))
     return made
 
 
-def _asked(dice: random.Random) -> dict[str, str]:
+def step_parts(dice: random.Random) -> dict[str, str]:
     """Parts of a step: two texts, a question that the first answers every other time, and tools for a request."""
     *told, missing, name = dice.sample(_PROJECTS, dice.randint(5, 16))
     facts = [_project_fact(dice, project) for project in told]
@@ -384,6 +384,7 @@ def _asked(dice: random.Random) -> dict[str, str]:
         "answer": asked.answer,
         "statement": asked.sentence,
         "name": name,
+        "person": named["person"],
         "tools": "\n".join(f"- {tool}" for tool in tools),
         "request": _TOOLS[dice.choice(tools)].format(people=dice.randint(2, 30), **named),
     }
@@ -426,11 +427,12 @@ class Decision(NamedTuple):
     """Index of the right choice."""
 
 
-def decisions(count: int, *, seed: int = 0) -> list[Decision]:
-    """N decisions of each kind, whose right choices are spread evenly."""
+def decisions(count: int, *, seed: int = 0, unseen: bool = False) -> list[Decision]:
+    """N decisions of each kind, whose right choices are spread evenly; `unseen`: in wordings that no fit has seen."""
     made = []
     for place in range(count):
-        for kind, (wordings, make) in _DECISIONS.items():
+        for kind, (seen, others, make) in _DECISIONS.items():
+            wordings = others if unseen else seen
             turn, wording = divmod(place, len(wordings))
             parts, choices, answer = make(random.Random(f"{kind} {seed} {place}"), turn)
             made.append(Decision(kind, wordings[wording].format(**parts), choices, answer))
@@ -493,11 +495,15 @@ def _sort(dice: random.Random, turn: int) -> _Parts:
     return {"text": list(sorts.values())[right](dice)}, tuple(sorts), right
 
 
-_DECISIONS: Final[dict[str, tuple[tuple[str, ...], Callable[[random.Random, int], _Parts]]]] = {
+_DECISIONS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[random.Random, int], _Parts]]]] = {
     "support": (
         (
             "{text}\n\nStatement: {statement}\n\nDoes the text support the statement? Answer Yes or No.",
             "Is this statement supported by the notes below? Answer Yes or No.\nStatement: {statement}\n\n{text}",
+        ),
+        (
+            "Notes:\n{text}\n\nClaim: {statement}\n\nDo the notes bear the claim out? Yes or No, without any comment.",
+            "You verify claims against notes. Return Yes if the notes say it, else No.\nClaim: {statement}\n\n{text}",
         ),
         _told_or_not,
     ),
@@ -506,12 +512,20 @@ _DECISIONS: Final[dict[str, tuple[tuple[str, ...], Callable[[random.Random, int]
             "Document:\n{text}\n\nQuestion: {question}\n\nDoes the document answer the question? Answer Yes or No.",
             "{text}\n\nCan this question be answered from the text above? {question} Answer Yes or No.",
         ),
+        (
+            "{text}\n\nThe user asks: {question}\nIs that told above? (Yes/No)",
+            "Judge whether these notes tell what is asked, by one word, Yes or No.\nAsked: {question}\n\n{text}",
+        ),
         _told_or_not,
     ),
     "letter": (
         (
             "{text}\n\nQuestion: {question}\n{options}\nAnswer with the letter only.",
             "{question}\n{options}\nAnswer with one letter, from this text:\n\n{text}",
+        ),
+        (
+            "{text}\n\n{question}\n\n{options}\n\nThe right option is:",
+            "Choose one option by its letter, without a reason.\n{question}\n{options}\n\nNotes: {text}",
         ),
         _lettered,
     ),
@@ -520,6 +534,10 @@ _DECISIONS: Final[dict[str, tuple[tuple[str, ...], Callable[[random.Random, int]
             "Tools:\n{tools}\n\nRequest: {request}\n\nWhich tool serves it? Answer with its name only.",
             "Name the tool that serves this request, and nothing else: {request}\n\n{tools}",
         ),
+        (
+            "{request}\n\nWhich one of these functions would you call?\n{tools}\n\nReturn the name of the function.",
+            "You dispatch messages to functions.\n\n{tools}\n\nMessage: {request}\nFunction:",
+        ),
         _tool,
     ),
     "sort": (
@@ -527,10 +545,14 @@ _DECISIONS: Final[dict[str, tuple[tuple[str, ...], Callable[[random.Random, int]
             "{text}\n\nIs the text above a letter, minutes or a guide? Answer with one word.",
             "What is this, a letter, minutes or a guide? Answer with one word.\n\n{text}",
         ),
+        (
+            "{text}\n\nType of document (letter, minutes, guide):",
+            "Classify this document as letter, minutes or guide. Say nothing else.\n\n{text}",
+        ),
         _sort,
     ),
 }
-"""Decisions by kind, each in two wordings."""
+"""Decisions by kind: wordings of fits, wordings that no fit has seen, and how they are made."""
 
 
 def long_items(count: int, *, seed: int = 0) -> list[PromptItem | AnswerItem]:

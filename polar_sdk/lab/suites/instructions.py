@@ -258,8 +258,8 @@ class Decisions(_Own[DecisionProblem]):
         return "" if answer == problem.answer else problem.choices[answer]
 
     def own(self, limit: int | None = None) -> list[DecisionProblem]:
-        """Made from the grammar, kinds in turn."""
-        return [DecisionProblem(**one._asdict()) for one in decisions(_OF_EACH, seed=2)[:limit]]
+        """Made from the grammar, kinds in turn, in wordings that no fit has seen."""
+        return [DecisionProblem(**one._asdict()) for one in decisions(_OF_EACH, seed=2, unseen=True)[:limit]]
 
 
 def refuses(answer: str) -> bool:

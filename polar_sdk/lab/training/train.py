@@ -28,7 +28,7 @@ from polar_sdk.router.store import save_with_maps
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
 
@@ -59,6 +59,7 @@ def train(
     *,
     kind: RouterKind = "menu",
     items: Sequence[Item] | None = None,
+    wordings: Sequence[Item] = (),
     features: FeatureKind = "edges",
     settings: MenuSettings | LayerwiseSettings | None = None,
     out: str | Path | None = None,
@@ -74,6 +75,7 @@ def train(
             by layer; `static` reads nothing.
         items: For `policy`: the items that were searched on; None = the prompts that come with the package. For
             `table`: items that were not measured and only show what kinds of prompts look like; None = none.
+        wordings: For `table`: items that only show by which words kinds are told; they make no prompt familiar.
         features: `edges` for the embeddings of all tokens, of the last ones and of the first ones of the last message;
             `ending` without the latter, `embedding` for those of all alone.
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
@@ -106,13 +108,18 @@ def train(
     else:
         makers = {
             "menu": trainer.menu,
-            "table": lambda settings: trainer.table(settings, items or ()),
+            "table": lambda settings: trainer.table(settings, items or (), wordings),
             "static": trainer.static,
         }
         router = makers[kind](settings)
     if out is not None:
         save_with_maps(router, Path(out), used)
     return router
+
+
+def _kind_among(kinds: Collection[str], item: Item) -> str:
+    """The class of an item that is one of these kinds, or else what it is."""
+    return next(filter(kinds.__contains__, classes_of(item.task or "")), kind_of(item))
 
 
 @dataclass
@@ -152,7 +159,9 @@ class RouterTrainer:
         familiar = Familiar.around(train.features, dev.features, trained.network)
         return self._menu(trained, replace(trained.network, familiar=familiar), dev, order, settings)
 
-    def table(self, settings: MenuSettings | None = None, others: Sequence[Item] = ()) -> MenuRouter:
+    def table(
+        self, settings: MenuSettings | None = None, others: Sequence[Item] = (), wordings: Sequence[Item] = ()
+    ) -> MenuRouter:
         """A menu router that runs the same program for all prompts of a kind, by its dial; see `table_training`.
 
         Choices are a kind of their own, which the request tells and not the network.
@@ -160,6 +169,7 @@ class RouterTrainer:
         Args:
             settings: How to train; None = the defaults.
             others: Items that are not in the matrix, which only show what kinds of prompts look like.
+            wordings: Items that only show by which words kinds are told: no prompt is familiar for being like them.
         """
         settings = settings or MenuSettings()
         matrix = self._rows(settings)
@@ -167,28 +177,37 @@ class RouterTrainer:
         kinds = ["choice"] * len(matrix)
         for row, kind in zip(texts, kinds_of(matrix.rows(texts)), strict=True):
             kinds[row] = kind
-        items = [item for item in others if not isinstance(item, ChoiceItem)]
-        named = [next(filter(set(kinds).__contains__, classes_of(item.task or "")), kind_of(item)) for item in items]
-        known = [row for row, kind in enumerate(named) if kind in kinds]
-        prompts = [self.model.prompt_tokens(text_of(items[row])) for row in known]
-        return self._by_kind(
-            settings, [*kinds, *(named[row] for row in known)], self._read(prompts) if prompts else None
-        )
+        shown = [(item, _kind_among(set(kinds), item)) for item in others if not isinstance(item, ChoiceItem)]
+        shown = [(item, kind) for item, kind in shown if kind in kinds]
+        told = [(item, _kind_among(set(kinds), item)) for item in wordings]
+        prompts = [self.model.prompt_tokens(text_of(item)) for item, _ in (*shown, *told)]
+        more = self._read(prompts) if prompts else None
+        return self._by_kind(settings, [*kinds, *(kind for _, kind in (*shown, *told))], more, len(told))
 
     def static(self, settings: MenuSettings | None = None) -> MenuRouter:
         """A menu router that runs the same program for every prompt, by its dial: the baseline of routing."""
         settings = settings or MenuSettings()
         return self._by_kind(settings, ["all"] * len(self._rows(settings)))
 
-    def _by_kind(self, settings: MenuSettings, kinds: Sequence[str], others: Tensor | None = None) -> MenuRouter:
-        """A menu router with the same outputs for all prompts of a kind."""
+    def _by_kind(
+        self, settings: MenuSettings, kinds: Sequence[str], others: Tensor | None = None, wordings: int = 0
+    ) -> MenuRouter:
+        """A menu router with the same outputs for all prompts of a kind; the last of the others are but wordings."""
         order = self._order()
         train, dev = self._examples(settings)
-        seen = train.features if others is None else torch.cat((train.features, others))
-        features = torch.cat((train.features, dev.features, seen[len(train) :]))
+        more = train.features[:0] if others is None else others
+        features = torch.cat((train.features, dev.features, more))
+        seen = torch.cat((train.features, more[: len(more) - wordings]))
         matrix = self._rows(settings)
         network = fit_table(
-            matrix, features, kinds, settings.loss, strict=settings.strict, least=dev.least, most=settings.most
+            matrix,
+            features,
+            kinds,
+            settings.loss,
+            wordings=wordings,
+            strict=settings.strict,
+            least=dev.least,
+            most=settings.most,
         )
         counts = Counter(kinds[: len(matrix)])
         if len(counts) > 1:

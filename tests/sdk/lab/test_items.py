@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.errors import DataError
+from polar_sdk.lab.fit.prompts import worded
 from polar_sdk.lab.fit.synthetic import (
     STEPS,
     TASKS,
@@ -274,6 +275,24 @@ def test_the_right_choice_of_a_decision_follows_from_its_text() -> None:
             assert f"- {right}(" in one.prompt
     for kind, choices in {"support": 2, "relevance": 2, "letter": 4, "tool": 4, "sort": 3}.items():
         assert set(Counter(one.answer for one in made if one.kind == kind).values()) == {24 // choices}
+
+
+def test_decisions_in_unseen_wordings_ask_what_the_others_ask() -> None:
+    seen, unseen = decisions(4, seed=3), decisions(4, seed=3, unseen=True)
+    assert [(one.kind, one.choices, one.answer) for one in seen] == [
+        (one.kind, one.choices, one.answer) for one in unseen
+    ]
+    assert not {one.prompt for one in seen} & {one.prompt for one in unseen}
+
+
+def test_worded_decisions_are_about_the_texts_of_a_fit() -> None:
+    texts = [PromptItem(prompt=f"{name} lives in the north. " * 12, task="letters") for name in ("Ada", "Bo")]
+    decided = PromptItem(prompt="Is Ada at home? Answer Yes or No. " * 12, task="decision, own")
+    made = worded([*texts, decided])
+    assert made == worded([*texts, decided])
+    assert Counter(item.task for item in made) == {"decision, worded": 300, None: 300}
+    assert all("lives in the north" in item.prompt and "Is Ada at home" not in item.prompt for item in made)
+    assert worded(texts) == worded([decided]) == []
 
 
 def test_decisions_are_of_one_wide_class() -> None:

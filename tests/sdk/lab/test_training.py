@@ -152,6 +152,32 @@ def test_prompts_that_were_not_measured_show_what_a_kind_looks_like(
     assert shares[0] < 0.6 and shares[1] > 0.9
 
 
+def test_wordings_show_how_a_kind_is_told_and_make_no_prompt_familiar(
+    model: PolarModel, matrix: Callable[..., RewardMatrix]
+) -> None:
+    settings = QUICK.model_copy(update={"strict": 0.1, "own_length": False, "least": 0.8})
+    rows, dice = _decisions(matrix), random.Random(3)
+    trainer = RouterTrainer(model, rows)
+    usual = [row for row, name in enumerate(rows.classes) if name == "text"]
+    texts = [model.decode(rows.tokens[row]) for row in usual[:120]]
+    worded = ["".join(dice.choices("0123456789", k=20)) for _ in texts]
+    items = [PromptItem(prompt=text, task="decision, digits") for text in worded[:60]]
+    others = [PromptItem(prompt=text) for text in texts[:60]]
+    plain, told = trainer.table(settings), trainer.table(settings, wordings=[*items, *others])
+    before, after = plain.network, told.network
+    assert before.familiar is not None and after.familiar is not None
+    for own, new in ((before.mean, after.mean), (before.familiar.centres, after.familiar.centres)):
+        assert torch.equal(own, new)
+    new = told.reader.stack([model.prompt_tokens(text) for text in worded[60:]])
+    careful = [
+        fmean(program != rows.programs[2] for program in router.choose_all(outputs, 0.08))
+        for router in (plain, told)
+        for outputs in (router.network.without_limits()(new),)
+    ]
+    assert careful[0] < 0.6 and careful[1] > 0.9
+    assert plain.facts.training["kinds"] == told.facts.training["kinds"]
+
+
 def test_losses_of_a_kind_are_no_less_than_few_prompts_prove(matrix: Callable[..., RewardMatrix]) -> None:
     rows = matrix(40)
     agree = torch.ones(40, 3, dtype=torch.bool)
