@@ -60,7 +60,7 @@ RUN_HERE = library._kinds_of_library()
 """Libraries that this processor can run; the first is the one that is used."""
 KIND = RUN_HERE[0] if RUN_HERE else None
 KINDS = st.sampled_from(RUN_HERE or [""])
-MANY, BY_NUMBERS = 32, ("amx", "avx2", "neon", "i8mm")
+MANY, BY_NUMBERS = 32, ("amx", "avxvnni", "avx2", "neon", "i8mm")
 """Rows up to which integer weights stay integers, also in the libraries that make numbers of them for more rows."""
 _every: dict[str, ctypes.CDLL] = {}
 
@@ -361,6 +361,7 @@ def test_logits_are_not_rounded(kind: str, precision: str, rows: int) -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("precision", ["int8", "int4"])
+@torch.inference_mode()  # with gradients, torch multiplies
 def test_a_row_of_integers_is_the_same_whatever_rows_are_beside_it(precision: str) -> None:
     """To the bit, with more rows than are rounded together, too. Some multiply few rows and many in two ways."""
     x, plain = _uneven(0, 300, 576), Plain(_random(1, 192, 576))
